@@ -1,0 +1,246 @@
+"""Records gathered for one commit, and what becomes of keys that the store has already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+
+from fedgfe_store._commit import CommitKind, Transaction
+from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.records import RecordBatch, RecordKey
+
+IfExists = Literal["error", "replace", "skip"]
+_BUFFER_BYTES = 256 * 2**20
+
+
+class AppendBatch:
+    """Records on their way into one commit; made by `EmbeddingStore.append`.
+
+    As a context it commits on exit, or changes nothing if the block raises. Records are copied
+    as they are added; once 256 MiB of them wait they are written, which takes the store's
+    writer lock until the end of the block.
+
+    Attributes
+    ----------
+    added, replaced, skipped : int
+        After the block: records that are new, that took another's place, and that were left
+        out because the store has their key (with ``if_exists="error"``: and the same tensors).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        known: Snapshot,
+        *,
+        node: str | int | None,
+        round: int | None,
+        if_exists: IfExists,
+        timeout: float,
+        done: Callable[[Snapshot], None],
+    ) -> None:
+        if if_exists not in get_args(IfExists):
+            raise SchemaMismatchError(
+                f"if_exists: expected error, replace or skip, got {if_exists!r}"
+            )
+        self.added = self.replaced = self.skipped = 0
+        self._path, self._known, self._done = path, known, done
+        self._defaults = {"node": node, "round": round}
+        self._if_exists, self._timeout = if_exists, timeout
+        self._waiting: list[RecordBatch] = []
+        self._ready: list[RecordBatch] = []
+        self._seen: dict[RecordKey, tuple[int, ...]] = {}
+        self._stored: dict[tuple[int, str], dict[RecordKey, int]] = {}
+        self._deleted: list[int] = []
+        self._transaction: Transaction | None = None
+        self._open = True
+
+    def add(
+        self,
+        *,
+        split: Any,
+        class_name: Any,
+        index: Any,
+        node: Any = None,
+        round: Any = None,
+        sample_id: Any = None,
+        image_filename: Any = None,
+        audio_path: Any = None,
+        timestamp: Any = None,
+        extra: Any = None,
+        **tensors: Any,
+    ) -> None:
+        """Add records: one, or `n` whose tensors have a leading axis of length `n`.
+
+        Parameters
+        ----------
+        split, class_name : str or sequence of str
+            One for all records, or one each.
+        index : int or sequence of int
+            Number of the sample within node, split and class.
+        node, round : optional
+            As in `EmbeddingStore.append`, for those not given there.
+        sample_id, image_filename, audio_path : str or sequence of str, optional
+            What else is known of the records.
+        timestamp : datetime or sequence of datetime, optional
+            When the embeddings were made, by default now; without a time zone it is UTC.
+        extra : dict or sequence of dict, optional
+            Any other metadata that JSON can hold.
+        **tensors : Tensor or ndarray
+            The store's tensor columns, such as ``t5=[n, 17, 4096]`` and ``clip=[n, 768]``, of
+            float16, bfloat16 or float32 on any device.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If something does not fit the store; nothing of this call is added.
+        ConflictError
+            If a key was added before in this block with other tensors.
+        """
+        if not self._open:
+            raise ConflictError("this batch is closed: open another one with store.append()")
+        given = {"node": node, "round": round, "split": split}
+        given |= {"class_name": class_name, "index": index}
+        keys = {k: self._defaults.get(k) if v is None else v for k, v in given.items()}
+        notes = {
+            "sample_id": sample_id,
+            "image_filename": image_filename,
+            "audio_path": audio_path,
+            "timestamp": timestamp,
+            "extra": extra,
+        }
+        records = RecordBatch.check(self._known.schema, keys, notes, tensors)
+        self._wait(records)
+        if sum(batch.nbytes for batch in self._waiting) >= _BUFFER_BYTES:
+            self._write(rest=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open = False
+        if error is None:
+            try:
+                self._write(rest=True)
+                self._publish()
+            except BaseException as failure:
+                self._leave(type(failure), failure, failure.__traceback__)
+                raise
+        self._leave(kind, error, traceback)
+
+    def _leave(self, *error: Any) -> None:
+        self._waiting, self._ready = [], []
+        if self._transaction is not None:
+            self._transaction.__exit__(*error)
+            self._transaction = None
+
+    def _wait(self, records: RecordBatch) -> None:
+        """Put `records` among those that wait, less those that this batch has already."""
+        fresh: list[int] = []
+        prints: dict[RecordKey, tuple[int, ...]] = {}
+        for position in range(len(records)):
+            key, found = records.key(position), _digests(records.columns, position)
+            before = self._seen.get(key, prints.get(key))
+            if before is None:
+                prints[key] = found
+                fresh.append(position)
+            elif before != found:
+                raise ConflictError(f"{key} was added twice to this batch, with other tensors")
+        self._seen |= prints
+        self.skipped += len(records) - len(fresh)
+        if fresh:
+            whole = len(fresh) == len(records)
+            self._waiting.append(records if whole else records.take(np.array(fresh)))
+
+    def _write(self, *, rest: bool) -> None:
+        """Write what waits, granule by granule; without `rest` keep an unfinished granule."""
+        if not (self._waiting or self._ready):
+            return
+        if self._transaction is None:
+            self._transaction = Transaction(self._path, timeout=self._timeout, known=self._known)
+        granule = self._transaction.schema.granule
+        while self._waiting:
+            self._ready.append(self._sifted(self._waiting.pop(0)))
+            while sum(map(len, self._ready)) >= granule:
+                self._transaction.write(self._pop(granule))
+        if rest and any(map(len, self._ready)):
+            self._transaction.write(self._pop(granule))
+
+    def _pop(self, n: int) -> RecordBatch:
+        """Take the first `n` records of those that are ready."""
+        parts = []
+        while n and self._ready:
+            first = self._ready.pop(0)
+            parts.append(first.take(slice(n)))
+            if len(first) > n:
+                self._ready.insert(0, first.take(slice(n, None)))
+            n -= len(parts[-1])
+        return RecordBatch.concatenate(parts)
+
+    def _publish(self) -> None:
+        if self._transaction is None or not (self.added or self.replaced):
+            return
+        deleted = np.array(sorted(self._deleted), np.int64)
+        kind: CommitKind = "replace" if self.replaced else "append"
+        self._done(self._transaction.publish(kind, deleted=deleted))
+
+    def _sifted(self, records: RecordBatch) -> RecordBatch:
+        """Return those of `records` that are to be written, seen what the store holds."""
+        fresh = []
+        for position in range(len(records)):
+            key = records.key(position)
+            row = self._row_of(key)
+            if row is None:
+                self.added += 1
+            elif self._if_exists == "skip" or self._is_same(records, position, row):
+                self.skipped += 1
+                continue
+            elif self._if_exists == "replace":
+                self._deleted.append(row)
+                self.replaced += 1
+            else:
+                raise ConflictError(
+                    f"{key} is in {self._path} already, with other tensors (if_exists='replace' "
+                    f"puts these in its place, 'skip' keeps the old ones); nothing was committed"
+                )
+            fresh.append(position)
+        return records if len(fresh) == len(records) else records.take(np.array(fresh, np.int64))
+
+    def _row_of(self, key: RecordKey) -> int | None:
+        """Return the row that holds the live record `key`, looked for by round and node first."""
+        group = (key.round, key.node)
+        if group not in self._stored:
+            snapshot = self._snapshot
+            rows = np.flatnonzero(snapshot.visible & (snapshot.column("round") == key.round))
+            rows = rows[snapshot.column_at("node", rows) == key.node]
+            keys = snapshot.keys(rows)
+            self._stored[group] = dict(zip(keys, rows.tolist(), strict=True))
+        return self._stored[group].get(key)
+
+    def _is_same(self, records: RecordBatch, position: int, row: int) -> bool:
+        """Whether the store's record in `row` has every tensor that the new one brings."""
+        at = np.array([row])
+        return all(
+            records.columns[f"{t.name}_digest"][position]
+            == self._snapshot.column_at(f"{t.name}_digest", at)[0]
+            for t in self._snapshot.schema.tensors
+            if not t.optional or records.columns[f"has_{t.name}"][position]
+        )
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        assert self._transaction is not None
+        return self._transaction.snapshot
+
+
+def _digests(columns: Mapping[str, np.ndarray], position: int) -> tuple[int, ...]:
+    return tuple(int(v[position]) for name, v in columns.items() if name.endswith("_digest"))

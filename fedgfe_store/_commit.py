@@ -1,0 +1,359 @@
+"""The write protocol: every change of a store is one commit, and one rename publishes it.
+
+Order of a commit: take the writer's lock; roll back what a dead writer left; write ``pending``;
+write tensor files, whole granules that nothing refers to yet; grow the arrays; rewrite key
+columns; publish ``zarr.json``; remove ``pending``. Everything is flushed to the disk before the
+next step begins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from fedgfe_store import _files
+from fedgfe_store._group import GROUP_FILE, CommitPoint, Group
+from fedgfe_store._layout import KEY_CHUNK, key_columns, open_keys, open_tensor
+from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.errors import BusyError, ConflictError
+from fedgfe_store.records import RecordBatch, to_milliseconds
+from fedgfe_store.schema import Schema, TensorColumn
+
+PENDING = "pending"
+CommitKind = Literal["append", "replace", "delete", "compact"]
+_KEY_THREADS = 4
+
+
+def writer_lock(path: Path, timeout: float) -> FileLock:
+    """Take the lock of the store at `path`, waiting up to `timeout` seconds.
+
+    Raises
+    ------
+    BusyError
+        If another writer still holds it.
+    """
+    lock = FileLock(f"{path.resolve()}.lock")
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        raise BusyError(
+            f"{path} is being written by another process: gave up after {timeout:g} s"
+        ) from None
+    return lock
+
+
+def create(path: Path, schema: Schema, *, timeout: float) -> None:
+    """Make an empty store at `path`, on the disk up to the folder's name."""
+    _files.make_folders(path.resolve().parent)
+    with writer_lock(path, timeout):
+        group = Group.new(schema)
+        _refuse_occupied(path, group.arrays)
+        for name in group.arrays:
+            _files.make_folders(path / name)
+        _write_shapes(path, group.shaped())
+        _files.write_file(path / GROUP_FILE, group.encode())
+
+
+def _refuse_occupied(path: Path, names: Iterable[str]) -> None:
+    """Allow a new folder, an empty one, and what a killed `create` left."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConflictError(f"cannot make a store at {path}: a file is there")
+    if (path / GROUP_FILE).exists():
+        raise ConflictError(f"cannot make a store at {path}: a Zarr group is there already")
+    expected = {path / name for name in names}
+    expected |= {folder / GROUP_FILE for folder in expected}
+    for entry in path.rglob("*"):
+        if entry not in expected and not _files.is_temporary(entry):
+            raise ConflictError(
+                f"cannot make a store at {path}: the folder holds something else ({entry})"
+            )
+
+
+class Transaction:
+    """One commit in the making; as a context, it rolls back unless `publish` was reached.
+
+    Parameters
+    ----------
+    path : Path
+        The store.
+    timeout : float
+        Seconds to wait for another writer.
+    known : Snapshot
+        What the caller has read of the store; used on if no one wrote in the meantime.
+    """
+
+    def __init__(self, path: Path, *, timeout: float, known: Snapshot) -> None:
+        self.path = path
+        self._lock = writer_lock(path, timeout)
+        try:
+            roll_back(path)
+            group = Group.read(path)
+            same = known.as_of is None and known.group.raw == group.raw
+            self.snapshot = known if same else Snapshot(path, group)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._token = ""
+        self._tail = group.point.records
+        self._rows: list[Mapping[str, np.ndarray]] = []
+        self._written: dict[Path, tuple[int, ...]] = {}
+        self._published = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if self._token and not self._published:
+                self._abort(error)
+        finally:
+            self._lock.release()
+
+    @property
+    def schema(self) -> Schema:
+        """Schema of the store as the latest commit left it."""
+        return self.snapshot.schema
+
+    @property
+    def commit(self) -> int:
+        """Number of the commit in the making."""
+        return self.snapshot.point.commit + 1
+
+    def write(self, records: RecordBatch) -> None:
+        """Write `records`, at most a granule of them, as the next granule."""
+        self._begin()
+        schema, n = self.schema, len(records)
+        granule = self._tail // schema.granule
+        for column in schema.tensors:
+            values = records.tensors.get(column.name)
+            if values is not None:
+                self._write_tensor(column, values, records.columns, granule)
+        self._rows.append(_padded(schema, records.columns, self.commit, schema.granule - n))
+        self._tail += schema.granule
+
+    def _begin(self) -> None:
+        if self._token:
+            return
+        self._token = uuid.uuid4().hex
+        note = {
+            "token": self._token,
+            "commit": self.commit,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        _files.write_file(self.path / PENDING, json.dumps(note).encode())
+
+    def _write_tensor(
+        self,
+        column: TensorColumn,
+        values: np.ndarray,
+        keys: Mapping[str, np.ndarray],
+        granule: int,
+    ) -> None:
+        if column.optional:
+            absent = ~keys[f"has_{column.name}"]
+            values[absent] = np.nan
+            if absent.all():
+                return
+        rows = self._tail + self.schema.granule
+        array = open_tensor(self.path, column.name, self.snapshot.group.arrays[column.name], rows)
+        array[self._tail : self._tail + len(values)] = values
+        files = list((self.path / column.name).glob(f"c.{granule}.*"))
+        self._written.update({file: _state(file) for file in files})
+
+    def publish(self, kind: CommitKind, *, deleted: np.ndarray | None = None) -> Snapshot:
+        """Commit what was written, and mark the rows `deleted` as deleted, in one step.
+
+        Raises
+        ------
+        ConflictError
+            If another writer came in between, as it can where the disk does not honour locks.
+        """
+        self._begin()
+        marked = np.empty(0, np.int64) if deleted is None else deleted
+        rows = self._gathered() | _commit_row(kind)
+        group = self._next_group(rows, len(marked))
+        self._check_untouched()
+        _files.sync_files(self._written)
+        _write_shapes(self.path, group.shaped())
+        self._write_keys(group, rows, marked)
+        self._check_untouched()
+        _files.write_file(self.path / GROUP_FILE, group.encode())
+        self._published = True
+        self._remove_pending()
+        return self.snapshot.extended(Group.read(self.path), rows, marked)
+
+    def _gathered(self) -> dict[str, np.ndarray]:
+        if not self._rows:
+            return {}
+        return {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
+
+    def _next_group(self, rows: Mapping[str, np.ndarray], deleted: int) -> Group:
+        old = self.snapshot.group
+        created = rows.get("created_in", np.empty(0)) > 0
+        point = CommitPoint(
+            commit=self.commit,
+            records=self._tail,
+            live=old.point.live + int(created.sum()) - deleted,
+            compacted=old.point.compacted,
+        )
+        names = rows["class_name"][created].tolist() if created.any() else []
+        return old.at(point, old.schema.with_classes(names))
+
+    def _write_keys(self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray) -> None:
+        old = self.snapshot.group
+
+        def write(name: str) -> list[Path]:
+            paths = self._write_column(name, old.rows(name), rows[name]) if name in rows else []
+            if name == "deleted_in" and len(marked):
+                paths += mark(self.path, group, marked, self.commit)
+            return paths
+
+        with ThreadPoolExecutor(_KEY_THREADS) as pool:
+            for paths in pool.map(write, key_columns(group.schema)):
+                self._written.update({path: _state(path) for path in paths})
+
+    def _write_column(self, name: str, start: int, values: np.ndarray) -> list[Path]:
+        """Write `values` from row `start` on, whole chunks, with the rows before them as read."""
+        first = start // KEY_CHUNK * KEY_CHUNK
+        if first < start:
+            kept = self.snapshot.column_at(name, np.arange(first, start))
+            values = np.concatenate([kept, values])
+        stop = first + len(values)
+        array = open_keys(self.path, name, self.snapshot.group.arrays[name], stop)
+        array[first:stop] = values
+        return [self.path / name / f"c.{n}" for n in _chunks(first, stop)]
+
+    def _check_untouched(self) -> None:
+        """Fail where someone else wrote: the lock narrows this to what it does not cover."""
+        try:
+            published = (self.path / GROUP_FILE).read_bytes()
+            pending = json.loads((self.path / PENDING).read_bytes())
+            same = published == self.snapshot.group.raw and pending["token"] == self._token
+            same = same and all(_state(file) == state for file, state in self._written.items())
+        except (FileNotFoundError, ValueError):
+            same = False
+        if not same:
+            raise ConflictError(
+                f"{self.path}: another writer came in between while commit {self.commit} was "
+                f"written (does this disk honour file locks?); nothing of it was published"
+            )
+
+    def _remove_pending(self) -> None:
+        (self.path / PENDING).unlink()
+        _files.sync_folder(self.path)
+
+    def _abort(self, error: BaseException | None) -> None:
+        try:
+            pending = json.loads((self.path / PENDING).read_bytes())
+            if pending["token"] == self._token:
+                roll_back(self.path)
+        except FileNotFoundError:  # who came in between has cleared it
+            return
+        except (OSError, ValueError) as failure:
+            note = f"the next writer will clear what this commit left in {self.path}: {failure}"
+            if error is None:
+                raise
+            error.add_note(note)
+
+
+def roll_back(path: Path) -> None:
+    """Clear what a writer that died, or gave up, left beyond the commit point of `path`."""
+    if not (path / PENDING).exists():
+        return
+    group = Group.read(path)
+    schema, point = group.schema, group.point
+    for tensor in schema.tensors:
+        _drop_chunks(path / tensor.name, point.records // schema.granule)
+    for name in key_columns(schema):
+        _drop_chunks(path / name, -(-group.rows(name) // KEY_CHUNK))
+    for name in group.arrays:
+        _files.remove_temporary(path / name)
+    _files.remove_temporary(path)
+    _write_shapes(path, group.shaped())
+    marks = Snapshot(path, group).column("deleted_in")
+    mark(path, group, np.flatnonzero(marks > point.commit), 0)
+    for name in group.arrays:
+        _files.sync_folder(path / name)
+    (path / PENDING).unlink()
+    _files.sync_folder(path)
+
+
+def mark(path: Path, group: Group, rows: np.ndarray, commit: int) -> list[Path]:
+    """Set ``deleted_in`` of `rows` to `commit` and return the files that were replaced."""
+    total = group.rows("deleted_in")
+    array = open_keys(path, "deleted_in", group.arrays["deleted_in"], total)
+    numbers = np.unique(rows // KEY_CHUNK)
+    for number in numbers:
+        start, stop = int(number) * KEY_CHUNK, min(int(number + 1) * KEY_CHUNK, total)
+        values = np.array(array[start:stop])
+        values[rows[rows // KEY_CHUNK == number] - start] = commit
+        array[start:stop] = values
+    return [path / "deleted_in" / f"c.{number}" for number in numbers]
+
+
+def _drop_chunks(folder: Path, first: int) -> None:
+    """Unlink the chunk files of `folder` from number `first` of the record axis on."""
+    for entry in os.scandir(folder):
+        parts = entry.name.split(".")
+        if parts[0] == "c" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) >= first:
+            Path(entry.path).unlink()
+
+
+def _write_shapes(path: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+    _files.write_files(
+        {path / name / "zarr.json": json.dumps(m).encode() for name, m in arrays.items()}
+    )
+
+
+def _padded(
+    schema: Schema, columns: Mapping[str, np.ndarray], commit: int, skipped: int
+) -> dict[str, np.ndarray]:
+    """Return one granule of key columns: the records' own and what skipped rows hold."""
+    n = len(columns["index"])
+    marks = {
+        "created_in": np.full(n, commit, np.int32),
+        "deleted_in": np.zeros(n, np.int32),
+        "recorded_in": columns.get("recorded_in", np.full(n, commit, np.int32)),
+    }
+    given = {**columns, **marks}
+    return {
+        c.name: np.concatenate([given[c.name], np.full(skipped, c.skipped, c.dtype)])
+        for c in key_columns(schema).values()
+        if c.dim == "record"
+    }
+
+
+def _commit_row(kind: CommitKind) -> dict[str, np.ndarray]:
+    return {
+        "commit_time": np.array([to_milliseconds(datetime.now(UTC))], np.int64),
+        "commit_kind": np.array([kind], np.dtypes.StringDType()),
+    }
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _chunks(start: int, stop: int) -> Iterable[int]:
+    return range(start // KEY_CHUNK, -(-stop // KEY_CHUNK))

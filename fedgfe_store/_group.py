@@ -1,0 +1,156 @@
+"""A store's ``zarr.json``: schema, commit point and consolidated metadata in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import xxhash
+
+from fedgfe_store._layout import array_metadata, key_columns
+from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
+from fedgfe_store.schema import FORMAT_VERSION, Schema
+
+GROUP_FILE = "zarr.json"
+ATTRIBUTE = "fedgfe_store"
+
+
+@dataclass(frozen=True)
+class CommitPoint:
+    """What the latest commit left: its number, rows on disk, live records, last compaction."""
+
+    commit: int = 0
+    records: int = 0
+    live: int = 0
+    compacted: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parsed and checked ``zarr.json``.
+
+    `raw` holds the bytes as read, empty for a group that was never written; `document` holds
+    other people's attributes and arrays, which publishing keeps.
+    """
+
+    schema: Schema
+    point: CommitPoint
+    arrays: Mapping[str, Mapping[str, Any]]
+    document: Mapping[str, Any]
+    raw: bytes = b""
+
+    @classmethod
+    def new(cls, schema: Schema) -> Self:
+        """Return the group of a store without records."""
+        return cls(schema, CommitPoint(), array_metadata(schema), {})
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read and check the group at the folder `path`.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no Zarr group of ours at `path`.
+        SchemaMismatchError
+            If it is of a newer format version.
+        DamagedDataError
+            If it does not parse or its checksum does not fit.
+        """
+        try:
+            raw = (path / GROUP_FILE).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(
+                f"no embedding store at {path}: expected a folder with a {GROUP_FILE} "
+                f"(fedgfe-store init or import makes one)"
+            ) from None
+        return cls._parse(path, raw)
+
+    @classmethod
+    def _parse(cls, path: Path, raw: bytes) -> Self:
+        where = path / GROUP_FILE
+        try:
+            document = json.loads(raw)
+            attributes = document["attributes"]
+            others = document["node_type"] == "group" and ATTRIBUTE not in attributes
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedDataError(f"{where} is damaged: it does not parse ({error})") from error
+        if others:
+            raise NotFoundError(f"{path} is a Zarr group, but not an embedding store of ours")
+        try:
+            ours = attributes[ATTRIBUTE]
+            version = ours["version"]
+            if version != FORMAT_VERSION:
+                raise SchemaMismatchError(
+                    f"{path} has format version {version!r}, and this release reads version "
+                    f"{FORMAT_VERSION}: install a newer fedgfe-store"
+                )
+            schema = Schema.from_json(ours)
+            names = array_metadata(schema)
+            consolidated = document["consolidated_metadata"]["metadata"]
+            arrays = {name: consolidated[name] for name in names}
+            point = CommitPoint(**ours["commit_point"])
+            sound = ours["checksum"] == _checksum(ours, arrays)
+        except SchemaMismatchError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedDataError(
+                f"{where} is damaged: {type(error).__name__} {error} (did another tool rewrite it?)"
+            ) from error
+        if not sound:
+            raise DamagedDataError(f"{where} is damaged: its checksum does not fit")
+        return cls(schema, point, arrays, document, raw)
+
+    def rows(self, name: str) -> int:
+        """Return the committed length of the array `name`."""
+        dim = self.arrays[name]["dimension_names"][0]
+        return self.point.commit if dim == "commit" else self.point.records
+
+    def shaped(self) -> dict[str, dict[str, Any]]:
+        """Return the metadata of our arrays with their committed shapes."""
+        return {
+            name: {**metadata, "shape": [self.rows(name), *metadata["shape"][1:]]}
+            for name, metadata in self.arrays.items()
+        }
+
+    def at(self, point: CommitPoint, schema: Schema) -> Group:
+        """Return this group with another commit point, and `schema` where its classes grew."""
+        return Group(schema, point, self.arrays, self.document, self.raw)
+
+    def encode(self) -> bytes:
+        """Return the ``zarr.json`` that publishes this group."""
+        ours: dict[str, Any] = {"version": FORMAT_VERSION, **self.schema.to_json()}
+        ours["commit_point"] = asdict(self.point)
+        ours["checksum"] = _checksum(ours, self.arrays)
+        kept = self.document.get("consolidated_metadata") or {}
+        document = {
+            "zarr_format": 3,
+            "node_type": "group",
+            **self.document,
+            "attributes": {**self.document.get("attributes", {}), ATTRIBUTE: ours},
+            "consolidated_metadata": {
+                "kind": "inline",
+                "must_understand": False,
+                "metadata": {**kept.get("metadata", {}), **self.shaped()},
+            },
+        }
+        return json.dumps(document, indent=1, ensure_ascii=False).encode()
+
+    @property
+    def key_names(self) -> list[str]:
+        """Names of the key columns with one row per record."""
+        return [c.name for c in key_columns(self.schema).values() if c.dim == "record"]
+
+
+def _checksum(ours: Mapping[str, Any], arrays: Mapping[str, Mapping[str, Any]]) -> str:
+    covered = {
+        "attributes": {key: value for key, value in ours.items() if key != "checksum"},
+        "arrays": {
+            name: {**metadata, "shape": metadata["shape"][1:]} for name, metadata in arrays.items()
+        },
+    }
+    text = json.dumps(covered, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return f"xxh3:{xxhash.xxh3_64_hexdigest(text.encode())}"

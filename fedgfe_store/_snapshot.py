@@ -1,0 +1,237 @@
+"""One committed state of a store as a reader sees it: rows, key columns, checked tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedgfe_store._group import CommitPoint, Group
+from fedgfe_store._layout import KEY_CHUNK, key_columns, open_keys, open_tensor
+from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
+from fedgfe_store.records import KEY_COLUMNS, RecordKey, digest, key_at
+from fedgfe_store.schema import Schema
+
+_PIECE_BYTES = 64 * 2**20
+
+
+class Snapshot:
+    """The store at `path` as its group `group` published it, seen at commit `as_of`.
+
+    Key columns are read when first asked for, by chunks, and kept; tensors are not kept.
+    """
+
+    def __init__(self, path: Path, group: Group, as_of: int | None = None) -> None:
+        self.path = path
+        self.group = group
+        self.as_of = as_of
+        self.commit = group.point.commit if as_of is None else as_of
+        self._columns = key_columns(group.schema)
+        self._whole: dict[str, np.ndarray] = {}
+        self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        self._tensors: dict[str, Any] = {}
+
+    @classmethod
+    def latest(cls, path: Path, as_of: int | None = None) -> Snapshot:
+        """Return the latest state of the store at `path`, seen at commit `as_of`."""
+        group = Group.read(path)
+        if as_of is not None and not 0 <= as_of <= group.point.commit:
+            raise NotFoundError(
+                f"as_of: expected a commit from 0 to {group.point.commit} of {path}, got {as_of}"
+            )
+        return cls(path, group, as_of)
+
+    @property
+    def schema(self) -> Schema:
+        """Schema of the store."""
+        return self.group.schema
+
+    @property
+    def point(self) -> CommitPoint:
+        """Commit point of the store when this state was read."""
+        return self.group.point
+
+    @cached_property
+    def visible(self) -> np.ndarray:
+        """Which rows hold a record at this commit, bool ``[records]``."""
+        mask = _at(self, self.commit)
+        latest = mask if self.commit == self.point.commit else _at(self, self.point.commit)
+        if int(latest.sum()) != self.point.live:
+            raise DamagedDataError(
+                f"{self.path} is damaged: its commit marks show {int(latest.sum())} live records, "
+                f"and commit {self.point.commit} published {self.point.live}"
+            )
+        return mask
+
+    def column(self, name: str) -> np.ndarray:
+        """Return the whole key column `name`, skipped and deleted rows included."""
+        if name not in self._whole:
+            rows = self.group.rows(name)
+            parts = [self._chunk(name, chunk) for chunk in range(-(-rows // KEY_CHUNK))]
+            empty = np.empty(0, self._columns[name].dtype)
+            self._whole[name] = np.concatenate([empty, *parts])
+        return self._whole[name]
+
+    def column_at(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Return the key column `name` at `rows`, reading only the chunks that hold them."""
+        if name in self._whole:
+            picked: np.ndarray = self._whole[name][rows]
+            return picked
+        values = np.empty(len(rows), self._columns[name].dtype)
+        chunks = rows // KEY_CHUNK
+        for chunk in np.unique(chunks):
+            here = chunks == chunk
+            values[here] = self._chunk(name, int(chunk))[rows[here] - chunk * KEY_CHUNK]
+        return values
+
+    def _chunk(self, name: str, chunk: int) -> np.ndarray:
+        if (name, chunk) not in self._chunks:
+            self._chunks[name, chunk] = self._read_chunk(name, chunk)
+        return self._chunks[name, chunk]
+
+    def _read_chunk(self, name: str, chunk: int) -> np.ndarray:
+        total = self.group.rows(name)
+        array = open_keys(self.path, name, self.group.arrays[name], total)
+        start, stop = chunk * KEY_CHUNK, min((chunk + 1) * KEY_CHUNK, total)
+        where = f"{self.path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
+        try:
+            values: np.ndarray = np.asarray(array[start:stop])
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # codecs raise what they like; it is always the same thing
+            raise DamagedDataError(f"{where} is damaged: {error}") from error
+        column = self._columns[name]
+        if column.data_type != "bool" and (values == column.dtype.type(column.fill)).any():
+            raise DamagedDataError(f"{where} is missing or damaged")
+        return values
+
+    def extended(
+        self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray
+    ) -> Snapshot:
+        """Return the state that `group` published by adding `rows` and marking rows as deleted.
+
+        Chunks of key columns that are known stay known, so that a long-lived writer reads none.
+        """
+        new = Snapshot(self.path, group)
+        tails = {name: self.group.rows(name) // KEY_CHUNK for name in rows}
+        for (name, chunk), values in self._chunks.items():
+            if chunk != tails.get(name):
+                new._chunks[name, chunk] = values
+        for name, added in rows.items():
+            start = self.group.rows(name)
+            known = self._chunks.get((name, tails[name]))
+            if start % KEY_CHUNK and known is None:
+                continue
+            values = added if known is None else np.concatenate([known, added])
+            for chunk in range(-(-len(values) // KEY_CHUNK)):
+                new._chunks[name, tails[name] + chunk] = values[chunk * KEY_CHUNK :][:KEY_CHUNK]
+        for chunk in np.unique(marked // KEY_CHUNK):
+            new._chunks.pop(("deleted_in", int(chunk)), None)
+        return new
+
+    def keys(self, rows: np.ndarray) -> list[RecordKey]:
+        """Return the keys of the records at `rows`."""
+        columns = {name: self.column_at(name, rows) for name in KEY_COLUMNS}
+        return [key_at(columns, position) for position in range(len(rows))]
+
+    def read(self, name: str, rows: np.ndarray) -> np.ndarray:
+        r"""Return the tensor column `name` at `rows`, in their order.
+
+        Parameters
+        ----------
+        name : str
+            Tensor column.
+        rows : ndarray of int64, shape [n]
+            Row numbers, in any order, repeats allowed.
+
+        Returns
+        -------
+        ndarray of float32, shape [n, \*shape]
+            NaN where a record has no value in an optional column.
+
+        Raises
+        ------
+        DamagedDataError
+            If a record's values are not those that were committed; names the record.
+        """
+        column = self.schema.column(name)
+        out = np.empty((len(rows), *column.shape), np.float32)
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        straight = bool((order == np.arange(len(rows))).all())
+        digests = self.column_at(f"{name}_digest", ordered)
+        for begin, end in self._runs(name, ordered):
+            piece = self._read_run(name, ordered[begin:end])
+            self._verify(name, ordered[begin:end], piece, digests[begin:end])
+            out[slice(begin, end) if straight else order[begin:end]] = piece
+        return out
+
+    def _runs(self, name: str, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Cut sorted `rows` where the next row lies in a further chunk that does not follow."""
+        column = self.schema.column(name)
+        chunk = self.schema.chunk_records(column)
+        longest = max(self.schema.granule, _PIECE_BYTES // column.nbytes)
+        begin = 0
+        for end in range(1, len(rows) + 1):
+            if end < len(rows):
+                near = (
+                    rows[end] - rows[end - 1] <= 1 or rows[end] // chunk == rows[end - 1] // chunk
+                )
+                if near and rows[end] - rows[begin] < longest:
+                    continue
+            yield begin, end
+            begin = end
+
+    def _read_run(self, name: str, rows: np.ndarray) -> np.ndarray:
+        first, last = int(rows[0]), int(rows[-1])
+        try:
+            values: np.ndarray = np.asarray(self._tensor(name)[first : last + 1])
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # codecs raise what they like; it is always the same thing
+            if len(rows) == 1:
+                raise self._lost(name, rows[0]) from error
+            return np.concatenate([self._read_run(name, rows[i : i + 1]) for i in range(len(rows))])
+        return values if len(values) == len(rows) else values[rows - first]
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._tensors:
+            self._tensors[name] = open_tensor(
+                self.path, name, self.group.arrays[name], self.point.records
+            )
+        return self._tensors[name]
+
+    def _verify(self, name: str, rows: np.ndarray, values: np.ndarray, digests: np.ndarray) -> None:
+        optional = self.schema.column(name).optional
+        for row, record, expected in zip(rows, values, digests.tolist(), strict=True):
+            if digest(record) == expected or (optional and not self._has(name, row)):
+                continue
+            raise self._lost(name, row)
+
+    def _has(self, name: str, row: int) -> bool:
+        at = np.array([row])
+        # A lost chunk of has_<name> reads as False; the digest is 0 only where it was written so.
+        return bool(self.column_at(f"has_{name}", at)[0] or self.column_at(f"{name}_digest", at)[0])
+
+    def _lost(self, name: str, row: int) -> FedgfeStoreError:
+        key = self.keys(np.array([row]))[0]
+        compacted = Group.read(self.path).point.compacted
+        if compacted > self.commit:
+            return NotFoundError(
+                f"{name} of {key}: commit {self.commit} was compacted away in commit {compacted}; "
+                f"refresh the store"
+            )
+        granule = int(row) // self.schema.granule
+        file = self.path / name / (f"c.{granule}" + ".0" * len(self.schema.column(name).shape))
+        state = "is damaged" if file.exists() else "is missing"
+        return DamagedDataError(f"{name} of {key} is not what was committed: {file} {state}")
+
+
+def _at(snapshot: Snapshot, commit: int) -> np.ndarray:
+    created, deleted = snapshot.column("created_in"), snapshot.column("deleted_in")
+    alive: np.ndarray = (created > 0) & (created <= commit)
+    alive &= ~((deleted > 0) & (deleted <= commit))
+    return alive

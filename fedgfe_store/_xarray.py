@@ -1,0 +1,60 @@
+"""A selection as a lazy xarray Dataset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from fedgfe_store.records import KEY_COLUMNS
+
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
+
+
+class _TensorArray(BackendArray):
+    """A tensor column of a selection; indexing it reads whole records and then cuts them."""
+
+    def __init__(self, selection: Selection, name: str) -> None:
+        self._selection = selection
+        self._name = name
+        self.shape = (len(selection), *selection.schema.column(name).shape)
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._read
+        )
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        first, *rest = key
+        positions = np.atleast_1d(np.arange(self.shape[0])[first])
+        values = self._selection.take(positions).read(self._name)
+        # From the last axis on: an axis that an integer drops then shifts none of the others.
+        for axis in range(len(rest), 0, -1):
+            values = values[(*(slice(None),) * axis, rest[axis - 1])]
+        return values[0] if isinstance(first, int | np.integer) else values
+
+
+def to_dataset(selection: Selection) -> xr.Dataset:
+    """Return `selection` as `Selection.to_xarray` describes it."""
+    frame = selection.records
+    variables = {
+        t.name: xr.Variable(
+            ("record", *t.dims), indexing.LazilyIndexedArray(_TensorArray(selection, t.name))
+        )
+        for t in selection.schema.tensors
+    }
+    index = pd.MultiIndex.from_frame(frame[list(KEY_COLUMNS)])
+    notes = frame.drop(columns=list(KEY_COLUMNS))
+    notes["timestamp"] = notes["timestamp"].dt.tz_localize(None)
+    coords = xr.Coordinates.from_pandas_multiindex(index, "record").assign(
+        {name: ("record", notes[name].to_numpy()) for name in notes}
+    )
+    metadata = selection.schema.metadata
+    attrs = {"experiment": metadata.experiment or "", "commit": selection.commit}
+    return xr.Dataset(variables, coords, attrs)

@@ -1,0 +1,331 @@
+"""The key of a record, and what is known of a record besides its tensors."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Self, SupportsIndex
+
+import numpy as np
+import xxhash
+from numcodecs.bitround import BitRound
+
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.schema import Schema, TensorColumn
+
+KEY_COLUMNS = ("node", "round", "split", "class_name", "index")
+"""The columns that together identify a record, in the order in which they are shown."""
+
+NOTE_COLUMNS = ("sample_id", "image_filename", "audio_path", "timestamp", "extra")
+"""What is kept of a record besides its key and its tensors."""
+
+
+@dataclass(frozen=True, order=True)
+class RecordKey:
+    """What identifies one record of a store.
+
+    Parameters
+    ----------
+    node : str
+        Federated node: ``"0"``, ``"1"``, ... or ``"server"``.
+    round : int
+        Federated round, from 0.
+    split : str
+        ``"train"``, ``"val"``, ``"test"`` or any other name.
+    class_name : str
+        Class of the sample.
+    index : int
+        Number of the sample within node, split and class, from 0.
+    """
+
+    node: str
+    round: int
+    split: str
+    class_name: str
+    index: int
+
+    def __str__(self) -> str:
+        return (
+            f"node {self.node}, round {self.round}, split {self.split}, "
+            f"class {self.class_name}, index {self.index}"
+        )
+
+
+@dataclass(frozen=True)
+class RecordBatch:
+    """Records that fit a schema: what `EmbeddingStore.append` writes.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray
+        Key columns, notes and digests, each ``[n]``.
+    tensors : mapping of str to ndarray
+        Tensor columns, float32 ``[n, *shape]``, already rounded to the schema's precision.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray]
+
+    @classmethod
+    def check(
+        cls,
+        schema: Schema,
+        keys: Mapping[str, Any],
+        notes: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+    ) -> Self:
+        """Return the records given by `keys`, `notes` and `tensors` if they fit `schema`.
+
+        Parameters
+        ----------
+        schema : Schema
+            What the records must look like.
+        keys : mapping
+            A value for each of `KEY_COLUMNS`: one for all records, or a sequence of one each.
+        notes : mapping
+            The same for `NOTE_COLUMNS`; None where nothing is known.
+        tensors : mapping
+            For each tensor column ``[n, *shape]``, or ``[*shape]`` for a single record: torch
+            tensors on any device or numpy arrays, of float16, bfloat16 or float32. Optional
+            columns may be None.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a name, shape, data type or value does not fit; the message names the record.
+        """
+        arrays = {t.name: _tensor(schema, t, tensors.get(t.name)) for t in schema.tensors}
+        counts = {name: len(array) for name, array in arrays.items() if array is not None}
+        n = next(iter(counts.values()))
+        if len(set(counts.values())) > 1:
+            raise SchemaMismatchError(f"expected as many records in every tensor, got {counts}")
+        unknown = set(tensors) - set(schema.columns)
+        if any(tensors[name] is not None for name in unknown):
+            raise SchemaMismatchError(
+                f"expected the tensor columns {', '.join(schema.columns)}, got also "
+                f"{', '.join(sorted(unknown))}"
+            )
+        columns = _key_columns(keys, n) | _note_columns(notes, n)
+        finished = {}
+        for tensor in schema.tensors:
+            given = arrays[tensor.name]
+            columns |= _finish(schema, tensor, given, columns, n)
+            if given is not None:
+                finished[tensor.name] = given
+        return cls(columns, finished)
+
+    def __len__(self) -> int:
+        return len(self.columns["index"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in memory."""
+        return sum(array.nbytes for array in self.tensors.values())
+
+    def key(self, position: int) -> RecordKey:
+        """Return the key of the record at `position`."""
+        return key_at(self.columns, position)
+
+    def take(self, positions: np.ndarray | slice) -> RecordBatch:
+        """Return the records at `positions`; a slice shares their memory."""
+        return RecordBatch(
+            {name: values[positions] for name, values in self.columns.items()},
+            {name: values[positions] for name, values in self.tensors.items()},
+        )
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[RecordBatch]) -> RecordBatch:
+        """Return the records of `batches` as one; a single batch is returned as it is."""
+        if len(batches) == 1:
+            return batches[0]
+        columns = {
+            name: np.concatenate([batch.columns[name] for batch in batches])
+            for name in batches[0].columns
+        }
+        shapes = {name: v.shape[1:] for batch in batches for name, v in batch.tensors.items()}
+        tensors = {
+            name: np.concatenate([batch._values(name, shape) for batch in batches])
+            for name, shape in shapes.items()
+        }
+        return cls(columns, tensors)
+
+    def _values(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name in self.tensors:
+            return self.tensors[name]
+        return np.full((len(self), *shape), np.nan, np.float32)
+
+
+def key_at(columns: Mapping[str, np.ndarray], position: int) -> RecordKey:
+    """Return the key that stands at `position` of the key columns `columns`."""
+    return RecordKey(
+        node=str(columns["node"][position]),
+        round=int(columns["round"][position]),
+        split=str(columns["split"][position]),
+        class_name=str(columns["class_name"][position]),
+        index=int(columns["index"][position]),
+    )
+
+
+def to_milliseconds(moment: datetime) -> int:
+    """Return `moment` in milliseconds since 1970 UTC; one without a time zone is taken as UTC."""
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return round(moment.timestamp() * 1000)
+
+
+def _key_columns(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+    missing = [name for name in KEY_COLUMNS if keys.get(name) is None]
+    if missing:
+        raise SchemaMismatchError(f"expected a value for {', '.join(missing)}, got None")
+    node = [str(v) if _is_whole(v) else v for v in _spread("node", keys["node"], n)]
+    return {
+        "node": _strings("node", node, empty=False),
+        "round": _integers("round", keys["round"], n, np.dtype(np.int32)),
+        "split": _strings("split", _spread("split", keys["split"], n), empty=False),
+        "class_name": _strings("class_name", _spread("class_name", keys["class_name"], n)),
+        "index": _integers("index", keys["index"], n, np.dtype(np.int64)),
+    }
+
+
+def _note_columns(notes: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+    columns = {}
+    for name in ("sample_id", "image_filename", "audio_path"):
+        values = ["" if v is None else v for v in _spread(name, notes.get(name), n)]
+        columns[name] = _strings(name, values)
+    moments = [_moment(v) for v in _spread("timestamp", notes.get("timestamp"), n)]
+    columns["timestamp"] = np.array(moments, np.int64)
+    columns["extra"] = _strings(
+        "extra", [_json(v) for v in _spread("extra", notes.get("extra"), n)]
+    )
+    return columns
+
+
+def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
+    if value is None or isinstance(value, str | bytes | Mapping | datetime) or _is_whole(value):
+        return [value] * n
+    if isinstance(value, np.datetime64):
+        return [value] * n
+    try:
+        values = list(value)
+    except TypeError:
+        raise SchemaMismatchError(f"{name}: {value!r} is of no use here") from None
+    if len(values) != n:
+        raise SchemaMismatchError(f"{name}: expected {n} values, one per record, got {len(values)}")
+    return values
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray)
+
+
+def _strings(name: str, values: Sequence[Any], *, empty: bool = True) -> np.ndarray:
+    for value in values:
+        if not isinstance(value, str) or value == "\ufffd" or not (value or empty):
+            wanted = "text" if empty else "text that is not empty"
+            raise SchemaMismatchError(f"{name}: expected {wanted}, got {value!r}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise SchemaMismatchError(f"{name}: {value!r} is not valid UTF-8: {error}") from None
+    return np.array(values, np.dtypes.StringDType())
+
+
+def _integers(name: str, value: Any, n: int, dtype: np.dtype[Any]) -> np.ndarray:
+    if _is_tensor(value):
+        value = value.tolist()
+    values = _spread(name, value, n)
+    largest = np.iinfo(dtype).max
+    for number in values:
+        if not _is_whole(number) or not 0 <= operator.index(number) <= largest:
+            raise SchemaMismatchError(
+                f"{name}: expected a whole number from 0 to {largest}, got {number!r}"
+            )
+    return np.array(values, dtype)
+
+
+def _moment(value: Any) -> int:
+    if value is None:
+        return to_milliseconds(datetime.now(UTC))
+    if isinstance(value, datetime):
+        return to_milliseconds(value)
+    if isinstance(value, np.datetime64) and not np.isnat(value):
+        return int(value.astype("datetime64[ms]").astype(np.int64))
+    raise SchemaMismatchError(f"timestamp: expected a datetime, got {value!r}")
+
+
+def _json(value: Any) -> str:
+    if value is None:
+        return ""
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise SchemaMismatchError(f"extra: {value!r} cannot be kept as JSON: {error}") from None
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach") and hasattr(value, "numpy")
+
+
+def _tensor(schema: Schema, column: TensorColumn, value: Any) -> np.ndarray | None:
+    """Return our own float32 copy of `value`, ``[n, *shape]``."""
+    if value is None:
+        if column.optional:
+            return None
+        raise SchemaMismatchError(
+            f"{column.name}: expected a tensor {list(column.shape)}, got None"
+        )
+    dtype = str(value.dtype).removeprefix("torch.") if hasattr(value, "dtype") else type(value)
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise SchemaMismatchError(
+            f"{column.name}: expected float32, float16 or bfloat16, got {dtype}; "
+            f"convert it first, so that what is lost is your choice"
+        )
+    shape = tuple(value.shape)
+    if shape == column.shape:
+        shape = (1, *shape)
+    if shape[1:] != column.shape:
+        raise SchemaMismatchError(
+            f"{column.name}: expected [n, {', '.join(map(str, column.shape))}] as in the store "
+            f"({schema.describe()}), got {list(value.shape)}"
+        )
+    if _is_tensor(value):
+        value = value.detach().cpu().float().numpy()
+    return np.array(value, np.float32, order="C").reshape(shape)
+
+
+def _finish(
+    schema: Schema,
+    tensor: TensorColumn,
+    values: np.ndarray | None,
+    columns: Mapping[str, np.ndarray],
+    n: int,
+) -> dict[str, np.ndarray]:
+    """Round `values` in place, refuse those that are not finite, and return their columns."""
+    digests = np.zeros(n, np.uint64)
+    if values is not None:
+        if schema.precision == "bfloat16":
+            _check_finite(tensor, values, columns, "not finite")
+            values[...] = BitRound(keepbits=7).encode(values).view(np.float32)
+        _check_finite(tensor, values, columns, "not finite in " + schema.precision)
+        digests[:] = [digest(record) for record in values]
+    made = {f"{tensor.name}_digest": digests}
+    if tensor.optional:
+        made[f"has_{tensor.name}"] = np.full(n, values is not None)
+    return made
+
+
+def digest(values: np.ndarray) -> int:
+    """Return the xxh3 digest of one record's float32 values in one tensor column."""
+    return xxhash.xxh3_64_intdigest(values.data)
+
+
+def _check_finite(
+    tensor: TensorColumn, values: np.ndarray, columns: Mapping[str, np.ndarray], what: str
+) -> None:
+    for position, record in enumerate(values):
+        if not np.isfinite(record).all():
+            key = key_at(columns, position)
+            raise SchemaMismatchError(f"{tensor.name} of {key} has values that are {what}")

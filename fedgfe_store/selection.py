@@ -1,0 +1,243 @@
+"""Records picked by filters: lazily, and readable as pandas, xarray or torch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+
+from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordKey
+from fedgfe_store.schema import Schema
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    import torch
+    import xarray as xr
+
+    from fedgfe_store.torch_data import Batches
+
+_NUMBERS = ("round", "index")
+
+
+class Selection:
+    """Records of a store, in a fixed order, as one commit shows them.
+
+    Made by `EmbeddingStore.select`. Key columns are read when first needed; tensors only by
+    `read`, by `batches` as it is iterated, and by the arrays of `to_xarray` as they are used.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        filters: Mapping[str, Any],
+        *,
+        per_class: int | None,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        self._snapshot = snapshot
+        self._filters = filters
+        self._per_class = per_class
+        self._given = rows
+
+    @classmethod
+    def of(
+        cls, snapshot: Snapshot, filters: Mapping[str, Any], *, per_class: int | None = None
+    ) -> Selection:
+        """Return the records of `snapshot` that meet `filters`; see `EmbeddingStore.select`."""
+        if per_class is not None and not (_is_whole(per_class) and per_class >= 1):
+            raise SchemaMismatchError(
+                f"per_class: expected a whole number from 1 up, got {per_class!r}"
+            )
+        checked = {name: _wanted(name, value) for name, value in filters.items()}
+        return cls(snapshot, checked, per_class=per_class)
+
+    @property
+    def path(self) -> Path:
+        """Folder of the store."""
+        return self._snapshot.path
+
+    @property
+    def schema(self) -> Schema:
+        """What the records look like."""
+        return self._snapshot.schema
+
+    @property
+    def commit(self) -> int:
+        """Number of the commit that is seen."""
+        return self._snapshot.commit
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.rows)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self._filters.items()) or "all records"
+        return f"<Selection of {self.path} at commit {self.commit}: {len(self)} records ({shown})>"
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Row numbers of the records in the store's arrays, int64 ``[n]``."""
+        if self._given is not None:
+            return self._given
+        rows = np.flatnonzero(self._snapshot.visible)
+        for name in sorted(self._filters, key=_NUMBERS.__contains__, reverse=True):
+            values = self._snapshot.column_at(name, rows)
+            rows = rows[_matches(values, self._filters[name])]
+        return rows if self._per_class is None else self._lowest(rows, self._per_class)
+
+    def _lowest(self, rows: np.ndarray, n: int) -> np.ndarray:
+        import pandas as pd
+
+        keys = pd.DataFrame({name: self._column(name, rows) for name in KEY_COLUMNS})
+        ordered = keys.sort_values("index", kind="stable")
+        groups = ordered.groupby(["node", "round", "split", "class_name"], sort=False)
+        kept: np.ndarray = rows[np.sort(groups.head(n).index.to_numpy())]
+        return kept
+
+    def _column(self, name: str, rows: np.ndarray) -> np.ndarray:
+        values = self._snapshot.column_at(name, rows)
+        return values.astype(object) if values.dtype.kind == "T" else values
+
+    @cached_property
+    def records(self) -> pd.DataFrame:
+        """Everything but the tensors, one row per record.
+
+        Returns
+        -------
+        DataFrame
+            Columns ``node``, ``round``, ``split``, ``class_name``, ``index``, ``sample_id``,
+            ``image_filename``, ``audio_path``, ``timestamp`` (UTC), ``extra`` (JSON), a
+            ``<tensor>_digest`` for each tensor column and ``recorded_in``, the commit that
+            first wrote the record. The frame's own index counts the selection from 0.
+        """
+        import pandas as pd
+
+        names = [*KEY_COLUMNS, *NOTE_COLUMNS]
+        names += [name for name in self._snapshot.group.key_names if name.startswith("has_")]
+        names += [f"{name}_digest" for name in self.schema.columns] + ["recorded_in"]
+        frame = pd.DataFrame({name: self._column(name, self.rows) for name in names})
+        frame["timestamp"] = pd.to_datetime(frame["timestamp"], unit="ms", utc=True)
+        return frame
+
+    def keys(self) -> list[RecordKey]:
+        """Return the records' keys."""
+        return self._snapshot.keys(self.rows)
+
+    def take(self, positions: Sequence[int] | np.ndarray | slice) -> Selection:
+        """Return the records at `positions` of this selection, in that order."""
+        rows = self.rows[positions if isinstance(positions, slice) else np.asarray(positions, int)]
+        return Selection(self._snapshot, self._filters, per_class=self._per_class, rows=rows)
+
+    def read(self, column: str) -> np.ndarray:
+        r"""Read a tensor column of the selected records into memory.
+
+        Parameters
+        ----------
+        column : str
+            Name of the tensor column.
+
+        Returns
+        -------
+        ndarray of float32, shape [n, \*shape]
+            NaN where a record has no value in an optional column.
+
+        Raises
+        ------
+        DamagedDataError
+            If a record's values are not those that were committed; names the record.
+        """
+        return self._snapshot.read(column, self.rows)
+
+    def to_xarray(self) -> xr.Dataset:
+        """Return the selection as a lazy Dataset.
+
+        Returns
+        -------
+        Dataset
+            Tensor columns along ``record``; the keys are a MultiIndex on it, so that
+            ``.sel(round=5, class_name="dog")`` works. Tensors are read, and checked, when their
+            values are used.
+        """
+        from fedgfe_store._xarray import to_dataset
+
+        return to_dataset(self)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        columns: Sequence[str] | None = None,
+        prefetch: int = 2,
+    ) -> Batches:
+        """Return the selection as torch batches, read ahead by a thread while iterated.
+
+        Parameters
+        ----------
+        batch_size : int
+            Records per batch; the last one holds what remains.
+        dtype : torch.dtype, optional
+            Data type of the tensors, by default float32.
+        columns : sequence of str, optional
+            Tensor columns, by default all that every record has.
+        prefetch : int
+            Batches read ahead; 0 reads in the caller's thread.
+
+        Returns
+        -------
+        Batches
+            A sized iterable of `Batch`.
+        """
+        from fedgfe_store.torch_data import Batches
+
+        return Batches(self, batch_size, dtype=dtype, columns=columns, prefetch=prefetch)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray)
+
+
+def _wanted(name: str, value: Any) -> range | list[Any]:
+    """Return a filter's value as a range of numbers or a list of the column's type."""
+    if isinstance(value, range):
+        return value if name in _NUMBERS else [_one(name, number) for number in value]
+    if isinstance(value, str | bytes) or _is_whole(value) or not isinstance(value, Iterable):
+        return [_one(name, value)]
+    return [_one(name, each) for each in value]
+
+
+def _one(name: str, value: Any) -> str | int:
+    if name in _NUMBERS:
+        if _is_whole(value):
+            return operator.index(value)
+        raise SchemaMismatchError(f"{name}: expected whole numbers or a range, got {value!r}")
+    if name == "node" and _is_whole(value):
+        return str(operator.index(value))
+    if isinstance(value, str):
+        return str(value)
+    raise SchemaMismatchError(f"{name}: expected text, got {value!r}")
+
+
+def _matches(values: np.ndarray, wanted: range | list[Any]) -> np.ndarray:
+    if isinstance(wanted, range):
+        if not wanted:
+            return np.zeros(len(values), bool)
+        low, high = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1])
+        wide = values.astype(np.int64)
+        mask: np.ndarray = (wide >= low) & (wide <= high) & ((wide - low) % abs(wanted.step) == 0)
+        return mask
+    if len(wanted) == 1:
+        return np.asarray(values == wanted[0])
+    if values.dtype.kind == "T":
+        return np.isin(values, np.array(wanted, values.dtype))
+    return np.isin(values, np.array(wanted, np.int64))

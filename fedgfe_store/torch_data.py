@@ -1,0 +1,131 @@
+"""A selection as torch batches that are read ahead by a thread."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from fedgfe_store.errors import SchemaMismatchError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedgfe_store.selection import Selection
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of some records, ``[b, *shape]`` each, and the frame of what else is known."""
+
+    records: pd.DataFrame
+    tensors: Mapping[str, torch.Tensor]
+
+    def __getitem__(self, column: str) -> torch.Tensor:
+        return self.tensors[column]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class Batches:
+    """A sized iterable of `Batch`, made by `Selection.batches`; each iteration reads afresh."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None,
+        columns: Sequence[str] | None,
+        prefetch: int,
+    ) -> None:
+        if batch_size < 1 or prefetch < 0:
+            raise SchemaMismatchError(
+                f"expected batch_size from 1 and prefetch from 0, got {batch_size} and {prefetch}"
+            )
+        required = [t.name for t in selection.schema.tensors if not t.optional]
+        self._columns = required if columns is None else list(columns)
+        for name in self._columns:
+            selection.schema.column(name)
+        self._selection = selection
+        self._size, self._dtype, self._prefetch = batch_size, dtype, prefetch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._selection) / self._size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return prefetch(self._read(), self._prefetch) if self._prefetch else self._read()
+
+    def _read(self) -> Iterator[Batch]:
+        for start in range(0, len(self._selection), self._size):
+            part = self._selection.take(slice(start, start + self._size))
+            tensors = {}
+            for name in self._columns:
+                tensor = torch.from_numpy(part.read(name))
+                tensors[name] = tensor if self._dtype is None else tensor.to(self._dtype)
+            frame = self._selection.records.iloc[start : start + self._size]
+            yield Batch(frame, tensors)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException
+
+
+_END = object()
+
+
+def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
+    """Iterate over `items` in a thread that runs up to `depth` items ahead.
+
+    Parameters
+    ----------
+    items : iterable
+        Iterated once, in the thread; an exception of it is raised to the consumer.
+    depth : int
+        Items that may wait for the consumer.
+
+    Yields
+    ------
+    object
+        The items, in order. Closing the iterator ends the thread.
+    """
+    waiting: queue.Queue[object] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(_END)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
+            put(_Failed(error))
+
+    thread = threading.Thread(target=work, name="fedgfe-store-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not _END:
+            if isinstance(item, _Failed):
+                raise item.error
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,48 @@
+"""What several test files share: small stores with known values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedgfe_store import EmbeddingStore, Schema
+
+SMALL = Schema.flux(3, width=8, clip=(4,), granule=4)
+
+
+def values(n: int, seed: int = 0, schema: Schema = SMALL) -> dict[str, np.ndarray]:
+    """Tensors of `n` records that fit `schema`, from a normal distribution."""
+    rng = np.random.default_rng(seed)
+    return {
+        t.name: rng.standard_normal((n, *t.shape), dtype=np.float32)
+        for t in schema.tensors
+        if not t.optional
+    }
+
+
+def fill(
+    store: EmbeddingStore, *, node: str | int, round: int, classes: str = "dog cat", n: int = 3
+) -> dict[tuple[str, int], dict[str, np.ndarray]]:
+    """Append `n` records of each class as one commit; return what was given, by class and index."""
+    given = {}
+    with store.append(node=node, round=round) as batch:
+        for number, name in enumerate(classes.split()):
+            seed = (int(node) + 1 if str(node).isdecimal() else 0) * 10_000 + round * 100 + number
+            tensors = values(n, seed, store.schema)
+            batch.add(
+                split="train",
+                class_name=name,
+                index=range(n),
+                sample_id=[f"train_{i}" for i in range(n)],
+                **tensors,
+            )
+            for i in range(n):
+                given[name, i] = {column: array[i] for column, array in tensors.items()}
+    return given
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    return EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)

@@ -1,0 +1,356 @@
+"""The format seen from outside: other readers, killed writers, damaged and missing files."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import xarray as xr
+import zarr
+from conftest import SMALL, fill, values
+
+from fedgfe_store import EmbeddingStore, Schema
+from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
+
+
+def plain(path: Path) -> xr.Dataset:
+    """Open the store as README shows for any Zarr reader: the mask of the last commit."""
+    dataset = xr.open_zarr(path)
+    commit = dataset.attrs["fedgfe_store"]["commit_point"]["commit"]
+    created, deleted = dataset["created_in"], dataset["deleted_in"]
+    visible = (created > 0) & (created <= commit) & ~((deleted > 0) & (deleted <= commit))
+    return dataset.isel(record=np.flatnonzero(visible))
+
+
+def raw_tensor(path: Path, name: str):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}}
+    return tensorstore.open(spec, read=True).result()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_other_readers_see_the_same_numbers(tmp_path, precision):
+    schema = Schema.flux(17, precision=precision)
+    store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
+    fill(store, node=0, round=1, n=5)
+    fill(store, node="server", round=1, n=20)
+    selection = EmbeddingStore.open(store.path).select()
+    other = plain(store.path)
+    rows = selection.rows
+    for name in schema.columns:
+        ours = selection.read(name)
+        assert np.array_equal(raw_tensor(store.path, name)[rows].read().result(), ours)
+        assert np.array_equal(other[name].to_numpy(), ours)
+        assert np.array_equal(zarr.open_group(store.path, mode="r")[name][:][rows], ours)
+    frame = selection.records
+    for name in ("node", "round", "split", "class_name", "index", "sample_id", "t5_digest"):
+        assert other[name].to_numpy().tolist() == frame[name].tolist()
+    times = other["timestamp"].to_numpy()
+    assert times.dtype.kind == "M"
+    assert (times == frame["timestamp"].dt.tz_localize(None).to_numpy()).all()
+
+
+def test_the_writer_without_zarrs_writes_the_same(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("fedgfe_store._layout.ZarrsCodecPipeline", None)
+        store = EmbeddingStore.create(tmp_path / "s.zarr", SMALL)
+        given = fill(store, node=0, round=1)
+    selection = EmbeddingStore.open(store.path).select()
+    for key, t5 in zip(selection.keys(), selection.read("t5"), strict=True):
+        assert np.array_equal(t5, given[key.class_name, key.index]["t5"])
+
+
+def test_zarrs_is_set_on_our_arrays_only(store):
+    fill(store, node=0, round=1)
+    store.select().read("t5")
+    assert "zarrs" not in zarr.config.get("codec_pipeline.path")
+
+
+def test_integers_keep_their_type_and_zero(store):  # cases.md c15
+    fill(store, node=0, round=0)
+    other = plain(store.path)
+    assert other["round"].dtype == np.int32
+    assert other["index"].dtype == np.int64
+    assert (other["round"] == 0).all()
+    assert other["index"].to_numpy().tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_every_way_to_open_agrees_after_appends(store):  # cases.md c16, c17
+    for round_ in range(3):
+        fill(store, node=0, round=round_)
+    inside = xr.open_zarr(store.path)
+    code = f"import xarray as xr; print(dict(xr.open_zarr({str(store.path)!r}).sizes))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == str(dict(inside.sizes))
+    shapes = {name: array.shape for name, array in zarr.open_group(store.path, mode="r").arrays()}
+    unconsolidated = zarr.open_group(store.path, mode="r", use_consolidated=False)
+    assert {name: array.shape for name, array in unconsolidated.arrays()} == shapes
+    lengths = {shape[0] for name, shape in shapes.items() if not name.startswith("commit_")}
+    assert lengths == {24}
+
+
+def test_other_peoples_attributes_and_arrays_are_kept(store):
+    fill(store, node=0, round=1)
+    group = zarr.open_group(store.path, mode="r+")
+    group.attrs["note"] = "mine"
+    group.create_array("labels", shape=(2,), dtype="int64")[:] = [4, 5]
+    if group.metadata.consolidated_metadata is None:
+        pytest.fail("zarr dropped the consolidated metadata")
+    reopened = EmbeddingStore.open(store.path)
+    fill(reopened, node=0, round=2)
+    group = zarr.open_group(store.path, mode="r")
+    assert group.attrs["note"] == "mine"
+    assert zarr.open_array(store.path / "labels")[:].tolist() == [4, 5]
+
+
+WRITER = """
+import sys, numpy as np
+sys.path.insert(0, {tests!r})
+from conftest import values
+from fedgfe_store import EmbeddingStore, _append
+_append._BUFFER_BYTES = 4000
+store = EmbeddingStore.open({path!r})
+print("ready", flush=True)
+for round in range(100, 10_000):
+    with store.append(node=0, round=round) as batch:
+        for i in range(40):
+            batch.add(split="train", class_name="dog", index=i,
+                      **{{k: v[0] for k, v in values(1, round * 100 + i).items()}})
+    print(round, flush=True)
+"""
+
+
+def start_writer(path: Path) -> subprocess.Popen[str]:
+    code = WRITER.format(path=str(path), tests=str(Path(__file__).parent))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def check_commits(path: Path, acknowledged: int) -> int:
+    """All of every acknowledged round, nothing of a partial one, in our reader and in xarray."""
+    store = EmbeddingStore.open(path)
+    other = plain(path)
+    rounds = sorted({k.round for k in store.select().keys()} - {1})
+    assert len(store) == 6 + 40 * len(rounds)
+    assert len(rounds) >= acknowledged
+    assert rounds == list(range(100, 100 + len(rounds)))
+    assert other["round"].to_numpy().tolist() == store.select().records["round"].tolist()
+    for round_ in rounds[-2:]:
+        selection = store.select(round=round_)
+        expected = np.stack([values(1, round_ * 100 + i)["t5"][0] for i in range(40)])
+        assert np.array_equal(selection.read("t5"), expected)
+        here = other["round"].to_numpy() == round_
+        assert np.array_equal(other["t5"].isel(record=here).to_numpy(), expected)
+    return len(rounds)
+
+
+def test_readers_while_a_writer_appends_and_after_it_was_killed(store):  # cases.md c5
+    fill(store, node=0, round=1)
+    done = 0
+    rng = random.Random(5)
+    for _ in range(6):
+        writer = start_writer(store.path)
+        deadline = time.monotonic() + rng.uniform(0.1, 1.2)
+        while time.monotonic() < deadline:
+            check_commits(store.path, 0)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        numbers = [int(line) for line in writer.stdout.read().split()]
+        writer.stdout.close()
+        acknowledged = max(numbers, default=99) - 99
+        done = check_commits(store.path, max(done, acknowledged))
+    last = EmbeddingStore.open(store.path)
+    fill(last, node=7, round=5000)
+    assert not (store.path / "pending").exists()
+    assert not [f for f in store.path.rglob("*") if f.name.endswith((".tmp", ".partial"))]
+    granules = last._snapshot.point.records // SMALL.granule
+    for name in SMALL.columns:
+        assert {int(f.name.split(".")[1]) for f in store.path.glob(f"{name}/c.*")} == set(
+            range(granules)
+        )
+
+
+def test_a_reader_of_the_last_commit_is_right_while_a_writer_holds_the_tail(store):
+    fill(store, node=0, round=1)
+    with store.append(node=1, round=1) as batch:
+        batch.add(split="train", class_name="dog", index=range(9), **values(9))
+        batch._write(rest=True)
+        reader, other = EmbeddingStore.open(store.path), plain(store.path)
+        assert (len(reader), reader.commit, other.sizes["record"]) == (6, 1, 6)
+        assert np.array_equal(reader.select().read("t5"), other["t5"].to_numpy())
+    assert len(EmbeddingStore.open(store.path)) == 15
+    assert len(reader) == 6
+
+
+def test_two_writers_at_once_lose_nothing(store):
+    code = """
+import sys; sys.path.insert(0, {tests!r})
+from conftest import fill
+from fedgfe_store import EmbeddingStore
+store = EmbeddingStore.open({path!r})
+for round in range(5): fill(store, node={node}, round=round)
+"""
+    writers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                code.format(tests=str(Path(__file__).parent), path=str(store.path), node=node),
+            ]
+        )
+        for node in (0, 1)
+    ]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    opened = EmbeddingStore.open(store.path)
+    assert (opened.commit, len(opened)) == (10, 60)
+    opened.select().read("t5")
+
+
+def test_without_locks_an_interleaved_writer_is_a_conflict(store, monkeypatch):
+    class NoLock:
+        def release(self):
+            pass
+
+    monkeypatch.setattr("fedgfe_store._commit.writer_lock", lambda path, timeout: NoLock())
+    other = EmbeddingStore.open(store.path)
+    with pytest.raises(ConflictError, match="another writer came in between"):
+        with store.append(node=0, round=1) as batch:
+            batch.add(split="train", class_name="dog", index=range(9), **values(9))
+            batch._write(rest=True)
+            fill(other, node=1, round=1)
+    opened = EmbeddingStore.open(store.path)
+    assert {k.node for k in opened.select().keys()} == {"1"}
+    opened.select().read("t5")
+
+
+def damage(path: Path, name: str, offset: int) -> None:
+    file = path / name
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 0x40
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_is_an_error_that_names_the_record(store):  # cases.md d3
+    fill(store, node=3, round=9, classes="dog")
+    file = store.path / "t5" / "c.0.0.0"
+    good = file.read_bytes()
+    named = 0
+    for offset in range(0, len(good), 7):
+        damage(store.path, "t5/c.0.0.0", offset)
+        try:
+            read = EmbeddingStore.open(store.path).select().read("t5")
+        except DamagedDataError as error:
+            assert "t5 of node 3, round 9, split train, class dog, index" in str(error)
+            named += 1
+        else:
+            assert np.array_equal(read, values(3, 40900)["t5"])
+        file.write_bytes(good)
+    assert named > len(good) / 7 / 2
+
+
+def test_a_missing_file_is_an_error_and_never_numbers(store):  # cases.md c13
+    fill(store, node=0, round=1)
+    (store.path / "clip" / "c.1.0").unlink()
+    selection = EmbeddingStore.open(store.path).select()
+    assert selection.take([0]).read("clip").shape == (1, 4)
+    with pytest.raises(DamagedDataError, match="clip of node 0, round 1.*is missing"):
+        selection.read("clip")
+    with pytest.raises(DamagedDataError, match="clip of node 0, round 1"):
+        selection.to_xarray()["clip"].load()
+    with pytest.raises(DamagedDataError, match="clip of node 0, round 1"):
+        list(selection.batches(2))
+
+
+@pytest.mark.parametrize("name", ["round", "node", "created_in", "deleted_in", "t5_digest"])
+def test_missing_and_damaged_key_chunks(store, name):
+    fill(store, node=0, round=1)
+    file = store.path / name / "c.0"
+    good = file.read_bytes()
+    for bad in (None, good[: len(good) // 2], b"", bytes(len(good))):
+        if bad is None:
+            file.unlink()
+        else:
+            file.write_bytes(bad)
+        with pytest.raises(DamagedDataError, match=name):
+            EmbeddingStore.open(store.path).select(round=1, node=0).read("t5")
+        file.write_bytes(good)
+    assert len(EmbeddingStore.open(store.path).select(round=1)) == 6
+
+
+def test_a_damaged_group_file_is_never_a_raw_error(store):
+    fill(store, node=0, round=1)
+    file = store.path / "zarr.json"
+    good = file.read_bytes()
+    rng = random.Random(1)
+    for _ in range(150):
+        damage(store.path, "zarr.json", rng.randrange(len(good)))
+        try:
+            opened = EmbeddingStore.open(store.path)
+            assert len(opened) == 6
+            assert opened.select().read("t5").shape == (6, 3, 8)
+        except (DamagedDataError, SchemaMismatchError, FileNotFoundError):
+            pass
+        file.write_bytes(good)
+
+
+def test_a_newer_format_is_refused_by_number(store):
+    document = json.loads((store.path / "zarr.json").read_text())
+    document["attributes"]["fedgfe_store"]["version"] = 2
+    (store.path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(SchemaMismatchError, match="format version 2, and this release reads"):
+        EmbeddingStore.open(store.path)
+
+
+def test_lost_consolidated_metadata_is_damage_that_says_so(store):
+    fill(store, node=0, round=1)
+    document = json.loads((store.path / "zarr.json").read_text())
+    del document["consolidated_metadata"]
+    (store.path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(DamagedDataError, match="did another tool rewrite it"):
+        EmbeddingStore.open(store.path)
+
+
+def test_data_is_on_the_disk_before_the_commit_point(store, tmp_path):
+    """Trace the system calls: no file is renamed into place or published before its fsync."""
+    log = tmp_path / "calls"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from conftest import fill\nfrom fedgfe_store import EmbeddingStore, _files\n"
+        "import os\n"
+        f"store = EmbeddingStore.open({str(store.path)!r})\n"
+        f"out = open({str(log)!r}, 'w')\n"
+        "real = {name: getattr(os, name) for name in ('fsync', 'replace', 'unlink')}\n"
+        "def fsync(fd):\n"
+        "    print('fsync', os.readlink(f'/proc/self/fd/{fd}'), file=out, flush=True)\n"
+        "    return real['fsync'](fd)\n"
+        "def replace(a, b):\n"
+        "    print('replace', a, b, file=out, flush=True); return real['replace'](a, b)\n"
+        "os.fsync, os.replace = fsync, replace\n"
+        "fill(store, node=0, round=1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    calls = [line.split(" ") for line in log.read_text().splitlines()]
+    published = next(
+        i
+        for i, c in enumerate(calls)
+        if c[0] == "replace" and c[2] == str(store.path / "zarr.json")
+    )
+    synced = {c[1] for c in calls[:published] if c[0] == "fsync"}
+    for name in SMALL.columns:
+        for file in (store.path / name).glob("c.*"):
+            assert str(file) in synced
+            assert str(file.parent) in synced
+    for call in calls:
+        if call[0] == "replace":
+            before = calls[: calls.index(call)]
+            assert ["fsync", call[1]] in before, f"{call[2]} was named before it was flushed"
+    after = [c for c in calls[published:] if c == ["fsync", str(store.path)]]
+    assert after, "the folder was not flushed after the commit point"
