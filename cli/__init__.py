@@ -1,0 +1,1 @@
+"""The command line, ``fedgfe-store``: one module per command."""

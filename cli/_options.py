@@ -1,0 +1,91 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+class NumberList(click.ParamType):
+    """Whole numbers and ranges: ``1,5,10-20``."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return `value` as a list of int."""
+        if not isinstance(value, str):
+            return value
+        numbers: list[int] = []
+        for part in value.split(","):
+            if found := _RANGE.fullmatch(part.strip()):
+                numbers += _ascending(self, found, param, ctx)
+            elif part.strip().isdecimal():
+                numbers.append(int(part))
+            else:
+                self.fail(f"expected numbers such as 1,5,10-20, got {value!r}", param, ctx)
+        return numbers
+
+
+class NameList(click.ParamType):
+    """Names; ranges of numbers too where `ranges` is set: ``0-4,server``."""
+
+    name = "names"
+
+    def __init__(self, *, ranges: bool = False) -> None:
+        self.ranges = ranges
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return `value` as a list of str."""
+        if not isinstance(value, str):
+            return value
+        names: list[str] = []
+        for part in value.split(","):
+            found = _RANGE.fullmatch(part.strip()) if self.ranges else None
+            names += map(str, _ascending(self, found, param, ctx)) if found else [part.strip()]
+        return names
+
+
+def _ascending(kind: click.ParamType, found: re.Match[str], param: Any, ctx: Any) -> range:
+    first, last = int(found[1]), int(found[2])
+    if first > last:
+        kind.fail(f"expected a range from low to high, got {found[0]!r}", param, ctx)
+    return range(first, last + 1)
+
+
+_FILTERS = [
+    click.option("--node", type=NameList(ranges=True), help="Nodes: 0-4,server."),
+    click.option("--round", type=NumberList(), help="Rounds: 1,5,10-20."),
+    click.option("--split", type=NameList(), help="Splits: train,val,test."),
+    click.option("--class", "class_name", type=NameList(), help="Classes: dog,drum."),
+    click.option("--index", type=NumberList(), help="Sample numbers: 0-9."),
+    click.option("--sample-id", "sample_id", type=NameList(), help="Sample ids: train_0."),
+    click.option(
+        "--per-class",
+        type=click.IntRange(min=1),
+        help="Only the first N samples of each node, round, split and class.",
+    ),
+]
+
+
+def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the filter options, as one argument `filters` for `EmbeddingStore.select`."""
+    names = ("node", "round", "split", "class_name", "index", "sample_id", "per_class")
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        filters = {name: kwargs.pop(name) for name in names}
+        given = {name: value for name, value in filters.items() if value is not None}
+        return function(*args, filters=given, **kwargs)
+
+    for option in reversed(_FILTERS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")

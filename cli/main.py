@@ -1,0 +1,86 @@
+"""The command ``fedgfe-store``: its global options, its commands, and how errors are shown."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedgfe_store import __version__
+from fedgfe_store.errors import FedgfeStoreError
+
+_COMMANDS = {
+    "init": ("stores", "init", "Make an empty store."),
+    "import": ("importing", "command", "Import FedGFE .pt checkpoints."),
+    "info": ("stores", "info", "Show what a store holds."),
+    "query": ("query", "command", "List records by node, round, split and class."),
+    "generate": ("generate", "command", "Render images from embeddings."),
+    "demo": ("demo", "command", "Make a small experiment and render it, on any machine."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module only when that command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"fedgfe_store.cli.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FedgfeStoreError as error:
+            notes = getattr(error, "__notes__", [])
+            click.echo("\n".join([f"error: {error}", *notes]), err=True)
+            ctx.exit(1)
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="fedgfe-store")
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="FEDGFE_STORE",
+    default="embeddings.zarr",
+    show_default=True,
+    help="The embedding store; also $FEDGFE_STORE.",
+)
+@click.pass_context
+def group(ctx: click.Context, store: Path) -> None:
+    """Keep embeddings of federated training in one store, and render images from it.
+
+    \b
+    fedgfe-store import checkpoints/embeddings/
+    fedgfe-store info
+    fedgfe-store query --round 5 --class dog
+    fedgfe-store generate --round 5
+    """
+    ctx.obj = Context(store)
+
+
+class Context:
+    """What every command is given: the path of the store."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(group(standalone_mode=True))

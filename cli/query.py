@@ -1,0 +1,53 @@
+"""Listing records: ``query``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import filter_options
+from ._tables import print_table
+
+if TYPE_CHECKING:
+    from .main import Context
+
+_SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_filename")
+
+
+@click.command("query")
+@filter_options
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="json gives one record per line; json and csv have every column.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=0), help="Most records shown [table: 20, else all]."
+)
+@click.pass_obj
+def command(obj: Context, filters: dict[str, Any], form: str, limit: int | None) -> None:
+    """List records by node, round, split and class.
+
+    \b
+    fedgfe-store query --round 5 --class dog,drum --node 0-4,server
+    fedgfe-store query --round 1-20 --per-class 1 --format csv > records.csv
+    """
+    from fedgfe_store import EmbeddingStore
+
+    selection = EmbeddingStore.open(obj.store).select(**filters)
+    if limit is None and form == "table":
+        limit = 20
+    records = selection.take(slice(limit)).records
+    if form == "csv":
+        click.echo(records.to_csv(index=False), nl=False)
+    elif form == "json":
+        text = records.to_json(orient="records", lines=True, date_format="iso", force_ascii=False)
+        click.echo(text, nl=False)
+    else:
+        print_table(_SHOWN, records[list(_SHOWN)].to_numpy().tolist(), right=("round", "index"))
+        shown = "" if len(records) == len(selection) else f", {len(records)} shown"
+        click.echo(f"\n{len(selection):,} records{shown}")
