@@ -43,7 +43,8 @@ def writer_lock(path: Path, timeout: float) -> FileLock:
     BusyError
         If another writer still holds it.
     """
-    lock = FileLock(f"{path.resolve()}.lock")
+    real = path.resolve()
+    lock = FileLock(real.with_name(f".{real.name}.lock"))
     try:
         lock.acquire(timeout=timeout)
     except Timeout:

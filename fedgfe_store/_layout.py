@@ -167,10 +167,14 @@ def open_tensor(path: Path, name: str, metadata: Mapping[str, Any], rows: int) -
 
 def open_keys(path: Path, name: str, metadata: Mapping[str, Any], rows: int) -> Any:
     """Return the key column `name` of the store at `path` as a Zarr array of `rows` rows."""
-    return _open(DurableStore(path), name, metadata, rows)
+    # A chunk of nothing but fill values, as of has_<name>, must lie there too: readers take a
+    # missing one for damage.
+    return _open(DurableStore(path), name, metadata, rows, write_empty_chunks=True)
 
 
-def _open(store: LocalStore, name: str, metadata: Mapping[str, Any], rows: int) -> Any:
-    shape = [rows, *metadata["shape"][1:]]
-    parsed = ArrayV3Metadata.from_dict({**metadata, "shape": shape})
-    return zarr.Array(AsyncArray(metadata=parsed, store_path=StorePath(store, name)))
+def _open(
+    store: LocalStore, name: str, metadata: Mapping[str, Any], rows: int, **config: Any
+) -> Any:
+    parsed = ArrayV3Metadata.from_dict({**metadata, "shape": [rows, *metadata["shape"][1:]]})
+    location = StorePath(store, name)
+    return zarr.Array(AsyncArray(metadata=parsed, store_path=location, config=config))

@@ -23,16 +23,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of some records, ``[b, *shape]`` each, and the frame of what else is known."""
+    """Tensors of some records, ``[b, *shape]`` each, and the records themselves."""
 
-    records: pd.DataFrame
+    selection: Selection
     tensors: Mapping[str, torch.Tensor]
 
     def __getitem__(self, column: str) -> torch.Tensor:
         return self.tensors[column]
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.selection)
+
+    @property
+    def records(self) -> pd.DataFrame:
+        """Everything but the tensors, see `Selection.records`; read when asked for."""
+        return self.selection.records
 
 
 class Batches:
@@ -71,8 +76,7 @@ class Batches:
             for name in self._columns:
                 tensor = torch.from_numpy(part.read(name))
                 tensors[name] = tensor if self._dtype is None else tensor.to(self._dtype)
-            frame = self._selection.records.iloc[start : start + self._size]
-            yield Batch(frame, tensors)
+            yield Batch(part, tensors)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,126 @@
+"""Importing legacy checkpoints: ``import``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import quiet_option
+from ._progress import progress
+from ._tables import print_table, size
+
+if TYPE_CHECKING:
+    from fedgfe_store.checkpoints import FileReport, ImportReport
+
+    from .main import Context
+
+_MOST_SHOWN = 6
+
+
+@click.command("import")
+@click.argument(
+    "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH..."
+)
+@click.option(
+    "--pattern", default="*.pt", show_default=True, help="Which files of a folder to import."
+)
+@click.option("--audio", is_flag=True, help="Keep audio embeddings too.")
+@click.option("--dry-run", is_flag=True, help="Read and report, write nothing.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="How a new store keeps values; bfloat16 takes about 0.4 of the space.",
+)
+@click.option(
+    "--if-exists",
+    type=click.Choice(["error", "replace", "skip"]),
+    default="error",
+    show_default=True,
+    help="What becomes of records that the store has with other tensors.",
+)
+@quiet_option
+@click.pass_context
+def command(
+    ctx: click.Context, /, paths: tuple[Path, ...], pattern: str, quiet: bool, **options: Any
+) -> None:
+    """Import FedGFE .pt checkpoints, files or folders, into the store.
+
+    Each file becomes one commit. Files are read without running anything in them. A file that
+    cannot be read is reported and the others are imported; importing again changes nothing.
+    The store is made if it is not there.
+
+    \b
+    fedgfe-store import checkpoints/embeddings/
+    fedgfe-store import checkpoints/embeddings/ --pattern "node_[0-4]*.pt" --dry-run
+    fedgfe-store --store run1.zarr import node_0_embeddings_r5.pt --precision bfloat16
+
+    Exit code: 0 all files imported, 3 some failed, 1 all failed.
+    """
+    from fedgfe_store.checkpoints import find_checkpoints, import_checkpoints
+
+    obj: Context = ctx.obj
+    count = len(find_checkpoints(paths, pattern=pattern))
+    with progress(count, "files", quiet=quiet) as advance:
+        report = import_checkpoints(
+            obj.store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
+        )
+    _show(report, dry_run=options["dry_run"])
+    if report.failed:
+        ctx.exit(1 if len(report.failed) == len(report.files) else 3)
+
+
+def _show(report: ImportReport, *, dry_run: bool) -> None:
+    good = [file for file in report.files if file.error is None]
+    if good:
+        headers = ("file", "node", "round", "records", "unchanged", "classes", "splits", "skipped")
+        right = ("round", "records", "unchanged")
+        print_table(headers, [_row(file) for file in good], right=right)
+    for file in good:
+        for note in file.notes:
+            click.echo(f"note: {file.path.name}: {note}")
+    for file in report.failed:
+        click.echo(f"failed: {file.path}: {file.error}", err=True)
+    click.echo(_total(report, dry_run=dry_run))
+
+
+def _row(file: FileReport) -> list[object]:
+    return [
+        file.path.name,
+        file.node or "",
+        "" if file.round is None else file.round,
+        file.records + file.replaced,
+        file.unchanged,
+        _counts(file.classes),
+        _counts(file.splits),
+        _counts(file.skipped, between=": ", most=len(file.skipped)),
+    ]
+
+
+def _counts(counts: Mapping[str, int], *, between: str = " ", most: int = _MOST_SHOWN) -> str:
+    if len(counts) > most and len(set(counts.values())) == 1:
+        return f"{len(counts)} with {next(iter(counts.values()))} each"
+    shown = [f"{name}{between}{count}" for name, count in list(counts.items())[:most]]
+    more = [f"and {len(counts) - most} more"] if len(counts) > most else []
+    return ", ".join(shown + more)
+
+
+def _total(report: ImportReport, *, dry_run: bool) -> str:
+    done = [file for file in report.files if file.error is None]
+    replaced = sum(file.replaced for file in done)
+    skipped = sum(sum(file.skipped.values()) for file in done)
+    parts = [
+        f"{report.records:,} {'records found' if dry_run else 'new records'}",
+        f"{replaced:,} replaced" if replaced else "",
+        f"{report.unchanged:,} unchanged" if report.unchanged else "",
+        f"{skipped:,} skipped" if skipped else "",
+        f"{len(report.failed):,} failed" if report.failed else "",
+    ]
+    where = "dry run, nothing written" if dry_run else f"store {report.store_path}"
+    read = size(sum(file.bytes for file in done))
+    files = "1 file" if len(report.files) == 1 else f"{len(report.files):,} files"
+    return f"{files}, {read}: {', '.join(filter(None, parts))}; {where}"

@@ -1,0 +1,319 @@
+"""From the dicts of a checkpoint to samples: which tensor is what, and which sample is which."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+T5_WIDTH = 4096
+CLIP_WIDTH = 768
+_TENSOR_KEYS = ("t5_embedding", "clip_embedding", "t5", "clip")
+_AUDIO_KEYS = ("audio_embeddings", "audio_embedding")
+_SAMPLE_KEYS = ("index", "image_filename", "image_path")
+_NAMED_KEYS = {"split", "class_name", "index", "sample_metadata", "image_filename", "node_id"}
+
+Shape = tuple[int, ...]
+
+
+class Unusable(Exception):
+    """An entry that gives no sample; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample, or a whole entry, that was left out.
+
+    Parameters
+    ----------
+    reason : str
+        Why, in words that are the same for the same cause, so that they can be counted.
+    position : int
+        Number of the entry in the file, from 0.
+    what : str
+        Which sample: split, class and index as far as they are known.
+    """
+
+    reason: str
+    position: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one sample lies in the file: everything but its values.
+
+    ``places`` maps a column to the entry's key and the shape without batch axes; ``row`` is the
+    sample's row in a stack, None where the entry is the sample.
+    """
+
+    position: int
+    row: int | None
+    split: str
+    class_name: str
+    index: int
+    places: Mapping[str, tuple[str, Shape]]
+    sample_id: str | None = None
+    image_filename: str | None = None
+    audio_path: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def what(self) -> str:
+        """The sample in words."""
+        return f"split {self.split}, class {self.class_name}, index {self.index}"
+
+
+def survey(entries: Sequence[Any], node: str, kind: str) -> tuple[list[Slot | Skipped], list[str]]:
+    """Find the samples of a checkpoint's entries without reading a tensor's values.
+
+    Parameters
+    ----------
+    entries : sequence
+        The file's ``embeddings``.
+    node : str
+        Node of the file; an entry's own ``node_id`` is kept in ``extra`` where it differs.
+    kind : {"flux", "sd"}
+        Tells whether a lone ``[77, 768]`` is one sequence.
+
+    Returns
+    -------
+    found : list of Slot or Skipped
+        In file order.
+    notes : list of str
+        What is odd about the file, with counts.
+    """
+    found: list[Slot | Skipped] = []
+    oddities: Counter[str] = Counter()
+    numbers: Counter[tuple[str, str]] = Counter()
+    for position, entry in enumerate(entries):
+        try:
+            found.extend(_slots(position, entry, node, kind, numbers, oddities))
+        except Unusable as reason:
+            found.append(Skipped(str(reason), position, _describe(entry)))
+    return found, [
+        f"{what}: {count} {'entry' if count == 1 else 'entries'}"
+        for what, count in oddities.items()
+    ]
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as what JSON can hold; raise `Unusable` for tensors of several values."""
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        if math.prod(value.shape) != 1:
+            raise Unusable("tensor")
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=repr)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, str):
+        return _text(value, "metadata")
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def whole(value: Any) -> int | None:
+    """Return a whole number from an int, numpy integer or one-element tensor, else None."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value
+
+
+def _slots(
+    position: int,
+    entry: Any,
+    node: str,
+    kind: str,
+    numbers: Counter[tuple[str, str]],
+    oddities: Counter[str],
+) -> Iterator[Slot]:
+    if not isinstance(entry, Mapping):
+        raise Unusable(f"entry is a {type(entry).__name__}, not a dict")
+    split, class_name = _name(entry, "split"), _name(entry, "class_name")
+    rows = _stack_rows(entry, kind)
+    first = _first_index(entry, numbers[split, class_name])
+    if rows == 0:
+        raise Unusable("stack without rows")
+    count = rows or 1
+    numbers[split, class_name] = max(numbers[split, class_name], first + count)
+    places = _places(entry, rows) | _audio_place(entry, rows, oddities)
+    if any(not key.startswith(column) for column, (key, _) in places.items()):
+        oddities["t5 and clip under each other's name"] += 1
+    if any(tensor.dtype is torch.float64 for _, tensor in _tensors(entry)):
+        oddities["float64 rounded to float32"] += 1
+    rest = _rest(entry, node, oddities)
+    for row in range(count):
+        details = rest if rows is None else {k: _of_row(v, row, rows) for k, v in rest.items()}
+        place = None if rows is None else row
+        yield Slot(
+            position, place, split, class_name, first + row, places, **_identity(entry, details)
+        )
+
+
+def _name(entry: Mapping[Any, Any], key: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not value:
+        raise Unusable(f"{key} is {value!r}, expected a name" if key in entry else f"no {key}")
+    return _text(value, key)
+
+
+def _text(value: str, name: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Unusable(f"{name} is not valid Unicode text") from None
+    if value == "\ufffd":  # the store's sign for text that was lost
+        raise Unusable(f"{name} is U+FFFD, the sign for lost text")
+    return str(value)
+
+
+def _first_index(entry: Mapping[Any, Any], following: int) -> int:
+    if entry.get("index") is None:
+        return following
+    index = whole(entry["index"])
+    if index is None or not 0 <= index < 2**63:
+        raise Unusable("index is not a whole number from 0")
+    return index
+
+
+def _stack_rows(entry: Mapping[Any, Any], kind: str) -> int | None:
+    """Rows of a server's stack; None for an entry that is one sample, whatever its batch axes."""
+    details = entry.get("sample_metadata")
+    own = details if isinstance(details, Mapping) else {}
+    marks = [entry.get(key) for key in _SAMPLE_KEYS] + [own.get("sample_id"), own.get("audio_path")]
+    if any(isinstance(mark, (str, int)) for mark in marks):
+        return None
+    shapes = [tuple(tensor.shape) for _, tensor in _tensors(entry)]
+    wide = [shape for shape in shapes if shape[-1:] == (T5_WIDTH,)]
+    for shape in wide or shapes:
+        least = 2 if not wide and kind == "flux" else 3
+        if len(shape) >= least and shape[0] != 1:
+            return shape[0]
+    return None
+
+
+def _tensors(entry: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for key in _TENSOR_KEYS:
+        value = entry.get(key)
+        if value is not None:
+            yield key, as_tensor(value, key)
+
+
+def as_tensor(value: Any, key: str) -> torch.Tensor:
+    """Return a tensor of real numbers with values, or raise `Unusable`."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.from_numpy(value)
+    if not isinstance(value, torch.Tensor):
+        raise Unusable(f"{key} is a {type(value).__name__}, not a tensor")
+    if value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
+        raise Unusable(f"{key} is not an ordinary tensor of floating-point values")
+    return value.detach()
+
+
+def _places(entry: Mapping[Any, Any], rows: int | None) -> dict[str, tuple[str, Shape]]:
+    places: dict[str, tuple[str, Shape]] = {}
+    for key, tensor in _tensors(entry):
+        column, shape = _column(key, _row_shape(key, tensor.shape, rows))
+        if column in places:
+            raise Unusable(f"ambiguous: {places[column][0]} and {key} both look like {column}")
+        places[column] = (key, shape)
+    return places
+
+
+def _audio_place(
+    entry: Mapping[Any, Any], rows: int | None, oddities: Counter[str]
+) -> dict[str, tuple[str, Shape]]:
+    for key in _AUDIO_KEYS:
+        if entry.get(key) is not None:
+            try:
+                shape = _row_shape(key, as_tensor(entry[key], key).shape, rows)
+            except Unusable as reason:
+                oddities[f"audio left out ({reason})"] += 1
+            else:
+                return {"audio": (key, _without_batch(shape))}
+    return {}
+
+
+def _row_shape(key: str, shape: Sequence[int], rows: int | None) -> Shape:
+    if rows is None:
+        return tuple(shape)
+    if not shape or shape[0] != rows:
+        got = shape[0] if shape else 0
+        raise Unusable(f"stacks of different length: {key} has {got} rows, expected {rows}")
+    return tuple(shape[1:])
+
+
+def _without_batch(shape: Shape) -> Shape:
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def _column(key: str, shape: Shape) -> tuple[str, Shape]:
+    """Tell T5 from CLIP by width and rank: ``[L, 4096]``, ``[768]`` or ``[L, 768]``."""
+    inner = _without_batch(shape)
+    if 0 in inner:
+        raise Unusable(f"{key} is empty: shape {list(shape)}")
+    if len(inner) > 2:
+        raise Unusable(f"{key} has a batch axis longer than 1: shape {list(shape)}")
+    if len(inner) == 2 and inner[1] == T5_WIDTH:
+        return "t5", inner
+    if inner and inner[-1] == CLIP_WIDTH:
+        return "clip", inner[1:] if inner[0] == 1 else inner
+    raise Unusable(
+        f"{key} has shape {list(shape)}, neither T5 [tokens, {T5_WIDTH}] nor CLIP [{CLIP_WIDTH}]"
+        f" or [tokens, {CLIP_WIDTH}]"
+    )
+
+
+def _rest(entry: Mapping[Any, Any], node: str, oddities: Counter[str]) -> dict[str, Any]:
+    """Return all other metadata, the sample's own on top, without tensors."""
+    known = {*_NAMED_KEYS, *_TENSOR_KEYS, *_AUDIO_KEYS}
+    details = entry.get("sample_metadata")
+    found = {key: value for key, value in entry.items() if key not in known}
+    if entry.get("image_filename") is not None:
+        found["image_filename"] = entry["image_filename"]
+    if entry.get("node_id") is not None and str(plain(entry["node_id"])) != node:
+        found["node_id"] = entry["node_id"]
+    found |= details if isinstance(details, Mapping) else {}
+    kept = {}
+    for key, value in found.items():
+        try:
+            kept[str(key)] = plain(value)
+        except Unusable as reason:
+            oddities[f"{key} left out ({reason})"] += 1
+    return kept
+
+
+def _of_row(value: Any, row: int, rows: int | None) -> Any:
+    return value[row] if isinstance(value, list) and len(value) == rows else value
+
+
+def _identity(entry: Mapping[Any, Any], details: Mapping[str, Any]) -> dict[str, Any]:
+    extra = {key: value for key, value in details.items() if value is not None}
+    names = {key: extra.pop(key, None) for key in ("sample_id", "image_filename", "audio_path")}
+    path = extra.get("image_path")
+    if names["image_filename"] is None and isinstance(path, str):
+        names["image_filename"] = path.replace("\\", "/").rsplit("/", 1)[-1]
+    texts = {key: None if value is None else str(value) for key, value in names.items()}
+    return {**texts, "extra": extra}
+
+
+def _describe(entry: Any) -> str:
+    if not isinstance(entry, Mapping):
+        return "unknown"
+    known = ("split", "class_name", "index")
+    return ", ".join(f"{key} {entry[key]}" for key in known if key in entry) or "unknown"

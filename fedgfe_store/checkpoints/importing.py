@@ -1,0 +1,388 @@
+"""Importing legacy FedGFE `.pt` checkpoints: each file becomes one commit of a store."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgfe_store._append import IfExists
+from fedgfe_store.checkpoints._entries import Skipped
+from fedgfe_store.checkpoints.reading import (
+    Checkpoint,
+    Entry,
+    audio_shape,
+    is_text_cache,
+    own_shapes,
+    read_checkpoint,
+    schema_with_audio,
+)
+from fedgfe_store.errors import (
+    BusyError,
+    ConflictError,
+    FedgfeStoreError,
+    NotFoundError,
+    SchemaMismatchError,
+)
+from fedgfe_store.schema import Precision, Schema
+from fedgfe_store.store import EmbeddingStore
+
+_GROUP_BYTES = 32 << 20
+_LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What became of one file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    node : str or None
+        Its node; None where it could not be read.
+    round : int or None
+        Its round.
+    records : int
+        Records that are new in the store (in a dry run: all records found).
+    replaced : int
+        Records that took the place of others with the same key.
+    unchanged : int
+        Records that the store had already.
+    classes, splits : mapping of str to int
+        Records of each, whether new, replaced or unchanged.
+    skipped : mapping of str to int
+        Samples left out, by reason.
+    notes : tuple of str
+        What is odd about the file.
+    error : str or None
+        Why nothing of the file was imported.
+    bytes : int
+        Size of the file.
+    """
+
+    path: Path
+    node: str | None = None
+    round: int | None = None
+    records: int = 0
+    replaced: int = 0
+    unchanged: int = 0
+    classes: Mapping[str, int] = field(default_factory=dict)
+    splits: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What became of all files, in the order in which they were taken.
+
+    Parameters
+    ----------
+    store_path : Path
+        The store.
+    files : tuple of FileReport
+        One each.
+    """
+
+    store_path: Path
+    files: tuple[FileReport, ...]
+
+    @property
+    def records(self) -> int:
+        """Records that are new in the store."""
+        return sum(file.records for file in self.files)
+
+    @property
+    def unchanged(self) -> int:
+        """Records that the store had already."""
+        return sum(file.unchanged for file in self.files)
+
+    @property
+    def failed(self) -> tuple[FileReport, ...]:
+        """The files of which nothing was imported because of an error."""
+        return tuple(file for file in self.files if file.error is not None)
+
+
+def find_checkpoints(
+    paths: str | Path | Iterable[str | Path], *, pattern: str = "*.pt"
+) -> dict[Path, bool]:
+    """Expand files and folders to checkpoint files.
+
+    Parameters
+    ----------
+    paths : path-like or iterable of path-like
+        Files, taken as they are, and folders.
+    pattern : str
+        Which files of a folder, not of the folders in it.
+
+    Returns
+    -------
+    dict of Path to bool
+        Each file once; whether it was named itself rather than found in a folder. The files of
+        a folder come in natural order, ``r2`` before ``r10``.
+
+    Raises
+    ------
+    NotFoundError
+        If a path is not there, or no file of a folder matches.
+    """
+    found: dict[Path, bool] = {}
+    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
+        if not path.is_dir():
+            found[path] = True
+            continue
+        matching = sorted((p for p in path.glob(pattern) if p.is_file()), key=_natural)
+        if not matching:
+            raise NotFoundError(f"{path}: no file matches {pattern!r}")
+        for file in matching:
+            found.setdefault(file, False)
+    return found
+
+
+def import_checkpoints(
+    store_path: str | Path,
+    paths: str | Path | Iterable[str | Path],
+    *,
+    pattern: str = "*.pt",
+    audio: bool = False,
+    precision: Precision = "float32",
+    if_exists: IfExists = "error",
+    dry_run: bool = False,
+    on_file: Callable[[FileReport], None] | None = None,
+) -> ImportReport:
+    """Import checkpoint files, each as one commit; importing them again changes nothing.
+
+    Parameters
+    ----------
+    store_path : path-like
+        The store; made from the first file with a complete record if it is not there.
+    paths : path-like or iterable of path-like
+        Files and folders, see `find_checkpoints`.
+    pattern : str
+        Which files of a folder.
+    audio : bool
+        Keep audio embeddings too.
+    precision : {"float32", "bfloat16"}
+        How a store that is made here keeps values. float64 values are rounded to float32.
+    if_exists : {"error", "replace", "skip"}
+        What becomes of records whose key the store has with other tensors.
+    dry_run : bool
+        Read and report, write nothing.
+    on_file : callable, optional
+        Called with each file's report when it is done.
+
+    Returns
+    -------
+    ImportReport
+        A file that cannot be imported is reported in it, and the others are imported. A record
+        without timestamp gets the file's time of change.
+
+    Raises
+    ------
+    NotFoundError
+        If no file is found.
+    SchemaMismatchError
+        If `audio` is asked for and the store has no column for it.
+    BusyError
+        If another writer holds the store.
+    """
+    files = find_checkpoints(paths, pattern=pattern)
+    target = _Target(Path(store_path), files, audio, precision, if_exists, dry_run)
+    reports = []
+    for path, named in files.items():
+        reports.append(target.take(path, named=named))
+        if on_file is not None:
+            on_file(reports[-1])
+    return ImportReport(Path(store_path), tuple(reports))
+
+
+class _Target:
+    """The store that files go into, made when the first good file is there."""
+
+    def __init__(
+        self,
+        path: Path,
+        files: Iterable[Path],
+        audio: bool,
+        precision: Precision,
+        if_exists: IfExists,
+        dry_run: bool,
+    ) -> None:
+        self._path, self._files, self._audio, self._precision = path, files, audio, precision
+        self._if_exists, self._dry_run = if_exists, dry_run
+        self._store = _open_if_there(path)
+        self._schema = self._store.schema if self._store is not None else None
+        if audio and self._schema is not None and "audio" not in self._schema.columns:
+            raise SchemaMismatchError(
+                f"audio: expected a store with a column for it, got {path} with"
+                f" {self._schema.describe()}"
+            )
+
+    def take(self, path: Path, *, named: bool) -> FileReport:
+        """Import one file, or report why not."""
+        report = FileReport(path)
+        if is_text_cache(path):
+            note = "a cache of reference text embeddings: a later release imports these"
+            return replace(report, error=note) if named else replace(report, notes=(note,))
+        try:
+            checkpoint = read_checkpoint(path, audio=self._audio)
+            report = _headed(checkpoint)
+            checkpoint.verify()
+            return self._import(checkpoint, report)
+        except BusyError:
+            raise
+        except (FedgfeStoreError, OSError) as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            return replace(report, error=reason)
+
+    def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
+        schema = self._schema
+        if schema is None and own_shapes(checkpoint):
+            schema = self._new_schema(checkpoint)
+        if schema is None:
+            skipped = Counter(item.reason for item in checkpoint.skipped)
+            return replace(report, skipped=skipped)
+        if not self._dry_run:
+            schema = self._made(schema).schema
+        _check_fit(checkpoint, schema)
+        tally = _Tally(schema)
+        samples = tally.watch(checkpoint.read(schema.columns))
+        if self._store is None or self._dry_run:
+            self._schema = schema
+            records = sum(1 for _ in samples)
+            return tally.on(replace(report, records=records))
+        moment = checkpoint.timestamp or datetime.fromtimestamp(
+            checkpoint.path.stat().st_mtime, UTC
+        )
+        with self._store.append(
+            node=checkpoint.node, round=checkpoint.round, if_exists=self._if_exists
+        ) as batch:
+            for group in _groups(samples):
+                batch.add(timestamp=moment, **_columns(group))
+        report = replace(report, records=batch.added, replaced=batch.replaced)
+        return tally.on(replace(report, unchanged=batch.skipped))
+
+    def _new_schema(self, checkpoint: Checkpoint) -> Schema:
+        audio = None
+        if self._audio:  # the first file need not be one that has audio
+            audio = next(filter(None, map(_audio_in, [checkpoint.path, *self._files])), None)
+        return schema_with_audio(checkpoint, audio, self._precision)
+
+    def _made(self, schema: Schema) -> EmbeddingStore:
+        if self._store is None:
+            try:
+                self._store = EmbeddingStore.create(self._path, schema)
+            except ConflictError:  # another import made it meanwhile
+                self._store = EmbeddingStore.open(self._path)
+            self._schema = self._store.schema
+        return self._store
+
+
+class _Tally:
+    """Counts samples by class, split and reason as they pass."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._rounded = schema.precision == "bfloat16"
+        self._classes: Counter[str] = Counter()
+        self._splits: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
+
+    def watch(self, items: Iterable[Entry | Skipped]) -> Iterator[Entry]:
+        for item in items:
+            if isinstance(item, Skipped):
+                self._skipped[item.reason] += 1
+            elif self._rounded and _beyond_bfloat16(item):
+                self._skipped["values beyond bfloat16"] += 1
+            else:
+                self._classes[item.class_name] += 1
+                self._splits[item.split] += 1
+                yield item
+
+    def on(self, report: FileReport) -> FileReport:
+        counted = {
+            "classes": dict(sorted(self._classes.items())),
+            "splits": dict(self._splits),
+            "skipped": dict(self._skipped),
+        }
+        return replace(report, **counted)  # type: ignore[arg-type]
+
+
+def _open_if_there(path: Path) -> EmbeddingStore | None:
+    try:
+        return EmbeddingStore.open(path)
+    except NotFoundError:
+        return None
+
+
+def _headed(checkpoint: Checkpoint) -> FileReport:
+    return FileReport(
+        checkpoint.path,
+        checkpoint.node,
+        checkpoint.round,
+        notes=checkpoint.notes,
+        bytes=checkpoint.nbytes,
+    )
+
+
+def _check_fit(checkpoint: Checkpoint, schema: Schema) -> None:
+    """Refuse a file none of whose complete samples fits the store."""
+    own = own_shapes(checkpoint)
+    if own and not own_shapes(checkpoint, schema.columns):
+        got = ", ".join(f"{k} {list(shape)}" for k, shape in own[0].items() if k != "audio")
+        raise SchemaMismatchError(
+            f"{checkpoint.path}: expected tensors as in the store ({schema.describe()}), got"
+            f" {checkpoint.kind}: {got}"
+        )
+
+
+def _audio_in(path: Path) -> tuple[int, int] | None:
+    try:
+        return audio_shape(read_checkpoint(path, audio=True))
+    except FedgfeStoreError:  # reported when the file's turn comes
+        return None
+
+
+def _beyond_bfloat16(entry: Entry) -> bool:
+    tensors = (entry.t5, entry.clip, entry.audio)
+    return any(t is not None and np.abs(t.numpy()).max() > _LARGEST_BFLOAT16 for t in tensors)
+
+
+def _groups(samples: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Gather samples to some 32 MiB; those with and without audio apart."""
+    for _, alike in groupby(samples, key=lambda entry: entry.audio is None):
+        group: list[Entry] = []
+        size = 0
+        for entry in alike:
+            group.append(entry)
+            size += sum(t.nbytes for t in (entry.t5, entry.clip, entry.audio) if t is not None)
+            if size >= _GROUP_BYTES:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+
+def _columns(group: list[Entry]) -> dict[str, Any]:
+    names = ("split", "class_name", "index", "sample_id", "image_filename", "audio_path", "extra")
+    columns: dict[str, Any] = {name: [getattr(entry, name) for entry in group] for name in names}
+    for name in ("t5", "clip", "audio"):
+        tensors = [getattr(entry, name) for entry in group]
+        given = tensors[0] is not None
+        columns[name] = np.stack([t.numpy() for t in tensors]) if given else None
+    return columns
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
