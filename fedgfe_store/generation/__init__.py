@@ -1,0 +1,1 @@
+"""Images from stored embeddings: plan first, then denoise, decode and write."""

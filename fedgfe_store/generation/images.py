@@ -1,0 +1,220 @@
+"""Image files: their names, how they are written, and what they say about themselves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from fedgfe_store.records import RecordKey
+
+FileState = Literal["ours", "foreign", "damaged"]
+
+TEXT_KEY = "fedgfe_store"
+"""Keyword of the PNG text chunk that holds the provenance."""
+
+_END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_MAX_NAME_BYTES = 200
+_PLAIN = re.compile(
+    r"(?:server|node_[A-Za-z0-9.-]+)_[A-Za-z0-9.-]+_[A-Za-z0-9._-]+_[0-9]+_r[0-9]+(?:_i[0-9]+)?"
+)
+_UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
+_TEMP = re.compile(r"\.fedgfe-([0-9a-f]{8})-([0-9]+)-[0-9]+\.tmp")
+_STALE_TEMP_SECONDS = 24 * 3600
+_counter = itertools.count()
+
+
+def image_name(key: RecordKey, number: int = 0) -> str:
+    """Name the image file of a record.
+
+    Parameters
+    ----------
+    key : RecordKey
+        The record.
+    number : int
+        Which image of the record, from 0.
+
+    Returns
+    -------
+    str
+        ``node_0_train_dog_0_r5.png`` or ``server_train_dog_0_r5.png``, with ``_i1`` before the
+        dot for image number 1. A key that cannot be read back from such a name gets its parts
+        with unsafe characters replaced and a hash of the key at the end, so that two keys never
+        share a name and every file system takes it.
+    """
+    name = _plain_name(key, number)
+    parts_are_plain = "_" not in key.node + key.split and _PLAIN.fullmatch(name)
+    if parts_are_plain and len(name) <= _MAX_NAME_BYTES - 4:
+        return f"{name}.png"
+    return f"{_hashed_name(key, number)}.png"
+
+
+def _plain_name(key: RecordKey, number: int) -> str:
+    owner = "server" if key.node == "server" else f"node_{key.node}"
+    name = f"{owner}_{key.split}_{key.class_name}_{key.index}_r{key.round}"
+    return f"{name}_i{number}" if number else name
+
+
+def _hashed_name(key: RecordKey, number: int) -> str:
+    parts = [_UNSAFE.sub("-", part)[:32] for part in (key.node, key.split, key.class_name)]
+    readable = f"node_{parts[0]}_{parts[1]}_{parts[2]}_{key.index}_r{key.round}"
+    # The full digest: a name shared by two records would hide one of them.
+    identity = json.dumps([*key_json(key).values(), number]).encode("ascii")
+    return f"{readable}_h{xxhash.xxh3_128_hexdigest(identity)}"
+
+
+def key_json(key: RecordKey) -> dict[str, Any]:
+    """Give a key as JSON-ready fields, in a fixed order."""
+    return {
+        "node": key.node,
+        "round": key.round,
+        "split": key.split,
+        "class_name": key.class_name,
+        "index": key.index,
+    }
+
+
+def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> int:
+    """Write a picture under its name at once: it is there whole, or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        The file; an existing one is replaced.
+    pixels : ndarray
+        ``[height, width, 3]``, uint8.
+    text : mapping
+        Provenance, kept as JSON in the text chunk ``fedgfe_store``.
+
+    Returns
+    -------
+    int
+        Bytes written.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written, for instance on a full disk; no partial file is left.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_text(TEXT_KEY, json.dumps(text))
+    temp = path.parent / f".fedgfe-{_writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
+    try:
+        with temp.open("xb") as file:
+            Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    return size
+
+
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """Read what an image says about itself, if the whole file is sound.
+
+    Parameters
+    ----------
+    path : Path
+        A file that should be a PNG.
+
+    Returns
+    -------
+    dict or None
+        The provenance; None unless `inspect_image` finds the file to be ours.
+    """
+    return inspect_image(path)[1]
+
+
+def inspect_image(path: Path) -> tuple[FileState, dict[str, Any] | None]:
+    """Tell whether a file is one of our images, and what it says about itself.
+
+    Every chunk's checksum is verified up to the end mark, and the picture has to have the size
+    that its own settings name.
+
+    Returns
+    -------
+    state : {"ours", "foreign", "damaged"}
+        ``"foreign"`` is a sound picture that this package did not write.
+    provenance : dict or None
+        None unless the image is ours.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file, formats=["PNG"]) as image:
+            size, text = image.size, image.info.get(TEXT_KEY)
+            image.verify()
+            file.seek(-len(_END_CHUNK), os.SEEK_END)
+            ended = file.read() == _END_CHUNK
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        return "damaged", None
+    if not ended:
+        return "damaged", None
+    if text is None:
+        return "foreign", None
+    try:
+        provenance = json.loads(text)
+        expected = provenance["settings"]["width"], provenance["settings"]["height"]
+    except (ValueError, KeyError, TypeError):
+        return "damaged", None
+    return ("ours", provenance) if size == expected else ("damaged", None)
+
+
+def remove_stale_temps(folder: Path) -> int:
+    """Remove temporary files whose writers are gone.
+
+    A temp file of this machine goes when its process no longer runs, any other one when it is
+    a day old, so that the files of live writers, here or on another machine, are left alone.
+
+    Returns
+    -------
+    int
+        Files removed.
+    """
+    removed = 0
+    for path in folder.glob(".fedgfe-*.tmp"):
+        match = _TEMP.fullmatch(path.name)
+        if match and (_writer_is_gone(match[1], int(match[2])) or _is_old(path)):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _STALE_TEMP_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _writer_is_gone(token: str, pid: int) -> bool:
+    if token != _writer_token() or os.name != "posix":
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+@cache
+def _writer_token() -> str:
+    """Identify the machine and, where there are such, the process namespace."""
+    namespace = Path("/proc/self/ns/pid")
+    place = os.readlink(namespace) if namespace.is_symlink() else ""
+    return xxhash.xxh32_hexdigest(f"{socket.gethostname()}|{place}".encode())

@@ -1,0 +1,287 @@
+"""The plan of a run: which images are done, which are missing, which are out of date."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.generation.images import image_name, inspect_image, key_json
+from fedgfe_store.generation.manifest import seconds_per_image
+from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
+from fedgfe_store.records import RecordKey
+
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
+
+__all__ = ["Plan", "PlanItem", "Settings", "fingerprint", "plan_images", "seed_of"]
+
+Status = Literal["done", "missing", "stale"]
+OnStale = Literal["error", "regenerate", "keep"]
+
+_CHECKERS = 8
+_BYTES_PER_PIXEL = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class PlanItem:
+    """One image of a plan.
+
+    Parameters
+    ----------
+    position : int
+        Position of the record in the selection.
+    key : RecordKey
+        The record.
+    number : int
+        Which image of the record.
+    path : Path
+        Its file.
+    seed : int
+        Seed of its noise.
+    digests : dict
+        Digest of each of the record's tensors that the picture depends on, 16 hex digits.
+    status : {"done", "missing", "stale"}
+        ``"stale"`` is a sound image of another embedding, of other settings, or not ours.
+    reason : str
+        Why it is not done: what changed, or what is wrong with the file.
+    keep : bool
+        True for a stale image that is to stay as it is.
+    """
+
+    position: int
+    key: RecordKey
+    number: int
+    path: Path
+    seed: int
+    digests: dict[str, str] = field(hash=False)
+    status: Status = "missing"
+    reason: str = ""
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, decided before any weights are loaded.
+
+    Parameters
+    ----------
+    items : tuple of PlanItem
+        All images of the selection, in its order.
+    settings : Settings
+        What they are made with.
+    folder : Path
+        Where they go.
+    limit : int or None
+        Images to render at most in this run.
+    """
+
+    items: tuple[PlanItem, ...]
+    settings: Settings
+    folder: Path
+    limit: int | None = None
+
+    @property
+    def todo(self) -> tuple[PlanItem, ...]:
+        """Images to render in this run."""
+        return self._unfinished[: self.limit]
+
+    @property
+    def waiting(self) -> int:
+        """Images that the limit leaves for another run."""
+        return len(self._unfinished) - len(self.todo)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of images by status."""
+        count = Counter(item.status for item in self.items)
+        return {status: count[status] for status in get_args(Status)}
+
+    @property
+    def kept(self) -> int:
+        """Stale images that stay as they are."""
+        return sum(item.keep for item in self.items)
+
+    @property
+    def bytes_expected(self) -> int:
+        """Disk space that the images to render will take, estimated from their size."""
+        pixels = self.settings.height * self.settings.width
+        return int(len(self.todo) * pixels * _BYTES_PER_PIXEL)
+
+    @property
+    def seconds_expected(self) -> float | None:
+        """Seconds of rendering; None until images were made here with these settings."""
+        each = seconds_per_image(self.folder, fingerprint(self.settings))
+        return None if each is None else each * len(self.todo)
+
+    @property
+    def _unfinished(self) -> tuple[PlanItem, ...]:
+        return tuple(i for i in self.items if i.status != "done" and not i.keep)
+
+    def summary(self, batch_size: int) -> str:
+        """Describe the plan in a few lines: counts, batches, disk and time."""
+        counts, todo = self.counts, len(self.todo)
+        stale = f", {counts['stale']} out of date" if counts["stale"] else ""
+        kept = f" ({self.kept} kept as they are)" if self.kept else ""
+        waiting = f" ({self.waiting} left for another run)" if self.waiting else ""
+        lines = [
+            f"{len(self.items)} images: {counts['done']} done, {counts['missing']} missing"
+            f"{stale}{kept}",
+            f"to render: {todo} in {math.ceil(todo / batch_size)} batches of {batch_size}{waiting}",
+            f"disk: about {_megabytes(self.bytes_expected)}",
+        ]
+        seconds = self.seconds_expected
+        if seconds is not None and todo:
+            lines.append(f"time: about {_duration(seconds)}, going by the images made so far")
+        return "\n".join(lines)
+
+
+def plan_images(
+    selection: Selection,
+    settings: Settings,
+    output_dir: Path,
+    *,
+    limit: int | None = None,
+    on_stale: OnStale = "error",
+) -> Plan:
+    """Compare the images of a selection with those in a folder.
+
+    An image counts as done only if its file is sound and was made from this record's present
+    embeddings with these settings. One made from an embedding that has changed is rendered again.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records.
+    settings : Settings
+        What the images are made with.
+    output_dir : Path
+        Their folder; it need not exist.
+    limit : int, optional
+        Render at most so many images, the first ones that are not done.
+    on_stale : {"error", "regenerate", "keep"}
+        What to do about sound images made with other settings, or not by this package.
+
+    Returns
+    -------
+    Plan
+        The images in the selection's order; a record selected twice counts once.
+
+    Raises
+    ------
+    ConflictError
+        If there are such images and `on_stale` is ``"error"``: what differs, in how many files.
+    SchemaMismatchError
+        If `on_stale` is none of the three.
+    """
+    if on_stale not in get_args(OnStale):
+        raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
+    items = _list_items(selection, settings, output_dir)
+    present = {path.name for path in output_dir.glob("*.png")}
+    with ThreadPoolExecutor(_CHECKERS) as pool:
+        findings = list(pool.map(lambda item: _check(item, settings, present), items))
+    conflicts = Counter(finding.conflict for finding in findings if finding.conflict)
+    if conflicts and on_stale == "error":
+        raise ConflictError(_conflict_message(conflicts, output_dir))
+    settled = (
+        replace(f.item, keep=True) if f.keepable and on_stale == "keep" else f.item
+        for f in findings
+    )
+    return Plan(tuple(settled), settings, output_dir, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """An item after a look at its file: `conflict` says what only the user can decide."""
+
+    item: PlanItem
+    conflict: str = ""
+    keepable: bool = False
+
+
+def _check(item: PlanItem, settings: Settings, present: Set[str]) -> _Finding:
+    if item.path.name not in present:
+        return _Finding(item)
+    state, provenance = inspect_image(item.path)
+    if state == "damaged":
+        return _Finding(replace(item, reason="damaged file"))
+    if provenance is None:
+        return _conflict(item, "not made by fedgfe-store")
+    if (provenance.get("key"), provenance.get("image")) != (key_json(item.key), item.number):
+        return _conflict(item, "image of another record")
+    conflict = ""
+    if provenance.get("fingerprint") != fingerprint(settings):
+        conflict = difference(provenance["settings"], settings)
+    if provenance.get("digests") != item.digests:
+        return _Finding(replace(item, status="stale", reason="embedding changed"), conflict)
+    return _conflict(item, conflict) if conflict else _Finding(replace(item, status="done"))
+
+
+def _conflict(item: PlanItem, reason: str) -> _Finding:
+    return _Finding(replace(item, status="stale", reason=reason), reason, keepable=True)
+
+
+def _conflict_message(conflicts: Counter[str], folder: Path) -> str:
+    lines = [f"  {count} files: {reason}" for reason, count in conflicts.most_common(5)]
+    if len(conflicts) > 5:
+        lines.append(f"  and {len(conflicts) - 5} other differences")
+    return (
+        f"{folder} holds {conflicts.total()} images that this run would replace:\n"
+        + "\n".join(lines)
+        + "\nSet on-stale to regenerate or keep, or use another output folder."
+    )
+
+
+def _list_items(selection: Selection, settings: Settings, folder: Path) -> list[PlanItem]:
+    frame = selection.records
+    columns = [name for name in ("t5", "clip") if f"{name}_digest" in frame]
+    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in columns]
+    items = {
+        key: PlanItem(
+            position=position,
+            key=key,
+            number=0,
+            path=folder / image_name(key),
+            seed=seed_of(settings.seed, key),
+            digests=dict(zip(columns, of_record, strict=True)),
+        )
+        for position, (key, *of_record) in enumerate(zip(selection.keys(), *digests, strict=True))
+    }
+    _check_names(items.values(), folder)
+    return list(items.values())
+
+
+def _check_names(items: Collection[PlanItem], folder: Path) -> None:
+    """Refuse names that differ in case only where the file system takes them for one."""
+    count = Counter(item.path.name.lower() for item in items)
+    if len(count) == len(items) or not _ignores_case(folder):
+        return
+    name = count.most_common(1)[0][0]
+    same = [str(item.key) for item in items if item.path.name.lower() == name]
+    raise ConflictError(
+        f"{folder} is on a file system that ignores case: expected one record for the name "
+        f"{name}, got {len(same)} ({'; '.join(same)})"
+    )
+
+
+def _ignores_case(folder: Path) -> bool:
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    swapped = existing.with_name(existing.name.swapcase())
+    return existing.name != swapped.name and swapped.exists() and swapped.samefile(existing)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

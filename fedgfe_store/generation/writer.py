@@ -1,0 +1,153 @@
+"""Writing pictures beside the device's work, and keeping count of what became of each image."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgfe_store.generation.images import write_png
+from fedgfe_store.generation.manifest import Manifest
+from fedgfe_store.generation.plan import PlanItem
+from fedgfe_store.records import RecordKey
+
+_THREADS = 2
+_WAITING_PICTURES = 16
+_FAILURES_TO_GIVE_UP = 3
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that was not made, and why."""
+
+    key: RecordKey
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        image = f", image {self.number}" if self.number else ""
+        return f"{self.key}{image}: {self.reason}"
+
+
+@dataclass
+class Tally:
+    """What became of the images so far; `progress` hears of each, made or failed."""
+
+    progress: Progress
+    done: set[PlanItem] = field(default_factory=set)
+    failed: dict[PlanItem, str] = field(default_factory=dict)
+
+    def succeed(self, item: PlanItem) -> None:
+        """Count an image as made."""
+        self.done.add(item)
+        self.progress(1)
+
+    def fail(self, item: PlanItem, reason: str) -> None:
+        """Count an image as failed."""
+        self.failed[item] = reason
+        self.progress(1)
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """The failed images."""
+        return tuple(Failure(i.key, i.number, reason) for i, reason in self.failed.items())
+
+
+class PictureWriter:
+    """Encodes and writes pictures in a few threads, with a bounded number waiting.
+
+    A picture that cannot be written fails alone. After three in a row, as on a full disk, the
+    writer has `gave_up`: rendering on would only cost hours.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        Gets a line for each picture.
+    tally : Tally
+        Hears what became of each; only from the thread that calls.
+    """
+
+    def __init__(self, manifest: Manifest, tally: Tally) -> None:
+        self._manifest, self._tally = manifest, tally
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedgfe-writer")
+        self._waiting: deque[tuple[PlanItem, Future[None]]] = deque()
+        self._failed_in_a_row = 0
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the latest pictures could not be written."""
+        return self._failed_in_a_row >= _FAILURES_TO_GIVE_UP
+
+    def submit(
+        self,
+        item: PlanItem,
+        picture: NDArray[np.uint8],
+        provenance: Mapping[str, Any],
+        *,
+        seconds: float,
+    ) -> None:
+        """Write a picture soon; waits while too many others do.
+
+        Parameters
+        ----------
+        item : PlanItem
+            The image.
+        picture : ndarray
+            uint8 ``[height, width, 3]``.
+        provenance : mapping
+            What the file says about itself.
+        seconds : float
+            Rendering time of the image, for the manifest.
+        """
+        self._settle(_WAITING_PICTURES - 1)
+        self._waiting.append(
+            (item, self._pool.submit(self._write, item, picture, provenance, seconds))
+        )
+
+    def _write(
+        self,
+        item: PlanItem,
+        picture: NDArray[np.uint8],
+        provenance: Mapping[str, Any],
+        seconds: float,
+    ) -> None:
+        size = write_png(item.path, picture, provenance)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        facts = {"bytes": size, "seconds": round(seconds, 4), "created": created}
+        self._manifest.append({"file": item.path.name, **provenance, **facts})
+
+    def _settle(self, leave: int) -> None:
+        """Count the oldest pictures that are written, and wait until at most `leave` are not."""
+        while self._waiting and (len(self._waiting) > leave or self._waiting[0][1].done()):
+            item, future = self._waiting.popleft()
+            try:
+                future.result()
+            except OSError as error:
+                self._failed_in_a_row += 1
+                self._tally.fail(item, f"cannot write {item.path.name}: {error}")
+            else:
+                self._failed_in_a_row = 0
+                self._tally.succeed(item)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._settle(0)
+        finally:
+            self._pool.shutdown(wait=True)

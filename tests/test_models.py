@@ -1,0 +1,212 @@
+"""Which model is meant, what is known of it without its weights, and whether it fits a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from generation_fakes import load_flux, save_random_flux
+
+from fedgfe_store.demo.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.generation import pipelines
+from fedgfe_store.generation.models import Model, resolve_model
+from fedgfe_store.generation.offload import Footprint, choose_offload, estimate_footprint
+
+GIB = 2**30
+FLUX_DEV = Model(
+    name="black-forest-labs/FLUX.1-dev",
+    folder=Path("nowhere"),
+    revision="",
+    transformer={
+        "in_channels": 64,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "guidance_embeds": True,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+    },
+    vae={"block_out_channels": [128, 256, 512, 512], "latent_channels": 16},
+)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_flux(tmp_path_factory.mktemp("flux"))
+
+
+def change_config(folder: Path, file: str, **changes: object) -> None:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_name_counts_before_the_environment_before_the_store(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDGFE_MODEL", raising=False)
+    folders = [str(shutil.copytree(flux, tmp_path / name)) for name in ("one", "two", "three")]
+    assert resolve_model(stored=folders[2]).name == "three"
+    monkeypatch.setenv("FEDGFE_MODEL", folders[1])
+    assert resolve_model(stored=folders[2]).name == "two"
+    assert resolve_model(folders[0], stored=folders[2]).name == "one"
+
+
+def test_a_folders_revision_is_that_of_its_content(flux: Path, tmp_path: Path) -> None:
+    first = resolve_model(str(flux)).revision
+    copy = shutil.copytree(flux, tmp_path / "copy")
+    assert resolve_model(str(copy)).revision == first
+    other = save_random_flux(tmp_path / "other", seed=1)
+    assert resolve_model(str(other)).revision != first
+    change_config(copy, "scheduler/scheduler_config.json", shift=2.0)
+    assert resolve_model(str(copy)).revision != first
+
+
+def test_the_defaults_are_those_of_dev_schnell_and_tiny(flux: Path, tmp_path: Path) -> None:
+    assert (FLUX_DEV.default_steps, FLUX_DEV.default_guidance) == (28, 3.5)
+    assert (FLUX_DEV.default_size, FLUX_DEV.pixels_per_token) == (1024, 16)
+    schnell = resolve_model(str(save_random_flux(tmp_path / "schnell", guidance=False)))
+    assert (schnell.default_steps, schnell.default_guidance) == (4, None)
+    tiny = resolve_model("tiny")
+    assert tiny.name == resolve_model(str(tiny_flux_path())).name == "tiny"
+    assert (tiny.default_steps, tiny.default_guidance) == (TINY_STEPS, TINY_GUIDANCE)
+    assert tiny.default_size == TINY_SIZE
+
+
+def test_what_is_known_of_a_model_agrees_with_diffusers(flux: Path) -> None:
+    model, pipeline = resolve_model(str(flux)), load_flux(flux)
+    assert model.default_size == pipeline.default_sample_size * pipeline.vae_scale_factor
+    assert model.latent_scale == pipeline.vae_scale_factor
+    for part in ("transformer", "vae"):
+        expected = sum(p.numel() for p in getattr(pipeline, part).parameters())
+        assert model.parameters(part) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_are_counted_over_shards_and_dtypes(
+    flux: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    pipeline = load_flux(flux, dtype=dtype)
+    pipeline.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    model = resolve_model(str(tmp_path))
+    assert model.parameters("transformer") == resolve_model(str(flux)).parameters("transformer")
+    next((tmp_path / "transformer").glob("*.safetensors")).unlink()
+    with pytest.raises(NotFoundError, match="safetensors"):
+        model.fetch_weights()
+
+
+def test_what_is_not_a_flux_model_is_refused(flux: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"model_index\.json"):
+        resolve_model(str(tmp_path))
+    with pytest.raises(NotFoundError, match="expected tiny, a folder or a hub id"):
+        resolve_model("no such model")
+    copy = shutil.copytree(flux, tmp_path / "copy")
+    change_config(copy, "transformer/config.json", in_channels=384)
+    with pytest.raises(SchemaMismatchError, match="16 input channels, got 384"):
+        resolve_model(str(copy))
+    change_config(copy, "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(SchemaMismatchError, match="expected a FluxPipeline, got StableDiffusion"):
+        resolve_model(str(copy))
+    (copy / "model_index.json").write_text("<html>")
+    with pytest.raises(SchemaMismatchError, match="expected JSON"):
+        resolve_model(str(copy))
+
+
+RESOLVE = """
+import sys
+from fedgfe_store.errors import NotFoundError
+from fedgfe_store.generation.models import resolve_model
+try:
+    model = resolve_model(sys.argv[1])
+    print(model.name, model.revision, model.folder)
+except NotFoundError as error:
+    print(error)
+"""
+
+
+def resolve_offline(name: str, cache: Path) -> str:
+    environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", RESOLVE, name]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def test_a_hub_model_that_is_not_at_hand_says_at_once_how_to_get_it(tmp_path: Path) -> None:
+    started = time.monotonic()
+    message = resolve_offline("black-forest-labs/FLUX.1-dev", tmp_path)
+    assert time.monotonic() - started < 30
+    assert "hf download black-forest-labs/FLUX.1-dev" in message
+    assert "licence" in message
+    assert "HF_HOME" in message
+    assert "--model tiny" in message
+
+
+def test_a_cached_hub_model_is_used_without_a_network(flux: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--flux"
+    shutil.copytree(flux, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    name, revision, folder = resolve_offline("someone/flux", tmp_path).split()
+    assert (name, revision) == ("someone/flux", commit)
+    assert Path(folder) == cached / "snapshots" / commit
+
+
+def test_the_footprint_follows_from_weights_and_size(flux: Path) -> None:
+    model = resolve_model(str(flux))
+    options = {"item_bytes": 2, "tokens": 17, "height": 64, "width": 64}
+    one = estimate_footprint(model, batch_size=1, **options)
+    four = estimate_footprint(model, batch_size=4, **options)
+    assert one.transformer == 2 * model.parameters("transformer")
+    assert one.vae == 2 * model.parameters("vae")
+    assert (four.denoising, four.decoding) == (4 * one.denoising, 4 * one.decoding)
+
+
+@pytest.mark.parametrize(
+    ("free", "batch_size", "expected"),
+    [(79, 1, "none"), (79, 8, "none"), (31, 1, "none"), (23.5, 1, "model"), (15.5, 1, "model")],
+)
+def test_auto_is_the_first_mode_that_fits(
+    monkeypatch: pytest.MonkeyPatch, free: float, batch_size: int, expected: str
+) -> None:
+    counts = {"transformer": 11_901_408_320, "vae": 83_819_683}
+    monkeypatch.setattr(Model, "parameters", lambda self, part: counts[part])
+    footprint = estimate_footprint(
+        FLUX_DEV, item_bytes=2, batch_size=batch_size, tokens=17, height=1024, width=1024
+    )
+    mode, remark = choose_offload(
+        "auto", device_type="cuda", free_bytes=int(free * GIB), footprint=footprint
+    )
+    assert mode == expected
+    assert ("may need" in (remark or "")) == (free < 20)
+
+
+def test_offload_does_as_it_is_told_except_on_the_cpu() -> None:
+    huge = Footprint(transformer=10**15, vae=0, denoising=0, decoding=0)
+
+    def choose(wanted: str, device_type: str, free: int | None) -> tuple[str, str | None]:
+        return choose_offload(wanted, device_type=device_type, free_bytes=free, footprint=huge)
+
+    assert choose("none", "cuda", 1) == ("none", None)
+    assert choose("model", "cuda", 10**16) == ("model", None)
+    assert choose("model", "cpu", None) == ("none", "offload: model is ignored on the CPU")
+    assert choose("none", "cpu", None) == ("none", None)
+    assert choose("auto", "mps", None) == ("none", None)
+    with pytest.raises(SchemaMismatchError, match="expected auto, none or model, got 'disk'"):
+        choose("disk", "cuda", 1)
+
+
+def test_the_dtype_is_bfloat16_where_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pipelines.choose_dtype(None, "cpu") == "float32"
+    for supported, expected in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        assert pipelines.choose_dtype(None, "cuda:0") == expected
+    assert pipelines.choose_dtype("float32", "cuda:0") == "float32"

@@ -1,0 +1,186 @@
+"""The tiny FLUX draws what an embedding says, and the check that it does can fail."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from pictures import accuracy, distances, nearest_class
+
+from fedgfe_store.demo.anchors import class_anchor, noisy
+from fedgfe_store.demo.pictograms import CLASSES, draw
+from fedgfe_store.demo.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
+from fedgfe_store.errors import SchemaMismatchError
+
+BATCH_SIZES = (1, 4, 7)
+
+
+def load(dtype: torch.dtype | None = None) -> FluxPipeline:
+    options = {} if dtype is None else {"dtype": dtype}
+    pipeline = FluxPipeline.from_pretrained(
+        str(tiny_flux_path()),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        **options,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> FluxPipeline:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def records() -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """100 records in shuffled order: classes, T5, CLIP, and initial latents of their own."""
+    rng = np.random.default_rng(5)
+    classes = [str(name) for name in rng.permutation(np.repeat(CLASSES, 10))]
+    pairs = [noisy(class_anchor(name), 0.1, rng) for name in classes]
+    t5, clip = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+    latents = torch.stack(
+        [torch.randn(16, 64, generator=torch.Generator().manual_seed(k)) for k in range(100)]
+    )
+    return classes, t5, clip, latents
+
+
+def batches(count: int, sizes: Sequence[int] = BATCH_SIZES) -> Iterator[list[int]]:
+    """Cut 0..count into batches, a third of the records in each of the sizes."""
+    start = 0
+    for part, size in enumerate(sizes, start=1):
+        end = count * part // len(sizes)
+        for first in range(start, end, size):
+            yield list(range(first, min(first + size, end)))
+        start = end
+
+
+def render(pipeline, t5, clip, latents, *, steps: int = TINY_STEPS) -> list[np.ndarray]:
+    """Call the ordinary pipeline on one batch; pictures as uint8 [64, 64, 3]."""
+    dtype = pipeline.transformer.dtype
+    images = pipeline(
+        prompt_embeds=t5.to(dtype),
+        pooled_prompt_embeds=clip.to(dtype),
+        latents=latents.to(dtype),
+        height=TINY_SIZE,
+        width=TINY_SIZE,
+        num_inference_steps=steps,
+        guidance_scale=TINY_GUIDANCE,
+    ).images
+    return [np.asarray(image) for image in images]
+
+
+def test_loads_as_an_ordinary_pipeline_of_under_3_mb(pipeline):
+    assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.float32
+    assert pipeline.text_encoder is None
+    assert pipeline.tokenizer_2 is None
+    assert pipeline.vae_scale_factor == 8
+    assert sum(path.stat().st_size for path in tiny_flux_path().rglob("*")) < 3e6
+
+
+def test_clean_records_show_their_class_in_every_batch_size(pipeline, records):
+    classes, t5, clip, latents = records
+    images = [
+        image
+        for rows in batches(len(classes))
+        for image in render(pipeline, t5[rows], clip[rows], latents[rows])
+    ]
+    assert accuracy(images, classes) >= 0.95
+
+
+def test_the_check_sees_embeddings_in_the_wrong_order(pipeline, records):
+    classes, t5, clip, latents = records
+    images = [
+        image
+        for rows in batches(len(classes), sizes=(4, 7))
+        for image in render(pipeline, t5[rows].roll(1, 0), clip[rows].roll(1, 0), latents[rows])
+    ]
+    assert accuracy(images, classes) < 0.5
+
+
+def test_the_check_sees_t5_sequences_of_another_class(pipeline, records):
+    classes, t5, clip, latents = records
+    images = [
+        image
+        for rows in batches(len(classes), sizes=(4, 7))
+        for image in render(pipeline, t5[rows].roll(1, 0), clip[rows], latents[rows])
+    ]
+    assert accuracy(images, classes) < 0.5
+
+
+def test_clip_vectors_of_another_class_spoil_the_pictures(pipeline):
+    noise = torch.randn(10, 16, 64, generator=torch.Generator().manual_seed(1))
+    anchors = [class_anchor(name) for name in CLASSES]
+    t5, clip = (torch.from_numpy(np.stack(part)) for part in zip(*anchors, strict=True))
+    own = render(pipeline, t5, clip, noise)
+    mixed = render(pipeline, t5, clip.roll(1, 0), noise)
+    for k in range(10):
+        assert distances(mixed[k])[k] > 1.5 * distances(own[k])[k], CLASSES[k]
+
+
+def test_draws_in_bfloat16(records):
+    classes, t5, clip, latents = records
+    images = render(load(torch.bfloat16), t5[:30], clip[:30], latents[:30])
+    assert accuracy(images, classes[:30]) >= 0.95
+
+
+def test_strong_noise_makes_the_pictures_unclear(pipeline):
+    rng = np.random.default_rng(2)
+    noise = torch.randn(20, 16, 64, generator=torch.Generator().manual_seed(2))
+    means = []
+    for level in (0.0, 0.3, 0.6, 0.9):
+        pairs = [noisy(class_anchor(name), level, rng) for name in CLASSES * 2]
+        t5, clip = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+        images = render(pipeline, t5, clip, noise)
+        means.append(np.mean([distances(image)[k % 10] for k, image in enumerate(images)]))
+    assert means[0] < 12
+    assert means[1] < 1.5 * means[0]
+    assert means[3] > means[2] > means[1]
+    assert means[3] > 3 * means[0]
+
+
+def test_a_pictogram_is_nearest_to_itself_and_far_from_the_others():
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        near = np.sort(distances(draw(name)))
+        assert near[0] == 0
+        assert near[1] > 50
+        assert nearest_class(draw(name, rng=rng)) == name
+        assert draw(name, size=32).size == (32, 32)
+    with pytest.raises(SchemaMismatchError, match=r"class.*dog.*cat"):
+        draw("cat")
+
+
+def test_anchors_are_the_same_everywhere():
+    t5, clip = class_anchor("dog")
+    assert t5.shape == (17, 4096)
+    assert clip.shape == (768,)
+    assert t5.dtype == clip.dtype == np.float32
+    digest = hashlib.sha256(t5.tobytes() + clip.tobytes()).hexdigest()
+    assert digest == "39231e6bbf7b906873a1431251875029a49a224f7869c562fe556375c91af251"
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_noise_keeps_the_scale(noise):
+    rng = np.random.default_rng(0)
+    anchor = class_anchor("drum")
+    drawn = [noisy(anchor, noise, rng) for _ in range(60)]
+    for part in (0, 1):
+        values = np.stack([pair[part] for pair in drawn])
+        assert values.dtype == np.float32
+        assert values.std() == pytest.approx(1, abs=0.1)
+        shared = np.mean([np.vdot(v, anchor[part]) for v in values]) / np.vdot(
+            anchor[part], anchor[part]
+        )
+        assert shared == pytest.approx(np.sqrt(1 - noise), abs=0.12)
+    if noise == 0:
+        assert all(np.array_equal(a, b) for a, b in zip(drawn[0], anchor, strict=True))
+
+
+def test_noise_beyond_its_range_is_refused():
+    with pytest.raises(SchemaMismatchError, match=r"noise.*1.5"):
+        noisy(class_anchor("dog"), 1.5, np.random.default_rng(0))
