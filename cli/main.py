@@ -84,3 +84,7 @@ class Context:
 def main() -> None:
     """Run the command line and exit."""
     sys.exit(group(standalone_mode=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +49,18 @@ def fill(
 @pytest.fixture
 def store(tmp_path: Path) -> EmbeddingStore:
     return EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
+
+
+@dataclass(frozen=True)
+class Demo:
+    folder: Path
+    output: str
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Run `fedgfe-store demo` once, as `make demo` does."""
+    where = tmp_path_factory.mktemp("newcomer")
+    command = [sys.executable, "-m", "fedgfe_store.cli.main", "demo"]
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=True)
+    return Demo(where / "demo", done.stdout)
