@@ -49,7 +49,7 @@ def writer_lock(path: Path, timeout: float) -> FileLock:
         lock.acquire(timeout=timeout)
     except Timeout:
         raise BusyError(
-            f"{path} is being written by another process: gave up after {timeout:g} s"
+            f"{path} is being written by another writer: gave up after {timeout:g} s"
         ) from None
     return lock
 

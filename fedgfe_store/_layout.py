@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.core.array import AsyncArray
+from zarr.core.array_spec import ArrayConfigParams
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore, StorePath
 
@@ -169,11 +170,15 @@ def open_keys(path: Path, name: str, metadata: Mapping[str, Any], rows: int) -> 
     """Return the key column `name` of the store at `path` as a Zarr array of `rows` rows."""
     # A chunk of nothing but fill values, as of has_<name>, must lie there too: readers take a
     # missing one for damage.
-    return _open(DurableStore(path), name, metadata, rows, write_empty_chunks=True)
+    return _open(DurableStore(path), name, metadata, rows, {"write_empty_chunks": True})
 
 
 def _open(
-    store: LocalStore, name: str, metadata: Mapping[str, Any], rows: int, **config: Any
+    store: LocalStore,
+    name: str,
+    metadata: Mapping[str, Any],
+    rows: int,
+    config: ArrayConfigParams | None = None,
 ) -> Any:
     parsed = ArrayV3Metadata.from_dict({**metadata, "shape": [rows, *metadata["shape"][1:]]})
     location = StorePath(store, name)

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from fedgfe_store.cli.main import group
 
 from fedgfe_store.checkpoints import (
     experiment_name,
@@ -29,6 +28,7 @@ from fedgfe_store.checkpoints import (
     read_checkpoint,
     schema_of,
 )
+from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.store import EmbeddingStore
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 from click.testing import CliRunner
 from conftest import fill
-from fedgfe_store.cli.main import _COMMANDS, group
 
 from fedgfe_store import EmbeddingStore
+from fedgfe_store.cli.main import _COMMANDS, group
 
 
 def run(*args: object, store=None):

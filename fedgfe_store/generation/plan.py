@@ -133,8 +133,9 @@ class Plan:
             f"{len(self.items)} images: {counts['done']} done, {counts['missing']} missing"
             f"{stale}{kept}",
             f"to render: {todo} in {math.ceil(todo / batch_size)} batches of {batch_size}{waiting}",
-            f"disk: about {_megabytes(self.bytes_expected)}",
         ]
+        if todo:
+            lines.append(f"disk: about {_megabytes(self.bytes_expected)}")
         seconds = self.seconds_expected
         if seconds is not None and todo:
             lines.append(f"time: about {_duration(seconds)}, going by the images made so far")
@@ -276,6 +277,8 @@ def _ignores_case(folder: Path) -> bool:
 
 
 def _megabytes(size: int) -> str:
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 

@@ -1,0 +1,85 @@
+"""The demo, as a newcomer runs it: files, pictures that emerge, and a second run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+from pictures import accuracy, distances
+from PIL import Image
+
+from fedgfe_store import EmbeddingStore
+from fedgfe_store.demo.experiment import NOISE
+from fedgfe_store.demo.pictograms import CLASSES
+from fedgfe_store.sheets import contact_sheet
+
+
+def pictures_of(demo, round_number):
+    folder = demo.folder / "output_images" / "demo"
+    keys = EmbeddingStore.open(demo.folder / "embeddings.zarr").select(round=round_number).keys()
+    where = {k: "server" if k.node == "server" else f"node_{k.node}" for k in keys}
+    files = [folder / f"{where[k]}_{k.split}_{k.class_name}_{k.index}_r{k.round}.png" for k in keys]
+    return [np.asarray(Image.open(file)) for file in files], [k.class_name for k in keys]
+
+
+def test_pictures_emerge_over_the_rounds(demo):
+    right, far = [], []
+    for round_number in NOISE:
+        images, classes = pictures_of(demo, round_number)
+        assert len(images) == 120
+        right.append(accuracy(images, classes))
+        own = [distances(i)[CLASSES.index(c)] for i, c in zip(images, classes, strict=True)]
+        far.append(np.mean(own))
+    assert far == sorted(far, reverse=True)
+    assert right[-1] >= 0.95 > 0.6 > right[0]
+
+
+def test_the_sheet_shows_classes_by_rounds(demo):
+    sheet = Image.open(demo.folder / "contact_sheet.png")
+    assert sheet.height > 10 * 96
+    assert sheet.width > 4 * 96
+    colours = {sheet.getpixel((x, y)) for x in range(sheet.width) for y in (100, 500, 1000)}
+    assert len(colours) > 100
+
+
+def test_a_cell_without_a_picture_is_marked(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    sheet = contact_sheet({("r", "a"): tmp_path / "a.png"}, rows=["r"], columns=["a", "b"], size=20)
+    pixels = np.asarray(sheet)
+    assert (pixels == (255, 0, 0)).all(axis=2).sum() == 400
+    assert (pixels == (225, 225, 225)).all(axis=2).sum() >= 76
+
+
+def test_the_store_beside_it_generates_as_it_stands(demo):
+    command = [sys.executable, "-m", "fedgfe_store.cli.main", "generate", "--round", "5"]
+    done = subprocess.run(command, cwd=demo.folder, capture_output=True, text=True, check=True)
+    assert "model: tiny" in done.stdout
+    assert "0 images rendered, 120 were there already: output_images/demo" in done.stdout
+
+
+def test_a_second_run_finds_everything_done(demo):
+    before = (demo.folder / "embeddings.zarr" / "zarr.json").read_bytes()
+    command = [sys.executable, "-m", "fedgfe_store.cli.main", "demo"]
+    done = subprocess.run(
+        command, cwd=demo.folder.parent, capture_output=True, text=True, check=True
+    )
+    assert "0 new records, 480 unchanged" in done.stdout
+    assert "480 were there already" in done.stdout
+    assert (demo.folder / "embeddings.zarr" / "zarr.json").read_bytes() == before
+
+
+def test_the_first_run_says_what_it_does(demo):
+    for line in (
+        "$ fedgfe-store import checkpoints/embeddings",
+        "16 files",
+        "480 new records",
+        "$ fedgfe-store info",
+        "$ fedgfe-store generate",
+        "480 images rendered",
+        "contact_sheet.png",
+    ):
+        assert line in demo.output
+    document = json.loads((demo.folder / "embeddings.zarr" / "zarr.json").read_text())
+    assert document["attributes"]["fedgfe_store"]["metadata"]["model"] == "tiny"

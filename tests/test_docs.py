@@ -1,0 +1,76 @@
+"""README and docs: their Python runs, and their commands print what they show."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fedgfe_store.cli.main import _COMMANDS, group
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/commands.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def steady(text: str) -> list[str]:
+    """Leave out what differs between two runs: times, rates, sizes on disk and spacing."""
+    text = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?", "DATE", text)
+    text = re.sub(r"[\d.,]+ (s|min|B|kB|MB|images/s|files/s)\b", r"N \1", text)
+    text = re.sub(r"\([0-9a-f]{12}\)", "(REVISION)", text)
+    lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
+    return [line for line in lines if line and set(line) != {"─"}]
+
+
+@pytest.fixture
+def folder(demo, tmp_path, monkeypatch):
+    """A copy of the demo's folder, as a newcomer stands in it."""
+    shutil.copytree(demo.folder, tmp_path / "demo")
+    monkeypatch.chdir(tmp_path / "demo")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_print_what_the_page_shows(page, folder):
+    shown = blocks(page, "console")
+    assert shown
+    for block in shown:
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            words = shlex.split(command)
+            assert words[0] == "fedgfe-store"
+            result = CliRunner().invoke(group, words[1:])
+            assert steady(result.output) == steady(output), command
+
+
+def test_the_readmes_python_runs_in_the_demos_folder(folder):
+    parts = blocks("README.md", "python")
+    assert len(parts) == 3
+    names: dict[str, object] = {}
+    for part in parts:
+        exec(compile(part, "README.md", "exec"), names)
+    assert names["drift"] > 0
+    assert len(names["store"]) == 2
+    assert names["ds"].sizes["record"] == 480
+
+
+def test_every_command_is_documented():
+    text = (ROOT / "docs/commands.md").read_text()
+    assert [name for name in _COMMANDS if f"\n## {name}\n" not in text] == []
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_changelog_has_an_unreleased_section():
+    assert "\n## Unreleased\n" in (ROOT / "CHANGELOG.md").read_text()
