@@ -101,8 +101,6 @@ class AppendBatch:
         ConflictError
             If a key was added before in this block with other tensors.
         """
-        if not self._open:
-            raise ConflictError("this batch is closed: open another one with store.append()")
         given = {"node": node, "round": round, "split": split}
         given |= {"class_name": class_name, "index": index}
         keys = {k: self._defaults.get(k) if v is None else v for k, v in given.items()}
@@ -113,8 +111,21 @@ class AppendBatch:
             "timestamp": timestamp,
             "extra": extra,
         }
-        records = RecordBatch.check(self._known.schema, keys, notes, tensors)
-        self._wait(records)
+        self.add_records(RecordBatch.check(self._known.schema, keys, notes, tensors))
+
+    def add_records(self, records: RecordBatch) -> None:
+        """Add records that another store has checked; they are rounded to this one's precision.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a value does not fit the store's precision.
+        ConflictError
+            As for `add`.
+        """
+        if not self._open:
+            raise ConflictError("this batch is closed: open another one with store.append()")
+        self._wait(records.conformed(self._known.schema))
         if sum(batch.nbytes for batch in self._waiting) >= _BUFFER_BYTES:
             self._write(rest=False)
 

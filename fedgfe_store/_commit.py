@@ -9,6 +9,7 @@ next step begins.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import uuid
@@ -33,37 +34,84 @@ from fedgfe_store.schema import Schema, TensorColumn
 PENDING = "pending"
 CommitKind = Literal["append", "replace", "delete", "compact"]
 _KEY_THREADS = 4
+_PATIENCE = 1.0
+"""Seconds of waiting for another writer that go without saying."""
+
+_log = logging.getLogger("fedgfe_store")
 
 
-def writer_lock(path: Path, timeout: float) -> FileLock:
-    """Take the lock of the store at `path`, waiting up to `timeout` seconds.
+class WriterLock:
+    """The lock of a store: one writer at a time, over threads and processes.
+
+    A dead process's lock is free at once. Beside the lock lies a note on who holds it.
+
+    Parameters
+    ----------
+    path : Path
+        The store; two names of one folder share one lock.
+    timeout : float
+        Seconds to wait for another writer.
 
     Raises
     ------
     BusyError
-        If another writer still holds it.
+        If another writer still holds it then; says which process, where and since when.
     """
-    real = path.resolve()
-    lock = FileLock(real.with_name(f".{real.name}.lock"))
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout:
-        raise BusyError(
-            f"{path} is being written by another writer: gave up after {timeout:g} s"
-        ) from None
-    return lock
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        real = path.resolve()
+        self._lock = FileLock(real.with_name(f".{real.name}.lock"))
+        self._note = real.with_name(f".{real.name}.writer")
+        try:
+            self._lock.acquire(timeout=min(timeout, _PATIENCE))
+        except Timeout:
+            self._wait(path, timeout)
+        try:
+            self._note.write_text(_signature())
+        except OSError:
+            self._lock.release()
+            raise
+
+    def _wait(self, path: Path, timeout: float) -> None:
+        if timeout > _PATIENCE:
+            _log.warning("%s: waiting up to %g s for %s", path, timeout, self._holder())
+        try:
+            self._lock.acquire(timeout=max(0, timeout - _PATIENCE))
+        except Timeout:
+            raise BusyError(
+                f"{path} is being written by {self._holder()}: gave up after {timeout:g} s"
+            ) from None
+
+    def _holder(self) -> str:
+        try:
+            return self._note.read_text() or "another writer"
+        except FileNotFoundError:
+            return "another writer"
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        self._note.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _signature() -> str:
+    since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}"
 
 
 def create(path: Path, schema: Schema, *, timeout: float) -> None:
     """Make an empty store at `path`, on the disk up to the folder's name."""
     _files.make_folders(path.resolve().parent)
-    with writer_lock(path, timeout):
+    lock = WriterLock(path, timeout)
+    try:
         group = Group.new(schema)
         _refuse_occupied(path, group.arrays)
         for name in group.arrays:
             _files.make_folders(path / name)
         _write_shapes(path, group.shaped())
         _files.write_file(path / GROUP_FILE, group.encode())
+    finally:
+        lock.release()
 
 
 def _refuse_occupied(path: Path, names: Iterable[str]) -> None:
@@ -98,7 +146,7 @@ class Transaction:
 
     def __init__(self, path: Path, *, timeout: float, known: Snapshot) -> None:
         self.path = path
-        self._lock = writer_lock(path, timeout)
+        self._lock = WriterLock(path, timeout)
         try:
             roll_back(path)
             group = Group.read(path)
@@ -192,7 +240,7 @@ class Transaction:
         self._begin()
         marked = np.empty(0, np.int64) if deleted is None else deleted
         rows = self._gathered() | _commit_row(kind)
-        group = self._next_group(rows, len(marked))
+        group = self._next_group(kind, rows, len(marked))
         self._check_untouched()
         _files.sync_files(self._written)
         _write_shapes(self.path, group.shaped())
@@ -208,14 +256,14 @@ class Transaction:
             return {}
         return {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
 
-    def _next_group(self, rows: Mapping[str, np.ndarray], deleted: int) -> Group:
+    def _next_group(self, kind: CommitKind, rows: Mapping[str, np.ndarray], deleted: int) -> Group:
         old = self.snapshot.group
         created = rows.get("created_in", np.empty(0)) > 0
         point = CommitPoint(
             commit=self.commit,
             records=self._tail,
             live=old.point.live + int(created.sum()) - deleted,
-            compacted=old.point.compacted,
+            compacted=self.commit if kind == "compact" else old.point.compacted,
         )
         names = rows["class_name"][created].tolist() if created.any() else []
         return old.at(point, old.schema.with_classes(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ try:
     from zarrs.pipeline import ZarrsCodecPipeline
 except ImportError:  # no wheel for this platform: zarr's own pipeline reads and writes the same
     ZarrsCodecPipeline = None
+
+_IMPORTED_IN = os.getpid()
 
 KEY_CHUNK = 16384
 """Rows per chunk of a key column."""
@@ -156,7 +159,8 @@ def _metadata(*, chunk_shape: list[int], **rest: Any) -> dict[str, Any]:
 def open_tensor(path: Path, name: str, metadata: Mapping[str, Any], rows: int) -> Any:
     """Return the tensor column `name` of the store at `path` as a Zarr array of `rows` rows."""
     array = _open(LocalStore(path), name, metadata, rows)
-    if ZarrsCodecPipeline is not None:
+    # The threads of zarrs do not survive a fork: without them it would wait for ever.
+    if ZarrsCodecPipeline is not None and os.getpid() == _IMPORTED_IN:
         # On this array alone: the setting in `zarr.config` is the whole process's.
         inner = array.async_array
         pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(

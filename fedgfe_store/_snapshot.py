@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,14 @@ class Snapshot:
         self._columns = key_columns(group.schema)
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
-        self._tensors: dict[str, Any] = {}
+        self._tensors: dict[tuple[str, int], Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was read: another process, such as a DataLoader's, reads it anew."""
+        return {"path": self.path, "group": self.group, "as_of": self.as_of}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     @classmethod
     def latest(cls, path: Path, as_of: int | None = None) -> Snapshot:
@@ -198,11 +206,26 @@ class Snapshot:
         return values if len(values) == len(rows) else values[rows - first]
 
     def _tensor(self, name: str) -> Any:
-        if name not in self._tensors:
-            self._tensors[name] = open_tensor(
+        opened = name, os.getpid()  # a forked process opens its own, see open_tensor
+        if opened not in self._tensors:
+            self._tensors[opened] = open_tensor(
                 self.path, name, self.group.arrays[name], self.point.records
             )
-        return self._tensors[name]
+        return self._tensors[opened]
+
+    def check_file(self, name: str, granule: int) -> None:
+        """Read a whole tensor file, so that the checksums of all its chunks are looked at."""
+        size = self.schema.granule
+        try:
+            self._tensor(name)[granule * size : (granule + 1) * size]
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # codecs raise what they like; it is always the same thing
+            raise DamagedDataError(f"{self._file(name, granule)} is damaged: {error}") from error
+
+    def _file(self, name: str, granule: int) -> Path:
+        zeros = ".0" * len(self.schema.column(name).shape)
+        return self.path / name / f"c.{granule}{zeros}"
 
     def _verify(self, name: str, rows: np.ndarray, values: np.ndarray, digests: np.ndarray) -> None:
         optional = self.schema.column(name).optional
@@ -224,8 +247,7 @@ class Snapshot:
                 f"{name} of {key}: commit {self.commit} was compacted away in commit {compacted}; "
                 f"refresh the store"
             )
-        granule = int(row) // self.schema.granule
-        file = self.path / name / (f"c.{granule}" + ".0" * len(self.schema.column(name).shape))
+        file = self._file(name, int(row) // self.schema.granule)
         state = "is damaged" if file.exists() else "is missing"
         return DamagedDataError(f"{name} of {key} is not what was committed: {file} {state}")
 

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Self, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import xxhash
@@ -76,7 +76,7 @@ class RecordBatch:
         keys: Mapping[str, Any],
         notes: Mapping[str, Any],
         tensors: Mapping[str, Any],
-    ) -> Self:
+    ) -> RecordBatch:
         """Return the records given by `keys`, `notes` and `tensors` if they fit `schema`.
 
         Parameters
@@ -109,13 +109,32 @@ class RecordBatch:
                 f"{', '.join(sorted(unknown))}"
             )
         columns = _key_columns(keys, n) | _note_columns(notes, n)
-        finished = {}
+        given = {name: array for name, array in arrays.items() if array is not None}
+        return cls(columns, given).conformed(schema)
+
+    def conformed(self, schema: Schema) -> RecordBatch:
+        """Return the records as they stand under `schema`: rounded, finite, with their digests.
+
+        Rounding is done in place. Only keys, notes and tensors are taken over, not the marks of
+        another store's commits.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a value is not finite in the schema's precision; names the record.
+        """
+        columns = {name: self.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
         for tensor in schema.tensors:
-            given = arrays[tensor.name]
-            columns |= _finish(schema, tensor, given, columns, n)
-            if given is not None:
-                finished[tensor.name] = given
-        return cls(columns, finished)
+            values = self.tensors.get(tensor.name)
+            present = np.full(len(self), values is not None)
+            if values is not None:
+                present &= self.columns.get(f"has_{tensor.name}", True)
+                _finish(schema, tensor, values, columns, present)
+            columns[f"{tensor.name}_digest"] = _digests(values, present)
+            if tensor.optional:
+                columns[f"has_{tensor.name}"] = present
+        tensors = {t.name: self.tensors[t.name] for t in schema.tensors if t.name in self.tensors}
+        return RecordBatch(columns, tensors)
 
     def __len__(self) -> int:
         return len(self.columns["index"])
@@ -299,22 +318,23 @@ def _tensor(schema: Schema, column: TensorColumn, value: Any) -> np.ndarray | No
 def _finish(
     schema: Schema,
     tensor: TensorColumn,
-    values: np.ndarray | None,
+    values: np.ndarray,
     columns: Mapping[str, np.ndarray],
-    n: int,
-) -> dict[str, np.ndarray]:
-    """Round `values` in place, refuse those that are not finite, and return their columns."""
-    digests = np.zeros(n, np.uint64)
+    present: np.ndarray,
+) -> None:
+    """Round `values` in place to the schema's precision; refuse those that are not finite."""
+    if schema.precision == "bfloat16":
+        _check_finite(tensor, values, columns, present, "not finite")
+        values[...] = BitRound(keepbits=7).encode(values).view(np.float32)
+    _check_finite(tensor, values, columns, present, f"not finite in {schema.precision}")
+
+
+def _digests(values: np.ndarray | None, present: np.ndarray) -> np.ndarray:
+    digests = np.zeros(len(present), np.uint64)
     if values is not None:
-        if schema.precision == "bfloat16":
-            _check_finite(tensor, values, columns, "not finite")
-            values[...] = BitRound(keepbits=7).encode(values).view(np.float32)
-        _check_finite(tensor, values, columns, "not finite in " + schema.precision)
-        digests[:] = [digest(record) for record in values]
-    made = {f"{tensor.name}_digest": digests}
-    if tensor.optional:
-        made[f"has_{tensor.name}"] = np.full(n, values is not None)
-    return made
+        for position in np.flatnonzero(present):
+            digests[position] = digest(values[position])
+    return digests
 
 
 def digest(values: np.ndarray) -> int:
@@ -323,9 +343,13 @@ def digest(values: np.ndarray) -> int:
 
 
 def _check_finite(
-    tensor: TensorColumn, values: np.ndarray, columns: Mapping[str, np.ndarray], what: str
+    tensor: TensorColumn,
+    values: np.ndarray,
+    columns: Mapping[str, np.ndarray],
+    present: np.ndarray,
+    what: str,
 ) -> None:
-    for position, record in enumerate(values):
-        if not np.isfinite(record).all():
-            key = key_at(columns, position)
+    for position in np.flatnonzero(present):
+        if not np.isfinite(values[position]).all():
+            key = key_at(columns, int(position))
             raise SchemaMismatchError(f"{tensor.name} of {key} has values that are {what}")

@@ -215,6 +215,21 @@ class Schema:
         ]
         return max(fitting, default=1)
 
+    def check_fits(self, other: Schema, name: str) -> None:
+        """Refuse `other`, the schema of `name`, unless its records can be kept under this one.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If kind or tensor shapes differ; both are shown.
+        """
+        shapes = dict(other.columns)
+        shapes |= {t.name: t.shape for t in self.tensors if t.optional and t.name not in shapes}
+        if (other.kind, shapes) != (self.kind, self.columns):
+            raise SchemaMismatchError(
+                f"{name}: expected {self.describe()}, as in the store, got {other.describe()}"
+            )
+
     def with_classes(self, names: Iterable[str]) -> Self:
         """Return the schema with the classes `names` added behind those it has."""
         classes = tuple(dict.fromkeys((*self.metadata.classes, *names)))

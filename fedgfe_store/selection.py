@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordKey
+from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey
 from fedgfe_store.schema import Schema
 
 if TYPE_CHECKING:
@@ -171,6 +171,15 @@ class Selection:
         from fedgfe_store._xarray import to_dataset
 
         return to_dataset(self)
+
+    def pieces(self) -> Iterator[RecordBatch]:
+        """Yield the records with all that is known of them, a few tensor files at a time."""
+        step = self.schema.granule * 4
+        for start in range(0, len(self), step):
+            rows = self.rows[start : start + step]
+            columns = {n: self._snapshot.column_at(n, rows) for n in self._snapshot.group.key_names}
+            tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
+            yield RecordBatch(columns, tensors)
 
     def batches(
         self,

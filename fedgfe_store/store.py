@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ import numpy as np
 
 from fedgfe_store import _commit
 from fedgfe_store._append import AppendBatch, IfExists
+from fedgfe_store._compact import Compaction, compact
 from fedgfe_store._snapshot import Snapshot
+from fedgfe_store._verify import Verification, verify
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema
 from fedgfe_store.selection import Selection
@@ -117,6 +120,7 @@ class EmbeddingStore:
         node: str | int | None = None,
         round: int | None = None,
         if_exists: IfExists = "error",
+        encoder: str | None = None,
         timeout: float = LOCK_TIMEOUT,
     ) -> AppendBatch:
         """Open a batch of records that becomes one commit when its block ends.
@@ -128,6 +132,9 @@ class EmbeddingStore:
         if_exists : {"error", "replace", "skip"}
             What to do with a key that the store has already. Under ``"error"`` a record with
             the same tensors is left out, and one with other tensors refuses the whole commit.
+        encoder : str, optional
+            Fingerprint of the text encoders that these embeddings imitate; one that differs from
+            the store's is refused.
         timeout : float
             Seconds to wait for another writer.
 
@@ -148,10 +155,11 @@ class EmbeddingStore:
         >>> with store.append(node=0, round=5) as batch:  # doctest: +SKIP
         ...     batch.add(split="train", class_name="dog", index=0, t5=t5, clip=clip)
         """
-        if self._snapshot.as_of is not None:
+        self._refuse_past()
+        schema = self.schema
+        if encoder is not None and encoder != (schema.metadata.encoder or encoder):
             raise SchemaMismatchError(
-                f"{self.path} was opened as of commit {self.commit}: "
-                f"open it without as_of to append"
+                f"encoder: expected {schema.metadata.encoder!r} as in {self.path}, got {encoder!r}"
             )
         return AppendBatch(
             self.path,
@@ -208,22 +216,165 @@ class EmbeddingStore:
         wanted = {name: value for name, value in filters.items() if value is not None}
         return Selection.of(self._snapshot, wanted, per_class=per_class)
 
-    def history(self) -> pd.DataFrame:
-        """Return one row per commit: its number, time (UTC), kind, and records added."""
-        import pandas as pd
+    def delete(self, *, timeout: float = LOCK_TIMEOUT, **filters: Any) -> int:
+        """Delete the records that meet every filter, in one commit.
 
-        snapshot = self._snapshot
-        created = np.bincount(snapshot.column("created_in"), minlength=snapshot.commit + 1)
-        deleted = np.bincount(snapshot.column("deleted_in"), minlength=snapshot.commit + 1)
-        seen = slice(1, snapshot.commit + 1)
-        return pd.DataFrame(
-            {
-                "commit": np.arange(1, snapshot.commit + 1),
-                "time": pd.to_datetime(snapshot.column("commit_time"), unit="ms", utc=True)[
-                    : snapshot.commit
-                ],
-                "kind": snapshot.column("commit_kind")[: snapshot.commit].astype(object),
-                "added": created[seen],
-                "deleted": deleted[seen],
-            }
-        )
+        They stay visible to readers of an older commit (``as_of``) until `compact`.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds to wait for another writer.
+        **filters
+            As in `select`; at least one.
+
+        Returns
+        -------
+        int
+            Records deleted; with none there is no commit.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If no filter is given, or one is of the wrong type.
+        BusyError
+            If another writer holds the store for longer than `timeout`.
+        """
+        wanted = {name: value for name, value in filters.items() if value is not None}
+        if not wanted:
+            raise SchemaMismatchError("delete: expected at least one filter, got none")
+        per_class = wanted.pop("per_class", None)
+        with self._transaction(timeout) as transaction:
+            rows = Selection.of(transaction.snapshot, wanted, per_class=per_class).rows
+            self._snapshot = transaction.snapshot
+            if len(rows):
+                self._snapshot = transaction.publish("delete", deleted=rows)
+        return len(rows)
+
+    def verify(
+        self,
+        *,
+        repair: bool = False,
+        timeout: float = LOCK_TIMEOUT,
+        progress: Callable[[int], object] = lambda records: None,
+    ) -> Verification:
+        """Read every live record and look at everything else that the store needs.
+
+        Parameters
+        ----------
+        repair : bool
+            Mark damaged records as deleted, in one commit, so that importing or appending them
+            again puts them back. Nothing else can be mended from within.
+        timeout : float
+            Seconds to wait for another writer, under `repair`.
+        progress : callable
+            Called with the number of records just read.
+
+        Returns
+        -------
+        Verification
+            What was found; damage is reported, not raised.
+        """
+        if not repair:
+            return verify(self._snapshot, progress=progress)
+        with self._transaction(timeout) as transaction:
+            found = verify(transaction.snapshot, progress=progress)
+            self._snapshot = transaction.snapshot
+            if found.damaged:
+                rows = np.array([record.row for record in found.damaged], np.int64)
+                self._snapshot = transaction.publish("delete", deleted=rows)
+        return found
+
+    def compact(self, *, timeout: float = LOCK_TIMEOUT) -> Compaction:
+        """Gather the records of thinly filled files and unlink files without a live record.
+
+        Records keep their bits. Deleted records, and the state that they belonged to, are then
+        gone for readers of an older commit, who are told so.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds to wait for another writer.
+
+        Returns
+        -------
+        Compaction
+            What it did; nothing when no file would be freed.
+
+        Raises
+        ------
+        DamagedDataError
+            If a record that would be copied is damaged; nothing is changed.
+        BusyError
+            If another writer holds the store for longer than `timeout`.
+        """
+        with self._transaction(timeout) as transaction:
+            done, self._snapshot = compact(transaction)
+        return done
+
+    def merge(
+        self,
+        source: EmbeddingStore,
+        *,
+        if_exists: IfExists = "error",
+        timeout: float = LOCK_TIMEOUT,
+        progress: Callable[[int], object] = lambda records: None,
+    ) -> AppendBatch:
+        """Append the live records of another store, in one commit.
+
+        Parameters
+        ----------
+        source : EmbeddingStore
+            A store of the same kind and shapes; its precision may differ.
+        if_exists : {"error", "replace", "skip"}
+            What to do with a key that this store has already, see `append`.
+        timeout : float
+            Seconds to wait for another writer.
+        progress : callable
+            Called with the number of records just read.
+
+        Returns
+        -------
+        AppendBatch
+            The closed batch: ``added``, ``replaced`` and ``skipped``.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If the stores do not fit; both schemas are shown.
+        ConflictError
+            If a record conflicts; nothing is committed.
+        """
+        encoder = source.schema.metadata.encoder
+        self.schema.check_fits(source.schema, f"{source.path}")
+        with self.append(if_exists=if_exists, timeout=timeout, encoder=encoder) as batch:
+            for records in source.select().pieces():
+                batch.add_records(records)
+                progress(len(records))
+        return batch
+
+    def _transaction(self, timeout: float) -> _commit.Transaction:
+        self._refuse_past()
+        return _commit.Transaction(self.path, timeout=timeout, known=self._snapshot)
+
+    def _refuse_past(self) -> None:
+        if self._snapshot.as_of is not None:
+            raise SchemaMismatchError(
+                f"{self.path} was opened as of commit {self.commit}: "
+                f"open it without as_of to change it"
+            )
+
+    def history(self) -> pd.DataFrame:
+        """Return one row per commit.
+
+        Returns
+        -------
+        DataFrame
+            ``commit``, ``time`` (UTC), ``kind``, ``nodes`` and ``rounds`` that it touched,
+            records ``added`` and ``deleted`` (a replaced record counts in both, one that a
+            compaction moved in neither), ``records`` live after it, and ``bytes`` on disk of
+            the tensor files that it wrote and that are still there.
+        """
+        from fedgfe_store._history import history
+
+        return history(self._snapshot)

@@ -219,7 +219,7 @@ def test_without_locks_an_interleaved_writer_is_a_conflict(store, monkeypatch):
         def release(self):
             pass
 
-    monkeypatch.setattr("fedgfe_store._commit.writer_lock", lambda path, timeout: NoLock())
+    monkeypatch.setattr("fedgfe_store._commit.WriterLock", lambda path, timeout: NoLock())
     other = EmbeddingStore.open(store.path)
     with pytest.raises(ConflictError, match="another writer came in between"):
         with store.append(node=0, round=1) as batch:

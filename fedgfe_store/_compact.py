@@ -1,0 +1,102 @@
+"""Giving space back: gather thinly filled granules, and unlink files that no live record needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedgfe_store import _files
+from fedgfe_store._commit import Transaction
+from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.records import RecordBatch
+from fedgfe_store.schema import Schema
+
+_THIN = 0.5
+"""Share of live records up to which a granule is worth copying."""
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did: records copied, files unlinked, bytes of tensor files."""
+
+    records_moved: int
+    files_freed: int
+    bytes_before: int
+    bytes_after: int
+
+
+def compact(transaction: Transaction) -> tuple[Compaction, Snapshot]:
+    """Gather the live records of thin granules at the tail, in one commit, and free their files.
+
+    Nothing is committed when no file would be freed by it.
+    """
+    snapshot = transaction.snapshot
+    before = tensor_bytes(snapshot.path, snapshot.schema)
+    rows, useless = _rows_to_move(snapshot), _files_of_the_dead(snapshot)
+    if not (len(rows) or useless):
+        return Compaction(0, 0, before, before), snapshot
+    if len(rows) or _died_since_the_last_compaction(snapshot, useless):
+        _copy(transaction, rows)
+        snapshot = transaction.publish("compact", deleted=rows)
+    # Only now: a reader of an older commit that misses a file sees by the commit point why.
+    freed = _files_of_the_dead(snapshot)
+    for file in freed:
+        file.unlink()
+    for name in snapshot.schema.columns:
+        _files.sync_folder(snapshot.path / name)
+    after = tensor_bytes(snapshot.path, snapshot.schema)
+    return Compaction(len(rows), len(freed), before, after), snapshot
+
+
+def _copy(transaction: Transaction, rows: np.ndarray) -> None:
+    snapshot = transaction.snapshot
+    for start in range(0, len(rows), snapshot.schema.granule):
+        part = rows[start : start + snapshot.schema.granule]
+        columns = {name: snapshot.column_at(name, part) for name in snapshot.group.key_names}
+        tensors = {name: snapshot.read(name, part) for name in snapshot.schema.columns}
+        transaction.write(RecordBatch(columns, tensors))
+
+
+def live_per_granule(snapshot: Snapshot) -> np.ndarray:
+    """Return the number of live records of each granule."""
+    counts: np.ndarray = snapshot.visible.reshape(-1, snapshot.schema.granule).sum(axis=1)
+    return counts
+
+
+def _rows_to_move(snapshot: Snapshot) -> np.ndarray:
+    granule, live = snapshot.schema.granule, live_per_granule(snapshot)
+    thin = np.flatnonzero((live > 0) & (live <= granule * _THIN))
+    if len(thin) <= -(-int(live[thin].sum()) // granule):
+        return np.empty(0, np.int64)
+    within = np.isin(np.arange(snapshot.point.records) // granule, thin)
+    return np.flatnonzero(snapshot.visible & within)
+
+
+def _files_of_the_dead(snapshot: Snapshot) -> list[Path]:
+    dead = set(np.flatnonzero(live_per_granule(snapshot) == 0).tolist())
+    return [
+        file
+        for name in snapshot.schema.columns
+        for file in (snapshot.path / name).glob("c.*")
+        if granule_of(file) in dead
+    ]
+
+
+def granule_of(file: Path) -> int:
+    """Return the granule that a tensor file holds, -1 for a file that is none."""
+    parts = file.name.split(".")
+    return int(parts[1]) if len(parts) > 1 and parts[0] == "c" and parts[1].isdigit() else -1
+
+
+def _died_since_the_last_compaction(snapshot: Snapshot, files: list[Path]) -> bool:
+    granules = {granule_of(file) for file in files}
+    within = np.isin(np.arange(snapshot.point.records) // snapshot.schema.granule, list(granules))
+    deaths = snapshot.column("deleted_in")[within]
+    return bool(deaths.max(initial=0) > snapshot.point.compacted)
+
+
+def tensor_bytes(path: Path, schema: Schema) -> int:
+    """Return the bytes that the tensor files of the store at `path` take."""
+    return sum(file.stat().st_size for name in schema.columns for file in (path / name).glob("c.*"))

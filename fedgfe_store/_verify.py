@@ -1,0 +1,172 @@
+"""Looking at every byte that a store needs: what is damaged, missing or left over."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgfe_store import _files
+from fedgfe_store._commit import PENDING
+from fedgfe_store._compact import granule_of, live_per_granule
+from fedgfe_store._group import GROUP_FILE
+from fedgfe_store._layout import KEY_CHUNK, key_columns
+from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.records import KEY_COLUMNS, RecordKey
+
+_MARKS = ("created_in", "deleted_in")
+
+
+@dataclass(frozen=True)
+class DamagedRecord:
+    """A live record whose tensors are not what was committed, and what is wrong with them."""
+
+    key: RecordKey
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `EmbeddingStore.verify` found.
+
+    Parameters
+    ----------
+    commit, records : int
+        The commit that was looked at, and its live records.
+    damaged : tuple of DamagedRecord
+        Records that cannot be read; a repair marks them deleted.
+    problems : tuple of str
+        Damage that is not one record's: key columns, array metadata, keys that stand twice,
+        bytes between live records.
+    leftovers : tuple of str
+        Files that the latest commit does not refer to. They harm nothing; the next writer or
+        `EmbeddingStore.compact` clears them.
+    """
+
+    commit: int
+    records: int
+    damaged: tuple[DamagedRecord, ...]
+    problems: tuple[str, ...]
+    leftovers: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether every live record can be read and nothing else is damaged."""
+        return not (self.damaged or self.problems)
+
+
+def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verification:
+    """Check what `snapshot` shows; `progress` hears how many records have been read."""
+    broken = _broken_columns(snapshot)
+    problems = [*broken.values(), *_metadata_problems(snapshot)]
+    damaged: list[DamagedRecord] = []
+    digests = [name for name in key_columns(snapshot.schema) if "_digest" in name or "has_" in name]
+    if not broken.keys() & {*KEY_COLUMNS, *_MARKS, *digests}:
+        problems += _repeated_keys(snapshot)
+        damaged = _damaged_records(snapshot, problems, progress)
+    leftovers = () if broken.keys() & {*_MARKS} else tuple(_leftovers(snapshot))
+    return Verification(
+        snapshot.commit, snapshot.point.live, tuple(damaged), tuple(problems), leftovers
+    )
+
+
+def _broken_columns(snapshot: Snapshot) -> dict[str, str]:
+    broken = {}
+    for name in key_columns(snapshot.schema):
+        try:
+            snapshot.column(name)
+        except DamagedDataError as error:
+            broken[name] = str(error)
+    if not broken.keys() & {*_MARKS}:
+        try:
+            _ = snapshot.visible
+        except DamagedDataError as error:
+            broken["created_in"] = str(error)
+    return broken
+
+
+def _metadata_problems(snapshot: Snapshot) -> Iterator[str]:
+    """Compare each array's own metadata, which other Zarr readers use, with the group's."""
+    for name, committed in snapshot.group.arrays.items():
+        file = snapshot.path / name / GROUP_FILE
+        try:
+            found = json.loads(file.read_bytes())
+            same = {**found, "shape": found["shape"][1:]} == {
+                **committed,
+                "shape": committed["shape"][1:],
+            }
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            yield f"{file} is missing or differs from what was committed (the next commit mends it)"
+
+
+def _repeated_keys(snapshot: Snapshot) -> list[str]:
+    counts = Counter(snapshot.keys(np.flatnonzero(snapshot.visible)))
+    return [f"{key} stands {count} times" for key, count in counts.items() if count > 1]
+
+
+def _damaged_records(
+    snapshot: Snapshot, problems: list[str], progress: Callable[[int], object]
+) -> list[DamagedRecord]:
+    granule = snapshot.schema.granule
+    reasons: dict[int, list[str]] = {}
+    for number in np.flatnonzero(live_per_granule(snapshot)):
+        first = int(number) * granule
+        rows = first + np.flatnonzero(snapshot.visible[first : first + granule])
+        for name in snapshot.schema.columns:
+            for row, reason in _damaged_rows(snapshot, name, int(number), rows, problems):
+                reasons.setdefault(row, []).append(reason)
+        progress(len(rows))
+    rows = np.array(sorted(reasons), np.int64)
+    return [
+        DamagedRecord(key, row, "; ".join(reasons[row]))
+        for key, row in zip(snapshot.keys(rows), rows.tolist(), strict=True)
+    ]
+
+
+def _damaged_rows(
+    snapshot: Snapshot, name: str, granule: int, rows: np.ndarray, problems: list[str]
+) -> list[tuple[int, str]]:
+    """Read a tensor file whole, which checks all its checksums, and find who cannot be read."""
+    try:
+        snapshot.check_file(name, granule)
+        intact = True
+    except DamagedDataError as error:
+        intact, damage = False, str(error)
+    try:
+        snapshot.read(name, rows)
+    except DamagedDataError:
+        pass
+    else:
+        if not intact:
+            problems.append(f"{damage}, though no live record lies there")
+        return []
+    found = []
+    for row in rows.tolist():
+        try:
+            snapshot.read(name, np.array([row]))
+        except DamagedDataError as error:
+            found.append((row, str(error).split("committed: ")[-1]))
+    return found
+
+
+def _leftovers(snapshot: Snapshot) -> Iterator[str]:
+    folders = [snapshot.path / name for name in snapshot.group.arrays]
+    if (snapshot.path / PENDING).exists():
+        yield f"{snapshot.path / PENDING}: a writer is at work, or died"
+    for folder in (snapshot.path, *folders):
+        yield from (str(file) for file in sorted(folder.iterdir()) if _files.is_temporary(file))
+    live = live_per_granule(snapshot)
+    for name in snapshot.group.arrays:
+        tensor = name in snapshot.schema.columns
+        last = len(live) if tensor else -(-snapshot.group.rows(name) // KEY_CHUNK)
+        for file in sorted((snapshot.path / name).glob("c.*")):
+            number = granule_of(file)
+            if number >= last or (tensor and number >= 0 and not live[number]):
+                yield f"{file}: no live record"
