@@ -354,3 +354,29 @@ def test_data_is_on_the_disk_before_the_commit_point(store, tmp_path):
             assert ["fsync", call[1]] in before, f"{call[2]} was named before it was flushed"
     after = [c for c in calls[published:] if c == ["fsync", str(store.path)]]
     assert after, "the folder was not flushed after the commit point"
+
+
+def test_a_store_of_version_1_opens_for_ever():
+    """The fixture was written by the first release and must never be written again."""
+    path = Path(__file__).parent / "data" / "version1.zarr"
+    store = EmbeddingStore.open(path)
+    assert (store.commit, len(store), store.schema.precision) == (4, 4, "float32")
+    assert store.schema.metadata.classes == ("dog", "cat", "müll")
+    assert store.schema.columns == {"t5": (3, 8), "clip": (4,), "audio": (2, 5)}
+    assert [str(key) for key in store.select().keys()] == [
+        "node 0, round 1, split train, class müll, index 5",
+        "node server, round 5, split test, class dog, index 0",
+        "node server, round 5, split test, class dog, index 1",
+        "node 0, round 1, split train, class dog, index 0",
+    ]
+    t5 = store.select().read("t5")
+    first = np.arange(24, dtype=np.float32).reshape(3, 8)
+    assert np.array_equal(t5, np.stack([first + k for k in (48, 100, 124, 200)]))
+    assert store.select().records["has_audio"].tolist() == [True, False, False, False]
+    assert (store.select(class_name="müll").read("audio") == 1).all()
+    assert store.history()["kind"].tolist() == ["append", "append", "replace", "delete"]
+    past = EmbeddingStore.open(path, as_of=1).select()
+    assert np.array_equal(past.read("clip"), np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert past.records["extra"].tolist() == ['{"x": 1}'] * 3
+    assert store.verify().sound
+    assert np.array_equal(plain(path)["t5"].to_numpy(), t5)
