@@ -88,4 +88,19 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+as_of_option = click.option(
+    "--as-of",
+    type=click.IntRange(min=0),
+    metavar="COMMIT",
+    help="See the store as this commit left it; history lists them.",
+)
+wait_option = click.option(
+    "--wait",
+    "timeout",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default="600",
+    metavar="SECONDS",
+    help="How long to wait for another writer.",
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")

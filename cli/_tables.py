@@ -5,6 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def print_table(
@@ -25,6 +29,21 @@ def print_table(
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     console = Console(width=width, markup=False, highlight=False, soft_wrap=False)
     console.print(table)
+
+
+def print_counts(records: pd.DataFrame) -> None:
+    """Print how many of `records` there are of each round and node."""
+    counts = records.groupby(["round", "node"]).size().unstack(fill_value=0)
+    order = sorted(counts.columns, key=lambda n: (not n.isdecimal(), len(n), n))
+    rows = [[number, *row, sum(row)] for number, row in zip(
+        counts.index, counts[order].to_numpy().tolist(), strict=True)]  # fmt: skip
+    headers = ["round", *order, "all"]
+    print_table(headers, rows, right=headers)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things as people read it: ``1 record``, ``1,200 records``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def size(nbytes: float) -> str:

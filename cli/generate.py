@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import filter_options, quiet_option
+from ._options import as_of_option, filter_options, quiet_option
 from ._progress import progress
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ SOME_FAILED = 3
 
 @click.command("generate")
 @filter_options
+@as_of_option
 @click.option("--model", help="Hub id, folder or tiny [$FEDGFE_MODEL, the store's, FLUX.1-dev].")
 @click.option(
     "--output-dir",
@@ -84,6 +85,7 @@ def command(
     ctx: click.Context,
     /,
     filters: dict[str, Any],
+    as_of: int | None,
     output_dir: Path | None,
     dry_run: bool,
     quiet: bool,
@@ -105,7 +107,7 @@ def command(
     from fedgfe_store.generation.run import render
 
     obj: Context = ctx.obj
-    selection = EmbeddingStore.open(obj.store).select(**filters)
+    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
     job = prepare(selection, output_dir or _default_folder(selection), report=_remark, **options)
     if dry_run or not quiet:
         _print_plan(job)

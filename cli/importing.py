@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import quiet_option
+from ._options import quiet_option, wait_option
 from ._progress import progress
 from ._tables import print_table, size
 
@@ -43,6 +43,7 @@ _MOST_SHOWN = 6
     show_default=True,
     help="What becomes of records that the store has with other tensors.",
 )
+@wait_option
 @quiet_option
 @click.pass_context
 def command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,11 @@ _COMMANDS = {
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),
     "generate": ("generate", "command", "Render images from embeddings."),
+    "history": ("changes", "history", "Show what each commit did."),
+    "delete": ("changes", "delete", "Delete records."),
+    "verify": ("changes", "verify", "Check every record and file; repair."),
+    "compact": ("changes", "compact", "Give space back."),
+    "merge": ("changes", "merge", "Bring other stores' records into one."),
     "demo": ("demo", "command", "Make a small experiment and render it, on any machine."),
 }
 
@@ -42,13 +48,23 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except FedgfeStoreError as error:
+        except (FedgfeStoreError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
             notes = getattr(error, "__notes__", [])
             click.echo("\n".join([f"error: {error}", *notes]), err=True)
             ctx.exit(1)
 
 
+class _Notes(logging.Handler):
+    """Shows what the library logs, such as on whom a writer waits."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"note: {record.getMessage()}", err=True)
+
+
 @click.group(
+    "fedgfe-store",
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -72,6 +88,9 @@ def group(ctx: click.Context, store: Path) -> None:
     fedgfe-store generate --round 5
     """
     ctx.obj = Context(store)
+    log, notes = logging.getLogger("fedgfe_store"), _Notes(logging.WARNING)
+    log.addHandler(notes)
+    ctx.call_on_close(lambda: log.removeHandler(notes))
 
 
 class Context:

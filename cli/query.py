@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import filter_options
+from ._options import as_of_option, filter_options
 from ._tables import print_table
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_f
 
 @click.command("query")
 @filter_options
+@as_of_option
 @click.option(
     "--format",
     "form",
@@ -29,7 +30,9 @@ _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_f
     "--limit", type=click.IntRange(min=0), help="Most records shown [table: 20, else all]."
 )
 @click.pass_obj
-def command(obj: Context, filters: dict[str, Any], form: str, limit: int | None) -> None:
+def command(
+    obj: Context, filters: dict[str, Any], as_of: int | None, form: str, limit: int | None
+) -> None:
     """List records by node, round, split and class.
 
     \b
@@ -38,7 +41,7 @@ def command(obj: Context, filters: dict[str, Any], form: str, limit: int | None)
     """
     from fedgfe_store import EmbeddingStore
 
-    selection = EmbeddingStore.open(obj.store).select(**filters)
+    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
     if limit is None and form == "table":
         limit = 20
     records = selection.take(slice(limit)).records

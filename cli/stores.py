@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._tables import names, numbers, print_table, size
+from ._options import as_of_option
+from ._tables import names, numbers, print_counts, size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,23 +63,24 @@ def init(
 
 
 @click.command()
+@as_of_option
 @click.pass_obj
-def info(obj: Context) -> None:
+def info(obj: Context, as_of: int | None) -> None:
     """Show what a store holds: schema, size, and records by round and node.
 
     \b
     fedgfe-store info
-    fedgfe-store --store other.zarr info
+    fedgfe-store --store other.zarr info --as-of 12
     """
     from fedgfe_store import EmbeddingStore
 
-    store = EmbeddingStore.open(obj.store)
+    store = EmbeddingStore.open(obj.store, as_of=as_of)
     records = store.select().records[["node", "round", "split", "class_name"]]
     for label, value in _summary(store, records):
         click.echo(f"{label + ':':<13}{value}")
     if len(records):
         click.echo("\nrecords by round and node")
-        _print_counts(records)
+        print_counts(records)
 
 
 def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, str]]:
@@ -101,12 +103,3 @@ def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, st
         ("classes", names(records["class_name"].unique()) or "-"),
         ("model", metadata.model or "-"),
     ]  # fmt: skip
-
-
-def _print_counts(records: pd.DataFrame) -> None:
-    counts = records.groupby(["round", "node"]).size().unstack(fill_value=0)
-    order = sorted(counts.columns, key=lambda n: (not n.isdecimal(), len(n), n))
-    rows = [[number, *row, sum(row)] for number, row in zip(
-        counts.index, counts[order].to_numpy().tolist(), strict=True)]  # fmt: skip
-    headers = ["round", *order, "all"]
-    print_table(headers, rows, right=headers)

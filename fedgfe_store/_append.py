@@ -254,4 +254,6 @@ class AppendBatch:
 
 
 def _digests(columns: Mapping[str, np.ndarray], position: int) -> tuple[int, ...]:
-    return tuple(int(v[position]) for name, v in columns.items() if name.endswith("_digest"))
+    """Return the digests of the tensors; that of the row differs with the timestamp."""
+    names = [name for name in columns if name.endswith("_digest") and name != "row_digest"]
+    return tuple(int(columns[name][position]) for name in names)

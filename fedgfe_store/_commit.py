@@ -25,9 +25,9 @@ from filelock import FileLock, Timeout
 
 from fedgfe_store import _files
 from fedgfe_store._group import GROUP_FILE, CommitPoint, Group
-from fedgfe_store._layout import KEY_CHUNK, key_columns, open_keys, open_tensor
+from fedgfe_store._layout import KEY_CHUNK, key_columns, open_keys, open_tensor, tensor_file
 from fedgfe_store._snapshot import Snapshot
-from fedgfe_store.errors import BusyError, ConflictError
+from fedgfe_store.errors import BusyError, ConflictError, FedgfeStoreError
 from fedgfe_store.records import RecordBatch, to_milliseconds
 from fedgfe_store.schema import Schema, TensorColumn
 
@@ -146,20 +146,27 @@ class Transaction:
 
     def __init__(self, path: Path, *, timeout: float, known: Snapshot) -> None:
         self.path = path
-        self._lock = WriterLock(path, timeout)
         try:
-            roll_back(path)
-            group = Group.read(path)
-            same = known.as_of is None and known.group.raw == group.raw
-            self.snapshot = known if same else Snapshot(path, group)
-        except BaseException:
-            self._lock.release()
+            self._lock = WriterLock(path, timeout)
+            group = self._recovered()
+        except Exception as error:
+            _add_outcome(error, path, None)
             raise
-        self._token = ""
+        same = known.as_of is None and known.group.raw == group.raw
+        self.snapshot = known if same else Snapshot(path, group)
+        self._token, self._encoded = "", b""
         self._tail = group.point.records
         self._rows: list[Mapping[str, np.ndarray]] = []
         self._written: dict[Path, tuple[int, ...]] = {}
         self._published = False
+
+    def _recovered(self) -> Group:
+        try:
+            roll_back(self.path)
+            return Group.read(self.path)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -171,10 +178,17 @@ class Transaction:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if self._token and not self._published:
+            published = self._published or (error is not None and self._is_published())
+            if self._token and not published:
                 self._abort(error)
+            if error is not None and self._token:
+                _add_outcome(error, self.path, self.commit if published else None)
         finally:
             self._lock.release()
+
+    def _is_published(self) -> bool:
+        """Whether the rename that publishes took place, as when only the flush after it failed."""
+        return self._encoded == (self.path / GROUP_FILE).read_bytes()
 
     @property
     def schema(self) -> Schema:
@@ -225,9 +239,12 @@ class Transaction:
                 return
         rows = self._tail + self.schema.granule
         array = open_tensor(self.path, column.name, self.snapshot.group.arrays[column.name], rows)
-        array[self._tail : self._tail + len(values)] = values
-        files = list((self.path / column.name).glob(f"c.{granule}.*"))
-        self._written.update({file: _state(file) for file in files})
+        file = tensor_file(self.path, column, granule)
+        try:
+            array[self._tail : self._tail + len(values)] = values
+        except RuntimeError as error:
+            raise _files.system_error(error, file) or error from error
+        self._written[file] = _state(file)
 
     def publish(self, kind: CommitKind, *, deleted: np.ndarray | None = None) -> Snapshot:
         """Commit what was written, and mark the rows `deleted` as deleted, in one step.
@@ -246,7 +263,8 @@ class Transaction:
         _write_shapes(self.path, group.shaped())
         self._write_keys(group, rows, marked)
         self._check_untouched()
-        _files.write_file(self.path / GROUP_FILE, group.encode())
+        self._encoded = group.encode()
+        _files.write_file(self.path / GROUP_FILE, self._encoded)
         self._published = True
         self._remove_pending()
         return self.snapshot.extended(Group.read(self.path), rows, marked)
@@ -325,9 +343,22 @@ class Transaction:
             error.add_note(note)
 
 
+def _add_outcome(error: BaseException, path: Path, published: int | None) -> None:
+    """Note on an error that does not say so itself what readers see after it."""
+    if isinstance(error, FedgfeStoreError):
+        return
+    if published is not None:
+        error.add_note(f"commit {published} of {path} was published before this failed")
+        return
+    commit = Group.read(path).point.commit
+    error.add_note(f"nothing of this commit was published: {path} is at commit {commit}")
+
+
 def roll_back(path: Path) -> None:
     """Clear what a writer that died, or gave up, left beyond the commit point of `path`."""
     if not (path / PENDING).exists():
+        for begun in path.glob(f"{PENDING}.*"):  # of a writer that died before it wrote anything
+            begun.unlink(missing_ok=True)
         return
     group = Group.read(path)
     schema, point = group.schema, group.point

@@ -54,6 +54,7 @@ def _copy(transaction: Transaction, rows: np.ndarray) -> None:
     snapshot = transaction.snapshot
     for start in range(0, len(rows), snapshot.schema.granule):
         part = rows[start : start + snapshot.schema.granule]
+        snapshot.notes(part)
         columns = {name: snapshot.column_at(name, part) for name in snapshot.group.key_names}
         tensors = {name: snapshot.read(name, part) for name in snapshot.schema.columns}
         transaction.write(RecordBatch(columns, tensors))

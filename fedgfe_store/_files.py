@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,14 @@ def sync_files(paths: Iterable[Path]) -> None:
     with ThreadPoolExecutor(_SYNC_THREADS) as pool:
         list(pool.map(sync_file, paths))
         list(pool.map(sync_folder, {path.parent for path in paths}))
+
+
+def system_error(error: Exception, path: Path) -> OSError | None:
+    """Return what the operating system refused at `path`, which zarrs says in words only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+        return None
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
 def make_folders(path: Path) -> None:

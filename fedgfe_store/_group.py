@@ -88,18 +88,17 @@ class Group:
                     f"{path} has format version {version!r}, and this release reads version "
                     f"{FORMAT_VERSION}: install a newer fedgfe-store"
                 )
+        except (KeyError, TypeError) as error:
+            raise _damaged(where, error) from error
+        try:
             schema = Schema.from_json(ours)
             names = array_metadata(schema)
             consolidated = document["consolidated_metadata"]["metadata"]
             arrays = {name: consolidated[name] for name in names}
             point = CommitPoint(**ours["commit_point"])
             sound = ours["checksum"] == _checksum(ours, arrays)
-        except SchemaMismatchError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedDataError(
-                f"{where} is damaged: {type(error).__name__} {error} (did another tool rewrite it?)"
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            raise _damaged(where, error) from error
         if not sound:
             raise DamagedDataError(f"{where} is damaged: its checksum does not fit")
         return cls(schema, point, arrays, document, raw)
@@ -143,6 +142,12 @@ class Group:
     def key_names(self) -> list[str]:
         """Names of the key columns with one row per record."""
         return [c.name for c in key_columns(self.schema).values() if c.dim == "record"]
+
+
+def _damaged(where: Path, error: Exception) -> DamagedDataError:
+    return DamagedDataError(
+        f"{where} is damaged: {type(error).__name__} {error} (did another tool rewrite it?)"
+    )
 
 
 def _checksum(ours: Mapping[str, Any], arrays: Mapping[str, Mapping[str, Any]]) -> str:

@@ -84,6 +84,7 @@ def key_columns(schema: Schema) -> dict[str, KeyColumn]:
         _text("audio_path"),
         _integer("timestamp", "int64", 0, attributes=_TIME),
         _text("extra"),
+        KeyColumn("row_digest", "uint64", int(np.iinfo(np.uint64).max), 0),
         *_tensor_keys(schema),
         KeyColumn("created_in", "int32", -1, 0),
         KeyColumn("deleted_in", "int32", -1, 0),
@@ -168,6 +169,11 @@ def open_tensor(path: Path, name: str, metadata: Mapping[str, Any], rows: int) -
         )
         object.__setattr__(inner, "codec_pipeline", pipeline)
     return array
+
+
+def tensor_file(path: Path, column: TensorColumn, granule: int) -> Path:
+    """Return the file that holds `column` of the records of `granule`."""
+    return path / column.name / f"c.{granule}{'.0' * len(column.shape)}"
 
 
 def open_keys(path: Path, name: str, metadata: Mapping[str, Any], rows: int) -> Any:

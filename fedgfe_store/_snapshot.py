@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -10,10 +11,27 @@ from typing import Any
 
 import numpy as np
 
+from fedgfe_store import _files
 from fedgfe_store._group import CommitPoint, Group
-from fedgfe_store._layout import KEY_CHUNK, key_columns, open_keys, open_tensor
+from fedgfe_store._layout import (
+    KEY_CHUNK,
+    KeyColumn,
+    key_columns,
+    open_keys,
+    open_tensor,
+    tensor_file,
+)
 from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
-from fedgfe_store.records import KEY_COLUMNS, RecordKey, digest, key_at
+from fedgfe_store.records import (
+    EARLIEST,
+    KEY_COLUMNS,
+    LATEST,
+    NOTE_COLUMNS,
+    RecordKey,
+    digest,
+    key_at,
+    row_digests,
+)
 from fedgfe_store.schema import Schema
 
 _PIECE_BYTES = 64 * 2**20
@@ -107,14 +125,23 @@ class Snapshot:
         where = f"{self.path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
         try:
             values: np.ndarray = np.asarray(array[start:stop])
-        except (OSError, MemoryError):
+        except OSError:
             raise
         except Exception as error:  # codecs raise what they like; it is always the same thing
             raise DamagedDataError(f"{where} is damaged: {error}") from error
         column = self._columns[name]
-        if column.data_type != "bool" and (values == column.dtype.type(column.fill)).any():
+        if self._has_gaps(column, chunk, values):
             raise DamagedDataError(f"{where} is missing or damaged")
         return values
+
+    def _has_gaps(self, column: KeyColumn, chunk: int, values: np.ndarray) -> bool:
+        """Whether `values` are not those that a writer left, as where their file is missing."""
+        if column.data_type == "bool":  # has no value to spare; a record without one has digest 0
+            digests = self._chunk(f"{column.name.removeprefix('has_')}_digest", chunk)
+            return bool((values != (digests != 0)).any())
+        if column.attributes and ((values < EARLIEST) | (values > LATEST)).any():
+            return True
+        return bool((values == column.dtype.type(column.fill)).any())
 
     def extended(
         self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray
@@ -142,8 +169,25 @@ class Snapshot:
 
     def keys(self, rows: np.ndarray) -> list[RecordKey]:
         """Return the keys of the records at `rows`."""
-        columns = {name: self.column_at(name, rows) for name in KEY_COLUMNS}
+        columns = self.notes(rows)
         return [key_at(columns, position) for position in range(len(rows))]
+
+    def notes(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the key columns and notes of the records at `rows`, checked against each other.
+
+        Raises
+        ------
+        DamagedDataError
+            If they are not those that were committed together.
+        """
+        columns = {name: self.column_at(name, rows) for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
+        wrong = np.flatnonzero(row_digests(columns) != self.column_at("row_digest", rows))
+        if len(wrong):
+            raise DamagedDataError(
+                f"{self.path}: the key or notes of row {rows[wrong[0]]}, which reads as "
+                f"{key_at(columns, int(wrong[0]))}, are not what was committed"
+            )
+        return columns
 
     def read(self, name: str, rows: np.ndarray) -> np.ndarray:
         r"""Return the tensor column `name` at `rows`, in their order.
@@ -200,6 +244,7 @@ class Snapshot:
         except (OSError, MemoryError):
             raise
         except Exception as error:  # codecs raise what they like; it is always the same thing
+            self._raise_refusal(error, self._file(name, first // self.schema.granule))
             if len(rows) == 1:
                 raise self._lost(name, rows[0]) from error
             return np.concatenate([self._read_run(name, rows[i : i + 1]) for i in range(len(rows))])
@@ -221,11 +266,18 @@ class Snapshot:
         except (OSError, MemoryError):
             raise
         except Exception as error:  # codecs raise what they like; it is always the same thing
+            self._raise_refusal(error, self._file(name, granule))
             raise DamagedDataError(f"{self._file(name, granule)} is damaged: {error}") from error
 
+    @staticmethod
+    def _raise_refusal(error: Exception, file: Path) -> None:
+        """Raise what is no damage, such as too many open files, as the system's own error."""
+        refused = _files.system_error(error, file)
+        if refused is not None and refused.errno not in (errno.ENOENT, errno.EIO):
+            raise refused from error
+
     def _file(self, name: str, granule: int) -> Path:
-        zeros = ".0" * len(self.schema.column(name).shape)
-        return self.path / name / f"c.{granule}{zeros}"
+        return tensor_file(self.path, self.schema.column(name), granule)
 
     def _verify(self, name: str, rows: np.ndarray, values: np.ndarray, digests: np.ndarray) -> None:
         optional = self.schema.column(name).optional
@@ -235,9 +287,7 @@ class Snapshot:
             raise self._lost(name, row)
 
     def _has(self, name: str, row: int) -> bool:
-        at = np.array([row])
-        # A lost chunk of has_<name> reads as False; the digest is 0 only where it was written so.
-        return bool(self.column_at(f"has_{name}", at)[0] or self.column_at(f"{name}_digest", at)[0])
+        return bool(self.column_at(f"has_{name}", np.array([row]))[0])
 
     def _lost(self, name: str, row: int) -> FedgfeStoreError:
         key = self.keys(np.array([row]))[0]

@@ -16,9 +16,7 @@ from fedgfe_store._group import GROUP_FILE
 from fedgfe_store._layout import KEY_CHUNK, key_columns
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import DamagedDataError
-from fedgfe_store.records import KEY_COLUMNS, RecordKey
-
-_MARKS = ("created_in", "deleted_in")
+from fedgfe_store.records import RecordKey
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,11 @@ class Verification:
     damaged : tuple of DamagedRecord
         Records that cannot be read; a repair marks them deleted.
     problems : tuple of str
-        Damage that is not one record's: key columns, array metadata, keys that stand twice,
-        bytes between live records.
+        Damage that is not one record's: key columns, array metadata, keys that stand twice.
     leftovers : tuple of str
-        Files that the latest commit does not refer to. They harm nothing; the next writer or
-        `EmbeddingStore.compact` clears them.
+        What no reader needs: files of dead writers, and of records that were compacted away, and
+        damaged bytes where no live record lies. The next writer or `EmbeddingStore.compact`
+        clears the files.
     """
 
     commit: int
@@ -65,13 +63,13 @@ def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verifica
     broken = _broken_columns(snapshot)
     problems = [*broken.values(), *_metadata_problems(snapshot)]
     damaged: list[DamagedRecord] = []
-    digests = [name for name in key_columns(snapshot.schema) if "_digest" in name or "has_" in name]
-    if not broken.keys() & {*KEY_COLUMNS, *_MARKS, *digests}:
+    leftovers: list[str] = []
+    if not broken:
         problems += _repeated_keys(snapshot)
-        damaged = _damaged_records(snapshot, problems, progress)
-    leftovers = () if broken.keys() & {*_MARKS} else tuple(_leftovers(snapshot))
+        damaged = _damaged_records(snapshot, leftovers, progress)
+        leftovers += _leftovers(snapshot)
     return Verification(
-        snapshot.commit, snapshot.point.live, tuple(damaged), tuple(problems), leftovers
+        snapshot.commit, snapshot.point.live, tuple(damaged), tuple(problems), tuple(leftovers)
     )
 
 
@@ -80,13 +78,13 @@ def _broken_columns(snapshot: Snapshot) -> dict[str, str]:
     for name in key_columns(snapshot.schema):
         try:
             snapshot.column(name)
-        except DamagedDataError as error:
+        except (DamagedDataError, OSError) as error:
             broken[name] = str(error)
-    if not broken.keys() & {*_MARKS}:
+    if not broken:
         try:
-            _ = snapshot.visible
+            snapshot.notes(np.flatnonzero(snapshot.visible))
         except DamagedDataError as error:
-            broken["created_in"] = str(error)
+            broken["row_digest"] = str(error)
     return broken
 
 
@@ -112,7 +110,7 @@ def _repeated_keys(snapshot: Snapshot) -> list[str]:
 
 
 def _damaged_records(
-    snapshot: Snapshot, problems: list[str], progress: Callable[[int], object]
+    snapshot: Snapshot, leftovers: list[str], progress: Callable[[int], object]
 ) -> list[DamagedRecord]:
     granule = snapshot.schema.granule
     reasons: dict[int, list[str]] = {}
@@ -120,7 +118,7 @@ def _damaged_records(
         first = int(number) * granule
         rows = first + np.flatnonzero(snapshot.visible[first : first + granule])
         for name in snapshot.schema.columns:
-            for row, reason in _damaged_rows(snapshot, name, int(number), rows, problems):
+            for row, reason in _damaged_rows(snapshot, name, int(number), rows, leftovers):
                 reasons.setdefault(row, []).append(reason)
         progress(len(rows))
     rows = np.array(sorted(reasons), np.int64)
@@ -131,7 +129,7 @@ def _damaged_records(
 
 
 def _damaged_rows(
-    snapshot: Snapshot, name: str, granule: int, rows: np.ndarray, problems: list[str]
+    snapshot: Snapshot, name: str, granule: int, rows: np.ndarray, leftovers: list[str]
 ) -> list[tuple[int, str]]:
     """Read a tensor file whole, which checks all its checksums, and find who cannot be read."""
     try:
@@ -145,7 +143,7 @@ def _damaged_rows(
         pass
     else:
         if not intact:
-            problems.append(f"{damage}, though no live record lies there")
+            leftovers.append(f"{damage}, but no live record lies there")
         return []
     found = []
     for row in rows.tolist():
@@ -162,11 +160,19 @@ def _leftovers(snapshot: Snapshot) -> Iterator[str]:
         yield f"{snapshot.path / PENDING}: a writer is at work, or died"
     for folder in (snapshot.path, *folders):
         yield from (str(file) for file in sorted(folder.iterdir()) if _files.is_temporary(file))
-    live = live_per_granule(snapshot)
+    unneeded = _unneeded(snapshot)
     for name in snapshot.group.arrays:
         tensor = name in snapshot.schema.columns
-        last = len(live) if tensor else -(-snapshot.group.rows(name) // KEY_CHUNK)
+        last = len(unneeded) if tensor else -(-snapshot.group.rows(name) // KEY_CHUNK)
         for file in sorted((snapshot.path / name).glob("c.*")):
             number = granule_of(file)
-            if number >= last or (tensor and number >= 0 and not live[number]):
-                yield f"{file}: no live record"
+            if number >= last or (tensor and number >= 0 and unneeded[number]):
+                yield f"{file}: no record that a reader can reach"
+
+
+def _unneeded(snapshot: Snapshot) -> np.ndarray:
+    """Which granules hold nothing but records that were deleted up to the latest compaction."""
+    granule, compacted = snapshot.schema.granule, snapshot.point.compacted
+    deaths = snapshot.column("deleted_in").reshape(-1, granule).max(axis=1, initial=0)
+    dead: np.ndarray = (live_per_granule(snapshot) == 0) & (deaths <= compacted)
+    return dead

@@ -23,6 +23,10 @@ NOTE_COLUMNS = ("sample_id", "image_filename", "audio_path", "timestamp", "extra
 """What is kept of a record besides its key and its tensors."""
 
 
+EARLIEST, LATEST = -62_135_596_800_000, 253_402_300_799_999
+"""The moments that a record can have, years 1 to 9999, in milliseconds since 1970 UTC."""
+
+
 @dataclass(frozen=True, order=True)
 class RecordKey:
     """What identifies one record of a store.
@@ -133,6 +137,7 @@ class RecordBatch:
             columns[f"{tensor.name}_digest"] = _digests(values, present)
             if tensor.optional:
                 columns[f"has_{tensor.name}"] = present
+        columns["row_digest"] = row_digests(columns)
         tensors = {t.name: self.tensors[t.name] for t in schema.tensors if t.name in self.tensors}
         return RecordBatch(columns, tensors)
 
@@ -271,8 +276,12 @@ def _moment(value: Any) -> int:
     if isinstance(value, datetime):
         return to_milliseconds(value)
     if isinstance(value, np.datetime64) and not np.isnat(value):
-        return int(value.astype("datetime64[ms]").astype(np.int64))
-    raise SchemaMismatchError(f"timestamp: expected a datetime, got {value!r}")
+        moment = int(value.astype("datetime64[ms]").astype(np.int64))
+        if EARLIEST <= moment <= LATEST:
+            return moment
+    raise SchemaMismatchError(
+        f"timestamp: expected a datetime of the years 1 to 9999, got {value!r}"
+    )
 
 
 def _json(value: Any) -> str:
@@ -335,6 +344,17 @@ def _digests(values: np.ndarray | None, present: np.ndarray) -> np.ndarray:
         for position in np.flatnonzero(present):
             digests[position] = digest(values[position])
     return digests
+
+
+def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the xxh3 digest of each row's key and notes, uint64 ``[n]``.
+
+    It ties the columns together: each has checksums of its own, which a file that took another
+    column's place passes.
+    """
+    rows = zip(*(columns[name].tolist() for name in (*KEY_COLUMNS, *NOTE_COLUMNS)), strict=True)
+    digests = [xxhash.xxh3_64_intdigest("\0".join(map(str, row)).encode()) for row in rows]
+    return np.array(digests, np.uint64)
 
 
 def digest(values: np.ndarray) -> int:

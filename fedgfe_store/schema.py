@@ -221,7 +221,7 @@ class Schema:
         Raises
         ------
         SchemaMismatchError
-            If kind or tensor shapes differ; both are shown.
+            If kind, tensor shapes or the encoders' fingerprints differ; both are shown.
         """
         shapes = dict(other.columns)
         shapes |= {t.name: t.shape for t in self.tensors if t.optional and t.name not in shapes}
@@ -229,6 +229,9 @@ class Schema:
             raise SchemaMismatchError(
                 f"{name}: expected {self.describe()}, as in the store, got {other.describe()}"
             )
+        ours, theirs = self.metadata.encoder, other.metadata.encoder
+        if ours and theirs and ours != theirs:
+            raise SchemaMismatchError(f"{name}: expected the encoder {ours!r}, got {theirs!r}")
 
     def with_classes(self, names: Iterable[str]) -> Self:
         """Return the schema with the classes `names` added behind those it has."""

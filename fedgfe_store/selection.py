@@ -122,6 +122,7 @@ class Selection:
         """
         import pandas as pd
 
+        self._snapshot.notes(self.rows)
         names = [*KEY_COLUMNS, *NOTE_COLUMNS]
         names += [name for name in self._snapshot.group.key_names if name.startswith("has_")]
         names += [f"{name}_digest" for name in self.schema.columns] + ["recorded_in"]
@@ -177,6 +178,7 @@ class Selection:
         step = self.schema.granule * 4
         for start in range(0, len(self), step):
             rows = self.rows[start : start + step]
+            self._snapshot.notes(rows)
             columns = {n: self._snapshot.column_at(n, rows) for n in self._snapshot.group.key_names}
             tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
             yield RecordBatch(columns, tensors)

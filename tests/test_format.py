@@ -136,8 +136,10 @@ def start_writer(path: Path) -> subprocess.Popen[str]:
 
 def check_commits(path: Path, acknowledged: int) -> int:
     """All of every acknowledged round, nothing of a partial one, in our reader and in xarray."""
-    store = EmbeddingStore.open(path)
     other = plain(path)
+    # The writer goes on between two openings: look at the same commit through both.
+    commit = other.attrs["fedgfe_store"]["commit_point"]["commit"]
+    store = EmbeddingStore.open(path, as_of=commit)
     rounds = sorted({k.round for k in store.select().keys()} - {1})
     assert len(store) == 6 + 40 * len(rounds)
     assert len(rounds) >= acknowledged

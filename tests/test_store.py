@@ -319,10 +319,12 @@ def test_optional_audio(tmp_path):
     assert opened.select().records["has_audio"].tolist() == [True, True] + [False] * 6
     assert np.array_equal(opened.select(split="train").read("audio"), audio)
     assert np.isnan(opened.select(split="val").read("audio")).all()
-    (store.path / "has_audio" / "c.0").unlink()
     (store.path / "audio" / "c.0.0.0").unlink()
     with pytest.raises(DamagedDataError, match="audio of node 0.*index 0"):
         EmbeddingStore.open(store.path).select(split="train").read("audio")
+    (store.path / "has_audio" / "c.0").unlink()
+    with pytest.raises(DamagedDataError, match="key column has_audio"):
+        _ = EmbeddingStore.open(store.path).select().records
 
 
 def test_create_refuses_what_is_there(store, tmp_path):

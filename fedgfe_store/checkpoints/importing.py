@@ -33,7 +33,7 @@ from fedgfe_store.errors import (
     SchemaMismatchError,
 )
 from fedgfe_store.schema import Precision, Schema
-from fedgfe_store.store import EmbeddingStore
+from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
 
 _GROUP_BYTES = 32 << 20
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
@@ -159,6 +159,7 @@ def import_checkpoints(
     precision: Precision = "float32",
     if_exists: IfExists = "error",
     dry_run: bool = False,
+    timeout: float = LOCK_TIMEOUT,
     on_file: Callable[[FileReport], None] | None = None,
 ) -> ImportReport:
     """Import checkpoint files, each as one commit; importing them again changes nothing.
@@ -179,6 +180,8 @@ def import_checkpoints(
         What becomes of records whose key the store has with other tensors.
     dry_run : bool
         Read and report, write nothing.
+    timeout : float
+        Seconds that each file waits for another writer.
     on_file : callable, optional
         Called with each file's report when it is done.
 
@@ -195,10 +198,10 @@ def import_checkpoints(
     SchemaMismatchError
         If `audio` is asked for and the store has no column for it.
     BusyError
-        If another writer holds the store.
+        If another writer holds the store for longer than `timeout`.
     """
     files = find_checkpoints(paths, pattern=pattern)
-    target = _Target(Path(store_path), files, audio, precision, if_exists, dry_run)
+    target = _Target(Path(store_path), files, audio, precision, if_exists, dry_run, timeout)
     reports = []
     for path, named in files.items():
         reports.append(target.take(path, named=named))
@@ -218,9 +221,10 @@ class _Target:
         precision: Precision,
         if_exists: IfExists,
         dry_run: bool,
+        timeout: float,
     ) -> None:
         self._path, self._files, self._audio, self._precision = path, files, audio, precision
-        self._if_exists, self._dry_run = if_exists, dry_run
+        self._if_exists, self._dry_run, self._timeout = if_exists, dry_run, timeout
         self._store = _open_if_there(path)
         self._schema = self._store.schema if self._store is not None else None
         if audio and self._schema is not None and "audio" not in self._schema.columns:
@@ -244,7 +248,8 @@ class _Target:
             raise
         except (FedgfeStoreError, OSError) as error:
             reason = str(error).removeprefix(f"{path}: ")
-            return replace(report, error=reason)
+            notes = getattr(error, "__notes__", [])
+            return replace(report, error="; ".join([reason, *notes]))
 
     def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
         schema = self._schema
@@ -266,7 +271,10 @@ class _Target:
             checkpoint.path.stat().st_mtime, UTC
         )
         with self._store.append(
-            node=checkpoint.node, round=checkpoint.round, if_exists=self._if_exists
+            node=checkpoint.node,
+            round=checkpoint.round,
+            if_exists=self._if_exists,
+            timeout=self._timeout,
         ) as batch:
             for group in _groups(samples):
                 batch.add(timestamp=moment, **_columns(group))
@@ -282,7 +290,7 @@ class _Target:
     def _made(self, schema: Schema) -> EmbeddingStore:
         if self._store is None:
             try:
-                self._store = EmbeddingStore.create(self._path, schema)
+                self._store = EmbeddingStore.create(self._path, schema, timeout=self._timeout)
             except ConflictError:  # another import made it meanwhile
                 self._store = EmbeddingStore.open(self._path)
             self._schema = self._store.schema

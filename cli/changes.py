@@ -1,0 +1,308 @@
+"""Changing a store and looking after it: ``delete history verify compact merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import filter_options, quiet_option, wait_option
+from ._progress import progress
+from ._tables import counted, names, numbers, print_counts, print_table, size
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedgfe_store._append import AppendBatch
+    from fedgfe_store._verify import Verification
+    from fedgfe_store.store import EmbeddingStore
+
+    from .main import Context
+
+DAMAGED = 3
+"""Exit code of ``verify`` when something is damaged."""
+
+_SHOWN_LEFTOVERS = 20
+_NUMERIC = ("commit", "added", "deleted", "records", "bytes")
+
+
+@click.command()
+@filter_options
+@click.option("--dry-run", is_flag=True, help="Count what would be deleted and stop.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@wait_option
+@click.pass_obj
+def delete(
+    obj: Context, /, filters: dict[str, Any], dry_run: bool, yes: bool, timeout: float
+) -> None:
+    """Delete the records that meet every filter, in one commit.
+
+    At least one filter is needed. What is deleted stays visible with --as-of until the store is
+    compacted.
+
+    \b
+    fedgfe-store delete --round 3 --node 0-4 --dry-run
+    fedgfe-store delete --round 3 --node 0-4 --yes
+    """
+    from fedgfe_store import EmbeddingStore
+
+    if not filters:
+        raise click.UsageError("expected at least one filter, such as --round 3")
+    store = EmbeddingStore.open(obj.store)
+    records = store.select(**filters).records[["node", "round"]]
+    found = counted(len(records), "record")
+    if dry_run and len(records):
+        print_counts(records)
+        click.echo()
+    if dry_run or not len(records):
+        click.echo(f"{found} found; {'dry run, ' if dry_run else ''}nothing deleted")
+        return
+    if not yes:
+        question = f"delete {found} ({_whose(records)}) from {store.path}?"
+        click.confirm(question, abort=True, err=True)
+    deleted = store.delete(timeout=timeout, **filters)
+    if deleted != len(records):
+        click.echo(f"note: {found} found at first; another writer came in between", err=True)
+    click.echo(
+        f"{counted(deleted, 'record')} deleted: {store.path} is at commit {store.commit}, "
+        f"with {counted(len(store), 'record')}"
+    )
+
+
+def _whose(records: pd.DataFrame) -> str:
+    nodes = names(records["node"].unique().tolist())
+    return f"nodes {nodes}; rounds {numbers(records['round'].unique().tolist())}"
+
+
+@click.command()
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="json gives one commit per line.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=0), help="Only the newest commits [table: 20, else all]."
+)
+@click.pass_obj
+def history(obj: Context, form: str, limit: int | None) -> None:
+    """Show what each commit added and deleted, the newest last.
+
+    A replaced record counts as one added and one deleted. Bytes are those of the tensor files
+    that the commit wrote and that are still there.
+
+    \b
+    fedgfe-store history
+    fedgfe-store history --limit 100 --format csv > history.csv
+    """
+    from fedgfe_store import EmbeddingStore
+
+    commits = EmbeddingStore.open(obj.store).history()
+    if limit is None and form == "table":
+        limit = 20
+    shown = commits if limit is None else commits.iloc[max(0, len(commits) - limit) :]
+    if form == "csv":
+        lists = {name: [_listed(each) for each in shown[name]] for name in ("nodes", "rounds")}
+        click.echo(shown.assign(**lists).to_csv(index=False), nl=False)
+    elif form == "json":
+        text = shown.to_json(orient="records", lines=True, date_format="iso", force_ascii=False)
+        click.echo(text, nl=False)
+    else:
+        print_table(list(shown.columns), map(_commit_row, _rows(shown)), right=_NUMERIC)
+        cut = "" if len(shown) == len(commits) else f", {len(shown)} shown"
+        click.echo(f"\n{counted(len(commits), 'commit')}{cut}")
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
+
+
+def _commit_row(commit: dict[str, Any]) -> list[object]:
+    shown = {
+        "time": f"{commit['time']:%Y-%m-%d %H:%M:%S}",
+        "nodes": names(commit["nodes"]),
+        "rounds": numbers(commit["rounds"]),
+        "bytes": size(commit["bytes"]),
+    }
+    return list((commit | shown).values())
+
+
+def _listed(values: tuple[str | int, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+@click.command()
+@click.option(
+    "--repair", is_flag=True, help="Mark damaged records as deleted, so that they can come back."
+)
+@wait_option
+@quiet_option
+@click.pass_context
+def verify(ctx: click.Context, /, repair: bool, timeout: float, quiet: bool) -> None:
+    """Read every record and check everything else that the store needs.
+
+    Names each damaged record and goes on. With --repair they are marked as deleted, in one
+    commit: importing the same checkpoints again then puts exactly them back.
+
+    \b
+    fedgfe-store verify
+    fedgfe-store verify --repair
+
+    Exit code: 0 sound, 3 something is damaged (whether repaired or not).
+    """
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import DamagedDataError
+
+    obj: Context = ctx.obj
+    try:
+        store = EmbeddingStore.open(obj.store)
+    except DamagedDataError as error:
+        click.echo(f"problem: {error}")
+        ctx.exit(DAMAGED)
+    with progress(_expected(store), "records", quiet=quiet) as advance:
+        found = store.verify(repair=repair, timeout=timeout, progress=advance)
+    _print_damage(found)
+    if found.sound:
+        click.echo(f"sound: {_extent(store, found)}")
+        return
+    problems = counted(len(found.problems), "problem")
+    damaged = counted(len(found.damaged), "damaged record")
+    click.echo(f"not sound: {_extent(store, found)}: {damaged}, {problems}")
+    _print_remedy(found, repaired_in=store.commit if repair else None)
+    ctx.exit(DAMAGED)
+
+
+def _expected(store: EmbeddingStore) -> int:
+    from fedgfe_store.errors import DamagedDataError
+
+    try:
+        return len(store)
+    except DamagedDataError:  # verify says so itself, and reads no record then
+        return 0
+
+
+def _extent(store: EmbeddingStore, found: Verification) -> str:
+    return f"{counted(found.records, 'record')} of {store.path}, commit {found.commit}"
+
+
+def _print_damage(found: Verification) -> None:
+    if found.damaged:
+        headers = ("node", "round", "split", "class_name", "index", "reason")
+        rows = [
+            (d.key.node, d.key.round, d.key.split, d.key.class_name, d.key.index, d.reason)
+            for d in found.damaged
+        ]
+        print_table(headers, rows, right=("round", "index"))
+        click.echo()
+    for problem in found.problems:
+        click.echo(f"problem: {problem}")
+    more = len(found.leftovers) - _SHOWN_LEFTOVERS
+    for leftover in found.leftovers[:_SHOWN_LEFTOVERS]:
+        click.echo(f"leftover: {leftover}")
+    if more > 0:
+        click.echo(f"leftover: and {more:,} more")
+
+
+def _print_remedy(found: Verification, *, repaired_in: int | None) -> None:
+    if not found.damaged:
+        return
+    back = "importing the same checkpoints again puts them back"
+    if repaired_in is None:
+        click.echo(f"verify --repair marks the damaged records as deleted; {back}")
+    else:
+        records = counted(len(found.damaged), "record")
+        click.echo(f"repaired: {records} marked as deleted in commit {repaired_in}; {back}")
+
+
+@click.command()
+@wait_option
+@click.pass_obj
+def compact(obj: Context, timeout: float) -> None:
+    """Give space back: gather small commits, and free files of deleted records.
+
+    Records keep their bits. Older commits (--as-of) lose what was deleted since.
+
+    \b
+    fedgfe-store compact
+    """
+    from fedgfe_store import EmbeddingStore
+
+    store = EmbeddingStore.open(obj.store)
+    done = store.compact(timeout=timeout)
+    if not done.files_freed:
+        click.echo(f"nothing to free: {size(done.bytes_before)} of tensor files")
+        return
+    click.echo(
+        f"tensor files: {size(done.bytes_before)} before, {size(done.bytes_after)} after\n"
+        f"{counted(done.records_moved, 'record')} moved, {counted(done.files_freed, 'file')} "
+        f"freed: {store.path} is at commit {store.commit}"
+    )
+
+
+@click.command()
+@click.argument(
+    "sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SRC..."
+)
+@click.option(
+    "--if-exists",
+    type=click.Choice(["error", "replace", "skip"]),
+    default="error",
+    show_default=True,
+    help="What becomes of records that the store has with other tensors.",
+)
+@wait_option
+@quiet_option
+@click.pass_obj
+def merge(
+    obj: Context, /, sources: tuple[Path, ...], if_exists: Any, timeout: float, quiet: bool
+) -> None:
+    """Bring the records of other stores into the store, one commit each.
+
+    The store is made like the first source if it is not there. Merging again changes nothing.
+
+    \b
+    fedgfe-store --store all.zarr merge site_a.zarr site_b.zarr
+    fedgfe-store merge /mnt/site_c/embeddings.zarr --if-exists replace
+    """
+    from fedgfe_store import EmbeddingStore
+
+    for path in sources:
+        if path.exists() and obj.store.exists() and path.samefile(obj.store):
+            raise click.UsageError(f"cannot merge {path} into itself")
+    opened = [EmbeddingStore.open(path) for path in sources]
+    target = _target(obj.store, opened, timeout)
+    rows: list[list[object]] = []
+    try:
+        with progress(sum(map(len, opened)), "records", quiet=quiet) as advance:
+            for source in opened:
+                batch = target.merge(source, if_exists=if_exists, timeout=timeout, progress=advance)
+                rows.append(_merge_row(source, batch))
+    finally:  # what was merged before an error stays
+        if rows:
+            headers = ("source", "records", "added", "replaced", "unchanged")
+            print_table(headers, rows, right=headers[1:])
+    click.echo(
+        f"\n{target.path} is at commit {target.commit}, with {counted(len(target), 'record')}"
+    )
+
+
+def _target(path: Path, sources: list[EmbeddingStore], timeout: float) -> EmbeddingStore:
+    """Open the store at `path`, or make it like the first source, if every source fits."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import NotFoundError
+
+    try:
+        store = EmbeddingStore.open(path)
+    except NotFoundError:
+        store = None
+    schema = store.schema if store is not None else sources[0].schema
+    for source in sources:
+        schema.check_fits(source.schema, str(source.path))
+    return store or EmbeddingStore.create(path, schema, timeout=timeout)
+
+
+def _merge_row(source: EmbeddingStore, batch: AppendBatch) -> list[object]:
+    return [source.path, len(source), batch.added, batch.replaced, batch.skipped]
