@@ -320,44 +320,6 @@ def test_lost_consolidated_metadata_is_damage_that_says_so(store):
         EmbeddingStore.open(store.path)
 
 
-def test_data_is_on_the_disk_before_the_commit_point(store, tmp_path):
-    """Trace the system calls: no file is renamed into place or published before its fsync."""
-    log = tmp_path / "calls"
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from conftest import fill\nfrom fedgfe_store import EmbeddingStore, _files\n"
-        "import os\n"
-        f"store = EmbeddingStore.open({str(store.path)!r})\n"
-        f"out = open({str(log)!r}, 'w')\n"
-        "real = {name: getattr(os, name) for name in ('fsync', 'replace', 'unlink')}\n"
-        "def fsync(fd):\n"
-        "    print('fsync', os.readlink(f'/proc/self/fd/{fd}'), file=out, flush=True)\n"
-        "    return real['fsync'](fd)\n"
-        "def replace(a, b):\n"
-        "    print('replace', a, b, file=out, flush=True); return real['replace'](a, b)\n"
-        "os.fsync, os.replace = fsync, replace\n"
-        "fill(store, node=0, round=1)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    calls = [line.split(" ") for line in log.read_text().splitlines()]
-    published = next(
-        i
-        for i, c in enumerate(calls)
-        if c[0] == "replace" and c[2] == str(store.path / "zarr.json")
-    )
-    synced = {c[1] for c in calls[:published] if c[0] == "fsync"}
-    for name in SMALL.columns:
-        for file in (store.path / name).glob("c.*"):
-            assert str(file) in synced
-            assert str(file.parent) in synced
-    for call in calls:
-        if call[0] == "replace":
-            before = calls[: calls.index(call)]
-            assert ["fsync", call[1]] in before, f"{call[2]} was named before it was flushed"
-    after = [c for c in calls[published:] if c == ["fsync", str(store.path)]]
-    assert after, "the folder was not flushed after the commit point"
-
-
 def test_a_store_of_version_1_opens_for_ever():
     """The fixture was written by the first release and must never be written again."""
     path = Path(__file__).parent / "data" / "version1.zarr"
