@@ -345,9 +345,8 @@ class EmbeddingStore:
         ConflictError
             If a record conflicts; nothing is committed.
         """
-        encoder = source.schema.metadata.encoder
         self.schema.check_fits(source.schema, f"{source.path}")
-        with self.append(if_exists=if_exists, timeout=timeout, encoder=encoder) as batch:
+        with self.append(if_exists=if_exists, timeout=timeout) as batch:
             for records in source.select().pieces():
                 batch.add_records(records)
                 progress(len(records))
