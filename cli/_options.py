@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
@@ -73,19 +77,28 @@ _FILTERS = [
 ]
 
 
+FILTERS = ("node", "round", "split", "class_name", "index", "sample_id", "per_class")
+"""Names of the filters, as `EmbeddingStore.select` takes them."""
+
+
 def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the filter options, as one argument `filters` for `EmbeddingStore.select`."""
-    names = ("node", "round", "split", "class_name", "index", "sample_id", "per_class")
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        filters = {name: kwargs.pop(name) for name in names}
+        filters = {name: kwargs.pop(name) for name in FILTERS}
         given = {name: value for name, value in filters.items() if value is not None}
         return function(*args, filters=given, **kwargs)
 
     for option in reversed(_FILTERS):
         wrapped = option(wrapped)
     return wrapped
+
+
+def default_folder(selection: Selection) -> Path:
+    """Return where the images of a selection go by default: ``output_images/<experiment>``."""
+    experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
+    return Path("output_images") / experiment
 
 
 as_of_option = click.option(

@@ -45,7 +45,7 @@ def command(ctx: click.Context, /, output_dir: Path, quiet: bool) -> None:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     with chdir(output_dir):
-        ctx.obj = Context(_STORE)
+        ctx.obj = Context(_STORE, store_given=True)
         _step("training: three nodes and a server save their embeddings", quiet)
         _train()
         _step(f"fedgfe-store import {_CHECKPOINTS}", quiet)

@@ -2,73 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import as_of_option, filter_options, quiet_option
+from ._options import FILTERS, as_of_option, default_folder, filter_options, quiet_option
+from ._picture_options import picture_options, place_options
 from ._progress import progress
 
 if TYPE_CHECKING:
     from fedgfe_store.generation.job import Job
     from fedgfe_store.generation.run import GenerationReport
-    from fedgfe_store.selection import Selection
+    from fedgfe_store.generation.stopping import Stop
 
     from .main import Context
 
 _SHOWN_FAILURES = 20
+_DEFAULT = click.core.ParameterSource.DEFAULT
+_DECIDED_BY_IMAGE = {
+    *FILTERS,
+    *("diffusion_type", "steps", "guidance", "height", "width", "pool", "seed"),
+    *("images_per_record", "dtype", "quantize", "shard", "limit", "on_stale"),
+}
 SOME_FAILED = 3
 """Exit code when some records could not be rendered."""
+STOPPED = 75
+"""Exit code of a run that a signal ended, and that goes on when it is run again."""
 
 
 @click.command("generate")
 @filter_options
 @as_of_option
-@click.option("--model", help="Hub id, folder or tiny [$FEDGFE_MODEL, the store's, FLUX.1-dev].")
 @click.option(
     "--output-dir",
     "--output_dir",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the images [output_images/<experiment>].",
 )
+@picture_options
+@place_options
 @click.option(
-    "--batch-size",
-    "--batch_size",
-    type=click.IntRange(min=1),
-    help="Records per call of the model [as many as fit 1024 x 1024 pixels, up to 8].",
+    "--from-image",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    help="Make this picture again, from its own metadata.",
 )
 @click.option(
-    "--steps",
-    "--num_inference_steps",
-    type=click.IntRange(min=1),
-    help="Denoising steps [dev 28, schnell 4, tiny 8].",
-)
-@click.option(
-    "--guidance", "--guidance_scale", type=float, help="Guidance scale [3.5; schnell takes none]."
-)
-@click.option("--height", type=click.IntRange(min=1), help="Pixels [1024, tiny 64].")
-@click.option("--width", type=click.IntRange(min=1), help="Pixels [1024, tiny 64].")
-@click.option(
-    "--pool",
-    type=click.Choice(["last", "first", "mean"]),
-    default="last",
-    show_default=True,
-    help="How a CLIP sequence becomes a vector, where the store holds sequences.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Base seed of the noise.")
-@click.option("--device", help="Such as cpu or cuda:1 [a GPU where there is one].")
-@click.option(
-    "--offload",
-    type=click.Choice(["auto", "none", "model"]),
-    default="auto",
-    show_default=True,
-    help="model keeps only one of transformer and decoder on the GPU.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="What to compute in [bfloat16 on a GPU, float32 on the CPU].",
+    "--shard",
+    metavar="I/N",
+    help="Render part I of N, from 0 [what SLURM, torchrun or accelerate say].",
 )
 @click.option("--limit", type=click.IntRange(min=0), help="Render at most so many images now.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -87,6 +72,7 @@ def command(
     filters: dict[str, Any],
     as_of: int | None,
     output_dir: Path | None,
+    from_image: Path | None,
     dry_run: bool,
     quiet: bool,
     **options: Any,
@@ -94,35 +80,117 @@ def command(
     """Render images from embeddings; run it again to go on where it stopped.
 
     Only images that are not there yet, or whose embedding has changed, are rendered. Exit code 3
-    says that some records could not be.
+    says that some records could not be; 75 that a signal (SIGTERM, SIGUSR1 or Ctrl-C) ended the
+    run early: everything finished is kept, and the same command goes on.
 
     \b
     fedgfe-store generate --round 5
     fedgfe-store generate --round 1,5,10 --class dog --per-class 2 --dry-run
     fedgfe-store generate --node server --model tiny --output-dir pictures
     fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --output-dir output_images/fine
+    fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
     """
-    from fedgfe_store import EmbeddingStore
-    from fedgfe_store.generation.job import prepare
     from fedgfe_store.generation.run import render
 
-    obj: Context = ctx.obj
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
-    job = prepare(selection, output_dir or _default_folder(selection), report=_remark, **options)
-    if dry_run or not quiet:
-        _print_plan(job)
-    if dry_run:
-        return
-    with progress(len(job.plan.todo), "images", quiet=quiet) as advance:
-        report = render(job, report=_remark, progress=advance)
+    options = {**options, **_place(options.pop("shard")), "keep_negative": not dry_run}
+    with _stopping(ctx) as stop:
+        with stop.interrupting():
+            if from_image is not None:
+                job = _job_again(ctx, from_image, as_of, output_dir, options)
+            else:
+                job = _job(ctx, filters, as_of, output_dir, options)
+            if dry_run or not quiet:
+                _print_plan(job)
+            if dry_run:
+                return
+        with progress(len(job.plan.todo), "images", quiet=quiet) as advance:
+            report = render(job, report=_remark, progress=advance, stop=stop)
     _print_result(report)
+    if report.stopped and report.left:
+        ctx.exit(STOPPED)
     if report.failed:
         ctx.exit(SOME_FAILED)
 
 
-def _default_folder(selection: Selection) -> Path:
-    experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
-    return Path("output_images") / experiment
+@contextmanager
+def _stopping(ctx: click.Context) -> Iterator[Stop]:
+    """Turn signals into a stop; one that comes before there is anything to keep ends at once."""
+    from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
+
+    stop = Stop()
+    try:
+        with stop_on_signals(stop, announce=_announce):
+            yield stop
+    except Stopped:
+        click.echo("stopped before the first image", err=True)
+        ctx.exit(STOPPED)
+
+
+def _announce(name: str) -> None:
+    click.echo(f"{name}: stopping after this step; once more ends at once", err=True)
+
+
+def _job(
+    ctx: click.Context,
+    filters: dict[str, Any],
+    as_of: int | None,
+    output_dir: Path | None,
+    options: dict[str, Any],
+) -> Job:
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.generation.job import prepare
+
+    obj: Context = ctx.obj
+    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    return prepare(selection, output_dir or default_folder(selection), report=_remark, **options)
+
+
+def _job_again(
+    ctx: click.Context,
+    path: Path,
+    as_of: int | None,
+    output_dir: Path | None,
+    options: dict[str, Any],
+) -> Job:
+    """Plan one picture as its own metadata say; the model's place may be given."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.generation.job import prepare
+    from fedgfe_store.generation.recipe import Recipe
+
+    _refuse_beside_image(ctx)
+    obj: Context = ctx.obj
+    recipe = Recipe.read(path)
+    given = obj.store_given or recipe.store is None
+    store = EmbeddingStore.open(obj.store if given else recipe.store, as_of=as_of)
+    chosen = {**options, **recipe.options}
+    chosen["model"] = options["model"] or chosen["model"]
+    selection = recipe.select(store, report=_remark)
+    job = prepare(selection, output_dir or path.parent, report=_remark, **chosen)
+    recipe.check(job)
+    return job
+
+
+def _refuse_beside_image(ctx: click.Context) -> None:
+    """Refuse options that would make another picture."""
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if name in _DECIDED_BY_IMAGE and ctx.get_parameter_source(name) is not _DEFAULT:
+            raise click.UsageError(f"--from-image decides on {parameter.opts[0]} itself")
+
+
+def _place(text: str | None) -> dict[str, Any]:
+    """Tell which part of the work, and which GPU, is this process's."""
+    import os
+
+    import torch
+
+    from fedgfe_store.generation.shards import Shard, detect_shard, local_device
+
+    shard, reason = (Shard.parse(text), "") if text else detect_shard(os.environ)
+    if shard.count > 1 and reason:
+        _remark(f"shard {shard}: {reason}")
+    local = local_device(os.environ, torch.cuda.device_count())
+    return {"shard": shard, "local": local}
 
 
 def _remark(line: str) -> None:
@@ -131,18 +199,25 @@ def _remark(line: str) -> None:
 
 def _print_plan(job: Job) -> None:
     plan, settings = job.plan, job.plan.settings
-    guidance = "" if settings.guidance is None else f", guidance {settings.guidance:g}"
-    pool = f", pool {settings.pool}" if settings.pool else ""
+    shown = [f"{settings.steps} steps"]
+    if settings.guidance is not None:
+        shown.append(f"guidance {settings.guidance:g}")
+    shown += [f"{settings.width}x{settings.height}", f"seed {settings.seed}"]
+    if settings.pool:
+        shown.append(f"pool {settings.pool}")
+    if settings.quantization:
+        shown.append(settings.quantization)
+    part = "" if job.shard.count == 1 else f", shard {job.shard}"
     click.echo(
-        f"records: {len(job.selection)} of {job.selection.path}, commit {job.selection.commit}"
+        f"records: {len(job.selection)} of {job.selection.path}, commit "
+        f"{job.selection.commit}{part}"
     )
     click.echo(
         f"model: {settings.model} ({settings.revision[:12]}), {settings.dtype} on {job.device}"
     )
-    click.echo(
-        f"settings: {settings.steps} steps{guidance}, {settings.width}x{settings.height}, "
-        f"seed {settings.seed}{pool}"
-    )
+    click.echo(f"settings: {', '.join(shown)}")
+    if job.negative:
+        click.echo(f"negative: {job.negative.source}")
     click.echo(f"folder: {plan.folder}")
     click.echo(plan.summary(job.batch_size))
 
@@ -159,3 +234,9 @@ def _print_result(report: GenerationReport) -> None:
         f"{report.done} images rendered{rate}, {report.skipped} were there already: "
         f"{report.plan.folder}"
     )
+    if report.elsewhere:
+        click.echo(f"{report.elsewhere} images were made by another process meanwhile")
+    if report.stopped and report.left:
+        click.echo(
+            f"stopped by {report.stopped} with {report.left} images left; the same command goes on"
+        )

@@ -87,17 +87,18 @@ def group(ctx: click.Context, store: Path) -> None:
     fedgfe-store query --round 5 --class dog
     fedgfe-store generate --round 5
     """
-    ctx.obj = Context(store)
+    given = ctx.get_parameter_source("store") is not click.core.ParameterSource.DEFAULT
+    ctx.obj = Context(store, store_given=given)
     log, notes = logging.getLogger("fedgfe_store"), _Notes(logging.WARNING)
     log.addHandler(notes)
     ctx.call_on_close(lambda: log.removeHandler(notes))
 
 
 class Context:
-    """What every command is given: the path of the store."""
+    """What every command is given: the path of the store, and whether the user named it."""
 
-    def __init__(self, store: Path) -> None:
-        self.store = store
+    def __init__(self, store: Path, *, store_given: bool) -> None:
+        self.store, self.store_given = store, store_given
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,16 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from numpy.typing import NDArray
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fedgfe_store.generation.models import Model, resolve_model
+from fedgfe_store.generation.pipelines import Placement
+from fedgfe_store.generation.settings import Settings
 
 SIZE = 32
 NO_ENCODERS = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
@@ -80,8 +87,6 @@ class FakePipeline:
     becomes of the colours `bad_pixels` as they are decoded.
     """
 
-    columns = ("t5", "clip")
-
     def __init__(
         self,
         folder: Path,
@@ -91,44 +96,117 @@ class FakePipeline:
         bad_pixels: Collection[bytes] = (),
     ) -> None:
         self.model: Model = resolve_model(str(folder))
-        self.dtype, self.device, self.offload = "float32", "cpu", "none"
+        self.placement = Placement("float32", "cpu")
         self.batches_per_swap = batches_per_swap
         self.bad_latents, self.bad_pixels = bad_latents, bad_pixels
         self.calls: list[str] = []
         self.batch_sizes: list[int] = []
         self.inputs: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-        self._seeds: list[int] = []
-
-    def noise(self, seeds: Sequence[int], height: int, width: int) -> torch.Tensor:
-        self._seeds = list(seeds)
-        return torch.zeros(len(seeds), 3)
 
     def denoise(
         self,
         embeddings: Mapping[str, torch.Tensor],
-        latents: torch.Tensor,
+        seeds: Sequence[int],
+        settings: Settings,
         *,
-        steps: int,
-        guidance: float | None,
-        height: int,
-        width: int,
+        on_step: Callable[[], None],
     ) -> torch.Tensor:
         self.calls.append("denoise")
-        self.batch_sizes.append(len(latents))
+        self.batch_sizes.append(len(seeds))
+        for _ in range(settings.steps):
+            on_step()
         pairs = [(t5.numpy(), clip.numpy()) for t5, clip in zip(*embeddings.values(), strict=True)]
-        result = torch.empty(len(latents), 3)
-        for row, (seed, pair) in enumerate(zip(self._seeds, pairs, strict=True)):
+        result = torch.empty(len(seeds), 3)
+        for row, (seed, pair) in enumerate(zip(seeds, pairs, strict=True)):
             spoilt = len(self.inputs) in self.bad_latents
             self.inputs[seed] = pair
             result[row] = torch.nan if spoilt else torch.tensor(list(checksum(*pair, seed)))
         return result
 
     def decode(
-        self, latents: torch.Tensor, height: int, width: int
+        self, latents: torch.Tensor, settings: Settings, *, tiled: bool
     ) -> list[NDArray[np.uint8] | None]:
         self.calls.append("decode")
         pictures = []
         for colour in latents.numpy().astype(np.uint8):
             spoilt = colour.tobytes() in self.bad_pixels
-            pictures.append(None if spoilt else np.tile(colour, (height, width, 1)))
+            pictures.append(
+                None if spoilt else np.tile(colour, (settings.height, settings.width, 1))
+            )
         return pictures
+
+
+def save_random_sd(
+    folder: Path, *, width: int = 8, tokens: int = 77, seed: int = 0, encoder: bool = True
+) -> Path:
+    """Save a Stable Diffusion of random weights, with a text encoder and without safety checker."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            weight.mul_(4.0 if "attn2" in name else 1.5)
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=random_clip(width, tokens) if encoder else None,
+        tokenizer=letters(folder.parent, tokens) if encoder else None,
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def random_clip(width: int, tokens: int) -> CLIPTextModel:
+    """Make a text encoder for `letters`."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=54,
+            hidden_size=width,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokens,
+            bos_token_id=52,
+            eos_token_id=53,
+        )
+    )
+
+
+def letters(folder: Path, tokens: int) -> CLIPTokenizer:
+    """Make a tokenizer that knows the letters."""
+    words = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    merges = folder / "merges.txt"
+    merges.write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=tokens)
+
+
+def load_sd(folder: Path, **options: object) -> StableDiffusionPipeline:
+    """Load a model whole with diffusers alone, as the reference to compare with."""
+    left_out = {"safety_checker": None, "feature_extractor": None}
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, **left_out, requires_safety_checker=False, **options
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

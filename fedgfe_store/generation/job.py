@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, get_args
+
+import torch
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.generation.devices import DTYPES, choose_device, choose_dtype, free_bytes
 from fedgfe_store.generation.models import Model, resolve_model
-from fedgfe_store.generation.pipelines import ImagePipeline, choose_device, choose_dtype
+from fedgfe_store.generation.negative import Negative, find_negative
+from fedgfe_store.generation.offload import (
+    Footprint,
+    Offload,
+    choose_offload,
+    estimate_footprint,
+)
+from fedgfe_store.generation.pipelines import ImagePipeline, Placement
 from fedgfe_store.generation.plan import OnStale, Plan, plan_images
+from fedgfe_store.generation.quantization import WEIGHT_SHARE, Quantization, check_quantization
 from fedgfe_store.generation.settings import Settings
-from fedgfe_store.schema import Schema
+from fedgfe_store.generation.shards import WHOLE, Shard
+from fedgfe_store.schema import Kind, Schema
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
@@ -24,25 +36,39 @@ Report = Callable[[str], object]
 POOLS = ("last", "first", "mean")
 
 _LARGEST_BATCH = 8
+_MEGAPIXEL = 1024**2
+# On a GPU whose memory is known to be enough, batches pay up to four large pictures.
+_MEGAPIXELS_ON_GPU = 4
 log_remark: Report = logging.getLogger("fedgfe_store").warning
 
 
 class Options(TypedDict, total=False):
     """The options of `prepare`."""
 
+    diffusion_type: Kind | None
     model: str | None
     steps: int | None
     guidance: float | None
+    negative: str | None
     height: int | None
     width: int | None
     pool: str
     seed: int
+    images_per_record: int
+    only_image: int | None
     device: str | None
+    local: int | None
     offload: str
     dtype: str | None
+    compiled: bool
+    quantize: str | None
     batch_size: int | None
+    vae_tiling: bool
+    clear_cache_every: int | None
+    shard: Shard
     limit: int | None
     on_stale: OnStale
+    again: bool
 
 
 @dataclass(frozen=True)
@@ -57,10 +83,20 @@ class Job:
         Their images.
     model : Model
         The model, without its weights.
+    negative : Negative or None
+        Negative embeddings, where guidance needs them.
     device, offload : str
         Where to compute, and the offload mode asked for.
+    compiled : bool
+        Whether to compile the denoising network.
     batch_size : int
-        Records of a batch.
+        Images of a batch.
+    vae_tiling : bool
+        Whether a picture that does not fit the memory may be decoded tile by tile.
+    clear_cache_every : int or None
+        Batches after which the device's cache is given back.
+    shard : Shard
+        Which part of the records is this run's.
     """
 
     selection: Selection
@@ -69,26 +105,58 @@ class Job:
     device: str
     offload: str
     batch_size: int
+    negative: Negative | None = None
+    compiled: bool = False
+    vae_tiling: bool = False
+    clear_cache_every: int | None = None
+    shard: Shard = WHOLE
+
+    def place(self, report: Report) -> Placement:
+        """Decide where the weights go; they have to be on disk."""
+        settings = self.plan.settings
+        offload, remark = choose_offload(
+            self.offload,
+            device_type=torch.device(self.device).type,
+            free_bytes=free_bytes(self.device),
+            footprint=_footprint(self.model, settings, self.selection.schema, self.batch_size),
+            possible=_offloads(self.compiled, settings.quantization),
+        )
+        if remark:
+            report(remark)
+        quantization: Quantization | None = settings.quantization  # type: ignore[assignment]
+        return Placement(settings.dtype, self.device, offload, self.compiled, quantization)
 
 
 def prepare(
     selection: Selection,
     output_dir: str | Path,
     *,
+    diffusion_type: Kind | None = None,
     model: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    negative: str | None = None,
     height: int | None = None,
     width: int | None = None,
     pool: str = "last",
     seed: int = 0,
+    images_per_record: int = 1,
+    only_image: int | None = None,
     device: str | None = None,
+    local: int | None = None,
     offload: str = "auto",
     dtype: str | None = None,
+    compiled: bool = False,
+    quantize: str | None = None,
     batch_size: int | None = None,
+    vae_tiling: bool = False,
+    clear_cache_every: int | None = None,
+    shard: Shard = WHOLE,
     limit: int | None = None,
     on_stale: OnStale = "error",
+    again: bool = False,
     pipeline: ImagePipeline | None = None,
+    keep_negative: bool = True,
     report: Report = log_remark,
 ) -> Job:
     """Settle everything about a run that can be settled without loading weights.
@@ -99,29 +167,54 @@ def prepare(
         The records.
     output_dir : str or Path
         Folder of the images.
+    diffusion_type : {"flux", "sd"}, optional
+        Family of the model; by default the store's.
     model : str, optional
         ``"tiny"``, a folder or a hub id; see `resolve_model` for what counts without it.
     steps, guidance, height, width : optional
         Denoising steps, guidance scale, picture size in pixels; by default the model's own.
+    negative : str, optional
+        Negative prompt, or a file of negative embeddings, for models that are guided by such;
+        by default the empty prompt. See `find_negative`.
     pool : {"last", "first", "mean"}
         How a CLIP sequence becomes a vector, in a store that holds sequences.
     seed : int
         Base seed.
+    images_per_record : int
+        Images of each record.
+    only_image : int, optional
+        Only this image of each record, from 0.
     device : str, optional
         Such as ``"cuda:1"``; by default a GPU where there is one.
-    offload : {"auto", "none", "model"}
-        Whether weights wait in the host's memory.
+    local : int, optional
+        Which GPU that is, where several processes share a machine.
+    offload : {"auto", "none", "model", "group", "sequential"}
+        Where weights wait while they do nothing.
     dtype : {"float32", "bfloat16", "float16"}, optional
         What to compute in; by default bfloat16 on a GPU, float32 on the CPU.
+    compiled : bool
+        Compile the denoising network's blocks.
+    quantize : {"nf4", "fp8"}, optional
+        Quantize its weights.
     batch_size : int, optional
-        Records of a batch; by default as many as have the pixels of one 1024 x 1024 picture, up
-        to 8.
+        Images of a batch; by default as many as have the pixels of one 1024 x 1024 picture, up
+        to 8, and on a GPU up to four times as many if its memory allows.
+    vae_tiling : bool
+        Decode a picture tile by tile if it does not fit the memory otherwise.
+    clear_cache_every : int, optional
+        Give the device's cache back after so many batches.
+    shard : Shard
+        Which part of the records is this run's.
     limit : int, optional
         Render at most so many images.
     on_stale : {"error", "regenerate", "keep"}
         What to do about images made with other settings, see `plan_images`.
+    again : bool
+        Render images that are done, too.
     pipeline : ImagePipeline, optional
         Use this one rather than load `model`; it decides on model, dtype and device.
+    keep_negative : bool
+        Keep negative embeddings that had to be encoded in the store.
     report : callable
         Gets remarks for the user, one line each; by default they are logged as warnings.
 
@@ -133,36 +226,102 @@ def prepare(
     Raises
     ------
     NotFoundError
-        If there are no records, or no such model.
+        If there are no records, no such model, or no negative embeddings where they are needed.
     SchemaMismatchError
-        If the store does not fit the model, or an option is not valid.
+        If the store does not fit the model, or an option is not valid or not possible here.
     ConflictError
         If the folder holds images made with other settings.
     """
     if not len(selection):
         raise NotFoundError("selection: expected at least one record, got none")
+    schema = selection.schema
     if pipeline is not None:
-        chosen, device, dtype = pipeline.model, pipeline.device, pipeline.dtype
+        chosen, device = pipeline.model, pipeline.placement.device
+        dtype, compiled = pipeline.placement.dtype, pipeline.placement.compiled
     else:
-        chosen = resolve_model(model, stored=selection.schema.metadata.model)
-        device = choose_device(device)
-    chosen.check_schema(selection.schema)
+        chosen = _choose_model(model, diffusion_type, schema)
+        device = choose_device(device, local=local)
+        dtype, remark = choose_dtype(dtype, device)
+        if remark:
+            report(remark)
+    chosen.check_schema(schema)
+    _check_speed_options(compiled, quantize, device, offload)
+    guidance = _choose_guidance(guidance, chosen, report)
+    found = None
+    if chosen.needs_negative(guidance):
+        shape = schema.columns["clip"]
+        found = find_negative(
+            chosen, selection.path, negative, shape, keep=keep_negative, report=report
+        )
+    elif negative is not None:
+        raise SchemaMismatchError(
+            f"negative: the model {chosen.name} takes none under guidance {guidance}"
+        )
     settings = Settings(
         model=chosen.name,
         revision=chosen.revision,
-        dtype=choose_dtype(dtype, device),
+        dtype=dtype,
         steps=_at_least_one("steps", chosen.default_steps if steps is None else steps),
-        guidance=_choose_guidance(guidance, chosen, report),
+        guidance=guidance,
         height=_choose_size("height", height, chosen),
         width=_choose_size("width", width, chosen),
         seed=seed,
-        pool=_choose_pool(pool, selection.schema, report),
+        pool=_choose_pool(pool, chosen, schema, report),
+        quantization=quantize,
+        negative=found.digest if found else None,
     )
     if batch_size is None:
-        batch_size = _default_batch_size(settings)
-    _at_least_one("batch_size", batch_size)
-    plan = plan_images(selection, settings, Path(output_dir), limit=limit, on_stale=on_stale)
-    return Job(selection, plan, chosen, device, offload, batch_size)
+        batch_size = _choose_batch_size(chosen, settings, schema, device)
+    plan = plan_images(
+        selection,
+        settings,
+        Path(output_dir),
+        columns=chosen.columns,
+        numbers=_choose_numbers(images_per_record, only_image),
+        shard=shard,
+        limit=limit,
+        again=again,
+        on_stale=on_stale,
+    )
+    return Job(
+        selection,
+        plan,
+        chosen,
+        device,
+        offload,
+        _at_least_one("batch_size", batch_size),
+        negative=found,
+        compiled=compiled,
+        vae_tiling=vae_tiling,
+        clear_cache_every=clear_cache_every,
+        shard=shard,
+    )
+
+
+def _choose_model(name: str | None, diffusion_type: Kind | None, schema: Schema) -> Model:
+    """Find the model: of the type that is asked for, else of the one that the store is for."""
+    kind = diffusion_type or schema.kind
+    stored = schema.metadata.model if kind == schema.kind else None
+    return resolve_model(name, kind=kind, stored=stored)
+
+
+def _check_speed_options(compiled: bool, quantize: str | None, device: str, offload: str) -> None:
+    if quantize is not None:
+        check_quantization(quantize, device=device, compiled=compiled)
+    possible = ("auto", *_offloads(compiled, quantize))
+    if offload not in possible and offload in get_args(Offload):
+        name = "quantize" if quantize else "compile"
+        raise SchemaMismatchError(
+            f"{name}: expected offload {' or '.join(possible)}, since such weights do not move "
+            f"block by block, got {offload}"
+        )
+
+
+def _offloads(compiled: bool, quantize: str | None) -> tuple[Offload, ...]:
+    """Give the modes that leave the weights whole, or all."""
+    if quantize is not None:
+        return ("none",)
+    return ("none", "model") if compiled else get_args(Offload)
 
 
 def _choose_guidance(guidance: float | None, model: Model, report: Report) -> float | None:
@@ -178,20 +337,20 @@ def _choose_guidance(guidance: float | None, model: Model, report: Report) -> fl
 
 def _choose_size(name: str, pixels: int | None, model: Model) -> int:
     pixels = model.default_size if pixels is None else pixels
-    if pixels < 1 or pixels % model.pixels_per_token:
+    if pixels < 1 or pixels % model.size_step:
         raise SchemaMismatchError(
-            f"{name}: expected a multiple of {model.pixels_per_token} pixels for the model "
+            f"{name}: expected a multiple of {model.size_step} pixels for the model "
             f"{model.name}, got {pixels}"
         )
     return pixels
 
 
-def _choose_pool(pool: str, schema: Schema, report: Report) -> str | None:
-    """Give the pooling that a store needs: none where it holds one CLIP vector a record."""
+def _choose_pool(pool: str, model: Model, schema: Schema, report: Report) -> str | None:
+    """Give the pooling that is needed: none where the store holds what the model takes."""
     if pool not in POOLS:
         raise SchemaMismatchError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
     shape = schema.columns["clip"]
-    if len(shape) == 1:
+    if model.kind != "flux" or len(shape) == 1:
         return None
     others = " or ".join(p for p in POOLS if p != pool)
     report(
@@ -201,11 +360,36 @@ def _choose_pool(pool: str, schema: Schema, report: Report) -> str | None:
     return pool
 
 
+def _choose_numbers(images_per_record: int, only_image: int | None) -> Sequence[int]:
+    if only_image is not None:
+        return (only_image,)
+    return range(_at_least_one("images_per_record", images_per_record))
+
+
 def _at_least_one(name: str, number: int) -> int:
     if number < 1:
         raise SchemaMismatchError(f"{name}: expected at least 1, got {number}")
     return number
 
 
-def _default_batch_size(settings: Settings) -> int:
-    return min(_LARGEST_BATCH, max(1, 1024**2 // (settings.height * settings.width)))
+def _choose_batch_size(model: Model, settings: Settings, schema: Schema, device: str) -> int:
+    pixels, free = settings.height * settings.width, free_bytes(device)
+    careful = min(_LARGEST_BATCH, max(1, _MEGAPIXEL // pixels))
+    if free is None or not model.has_weights:
+        return careful
+    size = min(_LARGEST_BATCH, max(1, _MEGAPIXELS_ON_GPU * _MEGAPIXEL // pixels))
+    while size > 1 and _footprint(model, settings, schema, size).needed("none") > free:
+        size //= 2
+    return max(size, 1) if size > careful else careful
+
+
+def _footprint(model: Model, settings: Settings, schema: Schema, batch_size: int) -> Footprint:
+    return estimate_footprint(
+        model,
+        item_bytes=DTYPES[settings.dtype].itemsize,
+        batch_size=batch_size,
+        tokens=schema.columns[model.columns[0]][0],
+        height=settings.height,
+        width=settings.width,
+        weight_share=WEIGHT_SHARE[settings.quantization],
+    )

@@ -6,22 +6,30 @@ import json
 import os
 import re
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import xxhash
 
-from fedgfe_store.demo.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
+from fedgfe_store.demo.tiny import tiny_flux_path
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.schema import Schema
+from fedgfe_store.schema import Kind, Schema
 
-DEFAULT_MODEL = "black-forest-labs/FLUX.1-dev"
+if TYPE_CHECKING:
+    from fedgfe_store.generation.pipelines import ImagePipeline, Placement
+
 MODEL_VARIABLE = "FEDGFE_MODEL"
 
-_PARTS = ("transformer", "vae", "scheduler")
+_FAMILIES: dict[Kind, tuple[str, str]] = {
+    "flux": ("fedgfe_store.generation.flux", "FluxModel"),
+    "sd": ("fedgfe_store.generation.sd", "StableDiffusionModel"),
+}
 _WEIGHTS = "diffusion_pytorch_model"
+_WEIGHT_PATTERNS = (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}-*-of-*.safetensors")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
 _SAMPLES = 16
@@ -30,8 +38,11 @@ _HUB_TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True)
-class Model:
-    """A FLUX model whose configuration has been read and whose weights have not.
+class Model(ABC):
+    """An image model whose configuration has been read and whose weights have not.
+
+    Each family of models is one module with a subclass of this and its pipeline: what differs
+    between them is here, so that a run can be planned and refused without loading anything.
 
     Parameters
     ----------
@@ -41,38 +52,37 @@ class Model:
         Where its files are; of a model of the hub, the cached snapshot.
     revision : str
         Commit of the hub, or a digest of the local files.
-    transformer, vae : mapping
-        Their configurations.
+    denoiser, vae : mapping
+        Configurations of the network that denoises and of the one that decodes.
     from_hub : bool
         Whether missing weights can be fetched.
+
+    Attributes
+    ----------
+    kind : str
+        Family, as `Schema.kind` and ``--diffusion-type`` name it.
+    pipeline_class : str
+        Class of diffusers that its ``model_index.json`` names.
+    part : str
+        Name of the denoising network in that pipeline.
+    default_name : str
+        Model of the family that is used when none is asked for.
+    columns : tuple of str
+        Tensor columns that it is conditioned on.
     """
 
     name: str
     folder: Path
     revision: str
-    transformer: Mapping[str, Any]
+    denoiser: Mapping[str, Any]
     vae: Mapping[str, Any]
     from_hub: bool = False
 
-    @property
-    def takes_guidance(self) -> bool:
-        """Whether the guidance scale has an effect; schnell-like models have none."""
-        return bool(self.transformer["guidance_embeds"])
-
-    @property
-    def t5_width(self) -> int:
-        """Features of a T5 token."""
-        return int(self.transformer["joint_attention_dim"])
-
-    @property
-    def clip_width(self) -> int:
-        """Features of the pooled CLIP vector."""
-        return int(self.transformer["pooled_projection_dim"])
-
-    @property
-    def pixels_per_token(self) -> int:
-        """Width of the square of pixels that one image token stands for."""
-        return 2 * self.latent_scale
+    kind: ClassVar[Kind]
+    pipeline_class: ClassVar[str]
+    part: ClassVar[str]
+    default_name: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
 
     @property
     def latent_scale(self) -> int:
@@ -80,24 +90,45 @@ class Model:
         return int(2 ** (len(self.vae["block_out_channels"]) - 1))
 
     @property
+    @abstractmethod
+    def size_step(self) -> int:
+        """What height and width have to be multiples of, in pixels."""
+
+    @property
+    @abstractmethod
+    def default_size(self) -> int:
+        """Width and height in pixels when none are asked for."""
+
+    @property
+    @abstractmethod
     def default_steps(self) -> int:
         """Denoising steps when none are asked for."""
-        if self.name == "tiny":
-            return TINY_STEPS
-        return 28 if self.takes_guidance else 4
 
     @property
+    @abstractmethod
     def default_guidance(self) -> float | None:
         """Guidance scale when none is asked for; None if the model takes none."""
-        if not self.takes_guidance:
-            return None
-        return TINY_GUIDANCE if self.name == "tiny" else 3.5
 
     @property
-    def default_size(self) -> int:
-        """Width and height in pixels when none are asked for; like diffusers, 128 latents."""
-        return TINY_SIZE if self.name == "tiny" else 128 * self.latent_scale
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale has an effect."""
+        return True
 
+    def needs_negative(self, guidance: float | None) -> bool:
+        """Whether it needs negative embeddings under a guidance scale."""
+        return False
+
+    @abstractmethod
+    def check_config(self) -> None:
+        """Refuse a model whose configuration is not one of a text-to-image model.
+
+        Raises
+        ------
+        SchemaMismatchError
+            What was expected and what its configuration says.
+        """
+
+    @abstractmethod
     def check_schema(self, schema: Schema) -> None:
         """Make sure that a store's embeddings fit, before any weights are loaded.
 
@@ -106,25 +137,35 @@ class Model:
         SchemaMismatchError
             If not; both sides are shown.
         """
-        t5, clip = schema.columns.get("t5"), schema.columns.get("clip")
-        fits = (
-            schema.kind == "flux"
-            and t5 is not None
-            and clip is not None
-            and (len(t5), len(clip)) in ((2, 1), (2, 2))
-            and (t5[-1], clip[-1]) == (self.t5_width, self.clip_width)
-        )
-        if not fits:
-            raise SchemaMismatchError(
-                f"embeddings for the model {self.name}: expected flux: t5 [tokens, "
-                f"{self.t5_width}], clip [{self.clip_width}] or [tokens, {self.clip_width}], "
-                f"got {schema.describe()}"
-            )
+
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """Blocks of the denoising network, which group offload moves one by one."""
+
+    @abstractmethod
+    def denoising_values(self, tokens: int, height: int, width: int) -> int:
+        """Numbers that one record's denoising holds at once besides the weights."""
+
+    @abstractmethod
+    def load(self, placement: Placement) -> ImagePipeline:
+        """Load the weights.
+
+        Raises
+        ------
+        NotFoundError
+            If weights are missing and cannot be fetched.
+        """
 
     def parameters(self, part: str) -> int:
-        """Count the parameters of ``"transformer"`` or ``"vae"`` from its weight files."""
+        """Count the parameters of a part, such as ``"vae"``, from its weight files."""
         files = _weight_files(self.folder / part)
         return sum(_count_parameters(file) for file in files)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights are here."""
+        return all(_weight_files(self.folder / part) for part in (self.part, "vae"))
 
     def fetch_weights(self) -> None:
         """Download a hub model's weights where they are missing.
@@ -134,24 +175,66 @@ class Model:
         NotFoundError
             If they are neither here nor reachable.
         """
-        if all(_weight_files(self.folder / part) for part in ("transformer", "vae")):
+        if self.has_weights:
             return
         if not self.from_hub:
             raise NotFoundError(
-                f"model {self.folder}: expected {_WEIGHTS}.safetensors in transformer and vae, "
+                f"model {self.folder}: expected {_WEIGHTS}.safetensors in {self.part} and vae, "
                 "got none or only some"
             )
-        _download(self.name, [f"{part}/*" for part in _PARTS], revision=self.revision)
+        names = ("*.json", *_WEIGHT_PATTERNS)
+        patterns = [f"{part}/{name}" for part in (self.part, "vae") for name in names]
+        _download(self.name, [*patterns, "scheduler/*"], revision=self.revision)
+
+    def fetch(self, *parts: str) -> bool:
+        """Make sure that other parts, such as ``"text_encoder"``, are here if the model has them.
+
+        Returns
+        -------
+        bool
+            Whether they are.
+
+        Raises
+        ------
+        NotFoundError
+            If a hub model's parts are not here, and the hub is not reachable.
+        """
+        if self.from_hub and not all((self.folder / part).is_dir() for part in parts):
+            ignored = ["*.bin", "*.msgpack", "*.h5", "*.fp16.*"]
+            patterns = [f"{part}/*" for part in parts]
+            _download(self.name, patterns, revision=self.revision, ignored=ignored)
+        return all((self.folder / part).is_dir() for part in parts)
 
 
-def resolve_model(name: str | None = None, *, stored: str | None = None) -> Model:
+def family_of(kind: Kind) -> type[Model]:
+    """Return the class of a family's models.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If there is no such family.
+    """
+    if kind not in _FAMILIES:
+        raise SchemaMismatchError(
+            f"diffusion type: expected {' or '.join(get_args(Kind))}, got {kind!r}"
+        )
+    module, name = _FAMILIES[kind]
+    family: type[Model] = getattr(import_module(module), name)
+    return family
+
+
+def resolve_model(
+    name: str | None = None, *, kind: Kind = "flux", stored: str | None = None
+) -> Model:
     """Find a model and read its configuration.
 
     Parameters
     ----------
     name : str, optional
         ``"tiny"``, a local folder, or a hub id. Without one the environment variable
-        ``FEDGFE_MODEL`` counts, then `stored`, then FLUX.1-dev.
+        ``FEDGFE_MODEL`` counts, then `stored`, then the family's default.
+    kind : {"flux", "sd"}
+        Family that it has to be of.
     stored : str, optional
         The model that the store names.
 
@@ -165,9 +248,10 @@ def resolve_model(name: str | None = None, *, stored: str | None = None) -> Mode
     NotFoundError
         If there is no such model, or if it is neither cached nor reachable: how to get it.
     SchemaMismatchError
-        If it is there but not a FLUX text-to-image model.
+        If it is there but not a text-to-image model of the family.
     """
-    name = name or os.environ.get(MODEL_VARIABLE) or stored or DEFAULT_MODEL
+    family = family_of(kind)
+    name = name or os.environ.get(MODEL_VARIABLE) or stored or family.default_name
     folder = tiny_flux_path() if name == "tiny" else Path(name).expanduser()
     if name == "tiny" and not folder.is_dir():
         raise NotFoundError(
@@ -177,27 +261,34 @@ def resolve_model(name: str | None = None, *, stored: str | None = None) -> Mode
         known_as = (
             "tiny" if folder.resolve() == tiny_flux_path().resolve() else folder.resolve().name
         )
-        transformer, vae = _read_configs(folder)
-        return Model(known_as, folder, _digest_folder(folder), transformer, vae)
+        _check_pipeline(folder, family)
+        return _read(family, known_as, folder, _digest_folder(folder, family.part))
     if not _HUB_ID.fullmatch(name):
         raise NotFoundError(f"model: expected tiny, a folder or a hub id, got {name!r}")
     folder = _cached_snapshot(name) or _download(name, ["*.json"])
-    transformer, vae = _read_configs(folder)
-    return Model(name, folder, folder.name, transformer, vae, from_hub=True)
+    _check_pipeline(folder, family)
+    return _read(family, name, folder, folder.name, from_hub=True)
 
 
-def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    pipeline = _read_json(folder / "model_index.json").get("_class_name")
-    if pipeline != "FluxPipeline":
-        raise SchemaMismatchError(f"model {folder}: expected a FluxPipeline, got {pipeline}")
-    transformer = _read_json(folder / "transformer" / "config.json")
+def _check_pipeline(folder: Path, family: type[Model]) -> None:
+    found = _read_json(folder / "model_index.json").get("_class_name")
+    if found == family.pipeline_class:
+        return
+    kinds = [kind for kind in _FAMILIES if family_of(kind).pipeline_class == found]
+    hint = f"; --diffusion-type {kinds[0]} takes it, where the embeddings fit" if kinds else ""
+    raise SchemaMismatchError(
+        f"model {folder}: expected a {family.pipeline_class}, got {found}{hint}"
+    )
+
+
+def _read(
+    family: type[Model], name: str, folder: Path, revision: str, *, from_hub: bool = False
+) -> Model:
+    denoiser = _read_json(folder / family.part / "config.json")
     vae = _read_json(folder / "vae" / "config.json")
-    if transformer["in_channels"] != 4 * vae["latent_channels"]:
-        raise SchemaMismatchError(
-            f"model {folder}: expected a text-to-image transformer of "
-            f"{4 * vae['latent_channels']} input channels, got {transformer['in_channels']}"
-        )
-    return transformer, vae
+    model = family(name, folder, revision, denoiser, vae, from_hub)
+    model.check_config()
+    return model
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -212,10 +303,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _digest_folder(folder: Path) -> str:
+def _digest_folder(folder: Path, denoiser: str) -> str:
     """Hash configurations, and sizes and samples of the weights: cheap, and any training shows."""
+    return digest_files(folder, (denoiser, "vae", "scheduler"))
+
+
+def digest_files(folder: Path, parts: tuple[str, ...]) -> str:
+    """Hash sizes and samples of all files in some parts of a model: 32 hex digits."""
     digest = xxhash.xxh3_128()
-    for path in sorted(p for part in _PARTS for p in (folder / part).rglob("*") if p.is_file()):
+    for path in sorted(p for part in parts for p in (folder / part).rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
         digest.update(b"".join(_samples(path)))
     return digest.hexdigest()
@@ -257,7 +353,13 @@ def _cached_snapshot(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _download(name: str, patterns: list[str], revision: str | None = None) -> Path:
+def _download(
+    name: str,
+    patterns: list[str],
+    *,
+    revision: str | None = None,
+    ignored: list[str] | None = None,
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -266,6 +368,7 @@ def _download(name: str, patterns: list[str], revision: str | None = None) -> Pa
             name,
             revision=revision,
             allow_patterns=patterns,
+            ignore_patterns=ignored,
             etag_timeout=_HUB_TIMEOUT_SECONDS,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:

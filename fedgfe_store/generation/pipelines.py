@@ -1,27 +1,54 @@
-"""Image models behind one small interface, and FLUX as its first case."""
+"""Image models behind one small interface, and what all of diffusers' have in common."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
-from typing import Any, Protocol, Self
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.errors import NotFoundError
+from fedgfe_store.generation.devices import DTYPES
 from fedgfe_store.generation.models import Model
-from fedgfe_store.generation.offload import Offload
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from fedgfe_store.generation.offload import Offload, Swap, offload_blocks
+from fedgfe_store.generation.quantization import Quantization, quantized
+from fedgfe_store.generation.settings import Settings
 
 _SWAP_BATCHES = 16
 
 Picture = NDArray[np.uint8]
 """A picture, uint8 ``[height, width, 3]``."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model's weights are loaded, and where they lie while it works.
+
+    Parameters
+    ----------
+    dtype : {"float32", "bfloat16", "float16"}
+        What to compute in.
+    device : str
+        Where.
+    offload : {"none", "model", "group", "sequential"}
+        Where the weights wait meanwhile.
+    compiled : bool
+        Whether the denoising network's blocks are compiled.
+    quantization : {"nf4", "fp8"}, optional
+        How the denoising network's weights are kept.
+    """
+
+    dtype: str
+    device: str
+    offload: Offload = "none"
+    compiled: bool = False
+    quantization: Quantization | None = None
 
 
 class ImagePipeline(Protocol):
@@ -31,10 +58,8 @@ class ImagePipeline(Protocol):
     ----------
     model : Model
         Which model it is.
-    dtype, device, offload : str
-        What it computes in, where, and where its weights wait meanwhile.
-    columns : tuple of str
-        Tensor columns that it is conditioned on.
+    placement : Placement
+        How it was loaded.
     batches_per_swap : int
         Batches to denoise before the first of them is decoded.
     """
@@ -42,77 +67,73 @@ class ImagePipeline(Protocol):
     @property
     def model(self) -> Model: ...  # noqa: D102
     @property
-    def dtype(self) -> str: ...  # noqa: D102
-    @property
-    def device(self) -> str: ...  # noqa: D102
-    @property
-    def offload(self) -> str: ...  # noqa: D102
-    @property
-    def columns(self) -> tuple[str, ...]: ...  # noqa: D102
+    def placement(self) -> Placement: ...  # noqa: D102
     @property
     def batches_per_swap(self) -> int: ...  # noqa: D102
-
-    def noise(self, seeds: Sequence[int], height: int, width: int) -> torch.Tensor:
-        """Draw initial latents, one image a seed: float32 on the CPU, whatever comes after."""
-        ...
 
     def denoise(
         self,
         embeddings: Mapping[str, torch.Tensor],
-        latents: torch.Tensor,
+        seeds: Sequence[int],
+        settings: Settings,
         *,
-        steps: int,
-        guidance: float | None,
-        height: int,
-        width: int,
+        on_step: Callable[[], None],
     ) -> torch.Tensor:
-        """Denoise a batch under its embeddings, one row an image."""
+        """Denoise a batch under its embeddings, one row and one seed an image.
+
+        `on_step` is called after each step; what it raises ends the batch.
+        """
         ...
 
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Picture | None]:
+    def decode(
+        self, latents: torch.Tensor, settings: Settings, *, tiled: bool
+    ) -> list[Picture | None]:
         """Turn denoised latents into pictures; None for one with values that are not finite."""
         ...
 
 
-class FluxImages:
-    """FLUX through diffusers' own pipeline, without text encoders.
+class DiffusersImages(ABC):
+    """A pipeline of diffusers without text encoders, for embeddings that are there already.
 
-    Build it with `load`. Conditioning is ``t5`` ``[images, tokens, features]`` and ``clip``
-    ``[images, features]``; latents are packed, ``[images, image tokens, 4 x channels]``.
+    Build it with `load`. A family's subclass says what its pipeline takes.
 
     Parameters
     ----------
-    pipeline : diffusers.FluxPipeline
+    pipeline : diffusers.DiffusionPipeline
         The pipeline, weights on the CPU.
     model : Model
         What it was loaded from.
-    dtype : str
-        Dtype of its weights.
-    device : str
-        Where to compute.
-    offload : {"none", "model"}
-        ``"model"`` keeps one of transformer and decoder on the device at a time.
+    placement : Placement
+        How it was loaded, and where its weights are to lie.
+
+    Attributes
+    ----------
+    left_out : mapping
+        What `load` passes to the pipeline so that encoders are neither loaded nor missed.
     """
 
-    columns = ("t5", "clip")
+    left_out: ClassVar[Mapping[str, Any]]
 
-    def __init__(
-        self, pipeline: Any, model: Model, *, dtype: str, device: str, offload: Offload = "none"
-    ) -> None:
-        self.model, self.dtype, self.device, self.offload = model, dtype, device, offload
-        self.batches_per_swap = _SWAP_BATCHES if offload == "model" else 1
+    def __init__(self, pipeline: Any, model: Any, placement: Placement) -> None:
+        self.model, self.placement = model, placement
+        self.batches_per_swap = _SWAP_BATCHES if placement.offload == "model" else 1
         self._pipeline = pipeline
         self._pipeline.set_progress_bar_config(disable=True)
+        self._denoiser = getattr(pipeline, model.part)
         self._swap: Swap | None = None
-        if offload == "model":
-            parts = {"transformer": pipeline.transformer, "vae": pipeline.vae}
-            self._swap = Swap(parts, lambda tensor: tensor.to(device))
+        if placement.offload == "none":
+            self._pipeline.to(placement.device)
+        elif placement.offload == "model":
+            parts = {model.part: self._denoiser, "vae": pipeline.vae}
+            self._swap = Swap(parts, lambda tensor: tensor.to(placement.device))
         else:
-            self._pipeline.to(device)
+            offload_blocks(pipeline, self._denoiser, placement.device, placement.offload)
+        if placement.compiled:
+            self._denoiser.compile_repeated_blocks()
 
     @classmethod
-    def load(cls, model: Model, *, dtype: str, device: str, offload: Offload = "none") -> Self:
-        """Load a model's transformer and decoder.
+    def load(cls, model: Model, placement: Placement) -> Self:
+        """Load a model's denoising network and decoder.
 
         Raises
         ------
@@ -120,125 +141,115 @@ class FluxImages:
             If weights are missing and cannot be fetched.
         """
         model.fetch_weights()
-        with _quiet_loading():
-            from diffusers import FluxPipeline
+        with quiet_loading():
+            import diffusers
 
+            dtype = DTYPES[placement.dtype]
+            pipeline_class = getattr(diffusers, model.pipeline_class)
+            parts = dict(cls.left_out)
             try:
-                pipeline = FluxPipeline.from_pretrained(
-                    os.fspath(model.folder),
-                    text_encoder=None,
-                    tokenizer=None,
-                    text_encoder_2=None,
-                    tokenizer_2=None,
-                    dtype=DTYPES[dtype],
-                    local_files_only=True,
+                if placement.quantization:
+                    parts[model.part] = quantized(
+                        model, placement.quantization, dtype, placement.device
+                    )
+                pipeline = pipeline_class.from_pretrained(
+                    os.fspath(model.folder), **parts, dtype=dtype, local_files_only=True
                 )
             except OSError as error:
                 raise NotFoundError(f"model {model.name}: {error}") from error
-        return cls(pipeline, model, dtype=dtype, device=device, offload=offload)
+        return cls(pipeline, model, placement)
 
-    def noise(self, seeds: Sequence[int], height: int, width: int) -> torch.Tensor:
-        """Draw initial latents as `FluxPipeline` does from one generator an image.
+    @abstractmethod
+    def draw(self, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
+        """Draw initial latents, float32 on the CPU, one image a generator."""
 
-        Parameters
-        ----------
-        seeds : sequence of int
-            One an image.
-        height, width : int
-            Picture size in pixels.
+    @abstractmethod
+    def arguments(
+        self, embeddings: Mapping[str, torch.Tensor], images: int, settings: Settings
+    ) -> dict[str, Any]:
+        """Check the embeddings of `images` images; give what the pipeline wants besides noise.
 
-        Returns
-        -------
-        torch.Tensor
-            float32 on the CPU, packed.
+        Raises
+        ------
+        SchemaMismatchError
+            If a shape does not fit.
         """
-        channels = self.model.transformer["in_channels"] // 4
-        rows, columns = (2 * (n // self.model.pixels_per_token) for n in (height, width))
-        drawn = [
-            torch.randn(
-                (1, channels, rows, columns),
-                generator=torch.Generator("cpu").manual_seed(seed),
-                dtype=torch.float32,
-            )
-            for seed in seeds
-        ]
-        packed: torch.Tensor = self._pipeline._pack_latents(
-            torch.cat(drawn), len(drawn), channels, rows, columns
-        )
-        return packed
+
+    @abstractmethod
+    def scaled(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Turn the pipeline's latents into the decoder's."""
 
     def denoise(
         self,
         embeddings: Mapping[str, torch.Tensor],
-        latents: torch.Tensor,
+        seeds: Sequence[int],
+        settings: Settings,
         *,
-        steps: int,
-        guidance: float | None,
-        height: int,
-        width: int,
+        on_step: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Denoise a batch.
 
         Parameters
         ----------
         embeddings : mapping
-            ``t5`` and ``clip``, any float dtype and device.
-        latents : torch.Tensor
-            Noise, one image a row of the embeddings.
-        steps : int
-            Denoising steps.
-        guidance : float or None
-            Guidance scale; without effect on a model that takes none.
-        height, width : int
-            Picture size in pixels.
+            The model's columns, any float dtype and device, one row an image.
+        seeds : sequence of int
+            One an image.
+        settings : Settings
+            Steps, guidance scale and size.
+        on_step : callable
+            Called after each step; what it raises ends the batch.
 
         Returns
         -------
         torch.Tensor
-            Packed latents on the device.
+            Latents on the device.
 
         Raises
         ------
         SchemaMismatchError
             If a shape does not fit; the pipeline itself would not notice.
         """
-        t5, clip = embeddings["t5"], embeddings["clip"]
-        self._check_shapes(t5, clip, len(latents))
+        arguments = self.arguments(embeddings, len(seeds), settings)
         if self._swap:
-            self._swap.bring("transformer")
-        # FLUX neither moves nor casts what it is given, and takes the noise's dtype from it.
-        dtype = DTYPES[self.dtype]
+            self._swap.bring(self.model.part)
+        # Noise is drawn in float32 on the CPU whatever comes after; the pipelines neither move
+        # nor cast what they are given, and some take the noise's dtype from it.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        latents = self.draw(generators, settings.height, settings.width)
         result: torch.Tensor = self._pipeline(
-            prompt_embeds=t5.to(self.device, dtype),
-            pooled_prompt_embeds=clip.to(self.device, dtype),
-            latents=latents.to(self.device, dtype),
-            num_inference_steps=steps,
-            guidance_scale=1.0 if guidance is None else guidance,
-            height=height,
-            width=width,
+            **{name: self._at_home(value) for name, value in arguments.items()},
+            latents=self._at_home(latents),
+            # Schedulers that add noise at each step go on drawing from the image's own.
+            generator=generators,
+            num_inference_steps=settings.steps,
+            height=settings.height,
+            width=settings.width,
+            callback_on_step_end=_calling(on_step),
             output_type="latent",
             return_dict=False,
         )[0]
         return result
 
-    def _check_shapes(self, t5: torch.Tensor, clip: torch.Tensor, images: int) -> None:
-        expected = (images, self.model.t5_width), (images, self.model.clip_width)
-        if t5.ndim != 3 or (t5.shape[::2], tuple(clip.shape)) != expected:
-            raise SchemaMismatchError(
-                f"embeddings: expected t5 [{images}, tokens, {self.model.t5_width}] and clip "
-                f"[{images}, {self.model.clip_width}], got {list(t5.shape)} and {list(clip.shape)}"
-            )
+    def _at_home(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.placement.device, DTYPES[self.placement.dtype])
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Picture | None]:
-        """Decode latents to the pixels that `FluxPipeline` would give.
+    def decode(
+        self, latents: torch.Tensor, settings: Settings, *, tiled: bool = False
+    ) -> list[Picture | None]:
+        """Decode latents to the pixels that the pipeline itself would give.
 
         Parameters
         ----------
         latents : torch.Tensor
-            Packed latents, as `denoise` returns them.
-        height, width : int
-            Picture size in pixels.
+            As `denoise` returns them, or some rows of it.
+        settings : Settings
+            Size of the pictures.
+        tiled : bool
+            Decode tile by tile, which takes less memory and changes pixels.
 
         Returns
         -------
@@ -248,9 +259,9 @@ class FluxImages:
         if self._swap:
             self._swap.bring("vae")
         pipeline, vae = self._pipeline, self._pipeline.vae
-        unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
-        scaled = unpacked / vae.config.scaling_factor + vae.config.shift_factor
-        decoded = vae.decode(scaled.to(vae.device), return_dict=False)[0]
+        scaled = self.scaled(latents, settings.height, settings.width)
+        with _tiling(vae) if tiled else nullcontext():
+            decoded = vae.decode(self._at_home(scaled), return_dict=False)[0]
         finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
         if not all(finite):
             decoded = torch.nan_to_num(decoded)
@@ -259,101 +270,40 @@ class FluxImages:
         return [picture if ok else None for picture, ok in zip(pixels, finite, strict=True)]
 
 
-class Swap:
-    """Keeps one of several modules on a device, and all of them in the memory of the host.
+def _calling(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+    def callback(
+        pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        on_step()
+        return tensors
 
-    Weights do not change here, so giving up the device's copy is enough to move a module out:
-    nothing is copied back, and the host's memory does not grow.
-
-    Parameters
-    ----------
-    modules : mapping
-        Modules by name, on the host.
-    put : callable
-        Copies a tensor to the device.
-    """
-
-    def __init__(
-        self,
-        modules: Mapping[str, torch.nn.Module],
-        put: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._put = put
-        self._present: str | None = None
-        self._tensors = {
-            name: [(t, t.data) for t in chain(module.parameters(), module.buffers())]
-            for name, module in modules.items()
-        }
-
-    def bring(self, name: str) -> None:
-        """Put the module `name` on the device, and nothing else."""
-        if name == self._present:
-            return
-        if self._present is not None:
-            for tensor, home in self._tensors[self._present]:
-                tensor.data = home
-        for tensor, home in self._tensors[name]:
-            tensor.data = self._put(home)
-        self._present = name
-
-
-def choose_device(device: str | None) -> str:
-    """Check a device's name; without one, give ``"cuda"`` where there is a GPU, else ``"cpu"``.
-
-    Raises
-    ------
-    SchemaMismatchError
-        If it is not a device of this machine.
-    """
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise SchemaMismatchError(
-            f"device: expected one of this machine, got {device!r} ({reason})"
-        ) from None
-    return device
-
-
-def choose_dtype(dtype: str | None, device: str) -> str:
-    """Check a dtype's name; without one, take bfloat16 (else float16) on CUDA, else float32.
-
-    Raises
-    ------
-    SchemaMismatchError
-        If it is none of float32, bfloat16 and float16.
-    """
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise SchemaMismatchError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        return dtype
-    if torch.device(device).type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-
-
-def free_bytes(device: str) -> int | None:
-    """Give the free memory of a CUDA device; None for others, where it is not known."""
-    if torch.device(device).type != "cuda":
-        return None
-    return torch.cuda.mem_get_info(torch.device(device))[0]
+    return callback
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep loading bars, and remarks on image processors that are not used, off the terminal."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    shown, level = logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+def _tiling(vae: Any) -> Iterator[None]:
+    vae.enable_tiling()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
+        vae.disable_tiling()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep loading bars, and remarks on components left out, off the terminal."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    logs = (logging, transformers_logging)
+    before = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, shown, level in before:
+            log.set_verbosity(level)
+            if shown:
+                log.enable_progress_bar()

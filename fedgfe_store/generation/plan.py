@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Set
+from collections.abc import Collection, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -14,6 +14,7 @@ from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.images import image_name, inspect_image, key_json
 from fedgfe_store.generation.manifest import seconds_per_image
 from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
+from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class PlanItem:
         Why it is not done: what changed, or what is wrong with the file.
     keep : bool
         True for a stale image that is to stay as it is.
+    seen : tuple of int or None
+        Which file was there when it was planned, see `file_stamp`.
     """
 
     position: int
@@ -63,6 +66,7 @@ class PlanItem:
     status: Status = "missing"
     reason: str = ""
     keep: bool = False
+    seen: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,12 @@ def plan_images(
     settings: Settings,
     output_dir: Path,
     *,
+    columns: Collection[str] = ("t5", "clip"),
+    numbers: Sequence[int] = (0,),
+    shard: Shard = WHOLE,
     limit: int | None = None,
     on_stale: OnStale = "error",
+    again: bool = False,
 ) -> Plan:
     """Compare the images of a selection with those in a folder.
 
@@ -163,10 +171,18 @@ def plan_images(
         What the images are made with.
     output_dir : Path
         Their folder; it need not exist.
+    columns : collection of str
+        Tensor columns that the images depend on.
+    numbers : sequence of int
+        Which images of each record, from 0; each has noise of its own.
+    shard : Shard
+        Which part of the records is this run's.
     limit : int, optional
         Render at most so many images, the first ones that are not done.
     on_stale : {"error", "regenerate", "keep"}
         What to do about sound images made with other settings, or not by this package.
+    again : bool
+        Render images that are done, too.
 
     Returns
     -------
@@ -182,7 +198,7 @@ def plan_images(
     """
     if on_stale not in get_args(OnStale):
         raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
-    items = _list_items(selection, settings, output_dir)
+    items = _list_items(selection, settings, output_dir, columns, numbers, shard)
     present = {path.name for path in output_dir.glob("*.png")}
     with ThreadPoolExecutor(_CHECKERS) as pool:
         findings = list(pool.map(lambda item: _check(item, settings, present), items))
@@ -193,6 +209,11 @@ def plan_images(
         replace(f.item, keep=True) if f.keepable and on_stale == "keep" else f.item
         for f in findings
     )
+    if again:
+        settled = (
+            replace(i, status="stale", reason="asked for again") if i.status == "done" else i
+            for i in settled
+        )
     return Plan(tuple(settled), settings, output_dir, limit)
 
 
@@ -205,9 +226,26 @@ class _Finding:
     keepable: bool = False
 
 
+def file_stamp(path: Path) -> tuple[int, ...] | None:
+    """Tell one state of a file from another by number, size and time; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def made_meanwhile(item: PlanItem, settings: Settings) -> bool:
+    """Whether an image that was not done has been made since, by another process."""
+    if file_stamp(item.path) == item.seen:
+        return False
+    return _check(item, settings, {item.path.name}).item.status == "done"
+
+
 def _check(item: PlanItem, settings: Settings, present: Set[str]) -> _Finding:
     if item.path.name not in present:
         return _Finding(item)
+    item = replace(item, seen=file_stamp(item.path))
     state, provenance = inspect_image(item.path)
     if state == "damaged":
         return _Finding(replace(item, reason="damaged file"))
@@ -217,7 +255,7 @@ def _check(item: PlanItem, settings: Settings, present: Set[str]) -> _Finding:
         return _conflict(item, "image of another record")
     conflict = ""
     if provenance.get("fingerprint") != fingerprint(settings):
-        conflict = difference(provenance["settings"], settings)
+        conflict = difference(provenance["settings"], asdict(settings))
     if provenance.get("digests") != item.digests:
         return _Finding(replace(item, status="stale", reason="embedding changed"), conflict)
     return _conflict(item, conflict) if conflict else _Finding(replace(item, status="done"))
@@ -238,23 +276,35 @@ def _conflict_message(conflicts: Counter[str], folder: Path) -> str:
     )
 
 
-def _list_items(selection: Selection, settings: Settings, folder: Path) -> list[PlanItem]:
+def _list_items(
+    selection: Selection,
+    settings: Settings,
+    folder: Path,
+    columns: Collection[str],
+    numbers: Sequence[int],
+    shard: Shard,
+) -> list[PlanItem]:
     frame = selection.records
-    columns = [name for name in ("t5", "clip") if f"{name}_digest" in frame]
-    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in columns]
-    items = {
-        key: PlanItem(
-            position=position,
-            key=key,
-            number=0,
-            path=folder / image_name(key),
-            seed=seed_of(settings.seed, key),
-            digests=dict(zip(columns, of_record, strict=True)),
-        )
+    names = [name for name in columns if f"{name}_digest" in frame]
+    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
+    records = {
+        key: (position, dict(zip(names, of_record, strict=True)))
         for position, (key, *of_record) in enumerate(zip(selection.keys(), *digests, strict=True))
     }
-    _check_names(items.values(), folder)
-    return list(items.values())
+    items = [
+        PlanItem(
+            position=position,
+            key=key,
+            number=number,
+            path=folder / image_name(key, number),
+            seed=seed_of(settings.seed, key, number),
+            digests=of_record,
+        )
+        for key, (position, of_record) in records.items()
+        for number in numbers
+    ]
+    _check_names(items, folder)
+    return [item for item in items if shard.holds(item.key)]
 
 
 def _check_names(items: Collection[PlanItem], folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -40,21 +40,45 @@ class Failure:
 
 @dataclass
 class Tally:
-    """What became of the images so far; `progress` hears of each, made or failed."""
+    """What became of the images so far.
+
+    Parameters
+    ----------
+    progress : callable
+        Called with 1 for each image that is settled: made, failed, or another process's.
+    settled : callable
+        Called with each image that was made or has failed, and with the reason or None.
+    """
 
     progress: Progress
+    settled: Callable[[PlanItem, str | None], object]
     done: set[PlanItem] = field(default_factory=set)
+    elsewhere: set[PlanItem] = field(default_factory=set)
     failed: dict[PlanItem, str] = field(default_factory=dict)
 
     def succeed(self, item: PlanItem) -> None:
         """Count an image as made."""
         self.done.add(item)
+        self.settled(item, None)
+        self.progress(1)
+
+    def leave(self, item: PlanItem) -> None:
+        """Count an image that another process has made meanwhile, or is making."""
+        self.elsewhere.add(item)
         self.progress(1)
 
     def fail(self, item: PlanItem, reason: str) -> None:
         """Count an image as failed."""
         self.failed[item] = reason
+        self.settled(item, reason)
         self.progress(1)
+
+    def give_up(self, items: Iterable[PlanItem], reason: str) -> None:
+        """Count the images that nothing has become of as failed without having been tried."""
+        settled = self.done | self.elsewhere
+        for item in items:
+            if item not in settled:
+                self.failed.setdefault(item, reason)
 
     @property
     def failures(self) -> tuple[Failure, ...]:

@@ -1,0 +1,97 @@
+"""Where to compute, in what, and with how much memory."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from fedgfe_store.errors import SchemaMismatchError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def choose_device(device: str | None, *, local: int | None = None) -> str:
+    """Check a device's name; without one, give a GPU where there is one, else ``"cpu"``.
+
+    Parameters
+    ----------
+    device : str, optional
+        Such as ``"cuda:1"``.
+    local : int, optional
+        Which GPU is this process's own, where several processes share a machine.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is not a device of this machine.
+    """
+    if device is None:
+        if not torch.cuda.is_available():
+            return "cpu"
+        return "cuda" if local is None else f"cuda:{local}"
+    try:
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SchemaMismatchError(
+            f"device: expected one of this machine, got {device!r} ({reason})"
+        ) from None
+    return device
+
+
+def choose_dtype(dtype: str | None, device: str) -> tuple[str, str | None]:
+    """Check a dtype's name; without one, take bfloat16 on CUDA, else float32.
+
+    Returns
+    -------
+    dtype : str
+        float16 in bfloat16's place on a card that computes in the one and not in the other.
+    remark : str or None
+        One line for the user where it is not what was asked for.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is none of float32, bfloat16 and float16.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise SchemaMismatchError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if torch.device(device).type != "cuda":
+        return dtype or "float32", None
+    # torch also counts cards that only imitate bfloat16, many times slower.
+    if torch.cuda.is_bf16_supported(including_emulation=False) or dtype not in (None, "bfloat16"):
+        return dtype or "bfloat16", None
+    return "float16", f"dtype: float16, since {device} does not compute in bfloat16"
+
+
+def free_bytes(device: str) -> int | None:
+    """Give the free memory of a CUDA device; None for others, where it is not known."""
+    if torch.device(device).type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(torch.device(device))[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory, of a GPU or of the host, is not enough."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def clear_cache(device: str) -> None:
+    """Give the memory that torch keeps for later back to the device."""
+    gc.collect()
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+    elif kind == "mps":
+        torch.mps.empty_cache()

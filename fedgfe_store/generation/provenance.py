@@ -1,0 +1,80 @@
+"""What an image says about how it was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import fedgfe_store
+from fedgfe_store.generation.images import key_json
+from fedgfe_store.generation.job import Job
+from fedgfe_store.generation.pipelines import Placement
+from fedgfe_store.generation.plan import PlanItem
+from fedgfe_store.generation.quantization import PACKAGES
+from fedgfe_store.generation.settings import fingerprint
+
+
+class Provenance:
+    """Makes the provenance of a job's images, whose larger part they share.
+
+    Parameters
+    ----------
+    job : Job
+        The job.
+    placement : Placement
+        How its model was loaded.
+    """
+
+    def __init__(self, job: Job, placement: Placement) -> None:
+        settings = job.plan.settings
+        packages = ["torch", "diffusers"]
+        if settings.quantization:
+            packages.append(PACKAGES[settings.quantization])
+        hub_name = job.model.from_hub or settings.model == "tiny"
+        self._common = {
+            "settings": asdict(settings),
+            "fingerprint": fingerprint(settings),
+            "diffusion_type": job.model.kind,
+            "model_folder": None if hub_name else str(job.model.folder.resolve()),
+            "store": str(job.selection.path.resolve()),
+            "commit": job.selection.commit,
+            "device": placement.device,
+            "offload": placement.offload,
+            "compiled": placement.compiled,
+            "versions": {"fedgfe_store": fedgfe_store.__version__, **_versions(tuple(packages))},
+        }
+
+    def of(self, item: PlanItem, *, batch_size: int, tiled: bool) -> dict[str, Any]:
+        """Return what `item`'s file says.
+
+        Parameters
+        ----------
+        item : PlanItem
+            The image.
+        batch_size : int
+            Images of the batch that it was denoised in.
+        tiled : bool
+            Whether it was decoded tile by tile.
+
+        Returns
+        -------
+        dict
+            Key, image number, seed, digests, settings and their fingerprint, store commit, place
+            and library versions; for the PNG's text chunk and the manifest.
+        """
+        return {
+            "key": key_json(item.key),
+            "image": item.number,
+            "seed": item.seed,
+            "digests": item.digests,
+            **self._common,
+            "batch_size": batch_size,
+            "tiled": tiled,
+        }
+
+
+@cache
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}

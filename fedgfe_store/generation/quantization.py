@@ -1,0 +1,112 @@
+"""Quantizing the denoising network's weights, where the machine can."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from fedgfe_store.errors import SchemaMismatchError
+
+if TYPE_CHECKING:
+    from fedgfe_store.generation.models import Model
+
+Quantization = Literal["nf4", "fp8"]
+
+WEIGHT_SHARE: dict[str | None, float] = {None: 1.0, "nf4": 0.28, "fp8": 0.5}
+"""What is left of 16-bit weights, block scales included."""
+
+PACKAGES = {"nf4": "bitsandbytes", "fp8": "torchao"}
+"""The package that each needs; ``fedgfe-store[nf4]`` and ``fedgfe-store[fp8]`` bring them."""
+
+_FP8_CAPABILITY = (8, 9)
+
+
+def check_quantization(name: str, *, device: str, compiled: bool) -> Quantization:
+    """Refuse a quantization that this machine cannot do, or could not do fast enough to be of use.
+
+    Parameters
+    ----------
+    name : {"nf4", "fp8"}
+        4-bit NormalFloat of bitsandbytes; 8-bit floats of torchao, activations included.
+    device : str
+        Where to compute.
+    compiled : bool
+        Whether the network is compiled.
+
+    Raises
+    ------
+    SchemaMismatchError
+        The reason.
+    """
+    if name not in get_args(Quantization):
+        raise SchemaMismatchError(f"quantize: expected nf4 or fp8, got {name!r}")
+    reason = _missing(name, device, compiled)
+    if reason:
+        raise SchemaMismatchError(f"quantize {name}: {reason}")
+    return name  # type: ignore[return-value]
+
+
+def _missing(name: str, device: str, compiled: bool) -> str | None:
+    if torch.device(device).type != "cuda":
+        return f"expected a CUDA device, got {device}"
+    if find_spec(PACKAGES[name]) is None:
+        install = f"pip install 'fedgfe-store[{name}]'"
+        return f"expected the package {PACKAGES[name]} ({install}), got none"
+    if name == "nf4":
+        return None
+    capability = torch.cuda.get_device_capability(torch.device(device))
+    if capability < _FP8_CAPABILITY:
+        return (
+            "expected a card of compute capability 8.9 or newer, which computes in 8-bit floats, "
+            f"got {capability[0]}.{capability[1]}"
+        )
+    if not compiled:
+        return "expected --compile too; without it a picture takes minutes"
+    return None
+
+
+def quantized(model: Model, name: Quantization, dtype: torch.dtype, device: str) -> Any:
+    """Load a model's denoising network with quantized weights, and put it on the device.
+
+    Parameters
+    ----------
+    model : Model
+        The model, weights on disk.
+    name : {"nf4", "fp8"}
+        How to keep them.
+    dtype : torch.dtype
+        What to compute in where weights are not quantized, and what nf4 is unpacked to.
+    device : str
+        Where to compute.
+
+    Returns
+    -------
+    diffusers.ModelMixin
+        The network.
+    """
+    import diffusers
+
+    network_class = getattr(diffusers, model.denoiser["_class_name"])
+    return network_class.from_pretrained(
+        os.fspath(model.folder),
+        subfolder=model.part,
+        quantization_config=_config(name, dtype),
+        dtype=dtype,
+        device_map=device,
+        local_files_only=True,
+    )
+
+
+def _config(name: Quantization, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    if name == "nf4":
+        return diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return diffusers.TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))

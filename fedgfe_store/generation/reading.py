@@ -1,0 +1,126 @@
+"""Reading the embeddings of a run's images batch by batch, each image claimed before it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.generation.claims import Claims
+from fedgfe_store.generation.job import Job
+from fedgfe_store.generation.plan import PlanItem, made_meanwhile
+
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Embeddings of some images, one row each, and what became of others on the way.
+
+    Parameters
+    ----------
+    items : tuple of PlanItem
+        Images to render.
+    embeddings : dict
+        By column; float32 ``[images, ...]``.
+    damaged : dict
+        Images whose record is damaged, and how.
+    elsewhere : tuple of PlanItem
+        Images that another process has made since they were planned, or is making now.
+    """
+
+    items: tuple[PlanItem, ...]
+    embeddings: dict[str, torch.Tensor]
+    damaged: dict[PlanItem, str]
+    elsewhere: tuple[PlanItem, ...] = ()
+
+
+def read_batches(job: Job, claims: Claims) -> Iterator[Batch]:
+    """Read what a job has to do.
+
+    Parameters
+    ----------
+    job : Job
+        The job.
+    claims : Claims
+        Claims of its folder; an image is claimed as its batch is read, and stays so.
+
+    Yields
+    ------
+    Batch
+        Full batches, but for the last.
+    """
+    for items, elsewhere in _claimed(job, claims):
+        batch = _read(job, items) if items else Batch((), {}, {})
+        yield Batch(batch.items, batch.embeddings, batch.damaged, elsewhere)
+
+
+def _claimed(
+    job: Job, claims: Claims
+) -> Iterator[tuple[tuple[PlanItem, ...], tuple[PlanItem, ...]]]:
+    """Take images in the plan's order; try those that others hold once more at the end."""
+    held: list[PlanItem] = []
+    taken: list[PlanItem] = []
+    made: list[PlanItem] = []
+    for last_try, items in ((False, job.plan.todo), (True, held)):
+        for item in items:
+            if not claims.take(item.path.name):
+                (made if last_try else held).append(item)
+            elif made_meanwhile(item, job.plan.settings):
+                claims.release(item.path.name)
+                made.append(item)
+            else:
+                taken.append(item)
+            if len(taken) == job.batch_size:
+                yield tuple(taken), tuple(made)
+                taken, made = [], []
+    if taken or made:
+        yield tuple(taken), tuple(made)
+
+
+def _read(job: Job, items: Sequence[PlanItem]) -> Batch:
+    damaged: dict[PlanItem, str] = {}
+    columns = job.model.columns
+    try:
+        rows = _rows(job.selection, items, columns)
+    except DamagedDataError:
+        # One bad record must not take its neighbours along: find it by reading each alone.
+        sound = []
+        for item in items:
+            try:
+                sound.append((item, _rows(job.selection, [item], columns)))
+            except DamagedDataError as error:
+                damaged[item] = str(error)
+        items = [item for item, _ in sound]
+        rows = {c: np.concatenate([row[c] for _, row in sound]) for c in columns if sound}
+    embeddings = {name: torch.from_numpy(values) for name, values in rows.items()}
+    pool = job.plan.settings.pool
+    if pool is not None and embeddings:
+        embeddings["clip"] = _pooled(embeddings["clip"], pool)
+    if job.negative is not None and embeddings:
+        embeddings["negative"] = torch.from_numpy(job.negative.values).expand(len(items), -1, -1)
+    return Batch(tuple(items), embeddings, damaged)
+
+
+def _rows(
+    selection: Selection, items: Sequence[PlanItem], columns: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Read a record once, and repeat its rows for each of its images."""
+    positions, of_item = np.unique([item.position for item in items], return_inverse=True)
+    part = selection.take(positions)
+    rows = {name: part.read(name) for name in columns}
+    return {name: values[of_item] for name, values in rows.items()}
+
+
+def _pooled(sequence: torch.Tensor, pool: str) -> torch.Tensor:
+    """Pool ``[images, tokens, features]`` to ``[images, features]``."""
+    if pool == "mean":
+        return sequence.mean(dim=1)
+    # The last token of a causal text encoder is the one that has seen all the others.
+    return sequence[:, -1 if pool == "last" else 0]

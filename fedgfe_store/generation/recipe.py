@@ -1,0 +1,139 @@
+"""Making a picture again from what it says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
+from fedgfe_store.generation.images import inspect_image
+from fedgfe_store.generation.job import Job, Options, Report
+from fedgfe_store.generation.settings import difference, fingerprint
+from fedgfe_store.records import RecordKey
+from fedgfe_store.store import EmbeddingStore
+
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Record, settings and place of a picture, as its own metadata has them.
+
+    Parameters
+    ----------
+    path : Path
+        The picture.
+    key : RecordKey
+        Its record.
+    number : int
+        Which image of the record.
+    provenance : mapping
+        All that it says.
+    """
+
+    path: Path
+    key: RecordKey
+    number: int
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a picture's metadata.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no such file.
+        SchemaMismatchError
+            If it is damaged, or not one of ours.
+        """
+        if not path.is_file():
+            raise NotFoundError(f"{path}: expected a picture, got none")
+        state, provenance = inspect_image(path)
+        if provenance is None:
+            reason = "a damaged file" if state == "damaged" else "one of another program"
+            raise SchemaMismatchError(f"{path}: expected a picture of fedgfe-store, got {reason}")
+        return cls(path, RecordKey(**provenance["key"]), provenance["image"], provenance)
+
+    @property
+    def store(self) -> Path | None:
+        """The store that it was made from, if that is still there."""
+        path = Path(self.provenance.get("store") or "")
+        return path if (path / "zarr.json").is_file() else None
+
+    @property
+    def options(self) -> Options:
+        """The options of `prepare` that make it again."""
+        settings = self.provenance["settings"]
+        made: Options = {
+            "model": self.provenance.get("model_folder") or settings["model"],
+            "diffusion_type": self.provenance.get("diffusion_type"),
+            "steps": settings["steps"],
+            "guidance": settings["guidance"],
+            "height": settings["height"],
+            "width": settings["width"],
+            "seed": settings["seed"],
+            "dtype": settings["dtype"],
+            "pool": settings["pool"] or "last",
+            "quantize": settings["quantization"],
+            "only_image": self.number,
+            "again": True,
+        }
+        return made
+
+    def select(self, store: EmbeddingStore, *, report: Report) -> Selection:
+        """Find the record, as of the commit that it was made from if it has changed since.
+
+        Raises
+        ------
+        NotFoundError
+            If the store does not have it.
+        ConflictError
+            If its embedding has changed and the old one cannot be reached.
+        """
+        selection = self._record_of(store)
+        if len(selection) and self._is_of(selection):
+            return selection
+        commit = self.provenance["commit"]
+        if commit < store.commit:
+            before = self._record_of(EmbeddingStore.open(store.path, as_of=commit))
+            if len(before) and self._is_of(before):
+                report(f"the record has changed since commit {commit}: using it as of then")
+                return before
+        if not len(selection):
+            raise NotFoundError(f"{store.path}: expected a record {self.key}, got none")
+        raise ConflictError(
+            f"{self.path}: expected the embedding that it was made from, got another one in "
+            f"{store.path} for {self.key}"
+        )
+
+    def _record_of(self, store: EmbeddingStore) -> Selection:
+        key = self.key
+        return store.select(
+            node=key.node,
+            round=key.round,
+            split=key.split,
+            class_name=key.class_name,
+            index=key.index,
+        )
+
+    def _is_of(self, selection: Selection) -> bool:
+        digests: dict[str, str] = self.provenance["digests"]
+        found = selection.records.iloc[0]
+        return all(f"{int(found[f'{name}_digest']):016x}" == d for name, d in digests.items())
+
+    def check(self, job: Job) -> None:
+        """Make sure that a job has the picture's settings.
+
+        Raises
+        ------
+        ConflictError
+            What differs, such as the model's revision.
+        """
+        settings = job.plan.settings
+        if fingerprint(settings) != self.provenance["fingerprint"]:
+            changed = difference(self.provenance["settings"], asdict(settings))
+            raise ConflictError(f"{self.path} cannot be made again: {changed}")

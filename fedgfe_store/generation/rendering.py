@@ -1,0 +1,228 @@
+"""Denoising and decoding batches: within the memory there is, and until a stop is asked for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import cast
+
+import torch
+
+from fedgfe_store.generation.claims import Claims
+from fedgfe_store.generation.devices import clear_cache, is_out_of_memory
+from fedgfe_store.generation.job import Job, Report
+from fedgfe_store.generation.pipelines import ImagePipeline, Picture
+from fedgfe_store.generation.plan import PlanItem
+from fedgfe_store.generation.provenance import Provenance
+from fedgfe_store.generation.reading import Batch, read_batches
+from fedgfe_store.generation.stopping import Stop, Stopped
+from fedgfe_store.generation.writer import PictureWriter, Tally
+from fedgfe_store.torch_data import prefetch
+
+_PREFETCHED_BATCHES = 2
+
+_log = logging.getLogger("fedgfe_store")
+
+
+@dataclass(frozen=True)
+class _Denoised:
+    """Latents of some images, one row each, the batch that they were in, and seconds an image."""
+
+    items: tuple[PlanItem, ...]
+    latents: torch.Tensor
+    batch_size: int
+    seconds: float
+
+
+class Renderer:
+    """Takes a job's batches through the model to the writer.
+
+    What memory does not allow is tried again smaller: a batch is halved, and stays so for the
+    rest of the run; latents are decoded in slices, and tile by tile where that is allowed,
+    without being denoised again.
+
+    Parameters
+    ----------
+    job : Job
+        What to render.
+    pipeline : ImagePipeline
+        The model.
+    writer : PictureWriter
+        Gets the pictures.
+    tally : Tally
+        Hears of images that fail, and of those that others make.
+    stop : Stop
+        Looked at after each step.
+    report : callable
+        Gets remarks for the user.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        pipeline: ImagePipeline,
+        writer: PictureWriter,
+        tally: Tally,
+        *,
+        stop: Stop,
+        report: Report,
+    ) -> None:
+        self._job, self._pipeline, self._writer, self._tally = job, pipeline, writer, tally
+        self._stop, self._report = stop, report
+        self._provenance = Provenance(job, pipeline.placement)
+        self._device = pipeline.placement.device
+        self._largest_batch = self._largest_decode = job.batch_size
+        self._tiled = False
+        self._batches = 0
+        self.gave_up: str | None = None
+        """Why rendering on would be of no use; None if there is no such reason."""
+
+    def run(self, claims: Claims) -> None:
+        """Render all batches, or those until a stop or until there is no use in going on."""
+        reading = prefetch(read_batches(self._job, claims), _PREFETCHED_BATCHES)
+        with closing(cast("Generator[Batch]", reading)) as batches:
+            while not self._ended():
+                # Usually a group is one batch. Only its latents are held, not what they were
+                # made from.
+                group = list(self._denoise_group(batches))
+                if not group:
+                    return
+                for denoised in group:
+                    for part in denoised:
+                        self._decode(part)
+
+    def _ended(self) -> bool:
+        if self._writer.gave_up:
+            self.gave_up = "the pictures before it could not be written"
+        return self._stop.requested or self.gave_up is not None
+
+    def _denoise_group(self, batches: Iterator[Batch]) -> Iterator[list[_Denoised]]:
+        for batch in islice(batches, self._pipeline.batches_per_swap):
+            for item, reason in batch.damaged.items():
+                self._tally.fail(item, reason)
+            for item in batch.elsewhere:
+                self._tally.leave(item)
+            yield list(self._denoise(batch))
+            self._batches += 1
+            every = self._job.clear_cache_every
+            if every and self._batches % every == 0:
+                clear_cache(self._device)
+            if self._ended():
+                return
+
+    def _denoise(self, batch: Batch) -> Iterator[_Denoised]:
+        """Denoise a batch in as large parts as fit; what a stop cuts short is not there."""
+        start = 0
+        while start < len(batch.items) and not self._ended():
+            stop = min(start + self._largest_batch, len(batch.items))
+            try:
+                denoised = self._denoise_part(batch, slice(start, stop))
+            except Stopped:
+                return
+            if denoised is not None:
+                yield denoised
+                start = stop
+            elif stop - start > 1:
+                self._largest_batch = (stop - start) // 2
+                self._report(f"out of memory: going on in batches of {self._largest_batch}")
+            else:
+                self._give_up(batch.items[start], "denoising", "--offload group or sequential")
+
+    def _denoise_part(self, batch: Batch, rows: slice) -> _Denoised | None:
+        """Denoise some rows of a batch; None if the memory is not enough for them."""
+        items, started = batch.items[rows], time.perf_counter()
+        embeddings = {name: values[rows] for name, values in batch.embeddings.items()}
+        seeds = [item.seed for item in items]
+        if self._pipeline.placement.compiled:
+            # Another batch size would be compiled anew, which takes longer than some rows.
+            missing = self._largest_batch - len(items)
+            embeddings = {n: _padded(values, missing) for n, values in embeddings.items()}
+            seeds += seeds[-1:] * missing
+        try:
+            latents = self._pipeline.denoise(
+                embeddings, seeds, self._job.plan.settings, on_step=self._stop.check
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            latents = None
+        if latents is None:  # past the handler, whose traceback holds on to what filled the memory
+            clear_cache(self._device)
+            return None
+        seconds = (time.perf_counter() - started) / len(items)
+        _log.info("denoised a batch of %d, %.2f s an image", len(items), seconds)
+        return self._only_finite(items, latents[: len(items)], len(seeds), seconds)
+
+    def _only_finite(
+        self, items: tuple[PlanItem, ...], latents: torch.Tensor, batch_size: int, seconds: float
+    ) -> _Denoised:
+        finite = torch.isfinite(latents).flatten(1).all(dim=1)
+        if not finite.all():
+            for item, ok in zip(items, finite.tolist(), strict=True):
+                if not ok:
+                    reason = "the model gave latents that are not finite (NaN or infinity)"
+                    self._tally.fail(item, reason)
+            items = tuple(i for i, ok in zip(items, finite.tolist(), strict=True) if ok)
+            latents = latents[finite]
+        return _Denoised(items, latents, batch_size, seconds)
+
+    def _decode(self, denoised: _Denoised) -> None:
+        """Decode latents in as large slices as fit, and hand the pictures to the writer."""
+        waiting = deque(zip(denoised.items, denoised.latents, strict=True))
+        while waiting and self.gave_up is None:
+            part = list(islice(waiting, self._largest_decode))
+            started = time.perf_counter()
+            pictures = self._decoded(torch.stack([latents for _, latents in part]))
+            if pictures is None:
+                self._decode_smaller(len(part), part[0][0])
+                continue
+            seconds = denoised.seconds + (time.perf_counter() - started) / len(part)
+            for (item, _), picture in zip(part, pictures, strict=True):
+                waiting.popleft()
+                self._hand_over(item, picture, denoised.batch_size, seconds)
+
+    def _decoded(self, latents: torch.Tensor) -> list[Picture | None] | None:
+        """Decode latents; None if the memory is not enough."""
+        settings = self._job.plan.settings
+        try:
+            return self._pipeline.decode(latents, settings, tiled=self._tiled)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        clear_cache(self._device)
+        return None
+
+    def _decode_smaller(self, size: int, item: PlanItem) -> None:
+        if size > 1:
+            self._largest_decode = size // 2
+            self._report(f"out of memory: decoding in slices of {self._largest_decode}")
+        elif self._job.vae_tiling and not self._tiled:
+            self._tiled = True
+            self._report("out of memory: decoding tile by tile, which changes pixels")
+        else:
+            self._give_up(item, "decoding", "--vae-tiling")
+
+    def _give_up(self, item: PlanItem, doing: str, remedy: str) -> None:
+        self._tally.fail(item, f"out of memory {doing} one picture; {remedy} may help")
+        self.gave_up = "there is not enough memory"
+
+    def _hand_over(
+        self, item: PlanItem, picture: Picture | None, batch_size: int, seconds: float
+    ) -> None:
+        if picture is None:
+            self._tally.fail(item, "the model gave a picture that is not finite (NaN or infinity)")
+        elif not picture.any():
+            self._tally.fail(item, "the model gave a picture that is black all over")
+        else:
+            text = self._provenance.of(item, batch_size=batch_size, tiled=self._tiled)
+            self._writer.submit(item, picture, text, seconds=seconds)
+
+
+def _padded(values: torch.Tensor, missing: int) -> torch.Tensor:
+    """Repeat the last row `missing` times."""
+    return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])

@@ -1,0 +1,100 @@
+"""Stopping a run when the system asks for it, so that nothing finished is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_ECHO_SECONDS = 0.5
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+"""Preemption, Ctrl-C, and the warning that SLURM sends before the time limit."""
+
+
+class Stopped(BaseException):
+    """A run was asked to stop; like `KeyboardInterrupt`, nobody takes it for a fault."""
+
+
+class Stop:
+    """A request to stop, and whether it may interrupt what is being done.
+
+    A run looks at it after each denoising step and finishes what is denoised. Where there is
+    nothing to finish, as while weights are loaded, the request itself interrupts.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._interrupts = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.reason is not None
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop; `reason` is the name of the signal."""
+        self.reason = reason
+        if self._interrupts:
+            raise Stopped(reason)
+
+    def check(self) -> None:
+        """Raise `Stopped` if a stop was asked for."""
+        if self.reason is not None:
+            raise Stopped(self.reason)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let a request, or one that came before, interrupt the block by `Stopped`."""
+        self._interrupts = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._interrupts = False
+
+
+@contextmanager
+def stop_on_signals(stop: Stop, *, announce: Callable[[str], object]) -> Iterator[None]:
+    """Turn signals into a request to stop; a second one ends the process at once.
+
+    Parameters
+    ----------
+    stop : Stop
+        Gets the request.
+    announce : callable
+        Gets the name of the first signal.
+
+    Notes
+    -----
+    Python runs signal handlers in the main thread only; elsewhere this changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    first = 0.0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not stop.requested:
+            first = time.monotonic()
+        elif time.monotonic() - first > _ECHO_SECONDS:
+            os._exit(128 + number)
+        else:  # a launcher hands on what has reached its processes already
+            return
+        name = signal.Signals(number).name
+        announce(name)
+        stop.request(name)
+
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
