@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgfe_store.errors import NotFoundError
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.devices import DTYPES
 from fedgfe_store.generation.models import Model
 from fedgfe_store.generation.offload import Offload, Swap, offload_blocks
@@ -217,18 +217,19 @@ class DiffusersImages(ABC):
         # nor cast what they are given, and some take the noise's dtype from it.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         latents = self.draw(generators, settings.height, settings.width)
-        result: torch.Tensor = self._pipeline(
-            **{name: self._at_home(value) for name, value in arguments.items()},
-            latents=self._at_home(latents),
-            # Schedulers that add noise at each step go on drawing from the image's own.
-            generator=generators,
-            num_inference_steps=settings.steps,
-            height=settings.height,
-            width=settings.width,
-            callback_on_step_end=_calling(on_step),
-            output_type="latent",
-            return_dict=False,
-        )[0]
+        with _compiling() if self.placement.compiled else nullcontext():
+            result: torch.Tensor = self._pipeline(
+                **{name: self._at_home(value) for name, value in arguments.items()},
+                latents=self._at_home(latents),
+                # Schedulers that add noise at each step go on drawing from the image's own.
+                generator=generators,
+                num_inference_steps=settings.steps,
+                height=settings.height,
+                width=settings.width,
+                callback_on_step_end=_calling(on_step),
+                output_type="latent",
+                return_dict=False,
+            )[0]
         return result
 
     def _at_home(self, value: Any) -> Any:
@@ -278,6 +279,18 @@ def _calling(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
         return tensors
 
     return callback
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Say plainly what keeps torch from compiling, such as a machine without a C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SchemaMismatchError(f"compile: not possible here: {reason}") from error
 
 
 @contextmanager

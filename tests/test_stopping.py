@@ -1,0 +1,251 @@
+"""Signals at every point of a run: nothing finished is lost, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import SMALL, fill
+from generation_fakes import SIZE, FakePipeline, save_random_flux
+from PIL import Image
+
+from fedgfe_store import EmbeddingStore
+from fedgfe_store.cli.main import group
+from fedgfe_store.generation import writer
+from fedgfe_store.generation.flux import FluxImages, FluxModel
+from fedgfe_store.generation.images import image_name
+from fedgfe_store.generation.run import generate
+from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
+from fedgfe_store.selection import Selection
+
+NAMES = ["SIGTERM", "SIGUSR1", "SIGINT"]
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture
+def selection(tmp_path: Path) -> Selection:
+    store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
+    fill(store, node=0, round=5, n=5)
+    return store.select()
+
+
+def once(name: str, at: int = 1) -> Callable[[], None]:
+    """A function that sends this process a signal when it is called for the `at`-th time."""
+    calls = iter(range(1, 10**6))
+
+    def call() -> None:
+        if next(calls) == at:
+            signal.raise_signal(getattr(signal, name))
+
+    return call
+
+
+def command(selection: Selection, folder: Path, flux: Path, *more: str) -> tuple[int, str]:
+    size = ["--height", str(SIZE), "--width", str(SIZE), "--steps", "3", "--batch-size", "2"]
+    arguments = ["--store", str(selection.path), "generate", "--model", str(flux), *size]
+    arguments += ["--device", "cpu", "--output-dir", str(folder), *more]
+    result = CliRunner().invoke(group, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def sound(folder: Path) -> list[str]:
+    names = sorted(path.name for path in folder.glob("*.png"))
+    for name in names:
+        with Image.open(folder / name) as image:
+            image.load()
+    return names
+
+
+def go_on(selection: Selection, folder: Path, flux: Path, done: int) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    code, output = command(selection, folder, flux)
+    assert code == 0
+    assert f"{10 - done} images rendered" in output
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing is made twice"
+    assert sound(folder) == sorted(image_name(key) for key in selection.keys())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_while_weights_are_loaded(
+    flux: Path,
+    selection: Selection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    load, send = FluxModel.load, once(name)
+
+    def interrupted(self: FluxModel, *args: object) -> FluxImages:
+        send()
+        return load(self, *args)
+
+    monkeypatch.setattr(FluxModel, "load", interrupted)
+    code, output = command(selection, tmp_path / "out", flux)
+    assert code == 75
+    assert f"stopped by {name} with 10 images left" in output
+    go_on(selection, tmp_path / "out", flux, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_while_denoising_it_stops_at_the_next_step(
+    flux: Path,
+    selection: Selection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    steps: list[int] = []
+    send, denoise = once(name, at=8), FluxImages.denoise
+
+    def interrupted(self: FluxImages, *args: object, on_step: Callable[[], None]) -> torch.Tensor:
+        def step() -> None:
+            steps.append(1)
+            send()
+            on_step()
+
+        return denoise(self, *args, on_step=step)
+
+    monkeypatch.setattr(FluxImages, "denoise", interrupted)
+    code, output = command(selection, tmp_path / "out", flux)
+    assert code == 75
+    assert len(steps) == 8, "the second of the third batch's three steps is the last"
+    assert len(sound(tmp_path / "out")) == 4
+    assert f"stopped by {name} with 6 images left; the same command goes on" in output
+    go_on(selection, tmp_path / "out", flux, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_while_decoding_the_batch_is_decoded_and_saved(
+    flux: Path,
+    selection: Selection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    send, decode = once(name, at=2), FluxImages.decode
+
+    def interrupted(self: FluxImages, *args: object, **options: object) -> list:
+        send()
+        return decode(self, *args, **options)
+
+    monkeypatch.setattr(FluxImages, "decode", interrupted)
+    code, _ = command(selection, tmp_path / "out", flux)
+    assert (code, len(sound(tmp_path / "out"))) == (75, 4)
+    go_on(selection, tmp_path / "out", flux, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_while_saving_all_that_is_decoded_is_saved(
+    flux: Path,
+    selection: Selection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    number, write = getattr(signal, name), writer.write_png
+
+    def interrupted(*args: object) -> int:
+        if interrupted.first:
+            interrupted.first = False
+            os.kill(os.getpid(), number)
+        time.sleep(0.05)
+        return write(*args)
+
+    interrupted.first = True
+    monkeypatch.setattr(writer, "write_png", interrupted)
+    code, _ = command(selection, tmp_path / "out", flux)
+    done = len(sound(tmp_path / "out"))
+    assert (code, done % 2) == (75, 0)
+    assert 2 <= done < 10
+    go_on(selection, tmp_path / "out", flux, done)
+
+
+def test_denoised_batches_of_a_group_are_decoded_and_saved(
+    flux: Path, selection: Selection, tmp_path: Path
+) -> None:
+    stop = Stop()
+
+    class Interrupted(FakePipeline):
+        def denoise(self, *args: object, **options: object) -> torch.Tensor:
+            if len(self.batch_sizes) == 2:
+                stop.request("SIGTERM")
+            return super().denoise(*args, **options)
+
+    pipeline = Interrupted(flux, batches_per_swap=4)
+    options = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
+    report = generate(selection, tmp_path / "out", pipeline=pipeline, stop=stop, **options)
+    assert (report.done, report.left, report.stopped) == (4, 6, "SIGTERM")
+    assert pipeline.calls == ["denoise", "denoise", "denoise", "decode", "decode"]
+    assert len(sound(tmp_path / "out")) == 4
+
+
+def test_a_run_that_was_done_anyway_is_done(
+    flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, decode = once("SIGTERM", at=5), FluxImages.decode
+
+    def interrupted(self: FluxImages, *args: object, **options: object) -> list:
+        send()
+        return decode(self, *args, **options)
+
+    monkeypatch.setattr(FluxImages, "decode", interrupted)
+    assert command(selection, tmp_path / "out", flux)[0] == 0
+    assert len(sound(tmp_path / "out")) == 10
+
+
+def test_handlers_are_as_before_afterwards(
+    flux: Path, selection: Selection, tmp_path: Path
+) -> None:
+    before = [signal.getsignal(getattr(signal, name)) for name in NAMES]
+    command(selection, tmp_path / "out", flux, "--dry-run")
+    assert [signal.getsignal(getattr(signal, name)) for name in NAMES] == before
+
+
+def test_a_request_interrupts_only_where_it_may() -> None:
+    stop, heard = Stop(), []
+    with stop_on_signals(stop, announce=heard.append):
+        signal.raise_signal(signal.SIGUSR1)
+        assert (stop.requested, heard) == (True, ["SIGUSR1"])
+        with pytest.raises(Stopped), stop.interrupting():
+            raise AssertionError("a stop that came before must be seen")
+
+
+SECOND = """
+import signal, sys, time
+from fedgfe_store.generation.stopping import Stop, stop_on_signals
+stop = Stop()
+with stop_on_signals(stop, announce=lambda name: print(name, flush=True)):
+    print("ready", flush=True)
+    time.sleep(60)
+    while True:
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_signal_ends_the_process_at_once(name: str) -> None:
+    number = getattr(signal, name)
+    with subprocess.Popen(
+        [sys.executable, "-c", SECOND], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == f"{name}\n"
+        process.send_signal(number)  # a launcher's echo of the first
+        time.sleep(0.6)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=5) == 128 + number
