@@ -25,6 +25,9 @@ __all__ = ["Plan", "PlanItem", "Settings", "fingerprint", "plan_images", "seed_o
 Status = Literal["done", "missing", "stale"]
 OnStale = Literal["error", "regenerate", "keep"]
 
+AGAIN = "asked for again"
+"""Reason of an image that is rendered though it is done."""
+
 _CHECKERS = 8
 _BYTES_PER_PIXEL = 1.5
 
@@ -211,8 +214,7 @@ def plan_images(
     )
     if again:
         settled = (
-            replace(i, status="stale", reason="asked for again") if i.status == "done" else i
-            for i in settled
+            replace(i, status="stale", reason=AGAIN) if i.status == "done" else i for i in settled
         )
     return Plan(tuple(settled), settings, output_dir, limit)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import inspect_image
 from fedgfe_store.generation.job import Job, Options, Report
+from fedgfe_store.generation.plan import AGAIN
 from fedgfe_store.generation.settings import difference, fingerprint
 from fedgfe_store.records import RecordKey
 from fedgfe_store.store import EmbeddingStore
@@ -81,6 +82,7 @@ class Recipe:
             "quantize": settings["quantization"],
             "only_image": self.number,
             "again": True,
+            "on_stale": "regenerate",
         }
         return made
 
@@ -126,14 +128,19 @@ class Recipe:
         return all(f"{int(found[f'{name}_digest']):016x}" == d for name, d in digests.items())
 
     def check(self, job: Job) -> None:
-        """Make sure that a job has the picture's settings.
+        """Make sure that a job has the picture's settings and takes no other one's place.
 
         Raises
         ------
         ConflictError
-            What differs, such as the model's revision.
+            What differs, such as the model's revision, or which picture would be lost.
         """
         settings = job.plan.settings
         if fingerprint(settings) != self.provenance["fingerprint"]:
             changed = difference(self.provenance["settings"], asdict(settings))
             raise ConflictError(f"{self.path} cannot be made again: {changed}")
+        for item in job.plan.items:
+            if item.status == "stale" and item.reason != AGAIN and item.path != self.path:
+                raise ConflictError(
+                    f"{item.path} is another picture ({item.reason}): give a folder"
+                )

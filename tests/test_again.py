@@ -1,0 +1,187 @@
+"""Several images a record, and making one picture again from its own metadata."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import SMALL, fill, values
+from generation_fakes import SIZE, FakePipeline, checksum, save_random_flux, save_random_sd
+from PIL import Image
+
+from fedgfe_store import EmbeddingStore, Schema
+from fedgfe_store.cli.main import group
+from fedgfe_store.generation.images import image_name, read_provenance
+from fedgfe_store.generation.manifest import read_manifest
+from fedgfe_store.generation.run import generate
+from fedgfe_store.generation.settings import seed_of
+
+SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
+    fill(store, node=0, round=5, n=5)
+    return store
+
+
+def run(store: Path, *arguments: str) -> tuple[int, str]:
+    command = ["--store", str(store), "generate", "--device", "cpu", *arguments]
+    result = CliRunner().invoke(group, command)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def make(store: Path, flux: Path, folder: Path, *more: str) -> str:
+    size = ["--height", str(SIZE), "--width", str(SIZE), "--steps", "2"]
+    code, output = run(store, "--model", str(flux), *size, "--output-dir", str(folder), *more)
+    assert code == 0, output
+    return output
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_each_image_has_its_records_pair_and_a_seed_of_its_own(
+    flux: Path, store: EmbeddingStore, tmp_path: Path, batch_size: int
+) -> None:
+    selection, pipeline = store.select(), FakePipeline(flux)
+    options = {**SETTINGS, "batch_size": batch_size, "images_per_record": 3}
+    report = generate(selection, tmp_path / "out", pipeline=pipeline, **options)
+    assert report.done == 30
+    assert sum(pipeline.batch_sizes) == 30
+    assert pipeline.batch_sizes[-1] == (30 - 1) % batch_size + 1
+    t5, clip = selection.read("t5"), selection.read("clip")
+    seeds = set()
+    for row, key in enumerate(selection.keys()):
+        for number in range(3):
+            seed = seed_of(0, key, number)
+            seeds.add(seed)
+            expected = np.frombuffer(checksum(t5[row], clip[row], seed), np.uint8)
+            assert (pixels(tmp_path / "out" / image_name(key, number)) == expected).all()
+    assert len(seeds) == 30
+
+
+def test_more_images_are_added_to_those_that_are_there(
+    flux: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    selection = store.select()
+    for count, expected in ((1, 10), (3, 20), (2, 0)):
+        options = {**SETTINGS, "images_per_record": count}
+        report = generate(selection, tmp_path, pipeline=FakePipeline(flux), **options)
+        assert report.done == expected
+    numbers = [line["image"] for line in read_manifest(tmp_path)]
+    assert sorted(numbers) == [0] * 10 + [1] * 10 + [2] * 10
+
+
+def test_a_picture_is_made_again_from_its_own_metadata(
+    flux: Path, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    more = ["--seed", "7", "--guidance", "2", "--images-per-record", "2", "--batch-size", "1"]
+    make(store.path, flux, folder, *more)
+    key = store.select().keys()[3]
+    path = folder / image_name(key, 1)
+    elsewhere = tmp_path / "a picture by mail.png"
+    shutil.copy(path, elsewhere)
+    expected, provenance = pixels(path), read_provenance(path)
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.png") if p != path}
+    path.write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(
+        group, ["generate", "--from-image", str(elsewhere), "--output-dir", str(folder)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 images rendered" in result.output
+    np.testing.assert_array_equal(pixels(path), expected)
+    again = read_provenance(path)
+    for name in ("key", "image", "seed", "digests", "settings", "fingerprint"):
+        assert again[name] == provenance[name]
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_sound_picture_is_made_again_in_its_place(
+    flux: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    make(store.path, flux, tmp_path / "out")
+    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    before, expected = path.stat().st_ino, pixels(path)
+    code, output = run(store.path, "--from-image", str(path))
+    assert (code, "1 images rendered" in output) == (0, True)
+    assert path.stat().st_ino != before
+    assert np.abs(pixels(path).astype(int) - expected).max() <= 1
+
+
+def test_a_changed_record_is_taken_as_of_the_pictures_commit(
+    flux: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    make(store.path, flux, tmp_path / "out", "--batch-size", "1")
+    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    expected, key = pixels(path), read_provenance(path)["key"]
+    with store.append(node=key["node"], round=key["round"], if_exists="replace") as batch:
+        rest = {name: key[name] for name in ("split", "class_name", "index")}
+        batch.add(**rest, **values(1, seed=99))
+    code, output = run(store.path, "--from-image", str(path))
+    assert code == 0
+    assert "has changed since commit 1: using it as of then" in output
+    np.testing.assert_array_equal(pixels(path), expected)
+    store.delete(node=0)
+    store.compact()
+    code, output = run(store.path, "--from-image", str(path))
+    assert code == 1
+    assert "compacted" in output
+
+
+def test_what_cannot_be_made_again_says_why(
+    flux: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    make(store.path, flux, tmp_path / "out")
+    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    other = EmbeddingStore.create(tmp_path / "other.zarr", SMALL)
+    fill(other, node=1, round=5)
+    foreign = tmp_path / "foreign.png"
+    Image.new("RGB", (8, 8)).save(foreign)
+    trained = save_random_flux(tmp_path / "trained on", seed=1)
+    cases = [
+        ([str(tmp_path / "none.png")], 1, "expected a picture, got none"),
+        ([str(foreign)], 1, "got one of another program"),
+        ([str(path), "--steps", "9"], 2, "--from-image decides on --steps itself"),
+        ([str(path), "--round", "5"], 2, "--from-image decides on --round itself"),
+        ([str(path), "--model", str(trained)], 1, "cannot be made again: model"),
+    ]
+    for arguments, expected, message in cases:
+        code, output = run(store.path, "--from-image", *arguments)
+        assert (code, message in output) == (expected, True), output
+    make(store.path, flux, tmp_path / "seeded", "--seed", "3")
+    code, output = run(
+        store.path, "--from-image", str(path), "--output-dir", str(tmp_path / "seeded")
+    )
+    assert (code, "is another picture (seed 3 -> 0)" in output) == (1, True), output
+    code, output = run(other.path, "--from-image", str(path))
+    assert (code, "expected a record node 0, round 5" in output) == (1, True), output
+
+
+def test_stable_diffusion_is_made_again_with_its_negative(tmp_path: Path) -> None:
+    sd = save_random_sd(tmp_path / "sd")
+    store = EmbeddingStore.create(tmp_path / "e.zarr", Schema.flux(3, width=8, clip=(77, 8)))
+    fill(store, node=0, round=1, n=1)
+    make(store.path, sd, tmp_path / "out", "--diffusion-type", "sd", "--negative", "blur")
+    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    expected = pixels(path)
+    code, output = run(store.path, "--from-image", str(path))
+    assert (code, "cannot be made again: negative" in output) == (1, True), output
+    code, output = run(store.path, "--from-image", str(path), "--negative", "blur")
+    assert code == 0, output
+    assert np.abs(pixels(path).astype(int) - expected).max() <= 1
