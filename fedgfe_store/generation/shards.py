@@ -1,0 +1,211 @@
+"""Shards: which records each of several processes renders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import xxhash
+
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.images import key_json
+from fedgfe_store.records import RecordKey
+
+_PARTS = re.compile(r"([0-9]+)/([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` disjoint parts of any selection.
+
+    Parameters
+    ----------
+    index : int
+        Which part, from 0.
+    count : int
+        Number of parts.
+
+    Raises
+    ------
+    SchemaMismatchError
+        Unless ``0 <= index < count``.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise _not_a_shard(str(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``i/n``, such as ``0/4``.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If it is anything else, or not ``i < n``.
+        """
+        found = _PARTS.fullmatch(text)
+        if not found:
+            raise _not_a_shard(text)
+        return cls(int(found[1]), int(found[2]))
+
+    def holds(self, key: RecordKey) -> bool:
+        """Tell whether a record, with all its images, belongs to this shard.
+
+        It depends on the key alone: not on the other records, nor on what is done.
+        """
+        return self.count == 1 or shard_of(key, self.count) == self.index
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard(0, 1)
+"""The one shard of a run that is not split."""
+
+
+def shard_of(key: RecordKey, count: int) -> int:
+    """Give the index of the shard of `count` that a record belongs to, the same for ever."""
+    canonical = json.dumps(key_json(key), sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_64_intdigest(canonical.encode("ascii")) % count
+
+
+def detect_shard(environ: Mapping[str, str]) -> tuple[Shard, str]:
+    """Read from the environment which of several processes this one is.
+
+    The tasks of a SLURM array and, within each, the processes of torchrun, accelerate or srun
+    together make up the shards.
+
+    Parameters
+    ----------
+    environ : mapping
+        Such as `os.environ`.
+
+    Returns
+    -------
+    shard : Shard
+        ``0/1`` where nothing says that there are several.
+    reason : str
+        The variables that say so, for the user.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If a variable is malformed, or the array has gaps, so that its size is not known.
+    """
+    shard, reasons = WHOLE, []
+    for found in (_array_task(environ), _process(environ)):
+        if found is not None:
+            part, reason = found
+            shard = _within(shard, part)
+            reasons.append(reason)
+    return shard, ", ".join(reasons) or "one process"
+
+
+def local_device(environ: Mapping[str, str], count: int) -> int | None:
+    """Choose among the devices that this process sees.
+
+    Parameters
+    ----------
+    environ : mapping
+        Such as `os.environ`; LOCAL_RANK counts, else SLURM_LOCALID.
+    count : int
+        Number of devices that are visible.
+
+    Returns
+    -------
+    int or None
+        Number of the device; None where nothing says which.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If the variable is malformed.
+    """
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if environ.get(name) and count:
+            return _whole(environ, name) % count
+    return None
+
+
+def _within(outer: Shard, inner: Shard) -> Shard:
+    return Shard(outer.index * inner.count + inner.index, outer.count * inner.count)
+
+
+def _array_task(environ: Mapping[str, str]) -> tuple[Shard, str] | None:
+    if not environ.get("SLURM_ARRAY_TASK_ID"):
+        return None
+    names = [f"SLURM_ARRAY_TASK_{part}" for part in ("ID", "MIN", "MAX", "COUNT", "STEP")]
+    task, first, last, count, step = (_whole(environ, n) if environ.get(n) else None for n in names)
+    step = step or 1
+    if task is None or first is None or last is None or count is None:
+        missing = [name for name in names[1:4] if not environ.get(name)]
+        raise _unknown_array(f"{missing[0]} is not set")
+    position, beside = divmod(task - first, step)
+    if beside or last - first != step * (count - 1) or not 0 <= position < count:
+        raise _unknown_array(f"{count} tasks from {first} to {last} leave gaps")
+    return Shard(position, count), f"SLURM_ARRAY_TASK_ID {task} of {first}-{last}"
+
+
+def _process(environ: Mapping[str, str]) -> tuple[Shard, str] | None:
+    rank = _place(environ, "RANK", "WORLD_SIZE")
+    # Only srun sets the number of a step's tasks. The batch script itself is no step: it has
+    # SLURM_PROCID=0 and SLURM_NTASKS=4 while it is the only process.
+    task = None
+    if environ.get("SLURM_STEP_NUM_TASKS"):
+        task = _place(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    if rank is None or task is None:
+        return rank or task
+    if _each_task_launched_its_own(environ, rank[0], task[0]):
+        return _within(task[0], rank[0]), f"{task[1]}, {rank[1]}"
+    return rank
+
+
+def _each_task_launched_its_own(environ: Mapping[str, str], rank: Shard, task: Shard) -> bool:
+    """Tell ``srun torchrun --standalone`` from ranks that number the tasks of srun."""
+    if task.count == 1 or not environ.get("LOCAL_WORLD_SIZE"):
+        return False
+    if _whole(environ, "LOCAL_WORLD_SIZE") != rank.count:
+        return False
+    nodes = next((n for n in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if environ.get(n)), None)
+    several = nodes is not None and _whole(environ, nodes) > 1
+    return several or "TORCHELASTIC_RUN_ID" in environ
+
+
+def _place(environ: Mapping[str, str], index: str, count: str) -> tuple[Shard, str] | None:
+    if not environ.get(index) and not environ.get(count):
+        return None
+    for name, other in ((index, count), (count, index)):
+        if not environ.get(name):
+            raise SchemaMismatchError(f"{name}: expected beside {other}, got nothing; {_HINT}")
+    part, parts = _whole(environ, index), _whole(environ, count)
+    if part >= parts:
+        raise SchemaMismatchError(f"{index}: expected less than {count} {parts}, got {part}")
+    return Shard(part, parts), f"{index} {part} of {count} {parts}"
+
+
+_HINT = "--shard i/n goes before the environment"
+
+
+def _whole(environ: Mapping[str, str], name: str) -> int:
+    value = environ[name]
+    if not (value.isascii() and value.isdecimal()):
+        raise SchemaMismatchError(f"{name}: expected a whole number, got {value!r}; {_HINT}")
+    return int(value)
+
+
+def _not_a_shard(text: str) -> SchemaMismatchError:
+    return SchemaMismatchError(f"shard: expected i/n with 0 <= i < n, such as 0/4, got {text!r}")
+
+
+def _unknown_array(why: str) -> SchemaMismatchError:
+    return SchemaMismatchError(
+        f"SLURM_ARRAY_TASK_ID: expected an array such as 0-7, whose size N is known, but {why}; "
+        "pass --shard $SLURM_ARRAY_TASK_ID/N"
+    )
