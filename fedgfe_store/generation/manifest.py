@@ -1,35 +1,48 @@
-"""The list of the images in a folder: ``manifest.jsonl``, one JSON object a line."""
+"""The lists of the images in a folder: JSON lines, in one file for each shard."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from fedgfe_store.generation.images import key_json
+from fedgfe_store.generation.shards import WHOLE, Shard
+from fedgfe_store.records import RecordKey
 
 MANIFEST_NAME = "manifest.jsonl"
+_SHARD_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
 _TAIL_BYTES = 256 * 1024
 _RATE_LINES = 100
+
+_T = TypeVar("_T")
 
 
 class Manifest:
     """Appends lines to a folder's manifest; threads and processes may append at once.
 
     Each line goes out in one write in append mode, so that lines of several writers do not mix.
+    Network disks do not promise that between machines, so each shard has a file of its own.
 
     Parameters
     ----------
     folder : Path
         Folder of the images.
+    shard : Shard
+        Which one writes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shard: Shard = WHOLE) -> None:
+        self._name = manifest_name(shard)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        self._file = os.open(folder / MANIFEST_NAME, flags, 0o666)
+        self._file = os.open(folder / self._name, flags, 0o666)
         self._lock = threading.Lock()
         self._end_torn_line()
 
@@ -47,7 +60,24 @@ class Manifest:
         with self._lock:
             written = os.write(self._file, data)
         if written != len(data):
-            raise OSError(f"{MANIFEST_NAME}: expected to write {len(data)} bytes, got {written}")
+            raise OSError(f"{self._name}: expected to write {len(data)} bytes, got {written}")
+
+    def fail(self, file: str, *, key: RecordKey, image: int, error: str) -> None:
+        """Add the line of an image that could not be made.
+
+        Parameters
+        ----------
+        file : str
+            Name that its file would have.
+        key : RecordKey
+            The record.
+        image : int
+            Which image of the record, from 0.
+        error : str
+            Why it was not made.
+        """
+        facts = {"file": file, "key": key_json(key), "image": image}
+        self.append({**facts, "error": error, "created": timestamp()})
 
     def __enter__(self) -> Self:
         return self
@@ -61,33 +91,125 @@ class Manifest:
         os.close(self._file)
 
 
+def manifest_name(shard: Shard) -> str:
+    """Name a shard's manifest: ``manifest.jsonl``, ``manifest-2-of-8.jsonl``."""
+    if shard == WHOLE:
+        return MANIFEST_NAME
+    digits = len(str(shard.count))
+    return f"manifest-{shard.index:0{digits}}-of-{shard.count}.jsonl"
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """Give a time, by default now, as manifests write it: ISO 8601, UTC, whole seconds.
+
+    Parameters
+    ----------
+    seconds : float, optional
+        Seconds since 1970.
+    """
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="seconds")
+
+
 def read_manifest(folder: Path, *, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """Read the lines of a folder's manifest, oldest first; torn lines are left out.
+    """Read the lines of a folder's manifests; torn lines are left out.
 
     Parameters
     ----------
     folder : Path
         Folder of the images; without a manifest there are no lines.
     tail_bytes : int, optional
-        Read so many bytes at the end only.
+        Read so many bytes at the end of each file only.
 
     Yields
     ------
     dict
-        Provenance of an image, with ``file`` and ``bytes``; ``seconds`` and ``created`` are
-        missing where the line was added later, from the image.
+        File by file, each from its oldest line on. A finished image has its provenance, ``file``,
+        ``bytes`` and ``created``, and ``seconds`` unless the line was added later, from the
+        image. One that failed has ``file``, ``key``, ``image``, ``error`` and ``created``.
     """
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        if tail_bytes is not None and path.stat().st_size > tail_bytes:
-            file.seek(-tail_bytes, os.SEEK_END)
-            file.readline()
-        for line in file:
-            # A killed writer leaves half a line; its image has the same facts inside.
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+    for path in _manifests(folder):
+        with path.open("rb") as file:
+            if tail_bytes is not None and path.stat().st_size > tail_bytes:
+                file.seek(-tail_bytes, os.SEEK_END)
+                file.readline()
+            for text in file:
+                # A killed writer leaves half a line; its image has the same facts inside.
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text)
+                    if isinstance(line, dict):
+                        yield line
+
+
+def _manifests(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("manifest*.jsonl") if path.is_file()]
+    return sorted(p for p in found if p.name == MANIFEST_NAME or _SHARD_NAME.fullmatch(p.name))
+
+
+def latest_lines(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the last line of each image, finished or failed.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+
+    Returns
+    -------
+    dict
+        Line by file name; the latest by ``created``, and of equal ones the last in its file.
+    """
+    return latest(folder, dict)
+
+
+def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
+    """Read of the last line of each image what `pick` makes of it, to hold no more than that.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+    pick : callable
+        Called with each line that is the last so far.
+
+    Returns
+    -------
+    dict
+        What `pick` returned, by file name.
+    """
+    found: dict[str, tuple[str, _T]] = {}
+    for line in read_manifest(folder):
+        name, created = line.get("file"), _created(line)
+        if isinstance(name, str) and (name not in found or created >= found[name][0]):
+            found[name] = created, pick(line)
+    return {name: picked for name, (_, picked) in found.items()}
+
+
+def listed_files(folder: Path) -> set[str]:
+    """Give the names of the images of which the last line says that they are finished."""
+    finished = latest(folder, lambda line: "error" not in line)
+    return {name for name, is_finished in finished.items() if is_finished}
+
+
+def shard_count(folder: Path) -> int | None:
+    """Give the number of shards of the latest run that was split.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+
+    Returns
+    -------
+    int or None
+        None without a manifest of a shard.
+    """
+    found = [
+        (path.stat().st_mtime_ns, match)
+        for path in _manifests(folder)
+        if (match := _SHARD_NAME.fullmatch(path.name))
+    ]
+    return int(max(found, key=lambda each: each[0])[1][2]) if found else None
 
 
 def seconds_per_image(folder: Path, fingerprint: str) -> float | None:
@@ -105,10 +227,14 @@ def seconds_per_image(folder: Path, fingerprint: str) -> float | None:
     float or None
         Seconds an image; None where none was made.
     """
-    lines = list(read_manifest(folder, tail_bytes=_TAIL_BYTES))
-    latest = [
-        line["seconds"]
-        for line in lines
+    lines = [
+        line
+        for line in read_manifest(folder, tail_bytes=_TAIL_BYTES)
         if line.get("fingerprint") == fingerprint and "seconds" in line
-    ][-_RATE_LINES:]
+    ]
+    latest = [line["seconds"] for line in sorted(lines, key=_created)[-_RATE_LINES:]]
     return sum(latest) / len(latest) if latest else None
+
+
+def _created(line: Mapping[str, Any]) -> str:
+    return str(line.get("created", ""))

@@ -20,7 +20,7 @@ import fedgfe_store
 from fedgfe_store.errors import ConflictError, DamagedDataError
 from fedgfe_store.generation.images import key_json, read_provenance, remove_stale_temps
 from fedgfe_store.generation.job import Job, Options, Report, log_remark, prepare
-from fedgfe_store.generation.manifest import Manifest, read_manifest
+from fedgfe_store.generation.manifest import Manifest, listed_files, timestamp
 from fedgfe_store.generation.offload import choose_offload, estimate_footprint
 from fedgfe_store.generation.pipelines import DTYPES, FluxImages, ImagePipeline, free_bytes
 from fedgfe_store.generation.plan import Plan, PlanItem
@@ -339,15 +339,16 @@ def _make_folder(folder: Path) -> None:
 
 def _complete_manifest(plan: Plan) -> None:
     """List the images that a killed run wrote without getting to their lines."""
-    listed = {line["file"] for line in read_manifest(plan.folder)}
+    listed = listed_files(plan.folder)
     unlisted = [i for i in plan.items if i.status == "done" and i.path.name not in listed]
     if not unlisted:
         return
     with Manifest(plan.folder) as manifest:
         for item in unlisted:
             provenance = read_provenance(item.path) or {}
-            size = item.path.stat().st_size
-            manifest.append({"file": item.path.name, **provenance, "bytes": size})
+            found = item.path.stat()
+            facts = {"bytes": found.st_size, "created": timestamp(found.st_mtime)}
+            manifest.append({"file": item.path.name, **provenance, **facts})
 
 
 def _skipped(plan: Plan) -> int:
