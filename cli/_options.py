@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
@@ -104,3 +108,9 @@ wait_option = click.option(
     help="How long to wait for another writer.",
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
+
+
+def default_folder(selection: Selection) -> Path:
+    """Return where images go unless told otherwise: ``output_images/<experiment>``."""
+    experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
+    return Path("output_images") / experiment

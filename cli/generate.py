@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import as_of_option, filter_options, quiet_option
+from ._options import as_of_option, default_folder, filter_options, quiet_option
 from ._progress import progress
 
 if TYPE_CHECKING:
     from fedgfe_store.generation.job import Job
     from fedgfe_store.generation.run import GenerationReport
-    from fedgfe_store.selection import Selection
 
     from .main import Context
 
@@ -108,7 +107,7 @@ def command(
 
     obj: Context = ctx.obj
     selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
-    job = prepare(selection, output_dir or _default_folder(selection), report=_remark, **options)
+    job = prepare(selection, output_dir or default_folder(selection), report=_remark, **options)
     if dry_run or not quiet:
         _print_plan(job)
     if dry_run:
@@ -118,11 +117,6 @@ def command(
     _print_result(report)
     if report.failed:
         ctx.exit(SOME_FAILED)
-
-
-def _default_folder(selection: Selection) -> Path:
-    experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
-    return Path("output_images") / experiment
 
 
 def _remark(line: str) -> None:

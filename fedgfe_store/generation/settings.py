@@ -58,11 +58,10 @@ def fingerprint(settings: Settings) -> str:
     return xxhash.xxh3_128_hexdigest(canonical.encode())
 
 
-def difference(old: Mapping[str, Any], new: Settings) -> str:
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Name the settings that differ, as ``steps 20 -> 28, seed 0 -> 1``."""
-    fields = asdict(new)
-    changed = [f for f in (*fields, *(old.keys() - fields.keys())) if old.get(f) != fields.get(f)]
-    return ", ".join(f"{f} {old.get(f)} -> {fields.get(f)}" for f in changed)
+    changed = [f for f in (*new, *(old.keys() - new.keys())) if old.get(f) != new.get(f)]
+    return ", ".join(f"{f} {old.get(f)} -> {new.get(f)}" for f in changed)
 
 
 def seed_of(base_seed: int, key: RecordKey, number: int = 0) -> int:
