@@ -95,12 +95,6 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def default_folder(selection: Selection) -> Path:
-    """Return where the images of a selection go by default: ``output_images/<experiment>``."""
-    experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
-    return Path("output_images") / experiment
-
-
 as_of_option = click.option(
     "--as-of",
     type=click.IntRange(min=0),
@@ -117,3 +111,9 @@ wait_option = click.option(
     help="How long to wait for another writer.",
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
+
+
+def default_folder(selection: Selection) -> Path:
+    """Return where images go unless told otherwise: ``output_images/<experiment>``."""
+    experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
+    return Path("output_images") / experiment

@@ -19,6 +19,8 @@ _COMMANDS = {
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),
     "generate": ("generate", "command", "Render images from embeddings."),
+    "status": ("status", "command", "Show which images are done, missing, stale or failed."),
+    "slurm": ("slurm", "command", "Print a SLURM script that renders on many GPUs."),
     "history": ("changes", "history", "Show what each commit did."),
     "delete": ("changes", "delete", "Delete records."),
     "verify": ("changes", "verify", "Check every record and file; repair."),

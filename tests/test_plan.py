@@ -247,7 +247,7 @@ def test_the_fingerprint_covers_each_setting_and_nothing_else() -> None:
     assert len({fingerprint(s) for s in [SETTINGS, *variants]}) == len(changed) + 1
     for name, variant in zip(changed, variants, strict=True):
         old, new = asdict(SETTINGS)[name], changed[name]
-        assert difference(asdict(SETTINGS), variant) == f"{name} {old} -> {new}"
+        assert difference(asdict(SETTINGS), asdict(variant)) == f"{name} {old} -> {new}"
 
 
 def test_seeds_and_fingerprints_do_not_change_between_versions() -> None:

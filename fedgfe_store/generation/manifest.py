@@ -22,7 +22,7 @@ _SHARD_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
 _TAIL_BYTES = 256 * 1024
 _RATE_LINES = 100
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Manifest:
@@ -162,7 +162,7 @@ def latest_lines(folder: Path) -> dict[str, dict[str, Any]]:
     return latest(folder, dict)
 
 
-def latest(folder: Path, pick: Callable[[dict[str, Any]], T]) -> dict[str, T]:
+def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
     """Read of the last line of each image what `pick` makes of it, to hold no more than that.
 
     Parameters
@@ -177,7 +177,7 @@ def latest(folder: Path, pick: Callable[[dict[str, Any]], T]) -> dict[str, T]:
     dict
         What `pick` returned, by file name.
     """
-    found: dict[str, tuple[str, T]] = {}
+    found: dict[str, tuple[str, _T]] = {}
     for line in read_manifest(folder):
         name, created = line.get("file"), _created(line)
         if isinstance(name, str) and (name not in found or created >= found[name][0]):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.generation.images import image_name, inspect_image, key_json
+from fedgfe_store.generation.images import FileState, image_name, inspect_image, key_json
 from fedgfe_store.generation.manifest import seconds_per_image
 from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
 from fedgfe_store.generation.shards import WHOLE, Shard
@@ -220,7 +220,7 @@ def plan_images(
 
 
 @dataclass(frozen=True, slots=True)
-class _Finding:
+class Finding:
     """An item after a look at its file: `conflict` says what only the user can decide."""
 
     item: PlanItem
@@ -244,27 +244,55 @@ def made_meanwhile(item: PlanItem, settings: Settings) -> bool:
     return _check(item, settings, {item.path.name}).item.status == "done"
 
 
-def _check(item: PlanItem, settings: Settings, present: Set[str]) -> _Finding:
+def _check(item: PlanItem, settings: Settings, present: Set[str]) -> Finding:
     if item.path.name not in present:
-        return _Finding(item)
+        return Finding(item)
     item = replace(item, seen=file_stamp(item.path))
     state, provenance = inspect_image(item.path)
+    return compare_image(item, state, provenance, asdict(settings), fingerprint(settings))
+
+
+def compare_image(
+    item: PlanItem,
+    state: FileState,
+    provenance: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    expected: str,
+) -> Finding:
+    """Compare what an image file says about itself with what it should be.
+
+    Parameters
+    ----------
+    item : PlanItem
+        The image.
+    state, provenance
+        What `inspect_image` says of its file.
+    settings : mapping
+        What it should be made with.
+    expected : str
+        Their fingerprint.
+
+    Returns
+    -------
+    Finding
+        The image with its status and reason.
+    """
     if state == "damaged":
-        return _Finding(replace(item, reason="damaged file"))
+        return Finding(replace(item, reason="damaged file"))
     if provenance is None:
         return _conflict(item, "not made by fedgfe-store")
     if (provenance.get("key"), provenance.get("image")) != (key_json(item.key), item.number):
         return _conflict(item, "image of another record")
     conflict = ""
-    if provenance.get("fingerprint") != fingerprint(settings):
-        conflict = difference(provenance["settings"], asdict(settings))
+    if provenance.get("fingerprint") != expected:
+        conflict = difference(provenance["settings"], settings)
     if provenance.get("digests") != item.digests:
-        return _Finding(replace(item, status="stale", reason="embedding changed"), conflict)
-    return _conflict(item, conflict) if conflict else _Finding(replace(item, status="done"))
+        return Finding(replace(item, status="stale", reason="embedding changed"), conflict)
+    return _conflict(item, conflict) if conflict else Finding(replace(item, status="done"))
 
 
-def _conflict(item: PlanItem, reason: str) -> _Finding:
-    return _Finding(replace(item, status="stale", reason=reason), reason, keepable=True)
+def _conflict(item: PlanItem, reason: str) -> Finding:
+    return Finding(replace(item, status="stale", reason=reason), reason, keepable=True)
 
 
 def _conflict_message(conflicts: Counter[str], folder: Path) -> str:

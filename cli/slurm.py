@@ -1,0 +1,164 @@
+"""A SLURM script: ``slurm``."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from .main import Context
+
+_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+_LONG_OPTION = re.compile(r"--[a-z][a-z-]*(=.*)?")
+
+
+def _one_line(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.isprintable():
+        raise click.BadParameter(f"expected one line, got {value!r}")
+    return value
+
+
+def _file_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if "/" in value:
+        raise click.BadParameter(f"expected a name without /, since logs are named so, got {value}")
+    return _one_line(ctx, param, value) or ""
+
+
+def _long_options(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[str]:
+    for value in values:
+        _one_line(ctx, param, value)
+        if not _LONG_OPTION.fullmatch(value):
+            raise click.BadParameter(f"expected such as --account=NAME, got {value!r}")
+    return list(values)
+
+
+@click.command("slurm")
+@click.option(
+    "--shards",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Tasks of the array, each with a GPU.",
+)
+@click.option("--time", "limit", default="24:00:00", show_default=True, callback=_one_line)
+@click.option("--partition", callback=_one_line, help="Partition [the cluster's default].")
+@click.option(
+    "--gres", default="gpu:1", show_default=True, callback=_one_line, help="Resources of a task."
+)
+@click.option("--job-name", default="fedgfe", show_default=True, callback=_file_name)
+@click.option("--setup", multiple=True, metavar="LINE", help="Shell line to run first; repeatable.")
+@click.option(
+    "--sbatch",
+    multiple=True,
+    metavar="OPTION",
+    callback=_long_options,
+    help='Further option of sbatch, such as "--account=x"; repeatable.',
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- GENERATE_OPTIONS")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    shards: int,
+    limit: str,
+    partition: str | None,
+    gres: str,
+    job_name: str,
+    setup: tuple[str, ...],
+    sbatch: list[str],
+    arguments: tuple[str, ...],
+) -> None:
+    """Print a SLURM script that renders on many GPUs.
+
+    What stands after -- goes to generate, and is checked now rather than in the queue. A task
+    that its time limit stops is queued again and goes on where it stopped.
+
+    \b
+    fedgfe-store slurm --shards 8 --setup "conda activate flvit" -- --round 5 > job.sh
+    sbatch job.sh
+    fedgfe-store status --round 5
+    """
+    from .generate import command as generate
+
+    if any(word == "--shard" or word.startswith("--shard=") for word in arguments):
+        raise click.UsageError("--shard: the script itself gives each task of the array its own")
+    with generate.make_context("generate", list(arguments), parent=ctx.parent):
+        pass
+    obj: Context = ctx.obj
+    options = {
+        "job-name": job_name,
+        "array": f"0-{shards - 1}" if shards > 1 else None,
+        "time": limit,
+        "partition": partition,
+        "gres": gres,
+    }
+    directives = [f"--{name}={value}" for name, value in options.items() if value]
+    click.echo(
+        job_script([*directives, *_always(shards), *sbatch], setup, obj.store, arguments, shards)
+    )
+
+
+def _always(shards: int) -> list[str]:
+    log = "%x-%A_%a.out" if shards > 1 else "%x-%j.out"
+    return ["--requeue", "--signal=USR1@120", "--open-mode=append", f"--output={log}"]
+
+
+def job_script(
+    directives: Sequence[str],
+    setup: Sequence[str],
+    store: Path,
+    arguments: Sequence[str],
+    shards: int,
+) -> str:
+    """Return a batch script that runs ``generate`` in the present folder.
+
+    Parameters
+    ----------
+    directives : sequence of str
+        Options of sbatch.
+    setup : sequence of str
+        Shell lines, taken as they are.
+    store : Path
+        The embedding store.
+    arguments : sequence of str
+        Arguments of ``generate``.
+    shards : int
+        Tasks of the array; without one for 1.
+    """
+    words = ["fedgfe-store", "--store", str(store), "generate", *arguments]
+    run, job = shlex.join(words), '"$SLURM_JOB_ID"'
+    if shards > 1:
+        run += f' --shard "$SLURM_ARRAY_TASK_ID/{shards}"'
+        # The id of an array's first task names the whole array.
+        job = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {_sbatch_quoted(directive)}" for directive in directives),
+        "",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+        *setup,
+        "",
+        "# A step of srun gets the signal ahead of the time limit; its CPUs have to be named.",
+        f'srun ${{SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}} {run}',
+        "code=$?",
+        "# 75: stopped, to be continued.",
+        'if [ "$code" -eq 75 ]; then',
+        f"    scontrol requeue {job}",
+        "fi",
+        'exit "$code"',
+    ]
+    return "\n".join(lines)
+
+
+def _sbatch_quoted(directive: str) -> str:
+    """Quote as sbatch reads it: a backslash escapes inside any quotes, and # starts a comment."""
+    if _PLAIN.fullmatch(directive):
+        return directive
+    name, equals, value = directive.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}{equals}"{escaped}"'

@@ -1,0 +1,174 @@
+"""What became of the images: ``status``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import NameList, as_of_option, default_folder, filter_options
+from ._progress import progress
+from ._tables import counted, numbers, print_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedgfe_store.generation.status import ImageStatus
+    from fedgfe_store.selection import Selection
+
+    from .main import Context
+
+_COUNTS = ("done", "missing", "stale", "failed", "all")
+_GROUPS = {"node": "node", "round": "round", "split": "split", "class": "class_name"}
+_SHOWN_REASONS = 5
+
+
+def _groups(ctx: click.Context, param: click.Parameter, value: list[str] | None) -> Any:
+    if value is None:
+        return None
+    wrong = [name for name in value if name not in _GROUPS]
+    if wrong or len(set(value)) < len(value):
+        raise click.BadParameter(f"expected some of {', '.join(_GROUPS)}, got {','.join(value)}")
+    return [_GROUPS[name] for name in value]
+
+
+@click.command("status")
+@filter_options
+@as_of_option
+@click.option(
+    "--output-dir",
+    "--output_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the images [output_images/<experiment>].",
+)
+@click.option(
+    "--by",
+    type=NameList(),
+    callback=_groups,
+    help="Count by some of node,round,split,class [by node and round, then by class].",
+)
+@click.option(
+    "--images-per-record",
+    type=click.IntRange(min=1),
+    help="Images that each record should have [as many as any has had].",
+)
+@click.option(
+    "--shards",
+    type=click.IntRange(min=1),
+    help="Size of the array to be finished [that of the latest run].",
+)
+@click.option("--failed", is_flag=True, help="List the failed images with their reasons.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+    help="csv and json give one group per line, by node, round and class, or the failed images.",
+)
+@click.pass_obj
+def command(
+    obj: Context,
+    filters: dict[str, Any],
+    as_of: int | None,
+    output_dir: Path | None,
+    by: list[str] | None,
+    images_per_record: int | None,
+    shards: int | None,
+    failed: bool,
+    form: str,
+) -> None:
+    """Show which images are done, missing, stale or failed.
+
+    Stale images were made from another embedding or with other settings than the folder's latest
+    ones. No model is loaded, so this runs on a login node.
+
+    \b
+    fedgfe-store status --round 5
+    fedgfe-store status --by class --failed
+    fedgfe-store status --by node,round,class --format csv > status.csv
+    """
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.generation.status import image_status
+
+    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    folder = output_dir or default_folder(selection)
+    with progress(len(selection), "records") as advance:
+        status = image_status(
+            selection, folder, images_per_record=images_per_record, progress=advance
+        )
+    if form != "table":
+        table = (
+            _failures(status) if failed else status.counts(by or ["node", "round", "class_name"])
+        )
+        _print_lines(table, form)
+        return
+    _print_head(selection, status)
+    for groups in [by] if by else [["node", "round"], ["class_name"]]:
+        _print_counts(status, groups)
+    _print_stale(status)
+    if failed and status.totals["failed"]:
+        _print_failures(status)
+    _print_rest(status, shards)
+
+
+def _failures(status: ImageStatus) -> pd.DataFrame:
+    frame = status.frame
+    return frame[frame["status"] == "failed"].drop(columns="status")
+
+
+def _print_lines(table: pd.DataFrame, form: str) -> None:
+    if form == "csv":
+        click.echo(table.to_csv(index=False), nl=False)
+    else:
+        click.echo(table.to_json(orient="records", lines=True, force_ascii=False), nl=False)
+
+
+def _print_head(selection: Selection, status: ImageStatus) -> None:
+    click.echo(f"records: {len(selection)} of {selection.path}, commit {selection.commit}")
+    click.echo(f"folder: {status.folder}")
+    if status.images_per_record > 1:
+        click.echo(f"images per record: {status.images_per_record}")
+    if status.settings:
+        shown = (f"{k} {v}" for k, v in status.settings.items() if v is not None)
+        click.echo(f"settings: {', '.join(shown)}")
+
+
+def _print_counts(status: ImageStatus, by: Sequence[str]) -> None:
+    rows = status.counts(by).to_numpy().tolist()
+    total = ["all", *[""] * (len(by) - 1), *status.totals.values()]
+    headers = [*(name.removesuffix("_name") for name in by), *_COUNTS]
+    click.echo()
+    print_table(headers, [*rows, total], right=("round", *_COUNTS))
+
+
+def _print_stale(status: ImageStatus) -> None:
+    reasons = status.frame["reason"][status.frame["status"] == "stale"].value_counts()
+    click.echo()
+    for reason, count in reasons.head(_SHOWN_REASONS).items():
+        click.echo(f"stale: {counted(count, 'image')}: {reason}")
+    if len(reasons) > _SHOWN_REASONS:
+        click.echo(f"stale: and {len(reasons) - _SHOWN_REASONS} other reasons")
+
+
+def _print_failures(status: ImageStatus) -> None:
+    failures = _failures(status).drop(columns="file")
+    headers = [name.removesuffix("_name") for name in failures]
+    print_table(headers, failures.to_numpy().tolist(), right=("round", "index", "image"))
+    click.echo()
+
+
+def _print_rest(status: ImageStatus, shards: int | None) -> None:
+    from fedgfe_store.generation.manifest import shard_count
+
+    unfinished = status.totals["all"] - status.totals["done"]
+    count = shards or shard_count(status.folder)
+    if not unfinished:
+        click.echo("nothing is missing")
+    elif count is None:
+        click.echo(f"to finish: {counted(unfinished, 'image')}")
+    else:
+        array = numbers(status.unfinished_shards(count)).replace(" ", "")
+        click.echo(f"to finish: --array={array}")

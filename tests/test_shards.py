@@ -1,0 +1,220 @@
+"""Shards: a disjoint, complete and lasting split, and what the environment says of it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.shards import Shard, detect_shard, local_device
+from fedgfe_store.records import RecordKey
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+NUMBERS = st.integers(0, 2**31 - 1)
+KEYS = st.lists(st.builds(RecordKey, NAMES, NUMBERS, NAMES, NAMES, NUMBERS), max_size=50)
+
+
+def array_task(task: int, first: int, last: int, count: int, step: int | None) -> dict[str, str]:
+    facts = {"ID": task, "MIN": first, "MAX": last, "COUNT": count, "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{k}": str(v) for k, v in facts.items() if v is not None}
+
+
+def ranks(rank: int, world: int, local: int | None = None, **more: str) -> dict[str, str]:
+    own = {} if local is None else {"LOCAL_WORLD_SIZE": str(local)}
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), **own, **more}
+
+
+def srun_task(task: int, tasks: int, nodes: int = 1) -> dict[str, str]:
+    return {
+        "SLURM_PROCID": str(task),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_STEP_NUM_NODES": str(nodes),
+        "SLURM_NTASKS": str(tasks),
+    }
+
+
+@given(KEYS, st.integers(1, 20), st.randoms())
+def test_shards_are_disjoint_complete_and_do_not_depend_on_the_other_records(keys, n, random):
+    def split(records: list[RecordKey]) -> list[list[RecordKey]]:
+        return [[key for key in records if Shard(i, n).holds(key)] for i in range(n)]
+
+    whole = split(keys)
+    assert sum(map(Counter, whole), Counter()) == Counter(keys)
+    # What a filter leaves, or what is not done yet, in any order, is split in the same way.
+    rest = random.sample(keys, random.randint(0, len(keys)))
+    for part, of_rest in zip(whole, split(rest), strict=True):
+        assert set(of_rest) == set(part) & set(rest)
+
+
+def test_more_shards_than_records_leave_some_without_work() -> None:
+    keys = [RecordKey("0", 5, "train", "dog", i) for i in range(3)]
+    held = [sum(Shard(i, 16).holds(key) for key in keys) for i in range(16)]
+    assert sum(held) == 3
+    assert held.count(0) >= 13
+
+
+def test_shards_are_even_and_rounds_of_a_sample_spread() -> None:
+    parts = itertools.product("01234", range(10), ["train"], ["dog", "cat"], range(100))
+    keys = [RecordKey(*each) for each in parts]
+    counts = Counter(next(i for i in range(8) if Shard(i, 8).holds(key)) for key in keys)
+    assert max(counts.values()) < 1.1 * len(keys) / 8
+    of_rounds = {
+        i for i in range(8) for r in range(40) if Shard(i, 8).holds(RecordKey("0", r, "a", "b", 0))
+    }
+    assert len(of_rounds) > 4
+
+
+def test_shards_are_the_same_in_every_process_and_version() -> None:
+    code = (
+        "from fedgfe_store.generation.shards import shard_of\n"
+        "from fedgfe_store.records import RecordKey\n"
+        "keys = [RecordKey('server', 5, 'train', 'chien été', i) for i in range(12)]\n"
+        "print([shard_of(key, 8) for key in keys])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "77"}
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[3, 5, 1, 4, 4, 6, 1, 0, 0, 7, 4, 6]"
+
+
+def test_a_shard_is_written_as_it_is_read() -> None:
+    assert Shard.parse("3/8") == Shard(3, 8)
+    assert str(Shard(3, 8)) == "3/8"
+    assert Shard.parse("0/1") == Shard()
+
+
+@pytest.mark.parametrize("text", ["8/8", "1", "", "-1/4", "1/0", "a/b", "1/4/2", " 1/4", "²/4"])
+def test_other_shards_are_refused(text: str) -> None:
+    with pytest.raises(SchemaMismatchError, match="expected i/n with 0 <= i < n") as caught:
+        Shard.parse(text)
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "shard"),
+    [
+        ({}, "0/1"),
+        ({"RANK": "", "WORLD_SIZE": "", "SLURM_ARRAY_TASK_ID": ""}, "0/1"),
+        (array_task(3, 0, 7, 8, 1), "3/8"),
+        (array_task(5, 1, 8, 8, 1), "4/8"),
+        (array_task(5, 1, 8, 8, None), "4/8"),
+        (array_task(8, 0, 12, 4, 4), "2/4"),
+        (array_task(3, 3, 3, 1, 0), "0/1"),
+        (ranks(1, 4), "1/4"),
+        (ranks(5, 8, 4), "5/8"),
+        (srun_task(2, 4), "2/4"),
+        # What `sbatch --ntasks=4` gives the batch script, which is one process.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, "0/1"),
+        # torchrun in the batch script.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", **ranks(1, 2, 2)}, "1/2"),
+        # `srun --ntasks=2 torchrun` over two nodes: one world, or one of each node.
+        ({**srun_task(1, 2, 2), **ranks(5, 8, 4)}, "5/8"),
+        ({**srun_task(1, 2, 2), **ranks(1, 4, 4)}, "5/8"),
+        ({**srun_task(1, 2, 1), **ranks(1, 4, 4, TORCHELASTIC_RUN_ID="x")}, "5/8"),
+        # srun's own tasks, which the script numbers for torch.distributed.
+        ({**srun_task(3, 4, 1), **ranks(3, 4, 4)}, "3/4"),
+        # torchrun typed into a shell that srun opened.
+        ({**srun_task(0, 1), **ranks(1, 2, 2, TORCHELASTIC_RUN_ID="x")}, "1/2"),
+        ({**array_task(2, 0, 3, 4, 1), **srun_task(1, 2)}, "5/8"),
+        ({**array_task(2, 0, 3, 4, 1), **ranks(3, 4, 4)}, "11/16"),
+        ({**array_task(1, 0, 1, 2, 1), **srun_task(1, 2, 2), **ranks(1, 4, 4)}, "13/16"),
+    ],
+)
+def test_the_environment_says_which_shard(environ: dict[str, str], shard: str) -> None:
+    assert str(detect_shard(environ)[0]) == shard
+
+
+def test_the_reason_names_the_variables() -> None:
+    assert detect_shard({})[1] == "one process"
+    reason = detect_shard({**array_task(2, 0, 3, 4, 1), **srun_task(1, 2)})[1]
+    assert reason == "SLURM_ARRAY_TASK_ID 2 of 0-3, SLURM_PROCID 1 of SLURM_STEP_NUM_TASKS 2"
+
+
+@pytest.mark.parametrize(("first", "step"), [(0, 1), (1, 1), (0, 3), (10, 5)])
+@pytest.mark.parametrize("procs", [1, 3])
+def test_the_processes_of_an_array_make_up_all_shards(first: int, step: int, procs: int) -> None:
+    last = first + 4 * step
+    shards = [
+        detect_shard({**array_task(t, first, last, 5, step), **srun_task(p, procs)})[0]
+        for t in range(first, last + 1, step)
+        for p in range(procs)
+    ]
+    assert shards == [Shard(i, 5 * procs) for i in range(5 * procs)]
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        array_task(3, 0, 7, 3, 1),
+        array_task(3, 0, 7, 3, 3),
+        array_task(4, 0, 8, 3, 1),
+        array_task(9, 0, 7, 8, 1),
+        {"SLURM_ARRAY_TASK_ID": "3"},
+        {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"},
+    ],
+)
+def test_an_array_with_gaps_needs_the_shard_told(environ: dict[str, str]) -> None:
+    with pytest.raises(SchemaMismatchError, match=r"--shard \$SLURM_ARRAY_TASK_ID/N"):
+        detect_shard(environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK"),
+        ({"RANK": "1", "WORLD_SIZE": "-4"}, "WORLD_SIZE"),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK"),
+        ({"RANK": "1"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "4"}, "RANK"),
+        ({**srun_task(1, 2), "SLURM_PROCID": "1.5"}, "SLURM_PROCID"),
+        ({**srun_task(2, 2)}, "SLURM_PROCID"),
+        ({**array_task(3, 0, 7, 8, 1), "SLURM_ARRAY_TASK_COUNT": "all"}, "SLURM_ARRAY_TASK_COUNT"),
+    ],
+)
+def test_a_malformed_variable_is_named(environ: dict[str, str], name: str) -> None:
+    with pytest.raises(SchemaMismatchError, match=f"^{name}: expected"):
+        detect_shard(environ)
+
+
+def test_processes_spread_over_the_devices() -> None:
+    assert local_device({}, 4) is None
+    assert local_device({"LOCAL_RANK": "1"}, 0) is None
+    assert local_device({"LOCAL_RANK": "3", "SLURM_LOCALID": "1"}, 4) == 3
+    assert local_device({"SLURM_LOCALID": "5"}, 4) == 1
+    assert local_device({"LOCAL_RANK": "3"}, 1) == 0
+    with pytest.raises(SchemaMismatchError, match="^LOCAL_RANK: expected a whole number, got 'x'"):
+        local_device({"LOCAL_RANK": "x"}, 4)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+         "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "--no_python"],
+    ],
+    ids=["torchrun", "accelerate"],
+)  # fmt: skip
+def test_real_launchers_make_shards(launcher: list[str], tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib\n"
+        "from fedgfe_store.generation.shards import detect_shard, local_device\n"
+        "shard = detect_shard(os.environ)[0]\n"
+        "text = f'{shard} on {local_device(os.environ, 2)}'\n"
+        "pathlib.Path(sys.argv[1], str(shard.index)).write_text(text)\n"
+    )
+    program = [sys.executable, "-c", code, str(tmp_path)]
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD"))}
+    command = [sys.executable, "-m", *launcher, *program]
+    done = subprocess.run(command, env=outside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / i).read_text() for i in "01"] == ["0/2 on 0", "1/2 on 1"]
