@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +132,16 @@ def _print_head(selection: Selection, status: ImageStatus) -> None:
     if status.images_per_record > 1:
         click.echo(f"images per record: {status.images_per_record}")
     if status.settings:
-        shown = (f"{k} {v}" for k, v in status.settings.items() if v is not None)
-        click.echo(f"settings: {', '.join(shown)}")
+        _print_settings(status.settings)
+
+
+def _print_settings(made_with: Mapping[str, Any]) -> None:
+    first = ("model", "revision", "dtype", "steps", "height", "width")
+    model, revision, dtype, steps, height, width = (made_with.get(name, "?") for name in first)
+    rest = {k: v for k, v in made_with.items() if k not in first and v is not None}
+    click.echo(f"model: {model} ({str(revision)[:12]}), {dtype}")
+    shown = [f"{steps} steps", f"{width}x{height}", *(f"{k} {v}" for k, v in rest.items())]
+    click.echo(f"settings: {', '.join(shown)}")
 
 
 def _print_counts(status: ImageStatus, by: Sequence[str]) -> None:

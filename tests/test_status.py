@@ -272,7 +272,9 @@ def test_the_table_counts_by_node_and_round_and_by_class(folder: Folder) -> None
     fill(folder.store, node="server", round=5, n=1)
     folder.make(0, 1, 3)
     folder.fail(4, "disk is full")
-    found = rows(run(folder).output)
+    output = run(folder).output
+    assert "model: tiny (abc), float32\nsettings: 2 steps, 8x8, guidance 3.5, seed 0\n" in output
+    found = rows(output)
     assert ["node", "round", "done", "missing", "stale", "failed", "all"] in found
     assert ["0", "5", "3", "2", "0", "1", "6"] in found
     assert ["server", "5", "0", "2", "0", "0", "2"] in found
