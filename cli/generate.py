@@ -108,8 +108,17 @@ def command(
     _print_result(report)
     if report.stopped and report.left:
         ctx.exit(STOPPED)
-    if report.failed:
+    if report.failed and _others_would_be_stopped():
+        _remark("exit code 0, since torchrun ends the others at any other; see status --failed")
+    elif report.failed:
         ctx.exit(SOME_FAILED)
+
+
+def _others_would_be_stopped() -> bool:
+    """Whether a launcher would take one bad record for a reason to stop all processes."""
+    import os
+
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1"
 
 
 @contextmanager

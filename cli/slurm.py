@@ -132,7 +132,10 @@ def job_script(
     """
     words = ["fedgfe-store", "--store", str(store), "generate", *arguments]
     run, job = shlex.join(words), '"$SLURM_JOB_ID"'
-    if shards > 1:
+    if shards == 1:
+        # Said here too, since sbatch hands on the environment that it is called in.
+        run += " --shard 0/1"
+    else:
         run += f' --shard "$SLURM_ARRAY_TASK_ID/{shards}"'
         # The id of an array's first task names the whole array.
         job = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'

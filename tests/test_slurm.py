@@ -78,7 +78,7 @@ def test_the_script_asks_for_an_array_that_may_be_queued_again() -> None:
 def test_one_shard_is_a_job_without_array() -> None:
     text = script("--gres", "", "--time", "1-0", "--", "--round", "5")
     assert "array" not in text.lower()
-    assert "--shard" not in text
+    assert " --shard 0/1\n" in text
     assert {"--time=1-0", "--output=%x-%j.out"} < set(directives(text))
     assert "--gres" not in text
 

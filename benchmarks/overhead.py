@@ -1,0 +1,161 @@
+"""What a run costs besides the model: wall time against the pipeline's own.
+
+    python benchmarks/overhead.py [--images 64] [--seconds 0.5] [--batch-size 4]
+
+The model is a stand-in that sleeps a known time an image, as the device of a real one would be
+busy, and returns pictures of 1024 x 1024. Beside `generate`: a naive loop that takes the same
+batches and saves each picture before the next batch, and one like the script that this package
+replaces, which loads the whole `.pt` file and takes records one by one. Loading is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fedgfe_store import EmbeddingStore, Schema
+from fedgfe_store.demo.tiny import tiny_flux_path
+from fedgfe_store.generation.models import resolve_model
+from fedgfe_store.generation.pipelines import Picture, Placement
+from fedgfe_store.generation.run import generate
+from fedgfe_store.generation.settings import Settings
+
+SIZE = 1024
+DECODING = 0.1
+
+
+class Sleeper:
+    """Takes `seconds` an image, a tenth of it for decoding, and keeps count of its own time."""
+
+    batches_per_swap = 1
+
+    def __init__(self, seconds: float) -> None:
+        self.model = resolve_model(str(tiny_flux_path()))
+        self.placement = Placement("float32", "cpu")
+        self.busy = 0.0
+        self._seconds = seconds
+        self._picture = photograph()
+
+    def denoise(
+        self,
+        embeddings: Mapping[str, torch.Tensor],
+        seeds: Sequence[int],
+        settings: Settings,
+        *,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """Sleep for the most part of the time, step by step."""
+        for _ in range(settings.steps):
+            self._sleep(self._seconds * (1 - DECODING) * len(seeds) / settings.steps)
+            on_step()
+        return torch.zeros(len(seeds), 1)
+
+    def decode(
+        self, latents: torch.Tensor, settings: Settings, *, tiled: bool = False
+    ) -> list[Picture | None]:
+        """Sleep for the rest, and return pictures."""
+        self._sleep(self._seconds * DECODING * len(latents))
+        return [self._picture.copy() for _ in latents]
+
+    def _sleep(self, seconds: float) -> None:
+        started = time.perf_counter()
+        time.sleep(seconds)
+        self.busy += time.perf_counter() - started
+
+
+def photograph() -> Picture:
+    """Make a picture that compresses like a photograph: smooth parts and some grain."""
+    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+    waves = [np.sin(7 * x + 3 * y), np.cos(5 * y - x), np.sin(9 * x * y)]
+    grain = np.random.default_rng(0).normal(0, 3, (SIZE, SIZE, 3))
+    return np.clip(127 + 90 * np.stack(waves, -1) + grain, 0, 255).astype(np.uint8)
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--batch-size", type=int, default=4)
+    options = parser.parse_args()
+    loops = {"generate": ours, "naive batched loop": naive, "one by one, whole .pt": legacy}
+    with tempfile.TemporaryDirectory() as temporary:
+        store, checkpoint = make_records(Path(temporary), options.images)
+        print(f"{'':24}{'wall s':>10}{'model s':>10}{'ratio':>8}{'idle':>8}{'images/s':>10}")
+        for name, loop in loops.items():
+            pipeline = Sleeper(options.seconds)
+            folder = Path(temporary) / name
+            folder.mkdir()
+            started = time.perf_counter()
+            loop(store, checkpoint, folder, pipeline, options.batch_size)
+            wall = time.perf_counter() - started
+            assert len(list(folder.glob("*.png"))) == options.images
+            print(
+                f"{name:24}{wall:10.2f}{pipeline.busy:10.2f}{wall / pipeline.busy:8.3f}"
+                f"{1 - pipeline.busy / wall:8.1%}{options.images / wall:10.3f}",
+                flush=True,
+            )
+
+
+def make_records(folder: Path, images: int) -> tuple[EmbeddingStore, Path]:
+    """Make records as a store and as a legacy file."""
+    rng = np.random.default_rng(1)
+    t5 = rng.standard_normal((images, 17, 4096), np.float32)
+    clip = rng.standard_normal((images, 768), np.float32)
+    store = EmbeddingStore.create(folder / "embeddings.zarr", Schema.flux(17))
+    with store.append(node=0, round=1) as batch:
+        batch.add(split="train", class_name="dog", index=range(images), t5=t5, clip=clip)
+    entries = [
+        {"t5_embedding": torch.from_numpy(a), "clip_embedding": torch.from_numpy(b)}
+        for a, b in zip(t5, clip, strict=True)
+    ]
+    torch.save({"embeddings": entries}, folder / "node_0_embeddings_r1.pt")
+    return store, folder / "node_0_embeddings_r1.pt"
+
+
+def ours(
+    store: EmbeddingStore, checkpoint: Path, folder: Path, pipeline: Sleeper, batch_size: int
+) -> None:
+    """Render with `generate`."""
+    size = {"height": SIZE, "width": SIZE, "batch_size": batch_size, "steps": 28}
+    report = generate(store.select(), folder, pipeline=pipeline, **size)
+    assert not report.failed
+
+
+def naive(
+    store: EmbeddingStore, checkpoint: Path, folder: Path, pipeline: Sleeper, batch_size: int
+) -> None:
+    """Read a batch, render it, save it, and only then go on."""
+    for number, batch in enumerate(store.select().batches(batch_size, prefetch=0)):
+        save(pipeline, {"t5": batch["t5"], "clip": batch["clip"]}, folder, number * batch_size)
+
+
+def legacy(
+    store: EmbeddingStore, checkpoint: Path, folder: Path, pipeline: Sleeper, batch_size: int
+) -> None:
+    """Load everything, then render one record after the other."""
+    for number, entry in enumerate(torch.load(checkpoint)["embeddings"]):
+        pair = {"t5": entry["t5_embedding"][None], "clip": entry["clip_embedding"][None]}
+        save(pipeline, pair, folder, number)
+
+
+def save(
+    pipeline: Sleeper, embeddings: Mapping[str, torch.Tensor], folder: Path, first: int
+) -> None:
+    """Render a batch and save it as Pillow does by itself."""
+    settings = Settings("", "", "float32", 28, 3.5, SIZE, SIZE)
+    latents = pipeline.denoise(embeddings, range(len(embeddings["t5"])), settings)
+    for offset, picture in enumerate(pipeline.decode(latents, settings)):
+        Image.fromarray(picture).save(folder / f"{first + offset}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

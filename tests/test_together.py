@@ -1,0 +1,244 @@
+"""Several processes on one folder: every image is made, none twice, and no file is torn."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import SMALL, fill
+from generation_fakes import SIZE, FakePipeline, save_random_flux
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fedgfe_store import EmbeddingStore
+from fedgfe_store.cli.main import group
+from fedgfe_store.generation.claims import Claims
+from fedgfe_store.generation.images import image_name
+from fedgfe_store.generation.manifest import read_manifest
+from fedgfe_store.generation.plan import plan_images
+from fedgfe_store.generation.run import generate
+from fedgfe_store.generation.settings import Settings
+from fedgfe_store.generation.shards import Shard
+from fedgfe_store.selection import Selection
+
+RECORDS = 120
+SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="module")
+def selection(tmp_path_factory: pytest.TempPathFactory) -> Selection:
+    folder = tmp_path_factory.mktemp("store") / "embeddings.zarr"
+    store = EmbeddingStore.create(folder, SMALL)
+    fill(store, node=0, round=5, n=RECORDS // 2)
+    return store.select()
+
+
+def command(selection: Selection, flux: Path, folder: Path) -> list[str]:
+    size = ["--height", str(SIZE), "--width", str(SIZE), "--steps", "2", "--batch-size", "2"]
+    arguments = ["--store", str(selection.path), "generate", "--model", str(flux), *size]
+    return [*arguments, "--device", "cpu", "--output-dir", str(folder)]
+
+
+PROGRAM = [sys.executable, "-m", "fedgfe_store.cli.main"]
+
+
+def check_whole(selection: Selection, folder: Path) -> None:
+    names = sorted(path.name for path in folder.glob("*.png"))
+    assert names == sorted(image_name(key) for key in selection.keys())
+    for name in names:
+        with Image.open(folder / name) as image:
+            image.load()
+    listed = Counter(line["file"] for line in read_manifest(folder))
+    assert set(listed) == set(names)
+    assert set(listed.values()) == {1}, "an image was made twice"
+    assert not list(folder.glob(".fedgfe-*.tmp"))
+
+
+def test_two_processes_share_the_work(flux: Path, selection: Selection, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    started = [
+        subprocess.Popen(
+            [*PROGRAM, *command(selection, flux, folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    check_whole(selection, folder)
+
+
+def test_what_another_process_holds_or_has_made_is_left_to_it(
+    flux: Path, selection: Selection, tmp_path: Path
+) -> None:
+    names = [image_name(key) for key in selection.keys()[:8]]
+
+    class Meanwhile(FakePipeline):
+        """Another process makes the last image while this one makes the first."""
+
+        def denoise(self, *args: object, **options: object) -> object:
+            if not self.batch_sizes:
+                other = selection.take([7])
+                options_of_other = {**SETTINGS, "pipeline": FakePipeline(flux)}
+                generate(other, tmp_path / "other", **options_of_other)
+                os.rename(tmp_path / "other" / names[7], tmp_path / "out" / names[7])
+            return super().denoise(*args, **options)
+
+    (tmp_path / "out").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "out"), names[1]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        part = selection.take(range(8))
+        options = {**SETTINGS, "batch_size": 1, "pipeline": Meanwhile(flux)}
+        report = generate(part, tmp_path / "out", **options)
+        holder.stdin.close()
+    assert (report.done, report.elsewhere, report.left) == (6, 2, 0)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {*names} - {names[1]}
+    assert generate(part, tmp_path / "out", **{**options, "pipeline": FakePipeline(flux)}).done == 1
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from fedgfe_store.generation.claims import Claims
+with Claims(Path(sys.argv[1])) as claims:
+    assert claims.take(sys.argv[2])
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_claims_are_given_back_as_images_are_written(
+    flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    release = Claims.release
+
+    def watched(self: Claims, name: str) -> None:
+        held.append(len(self._taken))
+        release(self, name)
+
+    monkeypatch.setattr(Claims, "release", watched)
+    generate(selection, tmp_path, **SETTINGS, pipeline=FakePipeline(flux))
+    assert len(held) == RECORDS
+    assert max(held) < 40, "no more than is read ahead, rendered and waiting to be written"
+
+
+def test_one_command_for_all_gpus_of_a_machine(
+    flux: Path, selection: Selection, tmp_path: Path
+) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = Path(sys.executable).with_name("fedgfe-store")
+    arguments = [str(program), *command(selection, flux, tmp_path / "out")]
+    result = subprocess.run(
+        [sys.executable, *launcher, "--no-python", *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "shard 0/2" in result.stdout + result.stderr
+    check_whole(selection, tmp_path / "out")
+    manifests = sorted(path.name for path in (tmp_path / "out").glob("manifest*"))
+    assert manifests == ["manifest-0-of-2.jsonl", "manifest-1-of-2.jsonl"]
+
+
+def test_shards_by_hand_make_one_folder(
+    flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = command(selection, flux, tmp_path / "out")
+    counts = []
+    for text in ("0/3", "1/3", "2/3"):
+        result = CliRunner().invoke(group, [*arguments, "--shard", text])
+        assert result.exit_code == 0, result.output
+        counts.append(len(list((tmp_path / "out").glob("*.png"))))
+    assert 0 < counts[0] < counts[1] < counts[2] == RECORDS
+    check_whole(selection, tmp_path / "out")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+    for name, value in (("MIN", "0"), ("MAX", "7"), ("COUNT", "8"), ("STEP", "1")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    result = CliRunner().invoke(group, [*arguments, "--dry-run"])
+    assert "shard 5/8" in result.output
+    result = CliRunner().invoke(group, [*arguments, "--shard", "3/3"])
+    assert (result.exit_code, "expected i/n with 0 <= i < n" in result.output) == (1, True)
+
+
+def test_a_rank_without_work_is_done(flux: Path, selection: Selection, tmp_path: Path) -> None:
+    arguments = command(selection, flux, tmp_path / "out")
+    chosen = next(key for key in selection.keys() if not Shard(0, 2).holds(key))
+    filters = ["--index", str(chosen.index), "--class", chosen.class_name, "--split", chosen.split]
+    result = CliRunner().invoke(group, [*arguments, *filters, "--shard", "0/2"])
+    assert result.exit_code == 0, result.output
+    assert "0 images rendered" in result.output
+
+
+@given(
+    n=st.integers(1, 16),
+    done=st.sets(st.integers(0, RECORDS - 1)),
+    chosen=st.sampled_from(["all", "dog", "cat"]),
+)
+def test_shards_are_disjoint_complete_and_stable(
+    selection: Selection, n: int, done: set[int], chosen: str, tmp_path_factory: object
+) -> None:
+    """Over the plans that runs really make, whatever the filter and whatever is done."""
+    settings = Settings("m", "r", "float32", 2, 3.5, SIZE, SIZE)
+    keys = selection.keys()
+    positions = [i for i, key in enumerate(keys) if chosen in ("all", key.class_name)]
+    part = selection.take(positions)
+    plans = [plan_images(part, settings, Path("/nowhere"), shard=Shard(i, n)) for i in range(n)]
+    shares = [[item.key for item in plan.items] for plan in plans]
+    assert sorted(key for share in shares for key in share) == sorted(keys[i] for i in positions)
+    left = selection.take([i for i in positions if i not in done])
+    if len(left):
+        for index, share in enumerate(shares):
+            again = plan_images(left, settings, Path("/nowhere"), shard=Shard(index, n))
+            assert {item.key for item in again.items} <= set(share)
+
+
+KILLS = 3
+
+
+def test_killed_runs_lose_nothing_and_repeat_only_what_was_in_flight(
+    flux: Path, selection: Selection, tmp_path: Path
+) -> None:
+    """A few of the kills of ``tools/kill_runs.py``, at random moments of a run's rendering."""
+    folder, rng = tmp_path / "out", random.Random(5)
+    for _ in range(KILLS):
+        before = len(list(folder.glob("*.png")))
+        process = subprocess.Popen(
+            [*PROGRAM, *command(selection, flux, folder)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and len(list(folder.glob("*.png"))) <= before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+    result = CliRunner().invoke(group, command(selection, flux, folder))
+    assert result.exit_code == 0, result.output
+    check_whole(selection, folder)
+    lines = [json.loads(x) for x in (folder / "manifest.jsonl").read_text().splitlines()]
+    assert len(lines) == RECORDS
