@@ -169,8 +169,10 @@ def _job_again(
     _refuse_beside_image(ctx)
     obj: Context = ctx.obj
     recipe = Recipe.read(path)
-    given = obj.store_given or recipe.store is None
-    store = EmbeddingStore.open(obj.store if given else recipe.store, as_of=as_of)
+    own = recipe.store
+    if obj.store_given or own is None or own == obj.store.resolve():
+        own = obj.store
+    store = EmbeddingStore.open(own, as_of=as_of)
     chosen = {**options, **recipe.options}
     chosen["model"] = options["model"] or chosen["model"]
     selection = recipe.select(store, report=_remark)
