@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import SMALL, fill
@@ -319,3 +320,31 @@ def test_a_report_counts_what_failed(flux: Path, selection: Selection, tmp_path:
     report, _ = make(selection, tmp_path / "out", Cramped(flux, denoises=0))
     assert isinstance(report, GenerationReport)
     assert (report.done, report.left, len(report.failed)) == (0, 0, 10)
+
+
+def test_a_black_picture_is_a_failure(flux: Path, selection: Selection, tmp_path: Path) -> None:
+    class Black(FakePipeline):
+        def decode(self, latents: torch.Tensor, *args: object, **options: object) -> list:
+            pictures = super().decode(latents, *args, **options)
+            return [
+                np.zeros_like(picture) if n == 1 else picture for n, picture in enumerate(pictures)
+            ]
+
+    report, _ = make(selection, tmp_path / "out", Black(flux))
+    assert (report.done, len(report.failed)) == (8, 2)
+    assert all("black all over" in failure.reason for failure in report.failed)
+    assert not (tmp_path / "out" / image_name(selection.keys()[1])).exists()
+
+
+def test_swapping_over_and_over_holds_no_memory(flux: Path) -> None:
+    pipeline = FluxImages.load(resolve_model(str(flux)), Placement("float32", "cpu", "model"))
+    parts = {"transformer": pipeline._pipeline.transformer, "vae": pipeline._pipeline.vae}
+    pipeline._swap = offload.Swap(parts, torch.clone)  # as to a device of its own
+    settings = Settings("", "", "float32", 1, 3.5, SIZE, SIZE)
+    weights = sum(t.nbytes for part in parts.values() for t in part.parameters())
+    embeddings = {"t5": torch.zeros(1, 3, 8), "clip": torch.zeros(1, 4)}
+    held = []
+    for _ in range(50):
+        pipeline.decode(pipeline.denoise(embeddings, [0], settings), settings)
+        held.append(psutil.Process().memory_info().rss)
+    assert held[-1] - held[9] < 3 * weights, "one call's copies, not forty calls'"

@@ -23,8 +23,9 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import image_name, read_provenance
 from fedgfe_store.generation.models import resolve_model
+from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.run import GenerationReport, generate
-from fedgfe_store.generation.settings import seed_of
+from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.selection import Selection
 
 SIZE = 32
@@ -297,6 +298,31 @@ def test_what_is_known_of_a_model_agrees_with_diffusers(sd: Path) -> None:
     for part in ("unet", "vae"):
         expected = sum(p.numel() for p in getattr(pipeline, part).parameters())
         assert model.parameters(part) == expected
+
+
+@pytest.mark.parametrize(
+    ("clip", "negative", "guidance"),
+    [
+        ((2, 77, 8), (1, 77, 8), 7.5),
+        ((2, 77, 8), (2, 154, 8), 7.5),
+        ((2, 77, 8), None, 7.5),
+        ((2, 77, 8), (2, 77, 8), 1.0),
+        ((77, 8), None, 1.0),
+        ((1, 1, 77, 8), None, 1.0),
+        ((2, 77, 9), None, 1.0),
+        ((1, 77, 8), None, 1.0),
+    ],
+)
+def test_the_model_is_given_no_wrong_shape(
+    sd: Path, clip: tuple[int, ...], negative: tuple[int, ...] | None, guidance: float
+) -> None:
+    pipeline = resolve_model(str(sd), kind="sd").load(Placement("float32", "cpu"))
+    embeddings = {"clip": torch.zeros(clip)}
+    if negative:
+        embeddings["negative"] = torch.zeros(negative)
+    settings = Settings("", "", "float32", 1, guidance, SIZE, SIZE)
+    with pytest.raises(SchemaMismatchError, match=r"embeddings.*: expected"):
+        pipeline.denoise(embeddings, [0, 1], settings)
 
 
 def test_models_for_filling_are_refused(sd: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def choose_device(device: str | None, *, local: int | None = None) -> str:
     Parameters
     ----------
     device : str, optional
-        Such as ``"cuda:1"``.
+        Such as ``"cuda:1"``; ``"cuda"`` is the process's own.
     local : int, optional
         Which GPU is this process's own, where several processes share a machine.
 
@@ -34,9 +34,9 @@ def choose_device(device: str | None, *, local: int | None = None) -> str:
         If it is not a device of this machine.
     """
     if device is None:
-        if not torch.cuda.is_available():
-            return "cpu"
-        return "cuda" if local is None else f"cuda:{local}"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local is not None:
+        device = f"cuda:{local}"
     try:
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("it holds no numbers")

@@ -247,16 +247,7 @@ def prepare(
     chosen.check_schema(schema)
     _check_speed_options(compiled, quantize, device, offload)
     guidance = _choose_guidance(guidance, chosen, report)
-    found = None
-    if chosen.needs_negative(guidance):
-        shape = schema.columns["clip"]
-        found = find_negative(
-            chosen, selection.path, negative, shape, keep=keep_negative, report=report
-        )
-    elif negative is not None:
-        raise SchemaMismatchError(
-            f"negative: the model {chosen.name} takes none under guidance {guidance}"
-        )
+    found = _find_negative(chosen, guidance, negative, selection, keep=keep_negative, report=report)
     settings = Settings(
         model=chosen.name,
         revision=chosen.revision,
@@ -280,8 +271,8 @@ def prepare(
         numbers=_choose_numbers(images_per_record, only_image),
         shard=shard,
         limit=limit,
-        again=again,
         on_stale=on_stale,
+        again=again,
     )
     return Job(
         selection,
@@ -333,6 +324,25 @@ def _choose_guidance(guidance: float | None, model: Model, report: Report) -> fl
         report(f"guidance {guidance:g} has no effect: the model {model.name} takes none")
         return None
     return float(guidance)
+
+
+def _find_negative(
+    model: Model,
+    guidance: float | None,
+    given: str | None,
+    selection: Selection,
+    *,
+    keep: bool,
+    report: Report,
+) -> Negative | None:
+    if model.needs_negative(guidance):
+        shape = selection.schema.columns["clip"]
+        return find_negative(model, selection.path, given, shape, keep=keep, report=report)
+    if given is not None:
+        raise SchemaMismatchError(
+            f"negative: the model {model.name} takes none under guidance {guidance}"
+        )
+    return None
 
 
 def _choose_size(name: str, pixels: int | None, model: Model) -> int:

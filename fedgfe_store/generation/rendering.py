@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -173,18 +172,17 @@ class Renderer:
 
     def _decode(self, denoised: _Denoised) -> None:
         """Decode latents in as large slices as fit, and hand the pictures to the writer."""
-        waiting = deque(zip(denoised.items, denoised.latents, strict=True))
-        while waiting and self.gave_up is None:
-            part = list(islice(waiting, self._largest_decode))
-            started = time.perf_counter()
-            pictures = self._decoded(torch.stack([latents for _, latents in part]))
+        start = 0
+        while start < len(denoised.items) and self.gave_up is None:
+            rows, started = slice(start, start + self._largest_decode), time.perf_counter()
+            items, pictures = denoised.items[rows], self._decoded(denoised.latents[rows])
             if pictures is None:
-                self._decode_smaller(len(part), part[0][0])
+                self._decode_smaller(len(items), items[0])
                 continue
-            seconds = denoised.seconds + (time.perf_counter() - started) / len(part)
-            for (item, _), picture in zip(part, pictures, strict=True):
-                waiting.popleft()
+            seconds = denoised.seconds + (time.perf_counter() - started) / len(items)
+            for item, picture in zip(items, pictures, strict=True):
                 self._hand_over(item, picture, denoised.batch_size, seconds)
+            start += len(items)
 
     def _decoded(self, latents: torch.Tensor) -> list[Picture | None] | None:
         """Decode latents; None if the memory is not enough."""
