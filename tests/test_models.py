@@ -181,7 +181,7 @@ def test_the_footprint_follows_from_weights_and_size(flux: Path) -> None:
         (31, 1, "none"),
         (23.5, 1, "model"),
         (11.5, 1, "group"),
-        (3.0, 1, "sequential"),
+        (2.8, 1, "sequential"),
         (1, 1, "sequential"),
     ],
 )
