@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._legacy import OldFlags, old_flags
 from ._options import as_of_option, filter_options, quiet_option
 from ._progress import progress
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from fedgfe_store.generation.job import Job
     from fedgfe_store.generation.run import GenerationReport
     from fedgfe_store.selection import Selection
-
-    from .main import Context
 
 _SHOWN_FAILURES = 20
 SOME_FAILED = 3
@@ -25,6 +24,7 @@ SOME_FAILED = 3
 @click.command("generate")
 @filter_options
 @as_of_option
+@old_flags
 @click.option("--model", help="Hub id, folder or tiny [$FEDGFE_MODEL, the store's, FLUX.1-dev].")
 @click.option(
     "--output-dir",
@@ -86,6 +86,7 @@ def command(
     /,
     filters: dict[str, Any],
     as_of: int | None,
+    old: OldFlags,
     output_dir: Path | None,
     dry_run: bool,
     quiet: bool,
@@ -102,12 +103,10 @@ def command(
     fedgfe-store generate --node server --model tiny --output-dir pictures
     fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --output-dir output_images/fine
     """
-    from fedgfe_store import EmbeddingStore
     from fedgfe_store.generation.job import prepare
     from fedgfe_store.generation.run import render
 
-    obj: Context = ctx.obj
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    selection = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
     job = prepare(selection, output_dir or _default_folder(selection), report=_remark, **options)
     if dry_run or not quiet:
         _print_plan(job)
