@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._legacy import OldFlags, old_flags
 from ._options import FILTERS, as_of_option, default_folder, filter_options, quiet_option
 from ._picture_options import picture_options, place_options
 from ._progress import progress
@@ -26,6 +27,7 @@ _DECIDED_BY_IMAGE = {
     *FILTERS,
     *("diffusion_type", "steps", "guidance", "height", "width", "pool", "seed"),
     *("images_per_record", "dtype", "quantize", "shard", "limit", "on_stale"),
+    *("checkpoint", "checkpoint_dir", "pattern"),
 }
 SOME_FAILED = 3
 """Exit code when some records could not be rendered."""
@@ -36,6 +38,7 @@ STOPPED = 75
 @click.command("generate")
 @filter_options
 @as_of_option
+@old_flags
 @click.option(
     "--output-dir",
     "--output_dir",
@@ -71,6 +74,7 @@ def command(
     /,
     filters: dict[str, Any],
     as_of: int | None,
+    old: OldFlags,
     output_dir: Path | None,
     from_image: Path | None,
     dry_run: bool,
@@ -90,6 +94,7 @@ def command(
     fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --output-dir output_images/fine
     fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
     """
+    from fedgfe_store.generation.job import prepare
     from fedgfe_store.generation.run import render
 
     options = {**options, **_place(options.pop("shard")), "keep_negative": not dry_run}
@@ -98,7 +103,9 @@ def command(
             if from_image is not None:
                 job = _job_again(ctx, from_image, as_of, output_dir, options)
             else:
-                job = _job(ctx, filters, as_of, output_dir, options)
+                selection = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
+                folder = output_dir or default_folder(selection)
+                job = prepare(selection, folder, report=_remark, **options)
             if dry_run or not quiet:
                 _print_plan(job)
             if dry_run:
@@ -137,21 +144,6 @@ def _stopping(ctx: click.Context) -> Iterator[Stop]:
 
 def _announce(name: str) -> None:
     click.echo(f"{name}: stopping after this step; once more ends at once", err=True)
-
-
-def _job(
-    ctx: click.Context,
-    filters: dict[str, Any],
-    as_of: int | None,
-    output_dir: Path | None,
-    options: dict[str, Any],
-) -> Job:
-    from fedgfe_store import EmbeddingStore
-    from fedgfe_store.generation.job import prepare
-
-    obj: Context = ctx.obj
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
-    return prepare(selection, output_dir or default_folder(selection), report=_remark, **options)
 
 
 def _job_again(

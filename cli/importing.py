@@ -10,7 +10,7 @@ import click
 
 from ._options import quiet_option, wait_option
 from ._progress import progress
-from ._tables import print_table, size
+from ._tables import counted, print_table, size
 
 if TYPE_CHECKING:
     from fedgfe_store.checkpoints import FileReport, ImportReport
@@ -70,13 +70,14 @@ def command(
         report = import_checkpoints(
             obj.store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
         )
-    _show(report, dry_run=options["dry_run"])
+    show_report(report, dry_run=options["dry_run"])
     if report.failed:
         ctx.exit(1 if len(report.failed) == len(report.files) else 3)
 
 
-def _show(report: ImportReport, *, dry_run: bool) -> None:
-    good = [file for file in report.files if file.error is None]
+def show_report(report: ImportReport, *, dry_run: bool = False, quiet: bool = False) -> None:
+    """Print what became of each file that was read: a table, notes, failures and the sum."""
+    good = [file for file in report.files if not (file.error or file.known or quiet)]
     if good:
         headers = ("file", "node", "round", "records", "unchanged", "classes", "splits", "skipped")
         right = ("round", "records", "unchanged")
@@ -86,7 +87,8 @@ def _show(report: ImportReport, *, dry_run: bool) -> None:
             click.echo(f"note: {file.path.name}: {note}")
     for file in report.failed:
         click.echo(f"failed: {file.path}: {file.error}", err=True)
-    click.echo(_total(report, dry_run=dry_run))
+    if not quiet:
+        click.echo(_total(report, dry_run=dry_run))
 
 
 def _row(file: FileReport) -> list[object]:
@@ -111,7 +113,8 @@ def _counts(counts: Mapping[str, int], *, between: str = " ", most: int = _MOST_
 
 
 def _total(report: ImportReport, *, dry_run: bool) -> str:
-    done = [file for file in report.files if file.error is None]
+    read = [file for file in report.files if not file.known]
+    done = [file for file in read if file.error is None]
     replaced = sum(file.replaced for file in done)
     skipped = sum(sum(file.skipped.values()) for file in done)
     parts = [
@@ -122,6 +125,5 @@ def _total(report: ImportReport, *, dry_run: bool) -> str:
         f"{len(report.failed):,} failed" if report.failed else "",
     ]
     where = "dry run, nothing written" if dry_run else f"store {report.store_path}"
-    read = size(sum(file.bytes for file in done))
-    files = "1 file" if len(report.files) == 1 else f"{len(report.files):,} files"
-    return f"{files}, {read}: {', '.join(filter(None, parts))}; {where}"
+    bytes_read = size(sum(file.bytes for file in done))
+    return f"{counted(len(read), 'file')}, {bytes_read}: {', '.join(filter(None, parts))}; {where}"

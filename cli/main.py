@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,8 @@ import click
 
 from fedgfe_store import __version__
 from fedgfe_store.errors import FedgfeStoreError
+
+from ._log import show_notes
 
 _COMMANDS = {
     "init": ("stores", "init", "Make an empty store."),
@@ -58,13 +59,6 @@ class _LazyGroup(click.Group):
             ctx.exit(1)
 
 
-class _Notes(logging.Handler):
-    """Shows what the library logs, such as on whom a writer waits."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"note: {record.getMessage()}", err=True)
-
-
 @click.group(
     "fedgfe-store",
     cls=_LazyGroup,
@@ -91,9 +85,7 @@ def group(ctx: click.Context, store: Path) -> None:
     """
     given = ctx.get_parameter_source("store") is not click.core.ParameterSource.DEFAULT
     ctx.obj = Context(store, store_given=given)
-    log, notes = logging.getLogger("fedgfe_store"), _Notes(logging.WARNING)
-    log.addHandler(notes)
-    ctx.call_on_close(lambda: log.removeHandler(notes))
+    show_notes(ctx)
 
 
 class Context:

@@ -134,6 +134,14 @@ class Selection:
         """Return the records' keys."""
         return self._snapshot.keys(self.rows)
 
+    def by_node_and_round(self) -> dict[tuple[str, int], np.ndarray]:
+        """Return the positions of the records, int64 ``[n]``, of each node and round."""
+        import pandas as pd
+
+        keys = pd.DataFrame({name: self._column(name, self.rows) for name in ("node", "round")})
+        groups: Any = keys.groupby(["node", "round"], sort=False).indices
+        return {(str(node), int(number)): at for (node, number), at in groups.items()}
+
     def take(self, positions: Sequence[int] | np.ndarray | slice) -> Selection:
         """Return the records at `positions` of this selection, in that order."""
         rows = self.rows[positions if isinstance(positions, slice) else np.asarray(positions, int)]

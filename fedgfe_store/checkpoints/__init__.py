@@ -2,7 +2,8 @@
 
 A file goes through ``_pickles`` (safe loading), ``_header`` (node, round, time), ``_entries``
 (which tensor is which, which record it belongs to), ``reading`` (one sample at a time) and
-``importing`` (one commit per file).
+``importing`` (one commit per file). ``ledger`` remembers what a store has taken in, and
+``sources`` takes files as names for records.
 """
 
 from fedgfe_store.checkpoints._entries import Skipped
@@ -19,6 +20,7 @@ from fedgfe_store.checkpoints.reading import (
     read_checkpoint,
     schema_of,
 )
+from fedgfe_store.checkpoints.sources import Sources, find_new, select_records
 
 __all__ = [
     "Checkpoint",
@@ -26,9 +28,12 @@ __all__ = [
     "FileReport",
     "ImportReport",
     "Skipped",
+    "Sources",
     "experiment_name",
     "find_checkpoints",
+    "find_new",
     "import_checkpoints",
     "read_checkpoint",
     "schema_of",
+    "select_records",
 ]

@@ -30,11 +30,22 @@ def embeddings(content: Any, path: Path) -> list[Any]:
     )
 
 
+def file_name(node: str, round_number: int) -> str:
+    """Return the name of the file that training would have written: ``node_0_embeddings_r5.pt``."""
+    owner = "server" if node == "server" else f"node_{node}"
+    return f"{owner}_embeddings_r{round_number}.pt"
+
+
+def named_origin(name: str) -> tuple[str, int] | None:
+    """Return node and round by a file's name, None where it tells none."""
+    match = _FILE_NAME.fullmatch(name)
+    return (match["node"] or "server", int(match["round"])) if match else None
+
+
 def origin(content: Mapping[Any, Any], path: Path) -> tuple[str, int, list[str]]:
     """Return node and round, the file's own before those of its name, and notes."""
-    match = _FILE_NAME.fullmatch(path.name)
-    named_node = (match["node"] or "server") if match else None
-    named_round = int(match["round"]) if match else None
+    named = named_origin(path.name)
+    named_node, named_round = named or (None, None)
     node = _node(content.get("node_id")) or named_node
     own = whole(content.get("round"))
     round_number = named_round if own is None or own < 0 else own
@@ -45,9 +56,9 @@ def origin(content: Mapping[Any, Any], path: Path) -> tuple[str, int, list[str]]
             " expected a name such as node_0_embeddings_r5.pt"
         )
     notes = []
-    if match and named_node != node:
+    if named and named_node != node:
         notes.append(f"node {node} by content, {named_node} by file name: content counts")
-    if match and named_round != round_number:
+    if named and named_round != round_number:
         notes.append(f"round {own} by content, {named_round} by file name: content counts")
     if round_number != own:
         notes.append(f"round {content.get('round')} by content: {round_number} from file name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,10 @@ import numpy as np
 import torch
 
 from fedgfe_store._append import IfExists
+from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.checkpoints._deleted import DeletedRecords
 from fedgfe_store.checkpoints._entries import Skipped
+from fedgfe_store.checkpoints.ledger import Ledger, content_digest
 from fedgfe_store.checkpoints.reading import (
     Checkpoint,
     Entry,
@@ -37,6 +41,8 @@ from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
 
 _GROUP_BYTES = 32 << 20
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
+
+_log = logging.getLogger("fedgfe_store")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class FileReport:
         Why nothing of the file was imported.
     bytes : int
         Size of the file.
+    known : bool
+        Whether the store had taken it in before, so that it was not read.
     """
 
     path: Path
@@ -81,6 +89,7 @@ class FileReport:
     notes: tuple[str, ...] = ()
     error: str | None = None
     bytes: int = 0
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,8 @@ def find_checkpoints(
         if not path.is_dir():
             found[path] = True
             continue
-        matching = sorted((p for p in path.glob(pattern) if p.is_file()), key=_natural)
+        files = (p for p in path.glob(pattern) if p.is_file() and not hides(p.name, pattern))
+        matching = sorted(files, key=natural_order)
         if not matching:
             raise NotFoundError(f"{path}: no file matches {pattern!r}")
         for file in matching:
@@ -159,6 +169,7 @@ def import_checkpoints(
     precision: Precision = "float32",
     if_exists: IfExists = "error",
     dry_run: bool = False,
+    new_only: bool = False,
     timeout: float = LOCK_TIMEOUT,
     on_file: Callable[[FileReport], None] | None = None,
 ) -> ImportReport:
@@ -180,6 +191,9 @@ def import_checkpoints(
         What becomes of records whose key the store has with other tensors.
     dry_run : bool
         Read and report, write nothing.
+    new_only : bool
+        Do not read files that the store has taken in as they are, see `Ledger`, and do not put
+        back records that were deleted from it.
     timeout : float
         Seconds that each file waits for another writer.
     on_file : callable, optional
@@ -201,7 +215,9 @@ def import_checkpoints(
         If another writer holds the store for longer than `timeout`.
     """
     files = find_checkpoints(paths, pattern=pattern)
-    target = _Target(Path(store_path), files, audio, precision, if_exists, dry_run, timeout)
+    target = _Target(
+        Path(store_path), files, audio, precision, if_exists, dry_run, new_only, timeout
+    )
     reports = []
     for path, named in files.items():
         reports.append(target.take(path, named=named))
@@ -221,10 +237,12 @@ class _Target:
         precision: Precision,
         if_exists: IfExists,
         dry_run: bool,
+        new_only: bool,
         timeout: float,
     ) -> None:
         self._path, self._files, self._audio, self._precision = path, files, audio, precision
         self._if_exists, self._dry_run, self._timeout = if_exists, dry_run, timeout
+        self._ledger, self._new_only = Ledger(path), new_only
         self._store = _open_if_there(path)
         self._schema = self._store.schema if self._store is not None else None
         if audio and self._schema is not None and "audio" not in self._schema.columns:
@@ -235,15 +253,34 @@ class _Target:
 
     def take(self, path: Path, *, named: bool) -> FileReport:
         """Import one file, or report why not."""
+        if not self._new_only:
+            return self._read(path, named=named)
+        known = FileReport(path, known=True)
+        if self._ledger.knows(path):
+            _log.info("%s: known, not read again", path)
+            return known
+        with self._ledger.turn(self._timeout):
+            if self._ledger.knows(path):
+                _log.info("%s: imported by another process meanwhile", path)
+                return known
+            return self._read(path, named=named)
+
+    def _read(self, path: Path, *, named: bool) -> FileReport:
         report = FileReport(path)
         if is_text_cache(path):
             note = "a cache of reference text embeddings: a later release imports these"
             return replace(report, error=note) if named else replace(report, notes=(note,))
         try:
+            content = content_digest(path)
             checkpoint = read_checkpoint(path, audio=self._audio)
             report = _headed(checkpoint)
             checkpoint.verify()
-            return self._import(checkpoint, report)
+            report = self._import(checkpoint, report)
+            if self._store is not None and not self._dry_run:
+                node, number = checkpoint.node, checkpoint.round
+                self._ledger.add(path, content, node=node, round=number)
+            _log.info("%s: %s", path, _in_words(report))
+            return report
         except BusyError:
             raise
         except (FedgfeStoreError, OSError) as error:
@@ -261,7 +298,11 @@ class _Target:
         if not self._dry_run:
             schema = self._made(schema).schema
         _check_fit(checkpoint, schema)
-        tally = _Tally(schema)
+        deleted = None
+        if self._new_only and self._store is not None:
+            snapshot = Snapshot.latest(self._path)
+            deleted = DeletedRecords(snapshot, checkpoint.node, checkpoint.round)
+        tally = _Tally(schema, deleted)
         samples = tally.watch(checkpoint.read(schema.columns))
         if self._store is None or self._dry_run:
             self._schema = schema
@@ -300,8 +341,9 @@ class _Target:
 class _Tally:
     """Counts samples by class, split and reason as they pass."""
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, deleted: DeletedRecords | None) -> None:
         self._rounded = schema.precision == "bfloat16"
+        self._deleted = deleted
         self._classes: Counter[str] = Counter()
         self._splits: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
@@ -312,6 +354,8 @@ class _Tally:
                 self._skipped[item.reason] += 1
             elif self._rounded and _beyond_bfloat16(item):
                 self._skipped["values beyond bfloat16"] += 1
+            elif self._deleted is not None and item in self._deleted:
+                self._skipped["deleted from the store before"] += 1
             else:
                 self._classes[item.class_name] += 1
                 self._splits[item.split] += 1
@@ -331,6 +375,14 @@ def _open_if_there(path: Path) -> EmbeddingStore | None:
         return EmbeddingStore.open(path)
     except NotFoundError:
         return None
+
+
+def _in_words(report: FileReport) -> str:
+    return (
+        f"node {report.node}, round {report.round}: {report.records} new records,"
+        f" {report.replaced} replaced, {report.unchanged} unchanged,"
+        f" {sum(report.skipped.values())} skipped"
+    )
 
 
 def _headed(checkpoint: Checkpoint) -> FileReport:
@@ -391,6 +443,12 @@ def _columns(group: list[Entry]) -> dict[str, Any]:
     return columns
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def hides(name: str, pattern: str) -> bool:
+    """Whether a file is hidden from `pattern`, as a shell would have it: a store's lock, say."""
+    return name.startswith(".") and not pattern.rpartition("/")[2].startswith(".")
+
+
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Return what sorts files so that ``r2`` comes before ``r10``."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -1,0 +1,50 @@
+"""What the library logs, on stderr: warnings as notes, or with ``--verbose`` everything."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+_log = logging.getLogger("fedgfe_store")
+
+
+class _Notes(logging.Handler):
+    """Shows warnings, such as on whom a writer waits; when `verbose`, all there is, with times."""
+
+    verbose = False
+    _timed = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.verbose:
+            click.echo(self._timed.format(record), err=True)
+        elif record.levelno >= logging.WARNING:
+            click.echo(f"note: {record.getMessage()}", err=True)
+
+
+def show_notes(ctx: click.Context) -> None:
+    """Show what the library logs until `ctx` is closed."""
+    notes = _Notes()
+    _log.addHandler(notes)
+    ctx.call_on_close(lambda: _log.removeHandler(notes))
+
+
+def _be_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    for handler in _log.handlers:
+        if isinstance(handler, _Notes):
+            handler.verbose = True
+    before = _log.level
+    _log.setLevel(logging.DEBUG)
+    ctx.call_on_close(lambda: _log.setLevel(before))
+
+
+verbose_option: Any = click.option(
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_be_verbose,
+    help="Log every step on stderr, with times.",
+)
