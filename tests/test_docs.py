@@ -14,6 +14,7 @@ from fedgfe_store.cli.main import _COMMANDS, group
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/commands.md"]
+LINKED = [*PAGES, "docs/from_the_old_script.md"]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -61,13 +62,25 @@ def test_the_readmes_python_runs_in_the_demos_folder(folder):
     assert names["ds"].sizes["record"] == 480
 
 
+def test_the_old_scripts_page_shows_the_same_numbers_by_either_way(folder, capsys):
+    """Its Python, then and now, says the same of the demo's records."""
+    then, now = blocks("docs/from_the_old_script.md", "python")
+    shutil.copytree("embeddings.zarr", "checkpoints/embeddings/embeddings.zarr")
+    exec(compile(then, "then", "exec"), {})
+    before = capsys.readouterr().out
+    exec(compile(now, "now", "exec"), {})
+    now = capsys.readouterr().out
+    assert before.replace("torch.Size([1, 17, 4096])", "(17, 4096)") == now
+    assert "Embeddings: 30" in now
+
+
 def test_every_command_is_documented():
     text = (ROOT / "docs/commands.md").read_text()
     assert [name for name in _COMMANDS if f"\n## {name}\n" not in text] == []
 
 
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in LINKED:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
             assert ((ROOT / page).parent / target).exists(), target
 
