@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import legacy
 import pytest
 from click.testing import CliRunner
 from conftest import fill
@@ -142,16 +141,3 @@ def test_a_missing_store_is_one_line(tmp_path):
 def test_the_store_may_come_from_the_environment(store, monkeypatch):
     monkeypatch.setenv("FEDGFE_STORE", str(store.path))
     assert str(store.path) in run("info").output
-
-
-def test_the_guides_example_from_checkpoint_to_pictures(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path, _, _ = legacy.guide_file(tmp_path)
-    assert run("import", path).exit_code == 0
-    result = run("generate", "--round", 5, "--model", "tiny", "--output-dir", "out")
-    assert result.exit_code == 0, result.output
-    assert "pool last" in result.output
-    names = [record.image_filename for record in EmbeddingStore.open("embeddings.zarr")
-             .select().records.itertuples()]  # fmt: skip
-    assert names
-    assert {file.name for file in (tmp_path / "out").glob("*.png")} == set(names)
