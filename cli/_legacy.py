@@ -148,6 +148,8 @@ def _import_new(path: Path, sources: Sources, *, quiet: bool) -> Sequence[FileRe
         report = import_checkpoints(path, files, new_only=True, on_file=lambda file: advance(1))
     if not all(file.known for file in report.files):
         show_report(report, quiet=quiet)
+    if report.failed:
+        click.echo("note: records of files that failed are left out", err=True)
     return report.failed
 
 
