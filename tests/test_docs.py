@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from fedgfe_store.cli.main import _COMMANDS, group
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/commands.md"]
+PAGES = ["README.md", "docs/commands.md", "docs/from_the_old_script.md"]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -59,6 +59,24 @@ def test_the_readmes_python_runs_in_the_demos_folder(folder):
     assert names["drift"] > 0
     assert len(names["store"]) == 2
     assert names["ds"].sizes["record"] == 480
+
+
+def test_the_python_for_the_old_scripts_users_runs(folder, capsys):
+    command = [
+        "--store",
+        "checkpoints/embeddings/embeddings.zarr",
+        "import",
+        "checkpoints/embeddings",
+    ]
+    assert CliRunner().invoke(group, [*command, "--pattern", "node_0_*"]).exit_code == 0
+    (code,) = blocks("docs/from_the_old_script.md", "python")
+    exec(compile(code, "from_the_old_script.md", "exec"), {})
+    first, count, *shapes = capsys.readouterr().out.splitlines()
+    assert f"  # {first}\n" in code
+    assert count == "Embeddings: 30"
+    assert [line.split(",")[0] for line in shapes] == ["baby_cry: t5_shape=(17"] * 3 + [
+        "chainsaw: t5_shape=(17"
+    ] * 2
 
 
 def test_every_command_is_documented():
