@@ -46,5 +46,5 @@ verbose_option: Any = click.option(
     is_flag=True,
     expose_value=False,
     callback=_be_verbose,
-    help="Log every step on stderr, with times.",
+    help="Log on stderr what is done, with times.",
 )

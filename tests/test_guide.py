@@ -267,6 +267,16 @@ def named(origins: set[tuple[str, int]]) -> set[str]:
     return {f"{owners[node]}_train_dog_0_r{number}.png" for node, number in origins}
 
 
+def test_the_page_for_users_of_the_old_script_shows_every_command():
+    page = (Path(__file__).parent.parent / "docs" / "from_the_old_script.md").read_text()
+    for command in [*(text for text, *_ in COMMANDS.values()), STABLE_DIFFUSION, VERBOSE]:
+        options = " ".join(command.replace("\\\n", " ").split())
+        in_a_table = options.removeprefix(OLD).strip().replace("|", r"\|")
+        assert f"| `{in_a_table}` |" in page
+    for script in (ROUNDS, SBATCH):
+        assert f"```sh\n{here(script).strip()}\n```" in page
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command(fedgfe, layout, name):
     command, output, origins, says = COMMANDS[name]
