@@ -2,7 +2,8 @@
 
 A file goes through ``_pickles`` (safe loading), ``_header`` (node, round, time), ``_entries``
 (which tensor is which, which record it belongs to), ``reading`` (one sample at a time) and
-``importing`` (one commit per file).
+``importing`` (one commit per file); ``text_cache`` reads caches of text embeddings as if they were
+checkpoints.
 """
 
 from fedgfe_store.checkpoints._entries import Skipped
@@ -19,6 +20,7 @@ from fedgfe_store.checkpoints.reading import (
     read_checkpoint,
     schema_of,
 )
+from fedgfe_store.checkpoints.text_cache import read_text_cache
 
 __all__ = [
     "Checkpoint",
@@ -30,5 +32,6 @@ __all__ = [
     "find_checkpoints",
     "import_checkpoints",
     "read_checkpoint",
+    "read_text_cache",
     "schema_of",
 ]

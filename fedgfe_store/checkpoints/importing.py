@@ -20,11 +20,11 @@ from fedgfe_store.checkpoints.reading import (
     Checkpoint,
     Entry,
     audio_shape,
-    is_text_cache,
     own_shapes,
     read_checkpoint,
     schema_with_audio,
 )
+from fedgfe_store.checkpoints.text_cache import is_named_as_text_cache, read_text_cache
 from fedgfe_store.errors import (
     BusyError,
     ConflictError,
@@ -164,6 +164,8 @@ def import_checkpoints(
 ) -> ImportReport:
     """Import checkpoint files, each as one commit; importing them again changes nothing.
 
+    Caches of reference text embeddings, by their name, come last; see `read_text_cache`.
+
     Parameters
     ----------
     store_path : path-like
@@ -200,11 +202,12 @@ def import_checkpoints(
     BusyError
         If another writer holds the store for longer than `timeout`.
     """
-    files = find_checkpoints(paths, pattern=pattern)
+    # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
+    files = sorted(find_checkpoints(paths, pattern=pattern), key=is_named_as_text_cache)
     target = _Target(Path(store_path), files, audio, precision, if_exists, dry_run, timeout)
     reports = []
-    for path, named in files.items():
-        reports.append(target.take(path, named=named))
+    for path in files:
+        reports.append(target.take(path))
         if on_file is not None:
             on_file(reports[-1])
     return ImportReport(Path(store_path), tuple(reports))
@@ -233,14 +236,11 @@ class _Target:
                 f" {self._schema.describe()}"
             )
 
-    def take(self, path: Path, *, named: bool) -> FileReport:
+    def take(self, path: Path) -> FileReport:
         """Import one file, or report why not."""
         report = FileReport(path)
-        if is_text_cache(path):
-            note = "a cache of reference text embeddings: a later release imports these"
-            return replace(report, error=note) if named else replace(report, notes=(note,))
         try:
-            checkpoint = read_checkpoint(path, audio=self._audio)
+            checkpoint = self._read(path)
             report = _headed(checkpoint)
             checkpoint.verify()
             return self._import(checkpoint, report)
@@ -250,6 +250,14 @@ class _Target:
             reason = str(error).removeprefix(f"{path}: ")
             notes = getattr(error, "__notes__", [])
             return replace(report, error="; ".join([reason, *notes]))
+
+    def _read(self, path: Path) -> Checkpoint:
+        if not is_named_as_text_cache(path):
+            return read_checkpoint(path, audio=self._audio)
+        if self._schema is None:
+            return read_text_cache(path)
+        known = self._schema.metadata.classes
+        return read_text_cache(path, kind=self._schema.kind, classes=known)
 
     def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
         schema = self._schema
@@ -278,6 +286,7 @@ class _Target:
         ) as batch:
             for group in _groups(samples):
                 batch.add(timestamp=moment, **_columns(group))
+        self._schema = self._store.schema  # with the classes that the file brought
         report = replace(report, records=batch.added, replaced=batch.replaced)
         return tally.on(replace(report, unchanged=batch.skipped))
 
