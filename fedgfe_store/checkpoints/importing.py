@@ -116,7 +116,7 @@ class ImportReport:
 
 def find_checkpoints(
     paths: str | Path | Iterable[str | Path], *, pattern: str = "*.pt"
-) -> dict[Path, bool]:
+) -> list[Path]:
     """Expand files and folders to checkpoint files.
 
     Parameters
@@ -128,26 +128,24 @@ def find_checkpoints(
 
     Returns
     -------
-    dict of Path to bool
-        Each file once; whether it was named itself rather than found in a folder. The files of
-        a folder come in natural order, ``r2`` before ``r10``.
+    list of Path
+        Each file once. The files of a folder come in natural order, ``r2`` before ``r10``.
 
     Raises
     ------
     NotFoundError
         If a path is not there, or no file of a folder matches.
     """
-    found: dict[Path, bool] = {}
+    found: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         if not path.is_dir():
-            found[path] = True
+            found.append(path)
             continue
         matching = sorted((p for p in path.glob(pattern) if p.is_file()), key=_natural)
         if not matching:
             raise NotFoundError(f"{path}: no file matches {pattern!r}")
-        for file in matching:
-            found.setdefault(file, False)
-    return found
+        found += matching
+    return list(dict.fromkeys(found))
 
 
 def import_checkpoints(

@@ -7,7 +7,7 @@ import os
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -216,11 +216,17 @@ class Model(ABC):
         NotFoundError
             If a hub model's parts are not here, and the hub is not reachable.
         """
-        if self.from_hub and not all(_is_complete(self.folder / part) for part in parts):
+        if self.from_hub and self._incomplete(parts):
             ignored = ["*.bin", "*.msgpack", "*.h5", "*.fp16.*"]
             patterns = [f"{part}/*" for part in parts]
             _download(self.name, patterns, revision=self.revision, ignored=ignored)
+            here = [part for part in parts if (self.folder / part).is_dir()]
+            if lacking := self._incomplete(here):  # without a network the cache counts as it is
+                raise NotFoundError(_how_to_get(self.name, f"cached without {lacking[0]}'s files"))
         return all((self.folder / part).is_dir() for part in parts)
+
+    def _incomplete(self, parts: Sequence[str]) -> list[str]:
+        return [part for part in parts if not _is_complete(self.folder / part)]
 
 
 def family_of(kind: Kind) -> type[Model]:
@@ -346,7 +352,7 @@ def _is_complete(folder: Path) -> bool:
     """Whether an encoder or tokenizer is here whole, not only its configuration."""
     names = {path.name for path in folder.glob("*")}
     if "config.json" in names:
-        return bool(_weight_files(folder, _ENCODER_WEIGHTS))
+        return bool(_weight_files(folder, _ENCODER_WEIGHTS) or list(folder.glob("*.bin")))
     return "tokenizer.json" in names or any(not name.endswith(".json") for name in names)
 
 
