@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "prompts",
     multiple=True,
     default=("a photo of a {class}",),
-    show_default='"a photo of a {class}"',
+    show_default=True,
     help="What to encode; {class} stands for the class. May be repeated: index 0, 1, ...",
 )
 @click.option("--class", "classes", type=NameList(), help="Classes: dog,drum [the store's].")
