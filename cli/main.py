@@ -17,6 +17,7 @@ from ._log import show_notes
 _COMMANDS = {
     "init": ("stores", "init", "Make an empty store."),
     "import": ("importing", "command", "Import FedGFE .pt checkpoints."),
+    "encode": ("encode", "command", "Encode prompts about classes, to compare with."),
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),
     "generate": ("generate", "command", "Render images from embeddings."),

@@ -22,6 +22,8 @@ KEY_COLUMNS = ("node", "round", "split", "class_name", "index")
 NOTE_COLUMNS = ("sample_id", "image_filename", "audio_path", "timestamp", "extra")
 """What is kept of a record besides its key and its tensors."""
 
+TEXT_NODE, TEXT_ROUND, TEXT_SPLIT = "text", 0, "reference"
+"""Where reference text embeddings are kept: what adapters are trained towards."""
 
 EARLIEST, LATEST = -62_135_596_800_000, 253_402_300_799_999
 """The moments that a record can have, years 1 to 9999, in milliseconds since 1970 UTC."""

@@ -19,7 +19,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from numpy.typing import NDArray
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from fedgfe_store.generation.models import Model, resolve_model
 from fedgfe_store.generation.pipelines import Placement
@@ -30,7 +37,13 @@ NO_ENCODERS = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tok
 
 
 def save_random_flux(
-    folder: Path, *, width: int = 8, clip: int = 4, guidance: bool = True, seed: int = 0
+    folder: Path,
+    *,
+    width: int = 8,
+    clip: int = 4,
+    guidance: bool = True,
+    seed: int = 0,
+    encoders: bool = False,
 ) -> Path:
     """Save a FLUX of random weights, whose pictures depend visibly on all that goes in."""
     torch.manual_seed(seed)
@@ -61,10 +74,24 @@ def save_random_flux(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         transformer=transformer,
-        **NO_ENCODERS,
+        **(_flux_encoders(folder.parent, width, clip) if encoders else NO_ENCODERS),
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def _flux_encoders(folder: Path, width: int, clip: int) -> dict[str, object]:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    config = T5Config(
+        vocab_size=len(pieces), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    )
+    return {
+        "text_encoder": random_clip(clip, 77),
+        "tokenizer": letters(folder, 77),
+        "text_encoder_2": T5EncoderModel(config),
+        "tokenizer_2": T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512),
+    }
 
 
 def load_flux(folder: Path, **options: object) -> FluxPipeline:

@@ -135,11 +135,23 @@ def sd_file(folder: Path, *, n: int = 2, t5: Any = None) -> tuple[Path, torch.Te
     return save(folder, value), clip
 
 
-def text_cache(folder: Path) -> Path:
-    """Write a cache of reference text embeddings."""
-    flux = {"prompt_embeds": torch.ones(1, 17, 4096), "pooled_prompt_embeds": torch.ones(1, 768)}
-    value = {"Dog": {"flux": flux, "sd": torch.ones(1, 77, 768)}}
-    return save(folder, value, "vegas_text_embs_dict.pt")
+def text_cache(
+    folder: Path,
+    names: Iterable[Any] = ("Dog", "baby_cry"),
+    *,
+    tokens: int = TOKENS,
+    name: str = "vegas_text_embs_dict.pt",
+    **more: Any,
+) -> tuple[Path, dict[Any, dict[str, torch.Tensor]]]:
+    """Write a cache of reference text embeddings; return it and its tensors by class."""
+    value, expected = dict(more), {}
+    for number, class_name in enumerate(names):
+        t5, pooled = tensors(1, 9000 + number, tokens=tokens)
+        sequence = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(number))
+        flux = {"prompt_embeds": t5, "pooled_prompt_embeds": pooled}
+        value[class_name] = {"flux": flux, "sd": sequence}
+        expected[class_name] = {"t5": t5[0], "clip": pooled[0], "sequence": sequence[0]}
+    return save(folder, value, name), expected
 
 
 def numpy_values() -> dict[str, Any]:

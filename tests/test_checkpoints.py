@@ -666,13 +666,107 @@ def test_changed_file(tmp_path: Path) -> None:
     assert same(stored(tmp_path / "s.zarr")["0", 5, "train", "dog", 2][0], changed["dog", 2][0])
 
 
-def test_text_caches(tmp_path: Path) -> None:
+def test_text_caches_become_references(tmp_path: Path) -> None:
     legacy.node_file(tmp_path)
-    cache = legacy.text_cache(tmp_path)
+    cache, expected = legacy.text_cache(tmp_path, name="a_text_embs_dict.pt")
     report = import_checkpoints(tmp_path / "s.zarr", tmp_path)
-    assert not report.failed
-    assert "a later release imports these" in report.files[1].notes[0]
-    assert only(cache).error is not None
+    file = report.files[-1]
+    assert (file.path, file.node, file.round, file.records) == (cache, "text", 0, 2)
+    assert (file.classes, file.splits) == ({"baby_cry": 1, "dog": 1}, {"reference": 2})
+    found = stored(tmp_path / "s.zarr")
+    for given, name in (("Dog", "dog"), ("baby_cry", "baby_cry")):
+        t5, clip = found["text", 0, "reference", name, 0]
+        assert same(t5, expected[given]["t5"])
+        assert same(clip, expected[given]["clip"])
+    store = EmbeddingStore.open(tmp_path / "s.zarr")
+    extra = store.select(node="text").records["extra"]
+    assert [json.loads(text) for text in extra] == [{"cache": cache.name}] * 2
+    assert store.schema.metadata.classes == ("dog", "drum", "baby_cry")
+    again = only(cache)
+    assert (again.records, again.unchanged) == (0, 2)
+    assert EmbeddingStore.open(tmp_path / "s.zarr").commit == store.commit
+
+
+def test_a_text_cache_that_changed_is_a_conflict(tmp_path: Path) -> None:
+    assert only(legacy.text_cache(tmp_path)[0]).records == 2
+    cache, _ = legacy.text_cache(tmp_path, ["baby_cry", "Dog"])
+    assert "node text, round 0, split reference, class baby_cry" in only(cache).error
+    assert only(cache, if_exists="replace").replaced == 2
+
+
+def test_the_stores_kind_decides_what_of_a_text_cache_is_taken(tmp_path: Path) -> None:
+    legacy.sd_file(tmp_path)
+    _, expected = legacy.text_cache(tmp_path)
+    report = import_checkpoints(tmp_path / "s.zarr", tmp_path)
+    assert [file.error for file in report.files] == [None, None]
+    selection = EmbeddingStore.open(tmp_path / "s.zarr").select(node="text", class_name="dog")
+    assert same(selection.read("clip")[0], expected["Dog"]["sequence"])
+
+
+def test_a_text_cache_alone_makes_a_store(tmp_path: Path) -> None:
+    cache, _ = legacy.text_cache(tmp_path)
+    assert only(cache, dry_run=True).records == 2
+    assert not (tmp_path / "s.zarr").exists()
+    assert only(cache).classes == {"Dog": 1, "baby_cry": 1}
+    schema = EmbeddingStore.open(tmp_path / "s.zarr").schema
+    assert (schema.kind, schema.columns) == ("flux", {"t5": (17, 4096), "clip": (768,)})
+    lone = legacy.save(tmp_path / "sd", {"dog": {"sd": torch.ones(77, 768)}}, cache.name)
+    assert only(lone).records == 1
+    assert EmbeddingStore.open(tmp_path / "sd" / "s.zarr").schema.kind == "sd"
+
+
+def test_what_does_not_fit_of_a_text_cache_is_counted(tmp_path: Path) -> None:
+    t5, clip = legacy.tensors(2)
+    nan, long = torch.full((1, 17, 4096), torch.nan), torch.ones(1, 512, 4096)
+    more = {
+        "long": {"flux": {"prompt_embeds": long, "pooled_prompt_embeds": clip[:1]}},
+        "half": {"flux": {"prompt_embeds": t5[:1], "pooled_prompt_embeds": None}},
+        "bad": {"flux": {"prompt_embeds": nan, "pooled_prompt_embeds": clip[:1]}},
+        "none": {"sd": torch.ones(77, 768)},
+        "raw": torch.ones(3),
+        "swapped": {"flux": {"prompt_embeds": clip[1], "pooled_prompt_embeds": t5[1]}},
+    }
+    legacy.node_file(tmp_path)
+    legacy.text_cache(tmp_path, ["Dog", "dog", 3], **more)
+    file = import_checkpoints(tmp_path / "s.zarr", tmp_path).files[-1]
+    assert file.error is None
+    assert file.classes == {"dog": 1, "swapped": 1}
+    assert file.skipped == {
+        "t5 has shape [512, 4096], expected [17, 4096]": 1,
+        "t5 has values that are not finite": 1,
+        "no clip": 1,
+        "no t5 and no clip": 1,
+        "entry is a Tensor, not a dict": 1,
+        "class_name is 3, expected a name": 1,
+        "same split, class and index as an entry before": 1,
+    }
+    assert same(stored(tmp_path / "s.zarr")["text", 0, "reference", "swapped", 0][0], t5[1])
+
+
+def test_a_text_cache_none_of_which_fits_is_refused(tmp_path: Path) -> None:
+    legacy.node_file(tmp_path)
+    legacy.text_cache(tmp_path, tokens=32)
+    report = import_checkpoints(tmp_path / "s.zarr", tmp_path)
+    assert "expected tensors as in the store (flux: t5 [17, 4096]" in report.files[1].error
+    assert "got flux: t5 [32, 4096], clip [768]" in report.files[1].error
+
+
+def test_text_caches_are_loaded_safely(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    bad, _ = legacy.text_cache(tmp_path, evil=legacy.Touches(marker))
+    assert "not loaded, nothing was run" in only(bad).error
+    assert not marker.exists()
+    other = legacy.save(tmp_path, legacy.content([]), "other_text_embs_dict.pt")
+    assert "expected a dict of classes with 'flux' or 'sd' each, got a dict" in only(other).error
+
+
+def test_import_shows_text_caches(tmp_path: Path) -> None:
+    legacy.node_file(tmp_path)
+    legacy.text_cache(tmp_path)
+    result = run("--store", tmp_path / "s.zarr", "import", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"vegas_text_embs_dict.pt +text +0 +2 +0 +baby_cry 1, dog 1", result.output)
+    assert "2 files" in result.output
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:

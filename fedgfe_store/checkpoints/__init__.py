@@ -2,8 +2,9 @@
 
 A file goes through ``_pickles`` (safe loading), ``_header`` (node, round, time), ``_entries``
 (which tensor is which, which record it belongs to), ``reading`` (one sample at a time) and
-``importing`` (one commit per file). ``ledger`` remembers what a store has taken in, and
-``sources`` takes files as names for records.
+``importing`` (one commit per file); ``text_cache`` reads caches of text embeddings as if they were
+checkpoints. ``ledger`` remembers what a store has taken in, and ``sources`` takes files as names
+for records.
 """
 
 from fedgfe_store.checkpoints._entries import Skipped
@@ -21,6 +22,7 @@ from fedgfe_store.checkpoints.reading import (
     schema_of,
 )
 from fedgfe_store.checkpoints.sources import Sources, find_new, select_records
+from fedgfe_store.checkpoints.text_cache import read_text_cache
 
 __all__ = [
     "Checkpoint",
@@ -34,6 +36,7 @@ __all__ = [
     "find_new",
     "import_checkpoints",
     "read_checkpoint",
+    "read_text_cache",
     "schema_of",
     "select_records",
 ]

@@ -20,9 +20,8 @@ def embeddings(content: Any, path: Path) -> list[Any]:
         return list(content["embeddings"])
     what = f"a {type(content).__name__}"
     if isinstance(content, Mapping):
-        inner = [value for value in content.values() if isinstance(value, Mapping)]
-        if inner and all({"flux", "sd"} & set(value) for value in inner):
-            what = "a cache of reference text embeddings"
+        if is_text_cache(content):
+            what = "a cache of reference text embeddings; its name must end in _text_embs_dict.pt"
         else:
             what = f"a dict of {', '.join(repr(key) for key in list(content)[:5]) or 'nothing'}"
     raise SchemaMismatchError(
@@ -40,6 +39,13 @@ def named_origin(name: str) -> tuple[str, int] | None:
     """Return node and round by a file's name, None where it tells none."""
     match = _FILE_NAME.fullmatch(name)
     return (match["node"] or "server", int(match["round"])) if match else None
+
+
+def is_text_cache(content: Any) -> bool:
+    """Whether content maps classes to text embeddings by diffusion type."""
+    inner = content.values() if isinstance(content, Mapping) else ()
+    found = [value for value in inner if isinstance(value, Mapping)]
+    return bool(found) and all({"flux", "sd"} & set(value) for value in found)
 
 
 def origin(content: Mapping[Any, Any], path: Path) -> tuple[str, int, list[str]]:

@@ -24,11 +24,11 @@ from fedgfe_store.checkpoints.reading import (
     Checkpoint,
     Entry,
     audio_shape,
-    is_text_cache,
     own_shapes,
     read_checkpoint,
     schema_with_audio,
 )
+from fedgfe_store.checkpoints.text_cache import is_named_as_text_cache, read_text_cache
 from fedgfe_store.errors import (
     BusyError,
     ConflictError,
@@ -125,7 +125,7 @@ class ImportReport:
 
 def find_checkpoints(
     paths: str | Path | Iterable[str | Path], *, pattern: str = "*.pt"
-) -> dict[Path, bool]:
+) -> list[Path]:
     """Expand files and folders to checkpoint files.
 
     Parameters
@@ -137,27 +137,25 @@ def find_checkpoints(
 
     Returns
     -------
-    dict of Path to bool
-        Each file once; whether it was named itself rather than found in a folder. The files of
-        a folder come in natural order, ``r2`` before ``r10``.
+    list of Path
+        Each file once. The files of a folder come in natural order, ``r2`` before ``r10``.
 
     Raises
     ------
     NotFoundError
         If a path is not there, or no file of a folder matches.
     """
-    found: dict[Path, bool] = {}
+    found: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         if not path.is_dir():
-            found[path] = True
+            found.append(path)
             continue
         files = (p for p in path.glob(pattern) if p.is_file() and not hides(p.name, pattern))
         matching = sorted(files, key=natural_order)
         if not matching:
             raise NotFoundError(f"{path}: no file matches {pattern!r}")
-        for file in matching:
-            found.setdefault(file, False)
-    return found
+        found += matching
+    return list(dict.fromkeys(found))
 
 
 def import_checkpoints(
@@ -174,6 +172,8 @@ def import_checkpoints(
     on_file: Callable[[FileReport], None] | None = None,
 ) -> ImportReport:
     """Import checkpoint files, each as one commit; importing them again changes nothing.
+
+    Caches of reference text embeddings, by their name, come last; see `read_text_cache`.
 
     Parameters
     ----------
@@ -214,13 +214,14 @@ def import_checkpoints(
     BusyError
         If another writer holds the store for longer than `timeout`.
     """
-    files = find_checkpoints(paths, pattern=pattern)
+    # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
+    files = sorted(find_checkpoints(paths, pattern=pattern), key=is_named_as_text_cache)
     target = _Target(
         Path(store_path), files, audio, precision, if_exists, dry_run, new_only, timeout
     )
     reports = []
-    for path, named in files.items():
-        reports.append(target.take(path, named=named))
+    for path in files:
+        reports.append(target.take(path))
         if on_file is not None:
             on_file(reports[-1])
     return ImportReport(Path(store_path), tuple(reports))
@@ -251,10 +252,10 @@ class _Target:
                 f" {self._schema.describe()}"
             )
 
-    def take(self, path: Path, *, named: bool) -> FileReport:
+    def take(self, path: Path) -> FileReport:
         """Import one file, or report why not."""
         if not self._new_only:
-            return self._read(path, named=named)
+            return self._read(path)
         known = FileReport(path, known=True)
         if self._ledger.knows(path):
             _log.info("%s: known, not read again", path)
@@ -263,16 +264,13 @@ class _Target:
             if self._ledger.knows(path):
                 _log.info("%s: imported by another process meanwhile", path)
                 return known
-            return self._read(path, named=named)
+            return self._read(path)
 
-    def _read(self, path: Path, *, named: bool) -> FileReport:
+    def _read(self, path: Path) -> FileReport:
         report = FileReport(path)
-        if is_text_cache(path):
-            note = "a cache of reference text embeddings: a later release imports these"
-            return replace(report, error=note) if named else replace(report, notes=(note,))
         try:
             content = content_digest(path)
-            checkpoint = read_checkpoint(path, audio=self._audio)
+            checkpoint = self._opened(path)
             report = _headed(checkpoint)
             checkpoint.verify()
             report = self._import(checkpoint, report)
@@ -287,6 +285,14 @@ class _Target:
             reason = str(error).removeprefix(f"{path}: ")
             notes = getattr(error, "__notes__", [])
             return replace(report, error="; ".join([reason, *notes]))
+
+    def _opened(self, path: Path) -> Checkpoint:
+        if not is_named_as_text_cache(path):
+            return read_checkpoint(path, audio=self._audio)
+        if self._schema is None:
+            return read_text_cache(path)
+        known = self._schema.metadata.classes
+        return read_text_cache(path, kind=self._schema.kind, classes=known)
 
     def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
         schema = self._schema
@@ -319,6 +325,7 @@ class _Target:
         ) as batch:
             for group in _groups(samples):
                 batch.add(timestamp=moment, **_columns(group))
+        self._schema = self._store.schema  # with the classes that the file brought
         report = replace(report, records=batch.added, replaced=batch.replaced)
         return tally.on(replace(report, unchanged=batch.skipped))
 

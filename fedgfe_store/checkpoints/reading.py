@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +27,6 @@ from fedgfe_store.schema import Kind, Metadata, Precision, Schema
 
 _WINDOW_BYTES = 128 << 20
 Shapes = dict[str, Shape]
-_CACHE_NAME = "_text_embs_dict.pt"
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ class Checkpoint:
     nbytes: int
     _source: _pickles.Source
     _found: tuple[Slot | Skipped, ...]
+    _unpack: Callable[[Any, Path], list[Any]] = embeddings
 
     @property
     def entries(self) -> Iterator[Entry]:
@@ -144,7 +144,7 @@ class Checkpoint:
                 continue
             if opened is None or (self._source.mapped and used >= _WINDOW_BYTES):
                 opened = None  # unmaps the file before it is mapped again
-                opened, used = embeddings(_pickles.load(self._source), self.path), 0
+                opened, used = self._unpack(_pickles.load(self._source), self.path), 0
             columns = _columns(slot, wanted, self.audio)
             try:
                 _check(slot, wanted, columns, seen)
@@ -173,7 +173,7 @@ def read_checkpoint(path: str | Path, *, audio: bool = False) -> Checkpoint:
     Parameters
     ----------
     path : path-like
-        A node's or the server's checkpoint.
+        A node's or the server's checkpoint; for caches of text embeddings see `read_text_cache`.
     audio : bool
         Also read audio embeddings, ``[1214, 768]`` a sample.
 
@@ -298,11 +298,6 @@ def audio_shape(checkpoint: Checkpoint) -> tuple[int, int] | None:
             frames, width = slot.places["audio"][1]
             return frames, width
     return None
-
-
-def is_text_cache(path: Path) -> bool:
-    """Whether a file name is that of a cache of reference text embeddings."""
-    return path.name.endswith(_CACHE_NAME)
 
 
 def _needed(kind: str) -> dict[str, Shape]:

@@ -13,8 +13,9 @@ import numpy as np
 from fedgfe_store.checkpoints._header import file_name, named_origin
 from fedgfe_store.checkpoints.importing import FileReport, hides, natural_order
 from fedgfe_store.checkpoints.ledger import Ledger
-from fedgfe_store.checkpoints.reading import is_text_cache
+from fedgfe_store.checkpoints.text_cache import is_named_as_text_cache
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.selection import Selection
 from fedgfe_store.store import EmbeddingStore
 
@@ -70,7 +71,10 @@ class Sources:
         if self.folder is None or not self.folder.is_dir():
             return named
         found = (p for p in self.folder.iterdir() if self._matches(p.name) and p.is_file())
-        return [*named, *sorted((p for p in found if not is_text_cache(p)), key=natural_order)]
+        return [
+            *named,
+            *sorted((p for p in found if not is_named_as_text_cache(p)), key=natural_order),
+        ]
 
     def _matches(self, name: str) -> bool:
         return fnmatchcase(name, self.pattern) and not hides(name, self.pattern)
@@ -97,7 +101,8 @@ class Sources:
     def _in_folder(self, stored: Set[Origin], ledger: Ledger) -> set[Origin]:
         if self.folder is None:
             return set()
-        named = {origin for origin in stored if self._matches(file_name(*origin))}
+        files = {o: file_name(*o) for o in stored if o[0] != TEXT_NODE}  # it has no checkpoint
+        named = {origin for origin, name in files.items() if self._matches(name)}
         lines = [(ledger.path_of(line), line) for line in ledger.lines().values()]
         said = {
             (line.node, line.round)

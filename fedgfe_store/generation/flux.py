@@ -27,6 +27,7 @@ class FluxModel(Model):
     part = "transformer"
     default_name = "black-forest-labs/FLUX.1-dev"
     columns = ("t5", "clip")
+    encoder_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     @property
     def takes_guidance(self) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ _FAMILIES: dict[Kind, tuple[str, str]] = {
     "sd": ("fedgfe_store.generation.sd", "StableDiffusionModel"),
 }
 _WEIGHTS = "diffusion_pytorch_model"
+_ENCODER_WEIGHTS = "model"
 _WEIGHT_PATTERNS = (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}-*-of-*.safetensors")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
@@ -69,6 +70,8 @@ class Model(ABC):
         Model of the family that is used when none is asked for.
     columns : tuple of str
         Tensor columns that it is conditioned on.
+    encoder_parts : tuple of str
+        Text encoders and tokenizers of the pipeline.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Model(ABC):
     part: ClassVar[str]
     default_name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    encoder_parts: ClassVar[tuple[str, ...]]
 
     @property
     def latent_scale(self) -> int:
@@ -159,8 +163,21 @@ class Model(ABC):
 
     def parameters(self, part: str) -> int:
         """Count the parameters of a part, such as ``"vae"``, from its weight files."""
-        files = _weight_files(self.folder / part)
+        stem = _ENCODER_WEIGHTS if part in self.encoder_parts else _WEIGHTS
+        files = _weight_files(self.folder / part, stem)
         return sum(_count_parameters(file) for file in files)
+
+    def config(self, part: str, name: str = "config.json") -> dict[str, Any]:
+        """Read a part's configuration.
+
+        Raises
+        ------
+        NotFoundError
+            If there is none.
+        SchemaMismatchError
+            If it is no JSON object.
+        """
+        return _read_json(self.folder / part / name)
 
     @property
     def has_weights(self) -> bool:
@@ -199,11 +216,17 @@ class Model(ABC):
         NotFoundError
             If a hub model's parts are not here, and the hub is not reachable.
         """
-        if self.from_hub and not all((self.folder / part).is_dir() for part in parts):
+        if self.from_hub and self._incomplete(parts):
             ignored = ["*.bin", "*.msgpack", "*.h5", "*.fp16.*"]
             patterns = [f"{part}/*" for part in parts]
             _download(self.name, patterns, revision=self.revision, ignored=ignored)
+            here = [part for part in parts if (self.folder / part).is_dir()]
+            if lacking := self._incomplete(here):  # without a network the cache counts as it is
+                raise NotFoundError(_how_to_get(self.name, f"cached without {lacking[0]}'s files"))
         return all((self.folder / part).is_dir() for part in parts)
+
+    def _incomplete(self, parts: Sequence[str]) -> list[str]:
+        return [part for part in parts if not _is_complete(self.folder / part)]
 
 
 def family_of(kind: Kind) -> type[Model]:
@@ -325,10 +348,18 @@ def _samples(path: Path) -> Iterator[bytes]:
             yield file.read(_SAMPLE_BYTES)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _is_complete(folder: Path) -> bool:
+    """Whether an encoder or tokenizer is here whole, not only its configuration."""
+    names = {path.name for path in folder.glob("*")}
+    if "config.json" in names:
+        return bool(_weight_files(folder, _ENCODER_WEIGHTS) or list(folder.glob("*.bin")))
+    return "tokenizer.json" in names or any(not name.endswith(".json") for name in names)
+
+
+def _weight_files(folder: Path, stem: str = _WEIGHTS) -> list[Path]:
     """List the files that the weights are loaded from; none if any is missing."""
-    index = folder / f"{_WEIGHTS}.safetensors.index.json"
-    names = {f"{_WEIGHTS}.safetensors"}
+    index = folder / f"{stem}.safetensors.index.json"
+    names = {f"{stem}.safetensors"}
     if index.is_file():
         names = set(_read_json(index)["weight_map"].values())
     files = [folder / name for name in sorted(names)]

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from fedgfe_store import _files
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.models import Model, digest_files
+from fedgfe_store.generation.encoders import TextEncoders, encoder_identity
+from fedgfe_store.generation.models import Model
+from fedgfe_store.generation.pipelines import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_ENCODER_PARTS = ("text_encoder", "tokenizer")
 _TENSOR_FILES = (".pt", ".pth", ".npy", ".safetensors")
 _DIMS = ("negative_token", "negative_feature")
 
@@ -134,68 +135,24 @@ def _read_file(path: Path) -> Negative:
 def _of_prompt(
     model: Model, store: Path, prompt: str, *, keep: bool, report: Callable[[str], object]
 ) -> Negative:
-    encoder = _encoder_identity(model)
+    encoder = encoder_identity(model)
     kept = _kept(store, prompt, encoder)
     if kept is not None:
         return kept
-    if encoder is None or not model.fetch(*_ENCODER_PARTS):
+    if encoder is None or not model.fetch(*model.encoder_parts):
         raise NotFoundError(
             f"the model {model.name} needs negative embeddings or guidance <= 1: expected them in "
             f"{store}, a text encoder in {model.folder}, or --negative FILE, got none of them"
         )
-    negative = Negative.of(encode(model, [prompt])[0], f"prompt {prompt!r}, encoded")
+    with TextEncoders.load(model, Placement("float32", "cpu")) as encoders:
+        values = encoders.encode([prompt])["clip"]
+    negative = Negative.of(values, f"prompt {prompt!r}, encoded")
     if keep:
         try:
             _keep(store, negative, prompt, encoder)
         except OSError as error:
             report(f"negative embeddings are not kept in {store}: {error}")
     return negative
-
-
-def encode(model: Model, prompts: list[str]) -> NDArray[np.float32]:
-    """Encode prompts by the model's own text encoder, exactly as diffusers does.
-
-    Parameters
-    ----------
-    model : Model
-        A Stable Diffusion model with the parts ``text_encoder`` and ``tokenizer``.
-    prompts : list of str
-        The prompts.
-
-    Returns
-    -------
-    ndarray
-        float32 ``[prompts, tokens, features]``; the encoder is dropped again.
-    """
-    import torch
-
-    from fedgfe_store.generation.pipelines import quiet_loading
-
-    with quiet_loading():
-        import diffusers
-
-        left_out = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor")
-        pipeline = getattr(diffusers, model.pipeline_class).from_pretrained(
-            os.fspath(model.folder),
-            **dict.fromkeys(left_out),
-            image_encoder=None,
-            requires_safety_checker=False,
-            dtype=torch.float32,
-            local_files_only=True,
-        )
-    with torch.no_grad():
-        values, _ = pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)
-    array: NDArray[np.float32] = values.numpy()
-    return array
-
-
-def _encoder_identity(model: Model) -> str | None:
-    """Tell one text encoder from another; None where the model has none."""
-    if model.from_hub:
-        return f"{model.name}@{model.revision}"
-    if not all((model.folder / part).is_dir() for part in _ENCODER_PARTS):
-        return None
-    return digest_files(model.folder, _ENCODER_PARTS)
 
 
 def _kept(store: Path, prompt: str, encoder: str | None) -> Negative | None:

@@ -25,6 +25,7 @@ class StableDiffusionModel(Model):
     part = "unet"
     default_name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     columns = ("clip",)
+    encoder_parts = ("text_encoder", "tokenizer")
 
     @property
     def clip_width(self) -> int:

@@ -1,0 +1,438 @@
+"""Reference text embeddings: prompts about classes, encoded into a store as node ``text``."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fedgfe_store._append import IfExists
+from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
+from fedgfe_store.generation.devices import DTYPES, choose_device, choose_dtype, free_bytes
+from fedgfe_store.generation.encoders import (
+    BATCH_TOKENS,
+    TextEncoders,
+    check_encoders,
+    encoder_footprint,
+    encoder_identity,
+    encoder_schema,
+)
+from fedgfe_store.generation.models import Model, resolve_model
+from fedgfe_store.generation.offload import Offload, choose_offload
+from fedgfe_store.generation.pipelines import Placement
+from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
+from fedgfe_store.schema import Kind, Metadata, Schema
+from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
+
+Status = Literal["missing", "done", "other"]
+Report = Callable[[str], object]
+
+_DEFAULT_TOKENS = 17
+_MOST_PROMPTS = 32
+_MODES: tuple[Offload, ...] = ("none", "model", "sequential")
+_FIELD = re.compile(r"\{(\w*)\}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference embedding.
+
+    Parameters
+    ----------
+    key : RecordKey
+        Its record: node ``text``, round 0, split ``reference``; index is the prompt's number.
+    prompt : str
+        What is encoded.
+    status : {"missing", "done", "other"}
+        What the store has: nothing, this, or something else under the same key.
+    reason : str
+        For ``"other"``: what the store has.
+    """
+
+    key: RecordKey
+    prompt: str
+    status: Status = "missing"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """What will be encoded and where it goes, decided before any weights are loaded.
+
+    Parameters
+    ----------
+    path : Path
+        The store.
+    schema : Schema
+        The store's, or that of the store that will be made.
+    exists : bool
+        Whether the store is there.
+    model : Model
+        Whose text encoders are used.
+    encoder : str
+        Their identity, see `encoder_identity`.
+    dtype : {"float32", "bfloat16", "float16"}
+        What they compute in.
+    device : str
+        Where.
+    references : tuple of Reference
+        All that was asked for.
+    if_exists : {"error", "replace", "skip"}
+        What becomes of those whose key the store has with something else.
+    """
+
+    path: Path
+    schema: Schema
+    exists: bool
+    model: Model
+    encoder: str
+    dtype: str
+    device: str
+    references: tuple[Reference, ...]
+    if_exists: IfExists
+
+    @property
+    def todo(self) -> tuple[Reference, ...]:
+        """References to encode."""
+        wanted = ("missing", "other") if self.if_exists == "replace" else ("missing",)
+        return tuple(item for item in self.references if item.status in wanted)
+
+    def extra(self, prompt: str) -> dict[str, str]:
+        """Give what a record says of its origin."""
+        return {
+            "prompt": prompt,
+            "model": self.model.name,
+            "revision": self.model.revision,
+            "encoder": self.encoder,
+            "dtype": self.dtype,
+        }
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of a plan.
+
+    Parameters
+    ----------
+    added, replaced : int
+        Records that are new, and that took another's place.
+    unchanged : int
+        Records that were left as they are.
+    seconds : float
+        Time taken, loading included.
+    """
+
+    added: int
+    replaced: int
+    unchanged: int
+    seconds: float
+
+
+def plan_references(
+    path: str | Path,
+    prompts: Sequence[str],
+    *,
+    classes: Sequence[str] | None = None,
+    model: str | None = None,
+    diffusion_type: Kind | None = None,
+    max_sequence_length: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    if_exists: IfExists = "error",
+    report: Report = lambda remark: None,
+) -> EncodingPlan:
+    """Decide what to encode, without loading or writing anything.
+
+    Parameters
+    ----------
+    path : path-like
+        The store; it need not exist.
+    prompts : sequence of str
+        Each becomes one record a class, its position their index; ``{class}`` in it stands for
+        the class.
+    classes : sequence of str, optional
+        By default all of the store.
+    model : str, optional
+        ``"tiny"`` has no text encoders; see `resolve_model` for what counts without one.
+    diffusion_type : {"flux", "sd"}, optional
+        By default the store's, and ``"flux"`` for one that is to be made.
+    max_sequence_length : int, optional
+        Tokens of a T5 sequence; by default the store's, and 17 for one that is to be made.
+    device : str, optional
+        By default a GPU where there is one.
+    dtype : str, optional
+        By default float32 on the CPU and bfloat16 on a GPU; stores keep either exactly as float32.
+    if_exists : {"error", "replace", "skip"}
+        What to do about references that the store has from another prompt, encoder or dtype.
+        Those that it has from the same are never encoded again.
+    report : callable
+        Gets remarks for the user.
+
+    Returns
+    -------
+    EncodingPlan
+        The plan, for `encode_references`.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such model, or it has no text encoders.
+    SchemaMismatchError
+        If prompts or classes are of no use, or the encoders do not fit the store: their shapes,
+        or the identity that its metadata names.
+    ConflictError
+        If the store has other references and `if_exists` is ``"error"``.
+    """
+    if if_exists not in get_args(IfExists):
+        raise SchemaMismatchError(f"if_exists: expected error, replace or skip, got {if_exists!r}")
+    path = Path(path)
+    store = _open_if_there(path)
+    kind = diffusion_type or (store.schema.kind if store else "flux")
+    names = _class_names(classes, store)
+    keys = _keys(prompts, names)
+    stored = store.schema.metadata.model if store and store.schema.kind == kind else None
+    chosen = resolve_model(model, kind=kind, stored=stored)
+    check_encoders(chosen, fetch=False)
+    encoder = encoder_identity(chosen)
+    assert encoder is not None
+    schema = _fitting(chosen, encoder, path, store, names, max_sequence_length)
+    device = choose_device(device)
+    dtype, remark = choose_dtype(dtype, device)
+    if remark:
+        report(remark)
+    found = _found(store, names) if store else {}
+    asked = {"encoder": encoder, "dtype": dtype}
+    references = [_compared(key, text, asked, found.get(key)) for key, text in keys.items()]
+    if if_exists == "error":
+        _refuse_others(references, path)
+    return EncodingPlan(
+        path, schema, store is not None, chosen, encoder, dtype, device, tuple(references),
+        if_exists,
+    )  # fmt: skip
+
+
+def encode_references(
+    plan: EncodingPlan,
+    *,
+    offload: str = "auto",
+    timeout: float = LOCK_TIMEOUT,
+    report: Report = lambda remark: None,
+    progress: Callable[[int], object] = lambda prompts: None,
+) -> EncodingReport:
+    """Load the text encoders, encode what is to do, and append it as one commit.
+
+    Values are those of diffusers' own ``encode_prompt``, which is what runs.
+
+    Parameters
+    ----------
+    plan : EncodingPlan
+        From `plan_references`.
+    offload : {"auto", "none", "model", "sequential"}
+        What a GPU holds: all encoders, one, or a layer; ``"auto"`` is the first that fits. Ignored
+        on the CPU.
+    timeout : float
+        Seconds to wait for another writer.
+    report : callable
+        Gets remarks for the user, such as prompts that were cut.
+    progress : callable
+        Called with the number of prompts just encoded.
+
+    Returns
+    -------
+    EncodingReport
+        Counts; with nothing to do nothing is loaded and there is no commit.
+
+    Raises
+    ------
+    NotFoundError
+        If weights are missing and cannot be fetched.
+    SchemaMismatchError
+        If an option is unknown, or values are not finite; nothing is committed.
+    ConflictError
+        If another writer put something else there meanwhile.
+    BusyError
+        If another writer holds the store for longer than `timeout`.
+    """
+    if offload not in ("auto", *_MODES):
+        raise SchemaMismatchError(
+            f"offload: expected auto, {', '.join(_MODES[:-1])} or {_MODES[-1]}, got {offload!r}"
+        )
+    started = time.monotonic()
+    left = len(plan.references) - len(plan.todo)
+    if not plan.todo:
+        return EncodingReport(0, 0, left, 0.0)
+    check_encoders(plan.model, fetch=True)
+    with TextEncoders.load(plan.model, _placement(plan, offload, report)) as encoders:
+        store = _opened(plan, timeout)
+        batch = store.append(
+            node=TEXT_NODE,
+            round=TEXT_ROUND,
+            if_exists=plan.if_exists,
+            encoder=plan.encoder,
+            timeout=timeout,
+        )
+        with batch:
+            for part in _parts(plan):
+                batch.add(**_records(plan, part, encoders, report))
+                progress(len(part))
+    seconds = time.monotonic() - started
+    return EncodingReport(batch.added, batch.replaced, left + batch.skipped, seconds)
+
+
+def _open_if_there(path: Path) -> EmbeddingStore | None:
+    try:
+        return EmbeddingStore.open(path)
+    except NotFoundError:
+        return None
+
+
+def _class_names(classes: Sequence[str] | None, store: EmbeddingStore | None) -> list[str]:
+    if classes is None:
+        classes = store.schema.metadata.classes if store else ()
+        if not classes:
+            raise SchemaMismatchError(
+                "class: expected names, since there is no store that names any, got none"
+            )
+    names = list(dict.fromkeys(classes))
+    if not names or not all(names):
+        raise SchemaMismatchError(f"class: expected names, got {list(classes)!r}")
+    return names
+
+
+def _keys(prompts: Sequence[str], names: list[str]) -> dict[RecordKey, str]:
+    if not prompts:
+        raise SchemaMismatchError("prompt: expected at least one, got none")
+    for prompt in prompts:
+        fields = _FIELD.findall(prompt)
+        if set(fields) - {"class"}:
+            raise SchemaMismatchError(f"prompt: expected no field but {{class}}, got {prompt!r}")
+        if len(names) > 1 and not fields:
+            raise SchemaMismatchError(
+                f"prompt: expected {{class}} in it for {len(names)} classes, got {prompt!r}"
+            )
+    return {
+        RecordKey(TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, name, index): prompt.replace("{class}", name)
+        for name in names
+        for index, prompt in enumerate(prompts)
+    }
+
+
+def _fitting(
+    model: Model,
+    encoder: str,
+    path: Path,
+    store: EmbeddingStore | None,
+    names: list[str],
+    length: int | None,
+) -> Schema:
+    """Return the store's schema if the encoders fit it, or that of the store to be made."""
+    columns = store.schema.columns if store else {}
+    column = "clip" if model.kind == "sd" else "t5"
+    stored = columns[column][0] if column in columns else None
+    if stored is not None and length not in (None, stored):
+        raise SchemaMismatchError(
+            f"max_sequence_length: expected {stored}, the tokens of {column} in {path}, got "
+            f"{length}"
+        )
+    made = encoder_schema(
+        model,
+        tokens=length or stored or _DEFAULT_TOKENS,
+        clip_sequence=len(columns.get("clip", ())) == 2,
+        metadata=Metadata(
+            diffusion_type=model.kind,
+            classes=tuple(names),
+            encoder=encoder,
+            model=model.name if model.from_hub else None,
+        ),
+    )
+    if store is not None:
+        store.schema.check_fits(made, f"text encoders of the model {model.name}")
+        return store.schema
+    if length not in (None, made.columns[column][0]):
+        raise SchemaMismatchError(
+            f"max_sequence_length: expected {made.columns[column][0]}, which the tokenizer of "
+            f"{model.name} gives, got {length}"
+        )
+    return made
+
+
+def _found(store: EmbeddingStore, names: list[str]) -> dict[RecordKey, dict[str, Any]]:
+    """Return what the references in the store say of their origin."""
+    selection = store.select(node=TEXT_NODE, round=TEXT_ROUND, split=TEXT_SPLIT, class_name=names)
+    extras = [json.loads(text) if text else {} for text in selection.records["extra"]]
+    return {
+        key: extra if isinstance(extra, dict) else {}
+        for key, extra in zip(selection.keys(), extras, strict=True)
+    }
+
+
+def _compared(
+    key: RecordKey, prompt: str, asked: dict[str, str], extra: dict[str, Any] | None
+) -> Reference:
+    if extra is None:
+        return Reference(key, prompt)
+    for name, value in {"prompt": prompt, **asked}.items():
+        if extra.get(name) != value:
+            has = f"{name} {extra[name]!r}" if name in extra else f"no {name}"
+            return Reference(key, prompt, "other", f"{has} there, {value!r} now")
+    return Reference(key, prompt, "done")
+
+
+def _refuse_others(references: list[Reference], path: Path) -> None:
+    others = [item for item in references if item.status == "other"]
+    if others:
+        more = f", and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ConflictError(
+            f"{others[0].key} is in {path} already ({others[0].reason}){more}; "
+            "if_exists='replace' encodes again, 'skip' keeps what is there"
+        )
+
+
+def _placement(plan: EncodingPlan, offload: str, report: Report) -> Placement:
+    mode, remark = choose_offload(
+        offload,
+        device_type=plan.device.partition(":")[0],
+        free_bytes=free_bytes(plan.device),
+        footprint=encoder_footprint(plan.model, DTYPES[plan.dtype].itemsize),
+        possible=_MODES,
+    )
+    if remark and (offload != "auto" or mode != "none"):
+        report(remark)
+    return Placement(plan.dtype, plan.device, mode)
+
+
+def _opened(plan: EncodingPlan, timeout: float) -> EmbeddingStore:
+    if plan.exists:
+        return EmbeddingStore.open(plan.path)
+    return EmbeddingStore.create(plan.path, plan.schema, timeout=timeout)
+
+
+def _tokens(plan: EncodingPlan) -> int:
+    return plan.schema.columns["clip" if plan.model.kind == "sd" else "t5"][0]
+
+
+def _parts(plan: EncodingPlan) -> Iterator[tuple[Reference, ...]]:
+    step = min(_MOST_PROMPTS, max(1, BATCH_TOKENS // _tokens(plan)))
+    for start in range(0, len(plan.todo), step):
+        yield plan.todo[start : start + step]
+
+
+def _records(
+    plan: EncodingPlan, part: Sequence[Reference], encoders: TextEncoders, report: Report
+) -> dict[str, Any]:
+    """Encode a few references and give what `AppendBatch.add` takes."""
+    prompts = [item.prompt for item in part]
+    for remark in encoders.cut(prompts, _tokens(plan)):
+        report(remark)
+    sequence = len(plan.schema.columns["clip"]) == 2
+    return {
+        "split": TEXT_SPLIT,
+        "class_name": [item.key.class_name for item in part],
+        "index": [item.key.index for item in part],
+        "extra": [plan.extra(prompt) for prompt in prompts],
+        **encoders.encode(prompts, tokens=_tokens(plan), clip_sequence=sequence),
+    }
