@@ -93,7 +93,7 @@ def run(
 
 
 def write_checkpoints(store: EmbeddingStore, folder: Path) -> list[Path]:
-    """Write the experiment's records as the ``.pt`` files that the system before this one would have left.
+    """Write the experiment's records as ``.pt`` files, as the system before this one did.
 
     Parameters
     ----------

@@ -159,7 +159,7 @@ def train(adapter: Adapter, clips: Clips, *, seed: int) -> float:
     float
         Mean loss of the batches, each before its own step.
     """
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=_LEARNING_RATE)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=_LEARNING_RATE, fused=True)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))
     losses = []
     with one_thread():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedgfe_store.errors import SchemaMismatchError
 
-Signal = NDArray[np.floating]
+Signal = NDArray[np.float64]
 
 SAMPLE_RATE = 8000
 """Samples per second; a clip lasts one second."""
@@ -101,7 +101,7 @@ def band_centres() -> Signal:
 
 
 def save_wav(clip: Signal, path: Path) -> None:
-    """Write a clip as 16-bit mono WAV, for a look with one's ears."""
+    """Write a clip as 16-bit mono WAV, to be listened to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
@@ -135,7 +135,8 @@ def _mel_filters() -> Tensor:
 
 def _shape(signal: Signal, gain: Callable[[Signal], Signal]) -> Signal:
     """Multiply a signal's spectrum with a gain that depends on the frequency in hertz."""
-    spectrum = np.fft.rfft(signal) * gain(np.fft.rfftfreq(SAMPLE_RATE, 1 / SAMPLE_RATE))
+    hertz: Signal = np.fft.rfftfreq(SAMPLE_RATE, 1 / SAMPLE_RATE).astype(np.float64)
+    spectrum = np.fft.rfft(signal) * gain(hertz)
     return np.fft.irfft(spectrum, SAMPLE_RATE)
 
 
@@ -165,7 +166,8 @@ def _hits(starts: ArrayLike, decay: float) -> Signal:
 
 def _beats(rng: np.random.Generator, rate: float) -> Signal:
     """Start times of a steady rhythm, beginning anywhere."""
-    return np.arange(rng.uniform(-1, 0) / rate, 1, 1 / rate)
+    starts: Signal = np.arange(rng.uniform(-1, 0) / rate, 1, 1 / rate)
+    return starts
 
 
 def _baby_cry(rng: np.random.Generator) -> Signal:
@@ -193,7 +195,7 @@ def _drum(rng: np.random.Generator) -> Signal:
 
 def _fireworks(rng: np.random.Generator) -> Signal:
     bang = rng.uniform(0.4, 0.6)
-    whistle = _tone(rng.uniform(900, 1300) + 1500 * _TIME / bang) * np.where(bang > _TIME, 1, 0)
+    whistle = _tone(rng.uniform(900, 1300) + 1500 * _TIME / bang) * (bang > _TIME)
     crackle = _hits(rng.uniform(bang, 1, 12), 0.01) * _hiss(rng, 1000, 3900)
     return 0.5 * whistle + _hits([bang], 0.15) * _hiss(rng, 60, 2500) + 0.7 * crackle
 
