@@ -31,6 +31,7 @@ from fedgfe_store.demo.federation import (
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.demo.sounds import make_clip, save_wav
 from fedgfe_store.generation.images import image_name
+from fedgfe_store.records import RecordKey
 from fedgfe_store.selection import Selection
 from fedgfe_store.store import EmbeddingStore
 
@@ -148,12 +149,17 @@ def _record(
     with store.append(node=node, round=step.number, if_exists="skip") as batch:
         for clips in several:
             t5, clip = embed(step.adapters[node], clips)
-            index = clips.index.tolist()
+            names, index = clips.class_names, clips.index.tolist()
+            keys = [
+                RecordKey(node, step.number, clips.split, name, i)
+                for name, i in zip(names, index, strict=True)
+            ]
             batch.add(
                 split=clips.split,
-                class_name=clips.class_names,
+                class_name=names,
                 index=index,
                 sample_id=[f"{clips.split}_{i}" for i in index],
+                image_filename=[image_name(key) for key in keys],
                 audio_path=[str(path) for path in _wav_paths(clips, audio)],
                 timestamp=datetime.now(UTC).replace(microsecond=0),
                 t5=t5,
@@ -179,7 +185,7 @@ def _where(node: str) -> str:
 
 def _entries(selection: Selection) -> list[dict[str, Any]]:
     records = selection.records
-    keys = selection.keys()
+    experiment = selection.schema.metadata.experiment
     # A file of tensors that are slices of one would hold the whole of it for each.
     t5, clip = (
         [row[None].clone() for row in torch.from_numpy(selection.read(column))]
@@ -190,7 +196,7 @@ def _entries(selection: Selection) -> list[dict[str, Any]]:
             "split": key.split,
             "index": key.index,
             "class_name": key.class_name,
-            "image_path": f"output_images/{image_name(key)}",
+            "image_path": f"output_images/{experiment}/{image_name(key)}",
             "image_filename": image_name(key),
             "t5_embedding": t5[n],
             "clip_embedding": clip[n],
@@ -199,5 +205,5 @@ def _entries(selection: Selection) -> list[dict[str, Any]]:
                 "audio_path": records["audio_path"][n],
             },
         }
-        for n, key in enumerate(keys)
+        for n, key in enumerate(selection.keys())
     ]
