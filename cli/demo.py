@@ -35,7 +35,7 @@ _SHEET = Path("contact_sheet.png")
 @quiet_option
 @click.pass_context
 def command(ctx: click.Context, /, output_dir: Path, quiet: bool) -> None:
-    """Train a small federation and render its embeddings, on any machine.
+    """Train a small federation and render what it learns.
 
     Three nodes and a server learn to turn the sounds of ten classes into embeddings, in 20 rounds.
     Those of rounds 1, 5, 10 and 20 go into a store and are rendered with the tiny FLUX that comes
