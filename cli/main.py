@@ -28,7 +28,7 @@ _COMMANDS = {
     "verify": ("changes", "verify", "Check every record and file; repair."),
     "compact": ("changes", "compact", "Give space back."),
     "merge": ("changes", "merge", "Bring other stores' records into one."),
-    "demo": ("demo", "command", "Make a small experiment and render it, on any machine."),
+    "demo": ("demo", "command", "Train a small federation and render what it learns."),
 }
 
 

@@ -11,9 +11,12 @@ from pictures import accuracy, distances
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore
-from fedgfe_store.demo.experiment import NOISE
+from fedgfe_store.checkpoints import import_checkpoints
+from fedgfe_store.demo.experiment import RECORDED
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.sheets import contact_sheet
+
+KEY = ["node", "round", "split", "class_name", "index"]
 
 
 def pictures_of(demo, round_number):
@@ -26,7 +29,7 @@ def pictures_of(demo, round_number):
 
 def test_pictures_emerge_over_the_rounds(demo):
     right, far = [], []
-    for round_number in NOISE:
+    for round_number in RECORDED:
         images, classes = pictures_of(demo, round_number)
         assert len(images) == 120
         right.append(accuracy(images, classes))
@@ -34,6 +37,18 @@ def test_pictures_emerge_over_the_rounds(demo):
         far.append(np.mean(own))
     assert far == sorted(far, reverse=True)
     assert right[-1] >= 0.95 > 0.6 > right[0]
+
+
+def test_its_checkpoints_make_the_same_store(demo, tmp_path):
+    import_checkpoints(tmp_path / "imported.zarr", demo.folder / "checkpoints" / "embeddings")
+    trained = EmbeddingStore.open(demo.folder / "embeddings.zarr")
+    other = EmbeddingStore.open(tmp_path / "imported.zarr")
+    tables = [
+        s.select().records.set_index(KEY).sort_index()[["t5_digest", "clip_digest", "audio_path"]]
+        for s in (trained, other)
+    ]
+    assert len(tables[0]) == 480
+    assert tables[0].equals(tables[1])
 
 
 def test_the_sheet_shows_classes_by_rounds(demo):
@@ -65,6 +80,7 @@ def test_a_second_run_finds_everything_done(demo):
     done = subprocess.run(
         command, cwd=demo.folder.parent, capture_output=True, text=True, check=True
     )
+    assert "all its rounds are recorded already" in done.stdout
     assert "0 new records, 480 unchanged" in done.stdout
     assert "480 were there already" in done.stdout
     assert (demo.folder / "embeddings.zarr" / "zarr.json").read_bytes() == before
@@ -72,10 +88,12 @@ def test_a_second_run_finds_everything_done(demo):
 
 def test_the_first_run_says_what_it_does(demo):
     for line in (
+        "training: three nodes and a server, 20 rounds",
+        "loss on held-out sounds",
+        "$ fedgfe-store info",
         "$ fedgfe-store import checkpoints/embeddings",
         "16 files",
-        "480 new records",
-        "$ fedgfe-store info",
+        "0 new records, 480 unchanged",
         "$ fedgfe-store generate",
         "480 images rendered",
         "contact_sheet.png",

@@ -22,9 +22,10 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def steady(text: str) -> list[str]:
-    """Leave out what differs between two runs: times, rates, sizes on disk and spacing."""
+    """Leave out what differs between runs and machines: times, rates, sizes, digests, spacing."""
     text = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?", "DATE", text)
     text = re.sub(r"[\d.,]+ (s|min|B|kB|MB|images/s|files/s)\b", r"N \1", text)
+    text = re.sub(r"\b\d{14,20}\b", "DIGEST", text)
     text = re.sub(r"\([0-9a-f]{12}\)", "(REVISION)", text)
     lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
     return [line for line in lines if line and set(line) != {"─"}]

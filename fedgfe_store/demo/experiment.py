@@ -1,91 +1,209 @@
-"""A small federated experiment as the training that we replace left it: ``.pt`` checkpoints.
+"""The demo's experiment: a small federation whose embeddings go into a store while it trains.
 
-Its embeddings are made, not learnt: each is a class's anchor under noise that falls with the
-rounds, as training would bring it down.
+The nodes' clips can be heard, too, and the same embeddings can be written as the ``.pt``
+checkpoints that the system before this one kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedgfe_store.demo.anchors import class_anchor, noisy
+from fedgfe_store.demo.federation import (
+    NODES,
+    SERVER,
+    Clips,
+    Round,
+    embed,
+    evaluate,
+    federate,
+    held_out_clips,
+    make_clips,
+    training_clips,
+)
 from fedgfe_store.demo.pictograms import CLASSES
+from fedgfe_store.demo.sounds import make_clip, save_wav
+from fedgfe_store.generation.images import image_name
+from fedgfe_store.records import RecordKey
+from fedgfe_store.selection import Selection
+from fedgfe_store.store import EmbeddingStore
 
-NODES = ("0", "1", "2", "server")
-SPLITS = ("train", "train", "test")
-"""Splits of the samples of one class, in order."""
+ROUNDS = 20
+RECORDED = (1, 5, 10, 20)
+"""Rounds whose embeddings are recorded."""
 
-NOISE = {1: 0.97, 3: 0.8, 5: 0.55, 10: 0.1}
-"""Share of noise in the embeddings at each recorded round."""
-
-_STARTED = datetime(2026, 1, 22, 12, tzinfo=UTC)
+TRAIN, TEST, SERVER_TEST = 2, 1, 3
+"""Clips of each class that are recorded: a node's of each split, and the server's."""
 
 
-def write_checkpoints(folder: Path, *, experiment: str = "demo", seed: int = 0) -> list[Path]:
-    """Write one checkpoint per node and round in the guide's layout.
+@dataclass(frozen=True)
+class Report:
+    """How far the federation is after a round."""
+
+    round: int
+    train_loss: float
+    """Mean squared distance from the anchors, T5 and CLIP added, while the nodes trained."""
+    test_loss: float
+    """The same of the server's adapter, on clips that nobody trained on."""
+    told: float
+    """Share of those clips whose embedding is nearest to its own class's anchor."""
+
+
+def run(
+    store: EmbeddingStore,
+    *,
+    audio: Path,
+    seed: int = 0,
+    report: Callable[[Report], None] | None = None,
+) -> None:
+    """Train the federation and record embeddings; nothing is done where all are recorded.
 
     Parameters
     ----------
+    store : EmbeddingStore
+        Takes 30 records of each node and of the server at each of `RECORDED`. Those that it has
+        already stay as they are.
+    audio : Path
+        Folder for the recorded clips as WAV files.
+    seed : int
+        Seed of clips and training.
+    report : callable, optional
+        Called after every round.
+    """
+    if _is_complete(store):
+        return
+    training = [training_clips(node, seed=seed) for node in NODES]
+    held_out = held_out_clips(seed=seed)
+    watched = {c.node: [c.first(TRAIN), _test_clips(c.node, seed)] for c in training}
+    watched[SERVER] = [held_out.first(SERVER_TEST)]
+    for clips in itertools.chain(*watched.values()):
+        _save_audio(clips, audio, seed)
+    for step in federate(training, rounds=ROUNDS, seed=seed):
+        if step.number in RECORDED:
+            for node, several in watched.items():
+                _record(store, step, node, several, audio)
+        if report is not None:
+            report(Report(step.number, step.loss, *evaluate(step.adapters[SERVER], held_out)))
+
+
+def write_checkpoints(store: EmbeddingStore, folder: Path) -> list[Path]:
+    """Write the experiment's records as ``.pt`` files, as the system before this one did.
+
+    Parameters
+    ----------
+    store : EmbeddingStore
+        What `run` has recorded.
     folder : Path
         Where the checkpoints go; made if it is not there.
-    experiment : str
-        Folder below ``output_images/`` that the records' image paths name.
-    seed : int
-        Seed of the noise.
 
     Returns
     -------
     list of Path
-        ``node_0_embeddings_r1.pt`` and so on.
+        One for each node and round: ``node_0_embeddings_r1.pt`` and so on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for round_number in NOISE:
-        for node in NODES:
-            name = node if node == "server" else f"node_{node}"
-            path = folder / f"{name}_embeddings_r{round_number}.pt"
-            torch.save(_checkpoint(node, round_number, experiment, seed), path)
-            written.append(path)
+    selection = _recorded(store)
+    records = selection.records
+    for node, number in dict.fromkeys((key.node, key.round) for key in selection.keys()):
+        rows = np.flatnonzero((records["node"] == node) & (records["round"] == number))
+        path = folder / f"{_where(node)}_embeddings_r{number}.pt"
+        torch.save(
+            {
+                "node_id": node if node == SERVER else int(node),
+                "round": number,
+                "timestamp": records["timestamp"][rows[0]].isoformat(),
+                "embeddings": _entries(selection.take(rows)),
+                "metadata": {"diffusion_type": "flux", "selected_classes": list(CLASSES)},
+            },
+            path,
+        )
+        written.append(path)
     return written
 
 
-def _checkpoint(node: str, round_number: int, experiment: str, seed: int) -> dict[str, Any]:
-    return {
-        "node_id": node if node == "server" else int(node),
-        "round": round_number,
-        "timestamp": (_STARTED + timedelta(minutes=6 * round_number)).isoformat(),
-        "embeddings": list(_entries(node, round_number, experiment, seed)),
-        "metadata": {"diffusion_type": "flux", "selected_classes": list(CLASSES)},
-    }
+def _is_complete(store: EmbeddingStore) -> bool:
+    per_round = len(CLASSES) * ((TRAIN + TEST) * len(NODES) + SERVER_TEST)
+    return len(_recorded(store)) == per_round * len(RECORDED)
 
 
-def _entries(node: str, round_number: int, experiment: str, seed: int) -> Iterator[dict[str, Any]]:
-    # The same noise in every round, of which less and less is left.
-    rng = np.random.default_rng([seed, NODES.index(node)])
-    for class_name in CLASSES:
-        counts: dict[str, int] = {}
-        for split in SPLITS:
-            index = counts.get(split, 0)
-            counts[split] = index + 1
-            t5, clip = noisy(class_anchor(class_name), NOISE[round_number], rng)
-            where = node if node == "server" else f"node_{node}"
-            image = f"{where}_{split}_{class_name}_{index}_r{round_number}.png"
-            yield {
-                "split": split,
-                "index": index,
-                "class_name": class_name,
-                "image_path": f"/home/user/fedgfe/output_images/{experiment}/{image}",
-                "image_filename": image,
-                "t5_embedding": torch.from_numpy(t5)[None],
-                "clip_embedding": torch.from_numpy(clip)[None],
-                "sample_metadata": {
-                    "sample_id": f"{split}_{index}",
-                    "audio_path": f"/home/user/audio/{class_name}/{split}_{index}.wav",
-                },
-            }
+def _recorded(store: EmbeddingStore) -> Selection:
+    return store.select(node=[*NODES, SERVER], round=RECORDED)
+
+
+def _test_clips(node: str, seed: int) -> Clips:
+    return make_clips(node, "test", [TEST] * len(CLASSES), seed=seed)
+
+
+def _record(
+    store: EmbeddingStore, step: Round, node: str, several: list[Clips], audio: Path
+) -> None:
+    """Record what a node's adapter makes of clips after a round, as one commit."""
+    with store.append(node=node, round=step.number, if_exists="skip") as batch:
+        for clips in several:
+            t5, clip = embed(step.adapters[node], clips)
+            names, index = clips.class_names, clips.index.tolist()
+            keys = [
+                RecordKey(node, step.number, clips.split, name, i)
+                for name, i in zip(names, index, strict=True)
+            ]
+            batch.add(
+                split=clips.split,
+                class_name=names,
+                index=index,
+                sample_id=[f"{clips.split}_{i}" for i in index],
+                image_filename=[image_name(key) for key in keys],
+                audio_path=[str(path) for path in _wav_paths(clips, audio)],
+                timestamp=datetime.now(UTC).replace(microsecond=0),
+                t5=t5,
+                clip=clip,
+            )
+
+
+def _save_audio(clips: Clips, audio: Path, seed: int) -> None:
+    numbered = zip(clips.class_names, clips.index.tolist(), _wav_paths(clips, audio), strict=True)
+    for name, index, path in numbered:
+        save_wav(make_clip(name, node=clips.node, split=clips.split, index=index, seed=seed), path)
+
+
+def _wav_paths(clips: Clips, audio: Path) -> list[Path]:
+    folder = audio / _where(clips.node) / clips.split
+    numbered = zip(clips.class_names, clips.index.tolist(), strict=True)
+    return [folder / f"{name}_{index}.wav" for name, index in numbered]
+
+
+def _where(node: str) -> str:
+    return node if node == SERVER else f"node_{node}"
+
+
+def _entries(selection: Selection) -> list[dict[str, Any]]:
+    records = selection.records
+    experiment = selection.schema.metadata.experiment
+    # A file of tensors that are slices of one would hold the whole of it for each.
+    t5, clip = (
+        [row[None].clone() for row in torch.from_numpy(selection.read(column))]
+        for column in ("t5", "clip")
+    )
+    return [
+        {
+            "split": key.split,
+            "index": key.index,
+            "class_name": key.class_name,
+            "image_path": f"output_images/{experiment}/{image_name(key)}",
+            "image_filename": image_name(key),
+            "t5_embedding": t5[n],
+            "clip_embedding": clip[n],
+            "sample_metadata": {
+                "sample_id": records["sample_id"][n],
+                "audio_path": records["audio_path"][n],
+            },
+        }
+        for n, key in enumerate(selection.keys())
+    ]
