@@ -16,6 +16,7 @@ from fedgfe_store.errors import FedgfeStoreError
 _COMMANDS = {
     "init": ("stores", "init", "Make an empty store."),
     "import": ("importing", "command", "Import FedGFE .pt checkpoints."),
+    "export": ("export", "command", "Write records as FedGFE .pt checkpoints."),
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),
     "generate": ("generate", "command", "Render images from embeddings."),
