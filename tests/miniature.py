@@ -56,8 +56,6 @@ class Client(EmbeddingClientMixin, Node):
 
 
 class Server(EmbeddingServerMixin, Node):
-    diffusion_type = "flux"
-
     def __init__(self, config):
         self.config = config
         self.clients = [Client(number) for number in CLASSES if number != "server"]

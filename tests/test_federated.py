@@ -252,14 +252,14 @@ def test_optional_audio_of_some_records(tmp_path):
 )
 def test_a_new_store_is_made_from_the_shapes_seen(tmp_path, t5, clip, expected):
     given = {"t5": None if t5 is None else torch.zeros(t5), "clip": torch.zeros(clip)}
-    metadata = Metadata(experiment="run", classes=("cat",), diffusion_type="flux", model="tiny")
+    metadata = Metadata(experiment="run", classes=("cat",), model="tiny")
     with Recorder(tmp_path / "new" / "s.zarr", metadata=metadata) as recorder:
         with recorder.record(node=0, round=1) as batch:
             batch.add(split="train", class_name="dog", **given)
     schema = opened(recorder).schema
     assert (schema.kind, schema.columns) == (expected.kind, expected.columns)
     assert (schema.precision, schema.granule) == ("float32", expected.granule)
-    assert schema.metadata == Metadata("run", "flux", ("cat", "dog"), None, "tiny")
+    assert schema.metadata == Metadata("run", expected.kind, ("cat", "dog"), None, "tiny")
     assert len(opened(recorder)) == (4 if 4 in (t5 or clip)[:1] else 1)
 
 
@@ -270,6 +270,7 @@ def test_a_new_store_is_made_from_the_shapes_seen(tmp_path, t5, clip, expected):
         (None, [768], r"got clip \[768\]"),
         ([17, 4096], None, r"got t5 \[17, 4096\]"),
         (None, None, "got none"),
+        (None, [4, 77, 768], "diffusion_type: expected 'sd', as the tensors are, got 'flux'"),
         ([4, 17, 4096], [3, 768], "clip has 3 rows, expected 4"),
         ([17, 2048], [768], r"t5 has shape \[17, 2048\], neither T5 \[tokens, 4096\] nor"),
         ([17, 4096], [17, 4096], "ambiguous: two of the tensors look like t5"),
@@ -278,7 +279,8 @@ def test_a_new_store_is_made_from_the_shapes_seen(tmp_path, t5, clip, expected):
 )
 def test_shapes_that_make_no_store(tmp_path, t5, clip, message):
     given = {k: None if s is None else torch.zeros(s) for k, s in (("t5", t5), ("clip", clip))}
-    with Recorder(tmp_path / "s.zarr") as recorder:
+    metadata = Metadata(diffusion_type="flux")
+    with Recorder(tmp_path / "s.zarr", metadata=metadata) as recorder:
         with pytest.raises(SchemaMismatchError, match=message):
             with recorder.record(node=0, round=1) as batch:
                 batch.add(split="train", class_name="dog", **given)

@@ -143,7 +143,12 @@ def schema_of(
             f"alone, got {got}; for other shapes make the store first"
         )
     kind = "flux" if "t5" in shapes else "sd"
-    metadata = replace(metadata, diffusion_type=metadata.diffusion_type or kind)
+    if metadata.diffusion_type not in (None, kind):
+        raise SchemaMismatchError(
+            f"diffusion_type: expected {kind!r}, as the tensors are, got "
+            f"{metadata.diffusion_type!r}"
+        )
+    metadata = replace(metadata, diffusion_type=kind)
     options: dict[str, Any] = {"precision": precision, "metadata": metadata}
     if "audio" in shapes:
         options["audio"] = shapes["audio"]

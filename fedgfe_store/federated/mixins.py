@@ -72,14 +72,9 @@ class EmbeddingSource:
     def embedding_metadata(self, checkpoint_dir: Path) -> Metadata:
         """Return what a new store knows of the experiment.
 
-        By default it is named after the folder of checkpoints; ``diffusion_type`` is the host's
-        attribute of that name, where it has one. Classes join as they are recorded.
+        By default it is named after the folder of checkpoints. Classes join as they are recorded.
         """
-        diffusion = getattr(self, "diffusion_type", None)
-        return Metadata(
-            experiment=checkpoint_dir.resolve().name or None,
-            diffusion_type=diffusion if isinstance(diffusion, str) else None,
-        )
+        return Metadata(experiment=checkpoint_dir.resolve().name or None)
 
     def _save(
         self, splits: Iterable[str], checkpoint_dir: str | Path, round_num: int | None

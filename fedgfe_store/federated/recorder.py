@@ -228,7 +228,8 @@ class Recorder:
             return
         self._check_no_block()
         self._wait()
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self._executor.shutdown()
         self._pool.free()
         _open.discard(self)
