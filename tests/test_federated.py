@@ -125,6 +125,11 @@ def same_values(kind: str, t5: torch.Tensor) -> torch.Tensor:
         return torch.stack([t5, t5 + 1, t5 + 2], 1)[:, 0]
     if kind == "transposed":
         return t5.transpose(0, -1).contiguous().transpose(0, -1)
+    if kind == "negative view":
+        return torch.complex(torch.zeros_like(t5), -t5).conj().imag
+    if kind == "of inference":
+        with torch.inference_mode():
+            return t5 * 1
     if kind == "numpy":
         return t5.numpy()
     return t5.to(getattr(torch, kind))
@@ -141,6 +146,8 @@ def same_values(kind: str, t5: torch.Tensor) -> torch.Tensor:
         "part of a graph",
         "view of a larger one",
         "transposed",
+        "negative view",
+        "of inference",
         "numpy",
     ],
 )

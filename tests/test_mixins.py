@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -92,6 +94,7 @@ def test_split_by_split_adds_and_never_overwrites(tmp_path):
     client = Client(train=[batch(2, 1)], val=[batch(1, 2)], test=[batch(3, 3)])
     for split in ("train", "val", "test"):
         path = client.save_embeddings_to_checkpoint(split, tmp_path / "one", 5)
+    client = pickle.loads(pickle.dumps(copy.deepcopy(client)))
     together = client.save_embeddings_to_checkpoint("all", tmp_path / "all", 5)
     assert content(path) == content(together)
     assert len(content(path)) == 6
@@ -141,6 +144,15 @@ def test_entries_as_they_stood_in_checkpoints(tmp_path):
     assert found.to_dict() == expected.to_dict()
 
 
+def test_entries_without_tensors_are_left_out_and_counted(tmp_path, caplog):
+    t5, clip = legacy.tensors(2)
+    entries = [legacy.entry(t5[0], clip[0], 0), *(legacy.entry(None, None, i) for i in (1, 2))]
+    path = Client(train=entries).save_embeddings_to_checkpoint("train", tmp_path, 5)
+    assert {key[-1] for key in content(path)} == {0}
+    told = "node 0, round 5, split train: 2 entries without tensors left out"
+    assert told in caplog.messages
+
+
 def test_a_servers_stacks_as_they_stood_in_checkpoints(tmp_path):
     class Server(EmbeddingServerMixin):
         def iter_embeddings(self, split):
@@ -158,15 +170,16 @@ def test_a_servers_stacks_as_they_stood_in_checkpoints(tmp_path):
 def test_metadata_of_several_samples(tmp_path):
     given = dict(vars(batch(2)))
     given["sample_metadata"] = [
-        {"sample_id": "a", "audio_path": "a.wav", "file_id": 1},
-        {"sample_id": "b"},
+        {"sample_id": "a", "audio_path": "a.wav", "file_id": torch.tensor(1)},
+        {"sample_id": 2, "file_id": None},
     ]
     path = Client(train=[given]).save_embeddings_to_checkpoint("train", tmp_path, 1)
     records = EmbeddingStore.open(path).select().records
-    assert records["sample_id"].tolist() == ["a", "b"]
+    assert records["sample_id"].tolist() == ["a", "2"]
     assert records["audio_path"].tolist() == ["a.wav", ""]
     extras = [json.loads(extra) for extra in records["extra"]]
-    assert [extra.get("file_id") for extra in extras] == [1, None]
+    assert [sorted(extra) for extra in extras] == [["file_id", "image_path"], ["image_path"]]
+    assert extras[0]["file_id"] == 1
 
 
 @pytest.mark.parametrize(
@@ -177,8 +190,8 @@ def test_metadata_of_several_samples(tmp_path):
         ({"split": "val"}, "expected split 'train', got 'val'"),
         ({"node_id": 3}, "expected node_id '0', got 3"),
         ({"class_name": None}, "expected class_name, got none"),
-        ({"clip": None, "t5": None}, "expected clip, got none"),
         ({"sample_metadata": "x"}, "sample_metadata: expected a dict, or one for each sample"),
+        ({"sample_metadata": {"x": torch.ones(2)}}, "x: expected a plain value, got a tensor of"),
         ({"sample_metadata": {}, "extra": {}}, "expected extra or an entry's own keys, got both"),
     ],
 )

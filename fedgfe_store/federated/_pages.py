@@ -78,7 +78,7 @@ class Page:
 
 def _copy(room: np.ndarray, tensor: torch.Tensor) -> None:
     """Copy values; on the CPU by numpy, as torch's threads wait for each other where it is busy."""
-    if tensor.is_cpu and tensor.dtype in _NUMPY_DTYPES:
+    if tensor.is_cpu and tensor.dtype in _NUMPY_DTYPES and not tensor.is_neg():
         with np.errstate(over="ignore"):
             np.copyto(room, tensor.numpy(), casting="same_kind")
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fedgfe_store._append import AppendBatch, IfExists
+from fedgfe_store._group import GROUP_FILE
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.federated._pages import arranged, schema_of
 from fedgfe_store.generation.images import image_name
@@ -103,12 +104,9 @@ class Target:
         try:
             return EmbeddingStore.create(self.path, self.schema, timeout=self._timeout)
         except ConflictError:
-            try:
-                store = EmbeddingStore.open(self.path)  # made by another process meanwhile
-            except NotFoundError:
-                store = None
-            if store is None:
+            if not (self.path / GROUP_FILE).exists():
                 raise
+            store = EmbeddingStore.open(self.path)  # made by another process meanwhile
         store.schema.check_fits(self.schema, f"recording to {self.path}")
         return store
 

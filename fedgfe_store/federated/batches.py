@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Self
 
+from fedgfe_store.checkpoints._entries import Unusable, plain
 from fedgfe_store.errors import SchemaMismatchError
 
 _LEGACY = {
@@ -17,6 +18,14 @@ _LEGACY = {
 }
 _CHECKED = ("split", "node_id")
 _FURTHER = ("sample_metadata", "image_path", *_CHECKED)
+
+
+def is_empty(value: EmbeddingBatch | Mapping[str, Any]) -> bool:
+    """Whether `value` is an entry for a sample that has no embeddings, as checkpoints have."""
+    names = ("t5", "clip", "t5_embedding", "clip_embedding")
+    if not isinstance(value, Mapping) or not any(name in value for name in names):
+        return False
+    return all(value.get(name) is None for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +120,26 @@ def _details(given: Mapping[str, Any], further: Mapping[str, Any], where: str) -
             f"{where}: sample_metadata: expected a dict, or one for each sample, got {metadata!r}"
         )
     path = {"image_path": further["image_path"]} if "image_path" in further else {}
-    rest = [dict(item) | path for item in each]
-    found = {key: [item.pop(key, None) for item in rest] for key in ("sample_id", "audio_path")}
+    rest = [_plain_details(dict(item) | path, where) for item in each]
+    found: dict[str, list[Any]] = {}
+    for key in ("sample_id", "audio_path"):
+        values = [item.pop(key, None) for item in rest]
+        found[key] = [None if value is None else str(value) for value in values]
     found["extra"] = [item or None for item in rest]
     if isinstance(metadata, Mapping):
         return {key: values[0] for key, values in found.items()}
     return dict(found)
+
+
+def _plain_details(details: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Return what is known in `details`, as JSON can hold it."""
+    kept = {}
+    for key, value in details.items():
+        try:
+            if value is not None:
+                kept[str(key)] = plain(value)
+        except Unusable:
+            raise SchemaMismatchError(
+                f"{where}: {key}: expected a plain value, got a tensor of several"
+            ) from None
+    return kept

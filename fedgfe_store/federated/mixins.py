@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.federated.batches import EmbeddingBatch
+from fedgfe_store.federated.batches import EmbeddingBatch, is_empty
 from fedgfe_store.federated.recorder import Missing, OnError, Recorder, RoundBatch
 from fedgfe_store.federated.settings import DEFAULT_DIR, STORE_NAME, RecordingSettings
 from fedgfe_store.schema import Metadata, Precision
@@ -50,8 +50,9 @@ class EmbeddingSource:
         Returns
         -------
         iterable of EmbeddingBatch or mapping, or None
-            See `EmbeddingBatch.of`; entries as they stood in FedGFE's checkpoints will do. None
-            or nothing where there is no such split.
+            See `EmbeddingBatch.of`; entries as they stood in FedGFE's checkpoints will do, and
+            those whose tensors are None are left out and counted. None or nothing where there is
+            no such split.
         """
         raise NotImplementedError(
             f"{type(self).__name__} needs a method iter_embeddings(split) that yields "
@@ -100,9 +101,15 @@ class EmbeddingSource:
         return recorder.path
 
     def _add(self, batch: RoundBatch, split: str) -> None:
+        empty = 0
         for item in self.iter_embeddings(split) or ():
+            if is_empty(item):
+                empty += 1
+                continue
             given = EmbeddingBatch.of(item, node=str(self.embedding_node), split=split)
             batch.add(split=split, **vars(given))
+        if empty:
+            _log.warning("%s, split %s: %d entries without tensors left out", batch, split, empty)
 
 
 class EmbeddingClientMixin(EmbeddingSource):
