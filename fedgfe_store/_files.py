@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
@@ -36,10 +38,17 @@ def _sync(path: Path, flags: int) -> None:
 
 def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Put `data` in place of `path` in one step: also after a crash it is the old or the new."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` in one step when the block ends."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -4,10 +4,11 @@ A file goes through ``_pickles`` (safe loading), ``_header`` (node, round, time)
 (which tensor is which, which record it belongs to), ``reading`` (one sample at a time) and
 ``importing`` (one commit per file); ``text_cache`` reads caches of text embeddings as if they were
 checkpoints. ``ledger`` remembers what a store has taken in, and ``sources`` takes files as names
-for records.
+for records. ``exporting`` goes the other way.
 """
 
 from fedgfe_store.checkpoints._entries import Skipped
+from fedgfe_store.checkpoints.exporting import ExportedFile, export_checkpoints
 from fedgfe_store.checkpoints.importing import (
     FileReport,
     ImportReport,
@@ -27,11 +28,13 @@ from fedgfe_store.checkpoints.text_cache import read_text_cache
 __all__ = [
     "Checkpoint",
     "Entry",
+    "ExportedFile",
     "FileReport",
     "ImportReport",
     "Skipped",
     "Sources",
     "experiment_name",
+    "export_checkpoints",
     "find_checkpoints",
     "find_new",
     "import_checkpoints",

@@ -226,7 +226,7 @@ def as_tensor(value: Any, key: str) -> torch.Tensor:
 def _places(entry: Mapping[Any, Any], rows: int | None) -> dict[str, tuple[str, Shape]]:
     places: dict[str, tuple[str, Shape]] = {}
     for key, tensor in _tensors(entry):
-        column, shape = _column(key, _row_shape(key, tensor.shape, rows))
+        column, shape = column_of(key, row_shape(key, tensor.shape, rows))
         if column in places:
             raise Unusable(f"ambiguous: {places[column][0]} and {key} both look like {column}")
         places[column] = (key, shape)
@@ -239,15 +239,16 @@ def _audio_place(
     for key in _AUDIO_KEYS:
         if entry.get(key) is not None:
             try:
-                shape = _row_shape(key, as_tensor(entry[key], key).shape, rows)
+                shape = row_shape(key, as_tensor(entry[key], key).shape, rows)
             except Unusable as reason:
                 oddities[f"audio left out ({reason})"] += 1
             else:
-                return {"audio": (key, _without_batch(shape))}
+                return {"audio": (key, without_batch(shape))}
     return {}
 
 
-def _row_shape(key: str, shape: Sequence[int], rows: int | None) -> Shape:
+def row_shape(key: str, shape: Sequence[int], rows: int | None) -> Shape:
+    """Return the shape of one row of a stack of `rows`; the shape itself where `rows` is None."""
     if rows is None:
         return tuple(shape)
     if not shape or shape[0] != rows:
@@ -256,15 +257,16 @@ def _row_shape(key: str, shape: Sequence[int], rows: int | None) -> Shape:
     return tuple(shape[1:])
 
 
-def _without_batch(shape: Shape) -> Shape:
+def without_batch(shape: Shape) -> Shape:
+    """Return a sequence's shape without leading axes of length 1."""
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
     return shape
 
 
-def _column(key: str, shape: Shape) -> tuple[str, Shape]:
+def column_of(key: str, shape: Shape) -> tuple[str, Shape]:
     """Tell T5 from CLIP by width and rank: ``[L, 4096]``, ``[768]`` or ``[L, 768]``."""
-    inner = _without_batch(shape)
+    inner = without_batch(shape)
     if 0 in inner:
         raise Unusable(f"{key} is empty: shape {list(shape)}")
     if len(inner) > 2:

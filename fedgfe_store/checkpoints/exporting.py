@@ -1,0 +1,281 @@
+"""Exporting records as legacy FedGFE `.pt` checkpoints: one file per node and round."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import xxhash
+
+from fedgfe_store import _files
+from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
+from fedgfe_store.generation.images import image_name
+from fedgfe_store.records import RecordBatch
+from fedgfe_store.schema import Schema
+from fedgfe_store.selection import Selection
+
+Layout = Literal["guide", "upstream"]
+SERVER = "server"
+_PLAIN_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
+_NAMED = ("sample_id", "audio_path")
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """What became of one file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    node : str
+        Its node.
+    round : int
+        Its round.
+    records : int
+        Records in it.
+    bytes : int
+        Size of the file; 0 where it was not written.
+    notes : tuple of str
+        What its layout has no place for.
+    error : str or None
+        Why it was not written.
+    """
+
+    path: Path
+    node: str
+    round: int
+    records: int
+    bytes: int = 0
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+
+def export_checkpoints(
+    selection: Selection,
+    folder: str | Path,
+    *,
+    layout: Layout = "guide",
+    overwrite: bool = False,
+    on_file: Callable[[ExportedFile], None] | None = None,
+) -> tuple[ExportedFile, ...]:
+    """Write records as checkpoints that FedGFE's scripts and `import_checkpoints` read.
+
+    Each file takes its place in one step when it is on the disk. As `torch.save` needs all of a
+    file at once, memory for the largest one is needed.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records.
+    folder : path-like
+        Where the files go; made if it is not there.
+    layout : {"guide", "upstream"}
+        ``"guide"``: an entry per sample, tensors with a batch axis, ``t5_embedding [1, 17, 4096]``
+        and ``clip_embedding [1, 768]``. ``"upstream"``, as FedGFE's code writes: nodes without the
+        axis, the server with an entry per split and class that holds stacks, ``t5 [n, 17, 4096]``
+        and ``clip [n, 768]``.
+    overwrite : bool
+        Replace files that are there already.
+    on_file : callable, optional
+        Called with each file's report when it is done.
+
+    Returns
+    -------
+    tuple of ExportedFile
+        By round and node. A file with a damaged record is reported in it and not written, and
+        the others are.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If `layout` is not one of those above.
+    ConflictError
+        If files are there already, without `overwrite`; nothing is written then.
+    """
+    if layout not in get_args(Layout):
+        expected = ", ".join(get_args(Layout))
+        raise SchemaMismatchError(f"layout: expected one of {expected}, got {layout!r}")
+    folder = Path(folder)
+    groups = _groups(selection)
+    paths = {(node, round): folder / file_name(node, round) for node, round in groups}
+    there = [path for path in paths.values() if path.exists()]
+    if there and not overwrite:
+        raise ConflictError(
+            f"{folder}: {len(there)} of {len(paths)} files are there already, such as "
+            f"{there[0].name}; overwrite them, or use another folder"
+        )
+    _files.make_folders(folder.absolute())
+    written = []
+    for (node, round), part in groups.items():
+        written.append(_export(part, paths[node, round], node, round, layout))
+        if on_file is not None:
+            on_file(written[-1])
+    return tuple(written)
+
+
+def file_name(node: str, round: int) -> str:
+    """Return the name of a checkpoint: ``node_0_embeddings_r5.pt``, ``server_embeddings_r5.pt``.
+
+    A node that does not do for a file name gets its unsafe characters replaced and a hash.
+    """
+    if node == SERVER:
+        return f"server_embeddings_r{round}.pt"
+    if not _PLAIN_NODE.fullmatch(node):
+        node = f"{_UNSAFE.sub('-', node)[:60]}_h{xxhash.xxh3_64_hexdigest(node.encode())}"
+    return f"node_{node}_embeddings_r{round}.pt"
+
+
+def _groups(selection: Selection) -> dict[tuple[str, int], Selection]:
+    """Divide `selection` by node and round, in natural order, each in the store's order."""
+    positions: dict[tuple[str, int], list[int]] = {}
+    for position, key in enumerate(selection.keys()):
+        positions.setdefault((key.node, key.round), []).append(position)
+    return {group: selection.take(positions[group]) for group in sorted(positions, key=_natural)}
+
+
+def _natural(group: tuple[str, int]) -> tuple[int, bool, int, str]:
+    node, round = group
+    return round, not node.isdecimal(), int(node) if node.isdecimal() else 0, node
+
+
+def _export(part: Selection, path: Path, node: str, round: int, layout: Layout) -> ExportedFile:
+    stacked = layout == "upstream" and node == SERVER
+    notes: list[str] = []
+    try:
+        entries = _stacks(part, notes) if stacked else _samples(part, batch_axis=layout == "guide")
+        content = {
+            "node_id": int(node) if _is_number(node) else node,
+            "round": round,
+            "timestamp": _moment(part),
+            "embeddings": list(entries),
+            "metadata": _metadata(part, stacked=stacked),
+        }
+    except DamagedDataError as error:
+        return ExportedFile(path, node, round, len(part), error=str(error))
+    with _files.replacing(path) as file:
+        torch.save(content, file)
+    return ExportedFile(path, node, round, len(part), path.stat().st_size, tuple(notes))
+
+
+def _is_number(node: str) -> bool:
+    return node.isascii() and node.isdecimal() and str(int(node)) == node
+
+
+def _moment(part: Selection) -> str:
+    """Return the latest time of the records as the guide writes it: UTC, without zone."""
+    moment: datetime = part.records["timestamp"].max().to_pydatetime()
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat()
+
+
+def _metadata(part: Selection, *, stacked: bool) -> dict[str, Any]:
+    known = part.schema.metadata
+    here = set(part.records["class_name"])
+    return {
+        "diffusion_type": part.schema.kind,
+        "federation_classes" if stacked else "selected_classes": [
+            name for name in known.classes if stacked or name in here
+        ],
+    }
+
+
+def _samples(part: Selection, *, batch_axis: bool) -> Iterator[dict[str, Any]]:
+    lead = (1,) if batch_axis else ()
+    for records in part.pieces():
+        for position in range(len(records)):
+            tensors = {
+                f"{name}_embedding": None if values is None else values.reshape(lead + values.shape)
+                for name, values in _tensors(records, position, part.schema).items()
+            }
+            notes = _notes(records, position, part.schema)
+            key = records.key(position)
+            yield {
+                "split": key.split,
+                "index": key.index,
+                "class_name": key.class_name,
+                "image_path": notes.pop("image_path"),
+                "image_filename": notes.pop("image_filename"),
+                **tensors,
+                "sample_metadata": notes,
+            }
+
+
+def _tensors(records: RecordBatch, position: int, schema: Schema) -> dict[str, torch.Tensor | None]:
+    """Return one record's tensors, each in a storage of its own; T5 is None without one."""
+    found: dict[str, torch.Tensor | None] = {"t5": None}
+    for column in schema.tensors:
+        if records.columns.get(f"has_{column.name}", np.full(len(records), True))[position]:
+            found[column.name] = torch.from_numpy(np.array(records.tensors[column.name][position]))
+    return found
+
+
+def _notes(records: RecordBatch, position: int, schema: Schema) -> dict[str, Any]:
+    """Return what is known of a record besides key and tensors, under the checkpoint's keys."""
+    columns = {name: str(records.columns[name][position]) for name in (*_NAMED, "image_filename")}
+    text = str(records.columns["extra"][position])
+    extra = json.loads(text) if text else {}
+    if not isinstance(extra, Mapping):
+        extra = {"extra": extra}
+    name = columns["image_filename"] or image_name(records.key(position))
+    folder = f"output_images/{schema.metadata.experiment or ''}".rstrip("/")
+    named: dict[str, Any] = {key: columns[key] or None for key in _NAMED}
+    return {**named, "image_path": f"{folder}/{name}", "image_filename": name, **extra}
+
+
+def _stacks(part: Selection, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield an entry per split and class; where only some records have audio, one per run."""
+    keys = part.keys()
+    order = sorted(
+        range(len(keys)), key=lambda i: (keys[i].split, keys[i].class_name, keys[i].index)
+    )
+    for (split, name), group in groupby(order, lambda i: (keys[i].split, keys[i].class_name)):
+        positions = list(group)
+        indices = [keys[i].index for i in positions]
+        if indices != list(range(len(indices))):
+            notes.append(
+                f"split {split}, class {name}: the layout counts samples from 0, so that their "
+                f"indices ({indices[0]} to {indices[-1]}) are lost"
+            )
+        rows = part.take(positions)
+        for run in _runs(rows):
+            yield {"split": split, "class_name": name, "node_id": SERVER, **_stack(rows.take(run))}
+
+
+def _runs(rows: Selection) -> Iterator[list[int]]:
+    has = rows.records["has_audio"] if "audio" in rows.schema.columns else [True] * len(rows)
+    for _, run in groupby(range(len(rows)), lambda i: bool(has[i])):
+        yield list(run)
+
+
+def _stack(rows: Selection) -> dict[str, Any]:
+    pieces = list(rows.pieces())
+    notes = [
+        _notes(records, position, rows.schema)
+        for records in pieces
+        for position in range(len(records))
+    ]
+    found: dict[str, Any] = {"t5": None}
+    for column in rows.schema.tensors:
+        has = pieces[0].columns.get(f"has_{column.name}", np.True_)
+        if np.all(has):
+            name = "audio_embeddings" if column.name == "audio" else column.name
+            values = [records.tensors[column.name] for records in pieces]
+            found[name] = torch.from_numpy(np.concatenate(values))
+    return {**found, "sample_metadata": _together(notes)}
+
+
+def _together(notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the notes of several samples as a list under each key, of one as they are."""
+    if len(notes) == 1:
+        return notes[0]
+    names: Iterable[str] = dict.fromkeys(name for each in notes for name in each)
+    return {name: [each.get(name) for each in notes] for name in names}

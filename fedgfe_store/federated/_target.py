@@ -1,0 +1,123 @@
+"""The store that is recorded to: made, or checked against, when the first records come."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgfe_store._append import AppendBatch, IfExists
+from fedgfe_store._group import GROUP_FILE
+from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
+from fedgfe_store.federated._pages import arranged, schema_of
+from fedgfe_store.generation.images import image_name
+from fedgfe_store.records import RecordBatch
+from fedgfe_store.schema import Metadata, Precision, Schema
+from fedgfe_store.store import EmbeddingStore
+
+
+class Target:
+    """The store that is recorded to; made at the first commit if it is not there.
+
+    Parameters
+    ----------
+    path : Path
+        The store.
+    precision : {"float32", "bfloat16"} or None
+        How a new store keeps values; one that is there must keep them so, unless None.
+    metadata : Metadata
+        Of a new store.
+    if_exists : {"error", "replace", "skip"}
+        See `EmbeddingStore.append`.
+    timeout : float
+        Seconds to wait for another writer.
+    images_dir : str or None
+        Folder that a record's ``image_path`` names.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        precision: Precision | None,
+        metadata: Metadata,
+        if_exists: IfExists,
+        timeout: float,
+        images_dir: str | None,
+    ) -> None:
+        self.path = path
+        self._precision: Precision = precision or "float32"
+        self._metadata, self._if_exists, self._timeout = metadata, if_exists, timeout
+        self._images_dir = images_dir
+        self._lock = threading.Lock()
+        self._store: EmbeddingStore | None
+        try:
+            self._store = EmbeddingStore.open(path)
+            self.schema: Schema | None = self._store.schema
+        except NotFoundError:
+            self._store = self.schema = None
+        if precision and self.schema is not None and self.schema.precision != precision:
+            raise SchemaMismatchError(
+                f"precision: expected {self.schema.precision!r} as in {path}, got {precision!r}"
+            )
+
+    def arrange(self, given: dict[str, Any]) -> tuple[Schema, dict[str, torch.Tensor]]:
+        """Return the schema, that of the first records if the store is new, and `arranged`."""
+        with self._lock:
+            columns = arranged(given, self.schema)
+            if self.schema is None:
+                self.schema = schema_of(columns, self._precision, self._metadata)
+            schema = self.schema
+        for column in schema.tensors:
+            if column.name not in columns and not column.optional:
+                raise SchemaMismatchError(
+                    f"{column.name}: expected a tensor {list(column.shape)}, got None"
+                )
+        counts = {name: len(tensor) for name, tensor in columns.items()}
+        if len(set(counts.values())) > 1:
+            raise SchemaMismatchError(f"expected as many records in every tensor, got {counts}")
+        return schema, columns
+
+    @property
+    def precision(self) -> Precision:
+        """How the store keeps values."""
+        return self._precision if self.schema is None else self.schema.precision
+
+    def append(self, node: str | int, round: int) -> AppendBatch:
+        """Open a commit of one node and round."""
+        if self._store is None:
+            self._store = self._made()
+            self.schema = self._store.schema
+        return self._store.append(
+            node=node,
+            round=round,
+            if_exists=self._if_exists,
+            encoder=self._metadata.encoder,
+            timeout=self._timeout,
+        )
+
+    def _made(self) -> EmbeddingStore:
+        assert self.schema is not None
+        try:
+            return EmbeddingStore.create(self.path, self.schema, timeout=self._timeout)
+        except ConflictError:
+            if not (self.path / GROUP_FILE).exists():
+                raise
+            store = EmbeddingStore.open(self.path)  # made by another process meanwhile
+        store.schema.check_fits(self.schema, f"recording to {self.path}")
+        return store
+
+    def finished(self, records: RecordBatch) -> RecordBatch:
+        """Fill in what follows from a record's key: the file name of its image."""
+        names, extra = records.columns["image_filename"], records.columns["extra"]
+        for position in range(len(records)):
+            names[position] = names[position] or image_name(records.key(position))
+            if self._images_dir is not None:
+                path = {"image_path": f"{self._images_dir}/{names[position]}"}
+                known = json.loads(extra[position]) if extra[position] else {}
+                if isinstance(known, dict):
+                    extra[position] = json.dumps(path | known, ensure_ascii=False, sort_keys=True)
+        return records

@@ -1,0 +1,265 @@
+"""FedGFE's methods for saving embeddings, writing to a store instead of ``.pt`` files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.federated.batches import EmbeddingBatch, is_empty
+from fedgfe_store.federated.recorder import Missing, OnError, Recorder, RoundBatch
+from fedgfe_store.federated.settings import DEFAULT_DIR, STORE_NAME, RecordingSettings
+from fedgfe_store.schema import Metadata, Precision
+
+_log = logging.getLogger("fedgfe_store")
+
+
+class EmbeddingSource:
+    """What clients and servers share: where their embeddings come from, and saving them.
+
+    A host class gives `iter_embeddings`; everything else has a default that it may override.
+
+    Attributes
+    ----------
+    embedding_splits : tuple of str
+        The splits that ``split="all"`` means.
+    embedding_precision : {"float32", "bfloat16"} or None
+        How a new store keeps values, see `Recorder`.
+    embedding_on_error : {"raise", "warn"}
+        Whether a problem of the store ends the training, see `Recorder`.
+    missing_embeddings : tuple of Missing
+        Under ``"warn"``: the rounds that could not be recorded, and have not been since.
+    """
+
+    embedding_splits: tuple[str, ...] = ("train", "val", "test")
+    embedding_precision: Precision | None = None
+    embedding_on_error: OnError = "raise"
+    missing_embeddings: tuple[Missing, ...] = ()
+
+    def iter_embeddings(self, split: str) -> Iterable[EmbeddingBatch | Mapping[str, Any]] | None:
+        """Yield the embeddings of a split, a batch at a time, in the same order every round.
+
+        Parameters
+        ----------
+        split : str
+            One of `embedding_splits`, or whatever ``split`` the caller of
+            `EmbeddingClientMixin.save_embeddings_to_checkpoint` gave.
+
+        Returns
+        -------
+        iterable of EmbeddingBatch or mapping, or None
+            See `EmbeddingBatch.of`; entries as they stood in FedGFE's checkpoints will do, and
+            those whose tensors are None are left out and counted. None or nothing where there is
+            no such split.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} needs a method iter_embeddings(split) that yields "
+            f"EmbeddingBatch or mappings with class_name, t5 and clip"
+        )
+
+    @property
+    def embedding_node(self) -> str | int:
+        """The node's name in the store: the host's `id`, as FedGFE's clients have it."""
+        node: str | int = getattr(self, "id", None)  # type: ignore[assignment]
+        if node is None:
+            raise SchemaMismatchError(
+                f"{type(self).__name__}: expected an attribute id (0, 1, ...), got none; "
+                f"or override embedding_node"
+            )
+        return node
+
+    def embedding_metadata(self, checkpoint_dir: Path) -> Metadata:
+        """Return what a new store knows of the experiment.
+
+        By default it is named after the folder of checkpoints. Classes join as they are recorded.
+        """
+        return Metadata(experiment=checkpoint_dir.resolve().name or None)
+
+    def _save(
+        self, splits: Iterable[str], checkpoint_dir: str | Path, round_num: int | None
+    ) -> Path:
+        """Commit the embeddings of `splits` as one, and return the store when it is on the disk."""
+        folder = Path(checkpoint_dir)
+        metadata = self.embedding_metadata(folder)
+        images = getattr(self, "images_output_dir", None) or "output_images"
+        recorder = Recorder(
+            folder / STORE_NAME,
+            background=False,
+            on_error=self.embedding_on_error,
+            precision=self.embedding_precision,
+            metadata=metadata,
+            images_dir=f"{images}/{metadata.experiment}" if metadata.experiment else str(images),
+        )
+        number = 0 if round_num is None else round_num
+        with recorder, recorder.record(node=self.embedding_node, round=number) as batch:
+            for split in splits:
+                self._add(batch, split)
+        others = [m for m in self.missing_embeddings if (m.node, m.round) != batch.node_and_round]
+        self.missing_embeddings = (*others, *recorder.missing)
+        return recorder.path
+
+    def _add(self, batch: RoundBatch, split: str) -> None:
+        empty = 0
+        for item in self.iter_embeddings(split) or ():
+            if is_empty(item):
+                empty += 1
+                continue
+            given = EmbeddingBatch.of(item, node=str(self.embedding_node), split=split)
+            batch.add(split=split, **vars(given))
+        if empty:
+            _log.warning("%s, split %s: %d entries without tensors left out", batch, split, empty)
+
+
+class EmbeddingClientMixin(EmbeddingSource):
+    """Gives a FedGFE client the method that saves its embeddings.
+
+    It goes before the client's own class, so that it takes the place of a method of that name:
+    ``class Client(EmbeddingClientMixin, clientA2V)``. See `EmbeddingSource` for what it needs.
+    """
+
+    def save_embeddings_to_checkpoint(
+        self,
+        split: str = "all",
+        checkpoint_dir: str | Path = DEFAULT_DIR,
+        round_num: int | None = None,
+    ) -> Path:
+        """Record this node's embeddings, as one commit.
+
+        Saving split by split adds to what is there. Saving again replaces the records that come
+        again.
+
+        Parameters
+        ----------
+        split : str
+            A split, or ``"all"`` for those of `embedding_splits`.
+        checkpoint_dir : path-like
+            Folder of checkpoints; the store is ``embeddings.zarr`` in it.
+        round_num : int, optional
+            Federated round; None counts as 0, as in the name of FedGFE's file.
+
+        Returns
+        -------
+        Path
+            The store. The records are on the disk, or, under ``embedding_on_error = "warn"``,
+            the log says why not.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If what `iter_embeddings` yields does not fit, or not the store.
+        FedgfeStoreError or OSError
+            If the store cannot be written.
+        """
+        splits = self.embedding_splits if split == "all" else (split,)
+        return self._save(splits, checkpoint_dir, round_num)
+
+
+class EmbeddingServerMixin(EmbeddingSource):
+    """Gives a FedGFE server the method that saves its embeddings, and one for the round's end.
+
+    It goes before the server's own class: ``class Server(EmbeddingServerMixin, FedA2V)``. See
+    `EmbeddingSource` for what it needs. `save_round_embeddings` further needs the host's
+    ``clients``, ``config.feda2v``, and ``current_round`` or ``round``.
+    """
+
+    _embedding_settings: RecordingSettings | None = None
+
+    @property
+    def embedding_node(self) -> str | int:
+        """The server's name in the store."""
+        return "server"
+
+    @property
+    def embedding_round(self) -> int:
+        """The round that ends: the host's `current_round`, or `round` as FedGFE's server has it."""
+        for name in ("current_round", "round"):
+            number = getattr(self, name, None)
+            if number is not None:
+                return int(number)
+        raise SchemaMismatchError(
+            f"{type(self).__name__}: expected an attribute current_round or round, got neither"
+        )
+
+    def save_server_embeddings_to_checkpoint(
+        self, checkpoint_dir: str | Path = DEFAULT_DIR, round_num: int | None = None
+    ) -> Path:
+        """Record the server's embeddings of all `embedding_splits`, as one commit.
+
+        Parameters and errors are those of `EmbeddingClientMixin.save_embeddings_to_checkpoint`.
+        """
+        return self._save(self.embedding_splits, checkpoint_dir, round_num)
+
+    def prepare_embeddings(self) -> RecordingSettings:
+        """Read and check ``config.feda2v``, and log what will be recorded.
+
+        `save_round_embeddings` does so at the end of the first round; called when the server has
+        its clients, it finds a mistake before any training.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a value does not fit, or a client lacks `EmbeddingClientMixin`.
+        """
+        settings = RecordingSettings.read(self._feda2v())
+        clients = self._embedding_clients()
+        for client in clients if settings.enabled else ():
+            if not callable(getattr(client, "save_embeddings_to_checkpoint", None)):
+                raise SchemaMismatchError(
+                    f"client {getattr(client, 'id', client)!r}: expected a method "
+                    f"save_embeddings_to_checkpoint, got a {type(client).__name__} without; add "
+                    f"EmbeddingClientMixin to its bases"
+                )
+        _log.info("%s", settings.describe(len(clients)))
+        self._embedding_settings = settings
+        return settings
+
+    def save_round_embeddings(self) -> Path | None:
+        """Record what `config` asks for at the end of this round: for `round_ending_hook`.
+
+        Returns
+        -------
+        Path or None
+            The store, with every commit on the disk; None where nothing was due.
+
+        Raises
+        ------
+        SchemaMismatchError
+            As for `prepare_embeddings` and `save_server_embeddings_to_checkpoint`.
+        FedgfeStoreError or OSError
+            If the store cannot be written.
+        """
+        settings = self._embedding_settings or self.prepare_embeddings()
+        number = self.embedding_round
+        if not settings.enabled:
+            return None
+        saved = None
+        if _due(number, settings.nodes_every):
+            for client in self._embedding_clients():
+                saved = client.save_embeddings_to_checkpoint(
+                    split="all", checkpoint_dir=settings.checkpoint_dir, round_num=number
+                )
+        if _due(number, settings.server_every):
+            saved = self.save_server_embeddings_to_checkpoint(
+                checkpoint_dir=settings.checkpoint_dir, round_num=number
+            )
+        return None if saved is None else settings.store_path
+
+    def _feda2v(self) -> Any:
+        config = getattr(self, "config", None)
+        if config is None:
+            raise SchemaMismatchError(
+                f"{type(self).__name__}: expected an attribute config with a section feda2v, got "
+                f"none"
+            )
+        if isinstance(config, Mapping):
+            return config.get("feda2v")
+        return getattr(config, "feda2v", None)
+
+    def _embedding_clients(self) -> list[Any]:
+        return list(getattr(self, "clients", ()))
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
