@@ -119,12 +119,13 @@ def _show(reports: Sequence[Report]) -> None:
 
 def _write_checkpoints(quiet: bool) -> None:
     from fedgfe_store import EmbeddingStore
-    from fedgfe_store.demo.experiment import write_checkpoints
+    from fedgfe_store.checkpoints import export_checkpoints
 
     _step(
         "the same embeddings as the .pt checkpoints of old, which are no news to the store", quiet
     )
-    write_checkpoints(EmbeddingStore.open(_STORE), _CHECKPOINTS)
+    store = EmbeddingStore.open(_STORE)
+    export_checkpoints(store.select(), _CHECKPOINTS, overwrite=True)
 
 
 def _draw_sheet() -> None:
