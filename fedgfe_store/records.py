@@ -6,7 +6,7 @@ import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -182,6 +182,22 @@ class RecordBatch:
         return np.full((len(self), *shape), np.nan, np.float32)
 
 
+def check_keys(name: str, columns: Sequence[str]) -> None:
+    """Refuse `columns`, the value of `name`, unless they are some key columns, each once.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If they are not.
+    """
+    known = len(set(columns)) == len(columns) and set(columns) <= set(KEY_COLUMNS)
+    if not columns or not known:
+        raise SchemaMismatchError(
+            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, "
+            f"got {', '.join(map(str, columns)) or 'none'}"
+        )
+
+
 def key_at(columns: Mapping[str, np.ndarray], position: int) -> RecordKey:
     """Return the key that stands at `position` of the key columns `columns`."""
     return RecordKey(
@@ -198,6 +214,11 @@ def to_milliseconds(moment: datetime) -> int:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return round(moment.timestamp() * 1000)
+
+
+def from_milliseconds(value: int) -> datetime:
+    """Return the moment `value` milliseconds after 1970 UTC."""
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=value)
 
 
 def _key_columns(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
