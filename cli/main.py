@@ -24,6 +24,7 @@ _COMMANDS = {
     "verify": ("changes", "verify", "Check every record and file; repair."),
     "compact": ("changes", "compact", "Give space back."),
     "merge": ("changes", "merge", "Bring other stores' records into one."),
+    "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
     "demo": ("demo", "command", "Make a small experiment and render it, on any machine."),
 }
 
