@@ -25,6 +25,7 @@ _COMMANDS = {
     "compact": ("changes", "compact", "Give space back."),
     "merge": ("changes", "merge", "Bring other stores' records into one."),
     "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
+    "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
     "demo": ("demo", "command", "Make a small experiment and render it, on any machine."),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, SupportsIndex
@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 from numcodecs.bitround import BitRound
 
+from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema, TensorColumn
 
@@ -196,6 +197,14 @@ def check_keys(name: str, columns: Sequence[str]) -> None:
             f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, "
             f"got {', '.join(map(str, columns)) or 'none'}"
         )
+
+
+def key_order(columns: Iterable[str]) -> Callable[[tuple[Any, ...]], list[Any]]:
+    """Return a key for `sorted` that puts values of key columns in order: nodes by number."""
+    nodes = [name == "node" for name in columns]
+    return lambda values: [
+        numbers_first(value) if node else value for value, node in zip(values, nodes, strict=True)
+    ]
 
 
 def key_at(columns: Mapping[str, np.ndarray], position: int) -> RecordKey:

@@ -56,7 +56,7 @@ class Selection:
             raise SchemaMismatchError(
                 f"per_class: expected a whole number from 1 up, got {per_class!r}"
             )
-        checked = {name: _wanted(name, value) for name, value in filters.items()}
+        checked = {name: wanted_values(name, value) for name, value in filters.items()}
         return cls(snapshot, checked, per_class=per_class)
 
     @property
@@ -255,8 +255,14 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray)
 
 
-def _wanted(name: str, value: Any) -> range | list[Any]:
-    """Return a filter's value as a range of numbers or a list of the column's type."""
+def wanted_values(name: str, value: Any) -> range | list[Any]:
+    """Return the value of the filter `name` as a range, or as a list of the column's type.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is of another type.
+    """
     if isinstance(value, range):
         return value if name in _NUMBERS else [_one(name, number) for number in value]
     if isinstance(value, str | bytes) or _is_whole(value) or not isinstance(value, Iterable):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from fedgfe_store._text import numbers_first
 from fedgfe_store.analysis._scan import (
     Features,
     Progress,
@@ -22,7 +21,7 @@ from fedgfe_store.analysis._scan import (
     with_values,
 )
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import check_keys
+from fedgfe_store.records import check_keys, key_order
 from fedgfe_store.selection import Selection
 
 Group = tuple[Any, ...]
@@ -163,19 +162,10 @@ def group_keys(groups: xr.Dataset, what: str, *needed: str) -> pd.DataFrame:
     return pd.DataFrame({name: groups[name].to_numpy() for name in names})
 
 
-def sort_key(by: Iterable[str]) -> Callable[[Group], list[Any]]:
-    """Return a key for `sorted` that puts groups in order: nodes by number, others as they are."""
-    numbered = [name == "node" for name in by]
-    return lambda group: [
-        numbers_first(value) if as_node else value
-        for value, as_node in zip(group, numbered, strict=True)
-    ]
-
-
 def _groups(keys: pd.DataFrame) -> tuple[list[Group], np.ndarray]:
     """Return the distinct rows of `keys`, sorted, and the place of each row among them."""
     rows = list(keys.itertuples(index=False, name=None))
-    groups = sorted(set(rows), key=sort_key(keys.columns))
+    groups = sorted(set(rows), key=key_order(keys.columns))
     place = {group: number for number, group in enumerate(groups)}
     return groups, np.array([place[row] for row in rows], np.int64)
 

@@ -9,9 +9,9 @@ import pandas as pd
 import xarray as xr
 
 from fedgfe_store.analysis._scan import Progress, Tokens, Vectors, key_frame
-from fedgfe_store.analysis.centroids import Group, centroids, combine, group_keys, sort_key
+from fedgfe_store.analysis.centroids import Group, centroids, combine, group_keys
 from fedgfe_store.analysis.distances import SERVER, class_spread, distance, distance_to_server
-from fedgfe_store.records import check_keys
+from fedgfe_store.records import check_keys, key_order
 from fedgfe_store.selection import Selection
 
 _NUMBERS = (
@@ -80,7 +80,7 @@ def summarize(
 
 
 def _sorted(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    order = sort_key(by)
+    order = key_order(by)
     labels = list(table[list(by)].itertuples(index=False, name=None))
     rows = sorted(range(len(labels)), key=lambda row: order(labels[row]))
     columns = [*by, *(name for name in _NUMBERS if name in table)]
