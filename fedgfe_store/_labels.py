@@ -26,10 +26,10 @@ def label_of(values: Iterable[Any], names: Iterable[str]) -> str:
             continue  # nearly every record has one image, which needs no number
         plain = (name, value) == ("node", "server")
         words.append(str(value) if plain else _SAID.get(name, "{}").format(value))
-    return ", ".join(_clean(word) or "(empty)" for word in words)
+    return ", ".join(clean(word) or "(empty)" for word in words)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Return `text` in one line of signs that the font has."""
     return " ".join("".join(map(_drawable, text[:_LONGEST])).split())
 

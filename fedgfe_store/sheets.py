@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from fedgfe_store._drawing import LARGEST, SMALLEST, Style, draw_frame, draw_page
-from fedgfe_store._labels import label_of
+from fedgfe_store._labels import clean, label_of
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.pictures import Picture
 from fedgfe_store.records import KEY_COLUMNS, check_keys, key_order
@@ -175,7 +175,7 @@ def save_sheet(
     style = Style.of(sheet, thumbnail)
     pages = list(style.pages(sheet))
     names = _page_names(file, len(pages))
-    head = sheet.title if title is None else title
+    head = sheet.title if title is None else clean(title)
     for number, (name, (rows, columns)) in enumerate(zip(names, pages, strict=True), 1):
         said = head if len(pages) == 1 else f"{head} (page {number} of {len(pages)})".strip()
         page = replace(sheet, rows=rows, columns=columns)
@@ -258,7 +258,8 @@ def animate(pictures: Iterable[Picture], file: Path, *, thumbnail: int = 256) ->
     check_output(file, MOVING_KINDS)
     _check_size(thumbnail)
     sheet = arrange(pictures, rows=[name for name in KEY_COLUMNS if name != "round"])
-    row = max(sheet.rows, key=lambda r: sum(cell[0] == r for cell in sheet.cells))
+    rounds_of = Counter(row for row, _ in sheet.cells)
+    row = max(sheet.rows, key=rounds_of.__getitem__)
     shown = [sheet.cells[row, column] for column in sheet.columns if (row, column) in sheet.cells]
     if len(shown) < 2:
         raise SchemaMismatchError(

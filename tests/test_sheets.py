@@ -221,7 +221,7 @@ def test_pictures_lie_in_rows_and_columns_under_any_labels(tmp_path, thumbnail):
     assert {box[2:] for box in found.values()} == {(thumbnail, thumbnail)}
     check_margins(tmp_path / "a.png")
     across = arrange(find_pictures(tmp_path / "in"), rows=["round"], columns=["class_name"])
-    save_sheet(across, tmp_path / "b.png", thumbnail=thumbnail, title="y" * 500)
+    save_sheet(across, tmp_path / "b.png", thumbnail=thumbnail, title="y\n\0é" * 200)
     assert len(cells_of(tmp_path / "b.png", colours)) == len(keys)
     check_margins(tmp_path / "b.png")
 
