@@ -55,6 +55,23 @@ class NameList(click.ParamType):
         return names
 
 
+class KeyList(click.ParamType):
+    """Key columns by the names of their filters: ``round,class``."""
+
+    name = "keys"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return `value` as a list of the columns' names."""
+        if not isinstance(value, str):
+            return value
+        keys = [part.strip() for part in value.split(",")]
+        known = {"node": "node", "round": "round", "split": "split", "class": "class_name",
+                 "index": "index"}  # fmt: skip
+        if len(set(keys)) < len(keys) or not set(keys) <= set(known):
+            self.fail(f"expected some of {', '.join(known)}, each once, got {value!r}", param, ctx)
+        return [known[key] for key in keys]
+
+
 def _ascending(kind: click.ParamType, found: re.Match[str], param: Any, ctx: Any) -> range:
     first, last = int(found[1]), int(found[2])
     if first > last:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
@@ -129,20 +128,9 @@ def _write_checkpoints(quiet: bool) -> None:
 
 
 def _draw_sheet() -> None:
-    from fedgfe_store import EmbeddingStore
-    from fedgfe_store.generation.images import image_name
-    from fedgfe_store.sheets import contact_sheet
+    from fedgfe_store.pictures import find_pictures
+    from fedgfe_store.sheets import arrange, save_sheet
 
-    selection = EmbeddingStore.open(_STORE).select(node="server", split="test", index=0)
-    keys = selection.keys()
     folder = Path("output_images") / _EXPERIMENT
-    pictures = {(k.class_name, f"round {k.round}"): folder / image_name(k) for k in keys}
-    sheet = contact_sheet(
-        pictures,
-        rows=list(dict.fromkeys(k.class_name for k in keys)),
-        columns=[f"round {number}" for number in sorted({k.round for k in keys})],
-        title="server, test sample 0",
-    )
-    temporary = _SHEET.with_suffix(".tmp.png")
-    sheet.save(temporary)
-    os.replace(temporary, _SHEET)
+    pictures = find_pictures(folder, node="server", split="test", index=0)
+    save_sheet(arrange(pictures), _SHEET, thumbnail=96)

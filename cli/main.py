@@ -29,6 +29,8 @@ _COMMANDS = {
     "verify": ("changes", "verify", "Check every record and file; repair."),
     "compact": ("changes", "compact", "Give space back."),
     "merge": ("changes", "merge", "Bring other stores' records into one."),
+    "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
+    "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import uuid
@@ -111,3 +112,15 @@ class DurableStore(LocalStore):
         self._check_writable()
         path = self.root / key
         await asyncio.to_thread(write_file, path, value.as_buffer_like())
+
+
+def usage(folder: Path) -> tuple[int, int]:
+    """Return the bytes and the number of the files under `folder`, those of a writer included."""
+    nbytes = count = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            # A writer renames and removes files meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                nbytes += os.lstat(os.path.join(where, name)).st_size
+                count += 1
+    return nbytes, count

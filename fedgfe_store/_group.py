@@ -144,6 +144,15 @@ class Group:
         return [c.name for c in key_columns(self.schema).values() if c.dim == "record"]
 
 
+def is_store(path: Path) -> bool:
+    """Tell whether the folder `path` is a Zarr group of ours, sound or not."""
+    try:
+        attributes = json.loads((path / GROUP_FILE).read_bytes())["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(attributes, dict) and ATTRIBUTE in attributes
+
+
 def _damaged(where: Path, error: Exception) -> DamagedDataError:
     return DamagedDataError(
         f"{where} is damaged: {type(error).__name__} {error} (did another tool rewrite it?)"

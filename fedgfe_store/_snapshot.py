@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fedgfe_store.records import (
     NOTE_COLUMNS,
     RecordKey,
     digest,
+    from_milliseconds,
     key_at,
     row_digests,
 )
@@ -79,6 +81,13 @@ class Snapshot:
     def point(self) -> CommitPoint:
         """Commit point of the store when this state was read."""
         return self.group.point
+
+    @property
+    def committed_at(self) -> datetime | None:
+        """When the commit that is seen was made, UTC; None for a store without commits."""
+        if not self.commit:
+            return None
+        return from_milliseconds(int(self.column("commit_time")[self.commit - 1]))
 
     @cached_property
     def visible(self) -> np.ndarray:

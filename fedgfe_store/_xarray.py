@@ -13,7 +13,10 @@ from xarray.core import indexing
 from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
+    from fedgfe_store.schema import Schema
     from fedgfe_store.selection import Selection
+
+_DASK_BYTES = 64 * 2**20
 
 
 class _TensorArray(BackendArray):
@@ -40,12 +43,23 @@ class _TensorArray(BackendArray):
         return values[0] if isinstance(first, int | np.integer) else values
 
 
+def _chunks(schema: Schema) -> dict[str, dict[str, int]]:
+    """Whole files, near 64 MiB, as dask's chunks for those who ask for `chunks={}`."""
+    files = max(1, _DASK_BYTES // (schema.granule * schema.record_nbytes))
+    return {"preferred_chunks": {"record": schema.granule * files}}
+
+
 def to_dataset(selection: Selection) -> xr.Dataset:
     """Return `selection` as `Selection.to_xarray` describes it."""
     frame = selection.records
+    # Arrays go to other processes with what they hold: the rows, but not the frame.
+    rows = selection.take(slice(None))
+    chunks = _chunks(selection.schema)
     variables = {
         t.name: xr.Variable(
-            ("record", *t.dims), indexing.LazilyIndexedArray(_TensorArray(selection, t.name))
+            ("record", *t.dims),
+            indexing.LazilyIndexedArray(_TensorArray(rows, t.name)),
+            encoding=chunks,
         )
         for t in selection.schema.tensors
     }
@@ -53,7 +67,7 @@ def to_dataset(selection: Selection) -> xr.Dataset:
     notes = frame.drop(columns=list(KEY_COLUMNS))
     notes["timestamp"] = notes["timestamp"].dt.tz_localize(None)
     coords = xr.Coordinates.from_pandas_multiindex(index, "record").assign(
-        {name: ("record", notes[name].to_numpy()) for name in notes}
+        {name: xr.Variable("record", notes[name], encoding=chunks) for name in notes}
     )
     metadata = selection.schema.metadata
     attrs = {"experiment": metadata.experiment or "", "commit": selection.commit}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import xxhash
 from numcodecs.bitround import BitRound
 
+from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema, TensorColumn
 
@@ -184,6 +185,30 @@ class RecordBatch:
         return np.full((len(self), *shape), np.nan, np.float32)
 
 
+def check_keys(name: str, columns: Sequence[str]) -> None:
+    """Refuse `columns`, the value of `name`, unless they are some key columns, each once.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If they are not.
+    """
+    known = len(set(columns)) == len(columns) and set(columns) <= set(KEY_COLUMNS)
+    if not columns or not known:
+        raise SchemaMismatchError(
+            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, "
+            f"got {', '.join(map(str, columns)) or 'none'}"
+        )
+
+
+def key_order(columns: Iterable[str]) -> Callable[[tuple[Any, ...]], list[Any]]:
+    """Return a key for `sorted` that puts values of key columns in order: nodes by number."""
+    nodes = [name == "node" for name in columns]
+    return lambda values: [
+        numbers_first(value) if node else value for value, node in zip(values, nodes, strict=True)
+    ]
+
+
 def key_at(columns: Mapping[str, np.ndarray], position: int) -> RecordKey:
     """Return the key that stands at `position` of the key columns `columns`."""
     return RecordKey(
@@ -200,6 +225,11 @@ def to_milliseconds(moment: datetime) -> int:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return round(moment.timestamp() * 1000)
+
+
+def from_milliseconds(value: int) -> datetime:
+    """Return the moment `value` milliseconds after 1970 UTC."""
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=value)
 
 
 def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:

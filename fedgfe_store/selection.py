@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -11,7 +12,7 @@ import numpy as np
 
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey
+from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey, check_keys
 from fedgfe_store.schema import Schema
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Selection:
             raise SchemaMismatchError(
                 f"per_class: expected a whole number from 1 up, got {per_class!r}"
             )
-        checked = {name: _wanted(name, value) for name, value in filters.items()}
+        checked = {name: wanted_values(name, value) for name, value in filters.items()}
         return cls(snapshot, checked, per_class=per_class)
 
     @property
@@ -81,8 +82,20 @@ class Selection:
         return True
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self._filters.items()) or "all records"
+        shown = ", ".join(self._description()) or "all records"
         return f"<Selection of {self.path} at commit {self.commit}: {len(self)} records ({shown})>"
+
+    def _repr_html_(self) -> str:
+        from fedgfe_store._html import selection_html
+
+        return selection_html(self, self._snapshot, self._description())
+
+    def _description(self) -> list[str]:
+        filters = dict(self._filters)
+        if self._per_class is not None:
+            filters["per_class"] = self._per_class
+        parts = [f"{name}={reprlib.repr(value)}" for name, value in filters.items()]
+        return parts if self._given is None else [*parts, "taken by position"]
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -129,6 +142,30 @@ class Selection:
         frame = pd.DataFrame({name: self._column(name, self.rows) for name in names})
         frame["timestamp"] = pd.to_datetime(frame["timestamp"], unit="ms", utc=True)
         return frame
+
+    def counts(self, *columns: str) -> pd.Series[int]:
+        """Return how many records there are of each combination of key columns' values.
+
+        Parameters
+        ----------
+        *columns : str
+            Key columns, such as ``"round", "node"``.
+
+        Returns
+        -------
+        Series of int
+            Counts, indexed by the values that occur, sorted.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a name is not that of a key column, or none is given.
+        """
+        import pandas as pd
+
+        check_keys("counts", columns)
+        keys = pd.DataFrame({name: self._column(name, self.rows) for name in columns})
+        return keys.groupby(list(columns), sort=True).size()
 
     def keys(self) -> list[RecordKey]:
         """Return the records' keys."""
@@ -226,8 +263,14 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray)
 
 
-def _wanted(name: str, value: Any) -> range | list[Any]:
-    """Return a filter's value as a range of numbers or a list of the column's type."""
+def wanted_values(name: str, value: Any) -> range | list[Any]:
+    """Return the value of the filter `name` as a range, or as a list of the column's type.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is of another type.
+    """
     if isinstance(value, range):
         return value if name in _NUMBERS else [_one(name, number) for number in value]
     if isinstance(value, str | bytes) or _is_whole(value) or not isinstance(value, Iterable):

@@ -110,6 +110,11 @@ class EmbeddingStore:
             f"{self.schema.describe()}, {self.schema.precision}>"
         )
 
+    def _repr_html_(self) -> str:
+        from fedgfe_store._html import store_html
+
+        return store_html(self.select(), self._snapshot)
+
     def refresh(self) -> None:
         """See the latest commit."""
         self._snapshot = Snapshot.latest(self.path)

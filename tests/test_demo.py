@@ -14,7 +14,6 @@ from fedgfe_store import EmbeddingStore
 from fedgfe_store.checkpoints import import_checkpoints
 from fedgfe_store.demo.experiment import RECORDED
 from fedgfe_store.demo.pictograms import CLASSES
-from fedgfe_store.sheets import contact_sheet
 
 KEY = ["node", "round", "split", "class_name", "index"]
 
@@ -57,14 +56,6 @@ def test_the_sheet_shows_classes_by_rounds(demo):
     assert sheet.width > 4 * 96
     colours = {sheet.getpixel((x, y)) for x in range(sheet.width) for y in (100, 500, 1000)}
     assert len(colours) > 100
-
-
-def test_a_cell_without_a_picture_is_marked(tmp_path):
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    sheet = contact_sheet({("r", "a"): tmp_path / "a.png"}, rows=["r"], columns=["a", "b"], size=20)
-    pixels = np.asarray(sheet)
-    assert (pixels == (255, 0, 0)).all(axis=2).sum() == 400
-    assert (pixels == (225, 225, 225)).all(axis=2).sum() >= 76
 
 
 def test_the_store_beside_it_generates_as_it_stands(demo):

@@ -1,0 +1,131 @@
+"""Contact sheets and animations of rendered images: ``sheet``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import KeyList, filter_options, quiet_option
+from ._progress import progress
+from ._tables import counted
+
+if TYPE_CHECKING:
+    from fedgfe_store.pictures import Picture
+    from fedgfe_store.sheets import Sheet
+
+    from .main import Context
+
+
+@click.command("sheet")
+@filter_options
+@click.option(
+    "--input-dir",
+    "--input_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the images [output_images/<experiment>].",
+)
+@click.option(
+    "--rows",
+    type=KeyList(),
+    default="class",
+    show_default=True,
+    help="What a row is: node, round, split, class, index, or several: class,index.",
+)
+@click.option(
+    "--columns", type=KeyList(), default="round", show_default=True, help="What a column is."
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file [sheet.png; with --animate sheet.gif].",
+)
+@click.option(
+    "--thumbnail",
+    type=click.IntRange(32, 1024),
+    help="Width of a picture in pixels [128; with --animate 256].",
+)
+@click.option("--title", help="A line above the sheet [what its pictures have in common].")
+@click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
+@quiet_option
+@click.pass_obj
+def command(
+    obj: Context,
+    /,
+    filters: dict[str, Any],
+    input_dir: Path | None,
+    rows: list[str],
+    columns: list[str],
+    output: Path | None,
+    thumbnail: int | None,
+    title: str | None,
+    animate: bool,
+    quiet: bool,
+) -> None:
+    """Draw contact sheets of rendered images, or one sample over the rounds.
+
+    Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
+    larger than 4096 pixels goes into several files.
+
+    \b
+    fedgfe-store sheet --node server --split test
+    fedgfe-store sheet --rows node --class dog --index 0 --output dogs.png
+    fedgfe-store sheet --animate --class dog --node server --output dog.gif
+    """
+    from fedgfe_store import sheets
+
+    output = output or Path("sheet.gif" if animate else "sheet.png")
+    sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
+    pictures = _pictures(obj, input_dir or _default_folder(obj), filters)
+    if animate:
+        shown = sheets.animate(pictures, output, thumbnail=thumbnail or 256)
+        rounds = ", ".join(str(picture.key.round) for picture in shown)
+        click.echo(f"{output}: {shown[0].key.class_name}, rounds {rounds}")
+        return
+    sheet = sheets.arrange(pictures, rows=rows, columns=columns)
+    with progress(len(sheet.cells), "pictures", quiet=quiet) as advance:
+        files = sheets.save_sheet(
+            sheet,
+            output,
+            title=title,
+            thumbnail=thumbnail or 128,
+            report=lambda line: click.echo(f"note: {line}", err=True),
+            progress=advance,
+        )
+    for line in _told(sheet, len(pictures), files):
+        click.echo(line)
+
+
+def _default_folder(obj: Context) -> Path:
+    from fedgfe_store import EmbeddingStore
+
+    store = EmbeddingStore.open(obj.store)
+    return Path("output_images") / (store.schema.metadata.experiment or store.path.resolve().stem)
+
+
+def _pictures(obj: Context, folder: Path, filters: dict[str, Any]) -> list[Picture]:
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import NotFoundError
+    from fedgfe_store.pictures import find_pictures
+
+    sample_ids = filters.pop("sample_id", None)
+    pictures = find_pictures(folder, **filters)
+    if sample_ids is None:
+        return pictures
+    keys = set(EmbeddingStore.open(obj.store).select(sample_id=sample_ids).keys())
+    kept = [picture for picture in pictures if picture.key in keys]
+    if not kept:
+        raise NotFoundError(f"no picture in {folder} is of {', '.join(sample_ids)}")
+    return kept
+
+
+def _told(sheet: Sheet, found: int, files: list[Path]) -> list[str]:
+    shape = f"{counted(len(sheet.rows), 'row')}, {counted(len(sheet.columns), 'column')}"
+    pictures = counted(len(sheet.cells), "picture")
+    where = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name}"
+    lines = [f"{where}: {shape}, {pictures}, {sheet.missing:,} missing"]
+    if found > len(sheet.cells):
+        said = sheet.title or "see below the pictures"
+        lines.append(f"one picture for each cell, of {found:,}: {said}")
+    return lines

@@ -1,0 +1,140 @@
+"""Numbers about embeddings: ``stats``."""
+
+from __future__ import annotations
+
+from math import floor, isnan, log10
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import KeyList, as_of_option, filter_options, quiet_option
+from ._progress import progress
+from ._tables import counted, print_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedgfe_store.selection import Selection
+
+    from .main import Context
+
+_MEANINGS = {
+    "norm": "mean length of the records' vectors",
+    "spread": "root mean square of the records' distances to their centroid",
+    "separation": "distance between the classes' centroids / within the classes",
+    "drift": "cosine distance of the centroid to that of the previous round",
+    "drift_l2": "L2 distance of these two",
+    "to_server": "cosine distance of a node's class centroid to the server's, "
+    "mean over nodes and classes",
+    "to_server_l2": "L2 distance of these two, mean over nodes and classes",
+}
+_DIGITS = {"drift": 5, "to_server": 5}
+
+
+@click.command("stats")
+@filter_options
+@as_of_option
+@click.option(
+    "--by",
+    type=KeyList(),
+    default="round,class",
+    show_default=True,
+    help="What forms a group: any of node, round, split, class, index.",
+)
+@click.option("--column", default=None, help="Tensor column [t5; clip for sd].")
+@click.option(
+    "--tokens",
+    type=click.Choice(["mean", "flat"]),
+    default="mean",
+    show_default=True,
+    help="A vector per record: the mean over its tokens, or all of them.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+    help="json gives one group per line; csv and json have all digits.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw it over the rounds: png, pdf or svg.",
+)
+@quiet_option
+@click.pass_obj
+def command(
+    obj: Context,
+    /,
+    filters: dict[str, Any],
+    as_of: int | None,
+    by: list[str],
+    column: str | None,
+    tokens: Any,
+    form: str,
+    plot: Path | None,
+    quiet: bool,
+) -> None:
+    """Show how embeddings spread, drift over rounds, and differ from the server's.
+
+    Records are read once, a few at a time.
+
+    \b
+    fedgfe-store stats
+    fedgfe-store stats --by round,node --class dog --plot drift.png
+    fedgfe-store stats --by round --column clip --format csv > stats.csv
+    """
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.analysis import summarize
+    from fedgfe_store.analysis.plots import check_plot, plot_summary
+
+    if plot is not None:
+        check_plot(plot, by)
+    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    column = column or ("t5" if "t5" in selection.schema.columns else "clip")
+    with progress(len(selection), "records", quiet=quiet) as advance:
+        table = summarize(selection, by, column=column, tokens=tokens, progress=advance)
+    where = f"{selection.path}, commit {selection.commit}: {_vectors(selection, column, tokens)}"
+    if form == "csv":
+        click.echo(table.to_csv(index=False), nl=False)
+    elif form == "json":
+        text = table.to_json(orient="records", lines=True, double_precision=15, force_ascii=False)
+        click.echo(text, nl=False)
+    else:
+        if len(table):
+            _print(table, by)
+            click.echo()
+        click.echo(f"{counted(int(table['records'].sum()), 'record')} of {where}")
+    if plot is not None:
+        plot_summary(table, by, plot, title=where)
+        click.echo(f"plot: {plot}", err=form != "table")
+
+
+def _vectors(selection: Selection, column: str, tokens: str) -> str:
+    shape = selection.schema.columns[column]
+    if len(shape) < 2:
+        return column
+    how = f"mean over {shape[0]} tokens" if tokens == "mean" else f"{shape[0]} tokens as one vector"
+    return f"{column}, {how}"
+
+
+def _print(table: pd.DataFrame, by: list[str]) -> None:
+    numbers = [name for name in table.columns if name not in by]
+    shown = {name: _column(table[name].tolist(), _DIGITS.get(name, 4)) for name in numbers}
+    shown["records"] = [f"{n:,}" for n in table["records"]]
+    columns = [shown.get(name, table[name].tolist()) for name in table.columns]
+    right = [name for name in table.columns if name in ("round", "index", *numbers)]
+    print_table(list(table.columns), zip(*columns, strict=True), right=right)
+    click.echo()
+    for name in [name for name in _MEANINGS if name in table]:
+        click.echo(f"{name}: {_MEANINGS[name]}")
+
+
+def _column(values: list[float], digits: int) -> list[str]:
+    """Return numbers with as many decimals as the largest needs for so many digits."""
+    largest = max((abs(v) for v in values if v and not isnan(v)), default=1.0)
+    decimals = max(0, digits - 1 - floor(log10(largest)))
+    return ["-" if isnan(v) else f"{v:,.{decimals}f}" for v in values]

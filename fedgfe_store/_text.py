@@ -1,0 +1,53 @@
+"""Counts, sizes and lists as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things as people read it: ``1 record``, ``1,200 records``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def size(nbytes: float) -> str:
+    """Return a number of bytes as people read it: ``3.2 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def numbers(values: Iterable[int]) -> str:
+    """Return whole numbers with runs of three or more as ranges: ``1, 3, 5-10``."""
+    parts: list[str] = []
+    run: list[int] = []
+    for value in [*sorted(set(values)), None]:
+        if run and (value is None or value != run[-1] + 1):
+            long = len(run) > 2
+            parts += [f"{run[0]}-{run[-1]}"] if long else map(str, run)
+            run = []
+        if value is not None:
+            run.append(value)
+    return ", ".join(parts)
+
+
+def names(values: Iterable[str], *, most: int = 12) -> str:
+    """Return `values` in one line, numbers as ranges and first; a long list is cut with a count."""
+    unique = sorted(set(values))
+    plain = [v for v in unique if not v.isdecimal()]
+    whole = numbers(int(v) for v in unique if v.isdecimal())
+    shown = ([whole] if whole else []) + plain[:most]
+    more = [f"and {len(plain) - most} more"] if len(plain) > most else []
+    return ", ".join(shown + more)
+
+
+def numbers_first(name: str) -> tuple[bool, int, str]:
+    """Return the place of a name in a list: ``0, 2, 10, server``; a key for `sorted`."""
+    return (not name.isdecimal(), len(name) if name.isdecimal() else 0, name)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return `text` cut to at most `most` characters, with a mark where something is missing."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,0 +1,20 @@
+"""Numbers about embeddings: centroids, drift, distances and projections, in bounded memory.
+
+Each function reads a selection once (`project` twice), a few records at a time, and computes in
+float64. What stays in memory is its result.
+"""
+
+from fedgfe_store.analysis.centroids import centroids, combine
+from fedgfe_store.analysis.distances import class_spread, distance_to_server, drift
+from fedgfe_store.analysis.projection import project
+from fedgfe_store.analysis.summary import summarize
+
+__all__ = [
+    "centroids",
+    "class_spread",
+    "combine",
+    "distance_to_server",
+    "drift",
+    "project",
+    "summarize",
+]

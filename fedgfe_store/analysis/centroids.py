@@ -1,0 +1,191 @@
+"""Centroids of groups of records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from fedgfe_store.analysis._scan import (
+    Features,
+    Progress,
+    Tokens,
+    Vectors,
+    batches,
+    key_frame,
+    squares,
+    with_values,
+)
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import check_keys, key_order
+from fedgfe_store.selection import Selection
+
+Group = tuple[Any, ...]
+
+
+class _Sums:
+    """Count, mean, mean length and squared deviations of each group, updated batch by batch.
+
+    Squares are summed about each batch's own mean and moved to the common one (Chan, Golub and
+    LeVeque, 1979), so that a spread that is small beside the mean keeps its digits.
+    """
+
+    def __init__(self, groups: int, width: int) -> None:
+        self.count = np.zeros(groups, np.int64)
+        self.mean = np.zeros((groups, width))
+        self.lengths = np.zeros(groups)
+        self.squares = np.zeros(groups)
+
+    def add(self, vectors: Vectors, groups: np.ndarray) -> None:
+        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+        for group in np.unique(groups):
+            mask = groups == group
+            own = vectors[mask]
+            mean = own.mean(axis=0)
+            own -= mean
+            self.merge(group, len(own), mean, float(lengths[mask].sum()), squares(own))
+
+    def merge(self, group: int, n: int, mean: Vectors, lengths: float, own: float) -> None:
+        total = self.count[group] + n
+        delta = mean - self.mean[group]
+        self.squares[group] += own + squares(delta) * self.count[group] * n / total
+        self.mean[group] += delta * (n / total)
+        self.lengths[group] += lengths
+        self.count[group] = total
+
+
+def centroids(
+    selection: Selection,
+    by: Sequence[str] = ("round", "class_name"),
+    *,
+    column: str = "t5",
+    tokens: Tokens = "mean",
+    progress: Progress = lambda records: None,
+) -> xr.Dataset:
+    r"""Return the centroid, spread and mean length of groups of records.
+
+    Parameters
+    ----------
+    selection : Selection
+        Records; those without a value in an optional column are left out.
+    by : sequence of str
+        Key columns: records that agree in all of them form a group.
+    column : str
+        Tensor column.
+    tokens : {"mean", "flat"}
+        What becomes of a token axis. ``"mean"``: a record's vector is the mean over its tokens,
+        as is usual for sentence embeddings. ``"flat"``: each token keeps its place, so that
+        distances are those of the whole tensors, as the image model is given them; the result
+        takes as many times the space as there are tokens.
+    progress : callable
+        Called with the number of records just read.
+
+    Returns
+    -------
+    Dataset
+        Along ``group``, a MultiIndex of the columns `by`, so that ``.sel(round=5)`` works:
+        ``centroid`` float64 ``[group, \*shape]``, ``count`` of records, ``norm``, the mean L2
+        norm of the records' vectors, and ``spread``, the root mean square of their L2 distances
+        to the centroid.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If `by`, `column` or `tokens` is of no use.
+    DamagedDataError
+        If a record is not what was committed; names it.
+    """
+    check_keys("by", by)
+    features = Features.of(selection, column, tokens)
+    found = with_values(selection, column)
+    progress(len(selection) - len(found))
+    groups, codes = _groups(key_frame(found, by))
+    sums = _Sums(len(groups), features.width)
+    for part in batches(found, column):
+        sums.add(features.read(found.take(part)), codes[part])
+        progress(part.stop - part.start)
+    attrs = {**features.describe(), "commit": selection.commit}
+    shape = {name: n for name, n in zip(features.dims, features.shape, strict=True)}
+    return _dataset(groups, by, sums, shape, attrs)
+
+
+def combine(groups: xr.Dataset, by: Sequence[str]) -> xr.Dataset:
+    """Return the centroids of wider groups, without reading the records again.
+
+    Parameters
+    ----------
+    groups : Dataset
+        A result of `centroids`.
+    by : sequence of str
+        Some of the key columns that it was grouped by.
+
+    Returns
+    -------
+    Dataset
+        What `centroids` gives for `by`.
+    """
+    check_keys("by", by)
+    keys = group_keys(groups, "combine", *by)
+    wider, codes = _groups(keys[list(by)])
+    values = groups["centroid"].to_numpy()
+    flat = values.reshape(len(values), prod(values.shape[1:]))
+    sums = _Sums(len(wider), flat.shape[1])
+    count, norm, spread = (groups[name].to_numpy() for name in ("count", "norm", "spread"))
+    for i, group in enumerate(codes):
+        n = int(count[i])
+        sums.merge(group, n, flat[i], float(norm[i]) * n, float(spread[i]) ** 2 * n)
+    shape = {str(name): groups.sizes[name] for name in groups["centroid"].dims[1:]}
+    return _dataset(wider, by, sums, shape, groups.attrs)
+
+
+def group_keys(groups: xr.Dataset, what: str, *needed: str) -> pd.DataFrame:
+    """Return the key columns that `groups`, a result of `centroids`, was grouped by.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is none, or one of the columns `needed` by the function `what` is missing.
+    """
+    if "group" not in groups.dims or "centroid" not in groups:
+        got = ", ".join(map(str, groups)) or "nothing"
+        raise SchemaMismatchError(f"{what}: expected a result of centroids, got a dataset of {got}")
+    names = [str(name) for name in groups["group"].coords if name != "group"]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise SchemaMismatchError(
+            f"{what}: expected centroids by {', '.join(missing)} too, got by {', '.join(names)}"
+        )
+    return pd.DataFrame({name: groups[name].to_numpy() for name in names})
+
+
+def _groups(keys: pd.DataFrame) -> tuple[list[Group], np.ndarray]:
+    """Return the distinct rows of `keys`, sorted, and the place of each row among them."""
+    rows = list(keys.itertuples(index=False, name=None))
+    groups = sorted(set(rows), key=key_order(keys.columns))
+    place = {group: number for number, group in enumerate(groups)}
+    return groups, np.array([place[row] for row in rows], np.int64)
+
+
+def _dataset(
+    groups: list[Group],
+    by: Sequence[str],
+    sums: _Sums,
+    shape: Mapping[str, int],
+    attrs: Mapping[Any, Any],
+) -> xr.Dataset:
+    values = zip(*groups, strict=True) if groups else [()] * len(by)
+    types = [np.int64 if name in ("round", "index") else object for name in by]
+    levels = [np.array(v, dtype=t) for v, t in zip(values, types, strict=True)]
+    index = pd.MultiIndex.from_arrays(levels, names=list(by))
+    count = np.maximum(sums.count, 1)
+    variables = {
+        "centroid": (("group", *shape), sums.mean.reshape(len(groups), *shape.values())),
+        "count": ("group", sums.count),
+        "norm": ("group", sums.lengths / count),
+        "spread": ("group", np.sqrt(sums.squares / count)),
+    }
+    return xr.Dataset(variables, xr.Coordinates.from_pandas_multiindex(index, "group"), dict(attrs))

@@ -1,0 +1,222 @@
+"""Pictures of a summary: drift and distances over rounds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from fedgfe_store._text import shortened
+from fedgfe_store.analysis._extra import extra
+from fedgfe_store.analysis.centroids import Group
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PANELS = {
+    "drift": "drift: cosine distance of a centroid to that of the previous round",
+    "to_server": "to server: mean cosine distance of nodes' class centroids to the server's",
+    "separation": "separation: distance between classes / within classes",
+}
+_MOST_LINES = 30
+_MOST_TICKS = 12
+_WIDE_RANGE = 30
+_LONGEST_LABEL = 28
+_FONT = 9
+_WIDTH, _BETWEEN = 5.6, 0.75
+_STYLES = ("-", "--", ":")
+
+
+@dataclass(frozen=True)
+class _Line:
+    label: str
+    rounds: np.ndarray
+    values: np.ndarray
+    number: int
+    thin: bool = False
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """Colour and stroke: ten colours, then the same ones dashed and dotted."""
+        look = {"color": f"C{self.number % 10}", "linestyle": _STYLES[self.number // 10 % 3]}
+        if self.thin:
+            return look | {"linewidth": 0.7, "alpha": 0.45}
+        marked = len(self.rounds) <= _MOST_TICKS
+        return look | {"linewidth": 1.6, "marker": "o" if marked else "", "markersize": 3.5}
+
+
+def check_plot(file: Path, by: Sequence[str]) -> None:
+    """Refuse a picture that `plot_summary` could not draw, before anything is read.
+
+    Raises
+    ------
+    NotFoundError
+        If matplotlib or scikit-learn is not installed, or there is no folder for `file`.
+    SchemaMismatchError
+        If `file` is of no known kind, or `by` has no ``round``.
+    """
+    extra("sklearn", "a plot")
+    kinds = _figure(1, 1).canvas.get_supported_filetypes()
+    if file.suffix.lower().removeprefix(".") not in kinds:
+        raise SchemaMismatchError(f"{file}: expected a name ending in .{', .'.join(sorted(kinds))}")
+    if not file.parent.is_dir():
+        raise NotFoundError(f"{file}: there is no folder {file.parent}")
+    if "round" not in by:
+        raise SchemaMismatchError(f"a plot is over rounds: expected them in {', '.join(by)}")
+
+
+def plot_summary(table: pd.DataFrame, by: Sequence[str], file: Path, *, title: str = "") -> None:
+    """Draw drift, distance to the server and separation of classes over the rounds.
+
+    A line for each group, with its name beside its end. Where there are too many, those of each
+    value of the first key share a colour, and their mean is named.
+
+    Parameters
+    ----------
+    table : DataFrame
+        A result of `summarize`.
+    by : sequence of str
+        Its key columns.
+    file : Path
+        Where the picture goes; its ending tells the kind (png, pdf, svg).
+    title : str
+        A line above the picture.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If there is nothing to draw, or far too much.
+    """
+    check_plot(file, by)
+    panels = [name for name in _PANELS if name in table and table[name].notna().any()]
+    if not panels:
+        raise SchemaMismatchError("a plot needs records of two rounds, or of a server and nodes")
+    others = [name for name in by if name != "round"]
+    drawn = {name: _lines(table, others, name) for name in panels}
+    named = max(sum(not line.thin for line in lines) for lines in drawn.values())
+    height = max(2.4, 0.19 * named)
+    figure, stacked = _panels(len(panels), height)
+    for axes, name in zip(stacked, panels, strict=True):
+        mean = " (thick: mean)" if any(line.thin for line in drawn[name]) else ""
+        _draw(axes, drawn[name], f"{_PANELS[name]}{mean}")
+    _mark_rounds(stacked[-1], table["round"].unique())
+    for axes, name in zip(stacked, panels, strict=True):
+        _name(axes, [line for line in drawn[name] if line.label and not line.thin], height)
+    stacked[0].text(0, 1 + 0.4 / height, title, transform=stacked[0].transAxes,
+                    fontsize=_FONT + 2, parse_math=False)  # fmt: skip
+    with warnings.catch_warnings():
+        # A sign that the font lacks is drawn as a box, which a warning does not mend.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(file, dpi=150, bbox_inches="tight", pad_inches=0.15)
+
+
+def _figure(width: float, height: float) -> Any:
+    return extra("matplotlib.figure", "a plot").Figure(figsize=(width, height))
+
+
+def _panels(count: int, height: float) -> tuple[Any, Any]:
+    """Return a figure and its panels, each `height` inches high; what lies outside widens it."""
+    whole = count * height + (count - 1) * _BETWEEN
+    figure = _figure(_WIDTH, whole)
+    figure.subplots_adjust(0, 0, 1, 1, hspace=_BETWEEN / height)
+    return figure, figure.subplots(count, squeeze=False, sharex=True)[:, 0]
+
+
+def _lines(table: pd.DataFrame, others: list[str], column: str) -> list[_Line]:
+    """Return a line for each group, or thin ones and their means where there are too many."""
+    groups = list(dict.fromkeys(table[others].itertuples(index=False, name=None))) or [()]
+    thin = len(groups) > _MOST_LINES
+    first = list(dict.fromkeys(group[:1] for group in groups))
+    if thin and len(first) > _MOST_LINES:
+        raise SchemaMismatchError(
+            f"a plot has room for {_MOST_LINES} lines, got {len(first)} values of {others[0]}: "
+            f"take fewer with filters, or group by something else"
+        )
+    lines = []
+    for place, group in enumerate(groups):
+        number = first.index(group[:1]) if thin else place
+        lines.append(_line(table, group, others, column, number, thin=thin))
+    if thin:
+        lines += [_line(table, g, others[:1], column, n) for n, g in enumerate(first)]
+    return [line for line in lines if len(line.rounds)]
+
+
+def _line(
+    table: pd.DataFrame,
+    group: Group,
+    names: list[str],
+    column: str,
+    number: int,
+    *,
+    thin: bool = False,
+) -> _Line:
+    """Return the line of `group`, which has `names`: the mean over what these leave open."""
+    mine = np.full(len(table), True)
+    for name, value in zip(names, group, strict=True):
+        mine &= (table[name] == value).to_numpy()
+    means = table[mine & table[column].notna()].groupby("round")[column].mean()
+    rounds, values = means.index.to_numpy(), means.to_numpy()
+    return _Line(_label(group, names), rounds, values, number, thin)
+
+
+def _label(values: Group, names: list[str]) -> str:
+    said = {"class_name": "{}", "node": "node {}", "split": "{}", "index": "index {}"}
+    words = [
+        "server" if (name, value) == ("node", "server") else said[name].format(value)
+        for name, value in zip(names, values, strict=True)
+    ]
+    return shortened(" ".join(" ".join(words).split()), _LONGEST_LABEL)
+
+
+def _draw(axes: Axes, lines: list[_Line], title: str) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    for line in lines:
+        axes.plot(line.rounds, line.values, **line.look)
+    values = np.concatenate([line.values for line in lines])
+    if values.min() > 0 and values.max() > _WIDE_RANGE * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title(title, loc="left", fontsize=_FONT + 1)
+    axes.tick_params(labelsize=_FONT, labelbottom=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mark_rounds(axes: Axes, rounds: np.ndarray) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("round", fontsize=_FONT)
+    if len(rounds) <= _MOST_TICKS:
+        axes.set_xticks(np.sort(rounds))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _name(axes: Axes, lines: list[_Line], height: float) -> None:
+    """Write the lines' names to the right of their ends, moved apart where they would overlap."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [to_axes.transform((line.rounds[-1], line.values[-1])) for line in lines]
+    places = _apart(np.array([y for _, y in ends]), 1.3 * _FONT / (72 * height))
+    for line, (x, y), place in zip(lines, ends, places, strict=True):
+        style = {"color": line.look["color"], "transform": axes.transAxes, "clip_on": False}
+        axes.plot([x, 1.03], [y, place], linewidth=0.5, **style)
+        axes.text(1.035, place, line.label, va="center", fontsize=_FONT, parse_math=False, **style)
+
+
+def _apart(wanted: np.ndarray, gap: float) -> np.ndarray:
+    """Return the places nearest to `wanted`, in 0..1 and in their order, at least `gap` apart."""
+    order = np.argsort(wanted, kind="stable")
+    steps = gap * np.arange(len(wanted))
+    free = max(0.0, 1 - gap * (len(wanted) - 1))
+    places = np.empty(len(wanted))
+    if len(wanted):
+        nearest = extra("sklearn.isotonic", "a plot").isotonic_regression
+        places[order] = nearest(wanted[order] - steps, y_min=0, y_max=free) + steps
+    return places
