@@ -117,3 +117,15 @@ def default_folder(selection: Selection) -> Path:
     """Return where images go unless told otherwise: ``output_images/<experiment>``."""
     experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
     return Path("output_images") / experiment
+
+
+def image_folder(store: Path) -> Path:
+    """Return where the images of the store at `store` are unless told otherwise."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import NotFoundError
+
+    try:
+        return default_folder(EmbeddingStore.open(store).select())
+    except NotFoundError as error:
+        error.add_note("without a store, --input-dir names the folder of the images")
+        raise
