@@ -248,6 +248,7 @@ function gridKey(event) {
   if (event.key in steps) activate(active + steps[event.key]);
   else if ((event.key === "Enter" || event.key === " ") && items.length) open(active);
   else return;
+  $("grid").classList.add("keyed");
   event.preventDefault();
 }
 
@@ -431,6 +432,7 @@ for (const button of document.querySelectorAll(".clear")) button.addEventListene
 $("search").addEventListener("input", () => { search(); refresh(); });
 $("grid").addEventListener("scroll", draw, { passive: true });
 $("grid").addEventListener("keydown", gridKey);
+document.addEventListener("pointerdown", () => $("grid").classList.remove("keyed"));
 $("cells").addEventListener("click", (event) => {
   const cell = event.target.closest(".cell");
   if (cell) open(Number(cell.dataset.at));

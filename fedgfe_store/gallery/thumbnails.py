@@ -50,7 +50,7 @@ def update_thumbnail(picture: Path, thumbnail: Path) -> bool:
     small.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS, reducing_gap=3)
     temporary = thumbnail.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        small.save(temporary, "WEBP", quality=_QUALITY, lossless=lossless)
+        small.save(temporary, "WEBP", quality=_QUALITY, lossless=lossless, method=2)
         os.utime(temporary, ns=(made_from.st_atime_ns, made_from.st_mtime_ns))
         os.replace(temporary, thumbnail)
     except BaseException:
