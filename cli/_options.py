@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,23 @@ class NameList(click.ParamType):
             found = _RANGE.fullmatch(part.strip()) if self.ranges else None
             names += map(str, _ascending(self, found, param, ctx)) if found else [part.strip()]
         return names
+
+
+class GroupList(NameList):
+    """Names of groups, such as ``node,class``; gives the columns that `known` names for them."""
+
+    def __init__(self, known: Mapping[str, str]) -> None:
+        super().__init__()
+        self._known = known
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return `value` as a list of columns."""
+        if not isinstance(value, str):
+            return value
+        names = super().convert(value, param, ctx)
+        if not set(names) <= self._known.keys() or len(set(names)) < len(names):
+            self.fail(f"expected some of {', '.join(self._known)}, got {value}", param, ctx)
+        return [self._known[name] for name in names]
 
 
 def _ascending(kind: click.ParamType, found: re.Match[str], param: Any, ctx: Any) -> range:
@@ -129,3 +146,11 @@ def image_folder(store: Path) -> Path:
     except NotFoundError as error:
         error.add_note("without a store, --input-dir names the folder of the images")
         raise
+
+
+def print_left_out(left_out: Mapping[str, str], *, most: int = 10) -> None:
+    """Say on stderr which files were left out, and why."""
+    for name, reason in list(left_out.items())[:most]:
+        click.echo(f"left out: {name}: {reason}", err=True)
+    if len(left_out) > most:
+        click.echo(f"left out: and {len(left_out) - most} more", err=True)

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._options import image_folder, quiet_option
+from ._options import image_folder, print_left_out, quiet_option
 from ._progress import progress
 from ._tables import counted, size
 
 if TYPE_CHECKING:
     from .main import Context
-
-_SHOWN = 10
 
 
 @click.command("gallery")
@@ -30,8 +28,10 @@ _SHOWN = 10
     help="The page [gallery.html in the folder].",
 )
 @quiet_option
-@click.pass_obj
-def command(obj: Context, input_dir: Path | None, output: Path | None, quiet: bool) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context, /, input_dir: Path | None, output: Path | None, quiet: bool
+) -> None:
     """Make a page to look through the images: filters, provenance, rounds side by side.
 
     The page is one file that works offline, with thumbnails in a folder beside it. Run again, it
@@ -43,13 +43,13 @@ def command(obj: Context, input_dir: Path | None, output: Path | None, quiet: bo
     """
     from fedgfe_store.gallery import make_gallery, picture_names
 
+    obj: Context = ctx.obj
     folder = input_dir or image_folder(obj.store)
     with progress(len(picture_names(folder)), "pictures", quiet=quiet) as advance:
         gallery = make_gallery(folder, output, progress=advance)
-    for name, reason in list(gallery.left_out.items())[:_SHOWN]:
-        click.echo(f"left out: {name}: {reason}", err=True)
-    if len(gallery.left_out) > _SHOWN:
-        click.echo(f"left out: and {len(gallery.left_out) - _SHOWN} more", err=True)
+    print_left_out(gallery.left_out)
     shown, nbytes = counted(gallery.pictures, "picture"), size(gallery.page.stat().st_size)
     made = counted(gallery.made, "thumbnail")
     click.echo(f"{shown} in {gallery.page}, {nbytes}; {made} made")
+    if "damaged" in gallery.left_out.values():
+        ctx.exit(3)

@@ -46,7 +46,7 @@ def add(
     key: RecordKey,
     *,
     image: int = 0,
-    colour: int = 0,
+    colour: int | np.ndarray = 0,
     listed: bool = True,
     settings: Settings = SETTINGS,
     name: str | None = None,
@@ -189,7 +189,7 @@ def test_the_command_takes_the_stores_folder_and_reports_what_is_left_out(
         add(folder, each)
     (folder / "torn.png").write_bytes(b"\x89PNG")
     result = CliRunner().invoke(group, ["gallery"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output
     assert result.stdout.startswith(f"2 pictures in {folder}/gallery.html, ")
     assert result.stdout.endswith("; 2 thumbnails made\n")
     assert result.stderr == "left out: torn.png: damaged\n"
