@@ -117,6 +117,8 @@ def command(
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.scoring import find_pictures, score_pictures
 
+    if output is not None and not output.parent.is_dir():
+        raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
     obj: Context = ctx.obj
     selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
     found = find_pictures(selection, input_dir or default_folder(selection))

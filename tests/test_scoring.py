@@ -246,7 +246,10 @@ def test_the_command_writes_csv_and_json(store, folder, clip, tmp_path):
     assert read["agreement"].tolist() == pytest.approx(expected["agreement"].tolist())
 
 
-def test_unknown_groups_are_usage_mistakes(store, folder, clip):
+def test_mistakes_in_options_are_found_before_any_work(store, folder, clip, tmp_path):
+    result = run(store, folder, clip, "--output", str(tmp_path / "no" / "scores.csv"))
+    assert result.exit_code == 2
+    assert f"no folder {tmp_path / 'no'}" in result.stderr
     result = run(store, folder, clip, "--by", "colour")
     assert result.exit_code == 2
     assert "expected some of node, round, split, class, index, image" in result.stderr
