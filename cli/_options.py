@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,21 +55,34 @@ class NameList(click.ParamType):
         return names
 
 
-class KeyList(click.ParamType):
-    """Key columns by the names of their filters: ``round,class``."""
+KEYS = {
+    "node": "node",
+    "round": "round",
+    "split": "split",
+    "class": "class_name",
+    "index": "index",
+}
+"""Key columns by the names of their filters."""
+
+
+class KeyList(NameList):
+    """Key columns by the names of their filters: ``round,class``; those of `known` only."""
 
     name = "keys"
+
+    def __init__(self, known: Mapping[str, str] = KEYS) -> None:
+        super().__init__()
+        self._known = known
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return `value` as a list of the columns' names."""
         if not isinstance(value, str):
             return value
-        keys = [part.strip() for part in value.split(",")]
-        known = {"node": "node", "round": "round", "split": "split", "class": "class_name",
-                 "index": "index"}  # fmt: skip
-        if len(set(keys)) < len(keys) or not set(keys) <= set(known):
-            self.fail(f"expected some of {', '.join(known)}, each once, got {value!r}", param, ctx)
-        return [known[key] for key in keys]
+        names = super().convert(value, param, ctx)
+        if not set(names) <= self._known.keys() or len(set(names)) < len(names):
+            wanted = f"some of {', '.join(self._known)}, each once"
+            self.fail(f"expected {wanted}, got {value!r}", param, ctx)
+        return [self._known[name] for name in names]
 
 
 def _ascending(kind: click.ParamType, found: re.Match[str], param: Any, ctx: Any) -> range:
@@ -134,3 +147,23 @@ def default_folder(selection: Selection) -> Path:
     """Return where images go unless told otherwise: ``output_images/<experiment>``."""
     experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
     return Path("output_images") / experiment
+
+
+def image_folder(store: Path) -> Path:
+    """Return where the images of the store at `store` are unless told otherwise."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import NotFoundError
+
+    try:
+        return default_folder(EmbeddingStore.open(store).select())
+    except NotFoundError as error:
+        error.add_note("without a store, --input-dir names the folder of the images")
+        raise
+
+
+def print_left_out(left_out: Mapping[str, str], *, most: int = 10) -> None:
+    """Say on stderr which files were left out, and why."""
+    for name, reason in list(left_out.items())[:most]:
+        click.echo(f"left out: {name}: {reason}", err=True)
+    if len(left_out) > most:
+        click.echo(f"left out: and {len(left_out) - most} more", err=True)

@@ -24,6 +24,8 @@ _COMMANDS = {
     "generate": ("generate", "command", "Render images from embeddings."),
     "status": ("status", "command", "Show which images are done, missing, stale or failed."),
     "slurm": ("slurm", "command", "Print a SLURM script that renders on many GPUs."),
+    "gallery": ("gallery", "command", "Make a page to look through the images."),
+    "score": ("score", "command", "Measure with CLIP whether images show their class."),
     "history": ("changes", "history", "Show what each commit did."),
     "delete": ("changes", "delete", "Delete records."),
     "verify": ("changes", "verify", "Check every record and file; repair."),

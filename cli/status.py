@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import NameList, as_of_option, default_folder, filter_options
+from ._options import KeyList, as_of_option, default_folder, filter_options
 from ._progress import progress
 from ._tables import counted, numbers, print_table
 
@@ -25,15 +25,6 @@ _GROUPS = {"node": "node", "round": "round", "split": "split", "class": "class_n
 _SHOWN_REASONS = 5
 
 
-def _groups(ctx: click.Context, param: click.Parameter, value: list[str] | None) -> Any:
-    if value is None:
-        return None
-    wrong = [name for name in value if name not in _GROUPS]
-    if wrong or len(set(value)) < len(value):
-        raise click.BadParameter(f"expected some of {', '.join(_GROUPS)}, got {','.join(value)}")
-    return [_GROUPS[name] for name in value]
-
-
 @click.command("status")
 @filter_options
 @as_of_option
@@ -45,8 +36,7 @@ def _groups(ctx: click.Context, param: click.Parameter, value: list[str] | None)
 )
 @click.option(
     "--by",
-    type=NameList(),
-    callback=_groups,
+    type=KeyList(_GROUPS),
     help="Count by some of node,round,split,class [by node and round, then by class].",
 )
 @click.option(

@@ -81,7 +81,7 @@ class ImageStatus:
             **{state: (self.frame["status"] == state).astype(int) for state in states}, all=1
         )
         sums = table.groupby(list(by), as_index=False).sum()
-        return sums.sort_values(list(by), key=_natural_rank, ignore_index=True)
+        return sums.sort_values(list(by), key=natural_rank, ignore_index=True)
 
     def unfinished_shards(self, count: int) -> list[int]:
         """Give the shards of `count` in which any image is not done."""
@@ -270,8 +270,8 @@ def _key(row: Any) -> RecordKey:
     return RecordKey(str(node), int(round_), str(split), str(class_name), int(index))
 
 
-def _natural_rank(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Rank numbers by size, before names."""
+def natural_rank(column: pd.Series[Any]) -> pd.Series[Any]:
+    """Rank a column's values for sorting: numbers by size, before names."""
 
     def natural(value: Any) -> tuple[bool, int, str]:
         text = str(value)

@@ -1,0 +1,55 @@
+"""A page of the images: ``gallery``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ._options import image_folder, print_left_out, quiet_option
+from ._progress import progress
+from ._tables import counted, size
+
+if TYPE_CHECKING:
+    from .main import Context
+
+
+@click.command("gallery")
+@click.option(
+    "--input-dir",
+    "--input_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the images [output_images/<experiment>].",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The page [gallery.html in the folder].",
+)
+@quiet_option
+@click.pass_context
+def command(
+    ctx: click.Context, /, input_dir: Path | None, output: Path | None, quiet: bool
+) -> None:
+    """Make a page to look through the images: filters, provenance, rounds side by side.
+
+    The page is one file that works offline, with thumbnails in a folder beside it. Run again, it
+    takes in what is new; only thumbnails that are missing or out of date are made.
+
+    \b
+    fedgfe-store gallery
+    fedgfe-store gallery --input-dir output_images/another --output another.html
+    """
+    from fedgfe_store.gallery import make_gallery, picture_names
+
+    obj: Context = ctx.obj
+    folder = input_dir or image_folder(obj.store)
+    with progress(len(picture_names(folder)), "pictures", quiet=quiet) as advance:
+        gallery = make_gallery(folder, output, progress=advance)
+    print_left_out(gallery.left_out)
+    shown, nbytes = counted(gallery.pictures, "picture"), size(gallery.page.stat().st_size)
+    made = counted(gallery.made, "thumbnail")
+    click.echo(f"{shown} in {gallery.page}, {nbytes}; {made} made")
+    if "damaged" in gallery.left_out.values():
+        ctx.exit(3)

@@ -1,0 +1,164 @@
+"""What the images show, by a CLIP model: ``score``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._options import (
+    KeyList,
+    as_of_option,
+    default_folder,
+    filter_options,
+    print_left_out,
+    quiet_option,
+)
+from ._progress import progress
+from ._tables import counted, print_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedgfe_store.scoring import Scores
+
+    from .main import Context
+
+_GROUPS = {
+    "node": "node",
+    "round": "round",
+    "split": "split",
+    "class": "class_name",
+    "index": "index",
+    "image": "image",
+}
+_NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
+
+
+@click.command("score")
+@filter_options
+@as_of_option
+@click.option(
+    "--clip-model",
+    required=True,
+    metavar="FOLDER|NAME",
+    help="A CLIP model of transformers: its folder, or its name on the hub.",
+)
+@click.option(
+    "--input-dir",
+    "--input_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the images [output_images/<experiment>].",
+)
+@click.option(
+    "--prompt",
+    default="a photo of a {class}",
+    show_default=True,
+    help="What is said of a class; underscores in its name become spaces.",
+)
+@click.option(
+    "--by",
+    type=KeyList(_GROUPS),
+    default="node,round,class",
+    show_default=True,
+    help="Some of node,round,split,class,index,image; all six give each picture a row.",
+)
+@click.option(
+    "--batch-size",
+    "--batch_size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Images per call of the model.",
+)
+@click.option("--device", help="Such as cpu or cuda:1 [a GPU where there is one].")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+    help="csv and json give one group per line.",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write csv or json to this file instead; csv unless --format says json.",
+)
+@quiet_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    filters: dict[str, Any],
+    as_of: int | None,
+    clip_model: str,
+    input_dir: Path | None,
+    prompt: str,
+    by: list[str],
+    batch_size: int,
+    device: str | None,
+    form: str,
+    output: Path | None,
+    quiet: bool,
+) -> None:
+    """Measure with CLIP whether images show their class.
+
+    similarity is the cosine between an image and its class' prompt, agreement the share of the
+    images whose closest prompt, among the classes in the folder, is that of their own class, and
+    closest the class that was so most often.
+
+    \b
+    fedgfe-store score --clip-model openai/clip-vit-base-patch32 --round 5
+    fedgfe-store score --clip-model models/clip --by round --node server
+    fedgfe-store score --clip-model models/clip --output scores.csv
+    """
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.scoring import find_pictures, score_pictures
+
+    if output is not None and not output.parent.is_dir():
+        raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
+    obj: Context = ctx.obj
+    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    found = find_pictures(selection, input_dir or default_folder(selection))
+    with progress(len(found.pictures), "pictures", quiet=quiet) as advance:
+        scores = score_pictures(
+            found,
+            clip_model,
+            prompt=prompt,
+            batch_size=batch_size,
+            device=device,
+            progress=advance,
+        )
+    print_left_out(scores.left_out)
+    table = scores.table(by)
+    if output is not None:
+        output.write_text(_lines(table, form), encoding="utf-8")
+        click.echo(f"{counted(len(scores.frame), 'picture')} scored, {len(table)} rows in {output}")
+    elif form == "table":
+        _print(scores, table)
+    else:
+        click.echo(_lines(table, form), nl=False)
+    if "damaged" in scores.left_out.values():
+        ctx.exit(3)
+
+
+def _lines(table: pd.DataFrame, form: str) -> str:
+    if form == "json":
+        return table.to_json(orient="records", lines=True, force_ascii=False)
+    return table.to_csv(index=False)
+
+
+def _print(scores: Scores, table: pd.DataFrame) -> None:
+    shown = table.assign(
+        similarity=table["similarity"].map("{:.3f}".format),
+        agreement=table["agreement"].map("{:.1%}".format),
+    )
+    headers = [name.removesuffix("_name") for name in shown]
+    print_table(headers, shown.to_numpy().tolist(), right=_NUMERIC)
+    frame = scores.frame
+    click.echo(
+        f"\n{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}, "
+        f"agreement {frame['agrees'].mean():.1%} among {len(scores.prompts)} classes"
+    )

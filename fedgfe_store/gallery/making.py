@@ -1,0 +1,156 @@
+"""Making a folder's gallery: its thumbnails, then its page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from fedgfe_store._files import write_file
+from fedgfe_store.errors import NotFoundError
+from fedgfe_store.gallery.page import render_page
+from fedgfe_store.gallery.pictures import Picture, inspect_picture, listed_pictures
+from fedgfe_store.gallery.thumbnails import thumbnail_name, update_thumbnail
+
+PAGE_NAME = "gallery.html"
+THUMBNAILS = "thumbnails"
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A gallery that was made.
+
+    Parameters
+    ----------
+    page : Path
+        Its HTML file.
+    thumbnails : Path
+        Folder of its thumbnails.
+    pictures : int
+        Pictures that it shows.
+    made : int
+        Thumbnails that were missing or out of date.
+    left_out : mapping
+        Why a file is not shown, by its name.
+    """
+
+    page: Path
+    thumbnails: Path
+    pictures: int
+    made: int
+    left_out: Mapping[str, str]
+
+
+def picture_names(folder: Path) -> list[str]:
+    """Name the pictures of a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+
+    Returns
+    -------
+    list of str
+        Names of its PNG files, sorted.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"no folder of pictures at {folder}")
+    names = sorted(path.name for path in folder.glob("*.png") if path.is_file())
+    if not names:
+        raise NotFoundError(f"no pictures in {folder}: expected PNG files that generate made")
+    return names
+
+
+def make_gallery(
+    folder: Path,
+    output: Path | None = None,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> Gallery:
+    """Make one static page of a folder's pictures; it works from the disk, without a network.
+
+    Facts come from the folder's manifests and, where those say nothing of a picture, from the
+    picture itself.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+    output : Path, optional
+        The page, by default ``gallery.html`` in the folder. Thumbnails lie beside it: in
+        ``thumbnails`` where it is in the folder, else in a folder named after the page.
+    progress : callable, optional
+        Called with 1 for each file that is looked at.
+
+    Returns
+    -------
+    Gallery
+        What was made, and which files are not shown.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such folder, or no picture in it of which a record is known.
+    """
+    names = picture_names(folder)
+    page = output or folder / PAGE_NAME
+    inside = page.parent.resolve() == folder.resolve()
+    thumbnails = page.with_name(THUMBNAILS if inside else f"{page.stem}_{THUMBNAILS}")
+    thumbnails.mkdir(parents=True, exist_ok=True)
+    prepare = _Preparing(folder, thumbnails, listed_pictures(folder))
+    shown, left_out = [], {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for name, found in zip(names, pool.map(prepare, names), strict=True):
+            if isinstance(found, str):
+                left_out[name] = found
+            else:
+                shown.append(found)
+            if progress is not None:
+                progress(1)
+    if not shown:
+        name, reason = next(iter(left_out.items()))
+        raise NotFoundError(f"nothing to show of {len(names)} files in {folder}: {name}: {reason}")
+    text = render_page(
+        [picture for picture, _ in shown],
+        title=os.fsencode(folder.resolve().name).decode("utf-8", "replace"),
+        picture_url=_folder_url(folder, page.parent),
+        thumbnail_url=_folder_url(thumbnails, page.parent),
+    )
+    write_file(page, text.encode("utf-8"))
+    return Gallery(page, thumbnails, len(shown), sum(made for _, made in shown), left_out)
+
+
+class _Preparing:
+    """Finds out about one picture and makes its thumbnail; threads may call it at once."""
+
+    def __init__(self, folder: Path, thumbnails: Path, listed: Mapping[str, Picture]) -> None:
+        self._folder, self._thumbnails, self._listed = folder, thumbnails, listed
+
+    def __call__(self, name: str) -> tuple[Picture, bool] | str:
+        path = self._folder / name
+        found = self._listed.get(name) or inspect_picture(path)
+        if isinstance(found, str):
+            return found
+        thumbnail = self._thumbnails / thumbnail_name(name)
+        try:
+            return found, update_thumbnail(path, thumbnail)
+        except (OSError, SyntaxError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            return "damaged"
+
+
+def _folder_url(folder: Path, start: Path) -> str:
+    relative = os.path.relpath(folder.resolve(), start.resolve())
+    return "" if relative == os.curdir else quote(os.fsencode(relative)) + "/"

@@ -1,0 +1,137 @@
+"""The gallery's page: one HTML file that holds its style, its script and the pictures' facts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+from urllib.parse import quote
+
+from fedgfe_store.gallery.pictures import Picture
+from fedgfe_store.records import RecordKey
+
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
+_EXACT_IN_BROWSERS = 2**53
+
+
+def render_page(
+    pictures: Sequence[Picture], *, title: str, picture_url: str, thumbnail_url: str
+) -> str:
+    """Write the page of some pictures.
+
+    Parameters
+    ----------
+    pictures : sequence of Picture
+        What it shows.
+    title : str
+        Its heading.
+    picture_url, thumbnail_url : str
+        What stands before the pictures' and the thumbnails' names: empty, or a folder that ends
+        with ``/``.
+
+    Returns
+    -------
+    str
+        HTML that needs nothing but the pictures and the thumbnails.
+    """
+    content = page_data(pictures)
+    content |= {"title": title, "pictures": picture_url, "thumbnails": thumbnail_url}
+    script = _asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {
+        "title": html.escape(title),
+        "style": _asset("page.css"),
+        "script": script,
+        "script_hash": f"sha256-{digest}",
+        "data": _script_json(content),
+    }
+    return _PLACE.sub(lambda place: parts[place[1]], _asset("page.html"))
+
+
+def page_data(pictures: Iterable[Picture]) -> dict[str, Any]:
+    """Give the facts of pictures by columns, what they share only once.
+
+    Parameters
+    ----------
+    pictures : iterable of Picture
+        In any order.
+
+    Returns
+    -------
+    dict
+        ``file``, ``index``, ``image`` and each of ``own`` have one value for each picture, latest
+        round first; ``node``, ``round``, ``split``, ``class`` and ``shared`` a place in the lists
+        of the same names under ``values``. Whole numbers that JavaScript would round are text.
+    """
+    keys = {"node": str, "round": int, "split": str, "class": str}
+    shown = sorted(pictures, key=_order)
+    columns: dict[str, list[Any]] = {
+        "node": [p.key.node for p in shown],
+        "round": [p.key.round for p in shown],
+        "split": [p.key.split for p in shown],
+        "class": [p.key.class_name for p in shown],
+        "shared": [p.shared for p in shown],
+    }
+    values = {name: sorted(set(columns[name]), key=_natural) for name in keys}
+    values["shared"] = list(dict.fromkeys(columns["shared"]))
+    places = {name: {v: i for i, v in enumerate(found)} for name, found in values.items()}
+    values["shared"] = [_exact(json.loads(text)) for text in values["shared"]]
+    own = [_flat(p.own) for p in shown]
+    return {
+        "values": values,
+        **{name: [places[name][v] for v in column] for name, column in columns.items()},
+        # Names that are no UTF-8 have a URL all the same.
+        "file": [quote(os.fsencode(p.file), safe="") for p in shown],
+        "index": [_exact(p.key.index) for p in shown],
+        "image": [_exact(p.image) for p in shown],
+        "own": {
+            name: [_exact(facts.get(name)) for facts in own]
+            for name in dict.fromkeys(name for facts in own for name in facts)
+        },
+    }
+
+
+def _order(picture: Picture) -> tuple[Any, ...]:
+    key: RecordKey = picture.key
+    sample = key.split, key.index, picture.image, key.class_name, picture.file
+    return (-key.round, _natural(key.node), *sample)
+
+
+def _natural(value: str | int) -> tuple[bool, int, str]:
+    """Rank numbers by size, before names."""
+    text = str(value)
+    number = text.isdecimal() or isinstance(value, int)
+    return not number, int(text) if number else 0, text
+
+
+def _flat(own: Mapping[str, Any]) -> dict[str, Any]:
+    digests = own.get("digests")
+    rest = {name: value for name, value in own.items() if name != "digests"}
+    named = digests if isinstance(digests, dict) else {}
+    return {**rest, **{f"{name} digest": value for name, value in named.items()}}
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _exact(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_exact(each) for each in value]
+    # JavaScript has no NaN in its JSON, and rounds numbers beyond 2^53.
+    if isinstance(value, int) and abs(value) > _EXACT_IN_BROWSERS:
+        return str(value)
+    return str(value) if isinstance(value, float) and value - value != 0 else value
+
+
+def _script_json(content: Any) -> str:
+    """Give JSON that no HTML parser takes for anything but a script's text."""
+    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return files("fedgfe_store.gallery").joinpath(name).read_text(encoding="utf-8")

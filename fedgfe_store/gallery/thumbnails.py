@@ -1,0 +1,59 @@
+"""Small copies of pictures, made when they are missing or out of date."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from PIL import Image
+
+SIZE = 256
+"""Longest side of a thumbnail in pixels; smaller pictures keep their size."""
+
+_QUALITY = 82
+
+
+def thumbnail_name(file: str) -> str:
+    """Name the thumbnail of the picture `file`."""
+    return f"{file.removesuffix('.png')}.webp"
+
+
+def update_thumbnail(picture: Path, thumbnail: Path) -> bool:
+    """Make a picture's thumbnail unless there is one of its present state.
+
+    Parameters
+    ----------
+    picture : Path
+        The picture.
+    thumbnail : Path
+        WebP file; it gets the picture's time, by which it is known to be up to date, and is there
+        whole or not at all.
+
+    Returns
+    -------
+    bool
+        Whether it was made.
+
+    Raises
+    ------
+    OSError
+        If the picture cannot be read, or the thumbnail not written.
+    """
+    made_from = picture.stat()
+    if thumbnail.exists() and thumbnail.stat().st_mtime_ns == made_from.st_mtime_ns:
+        return False
+    with Image.open(picture, formats=["PNG"]) as image:
+        small = image.convert("RGB")
+    # A small picture is shown enlarged, and every flaw with it.
+    lossless = max(small.size) <= SIZE
+    small.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS, reducing_gap=3)
+    temporary = thumbnail.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        small.save(temporary, "WEBP", quality=_QUALITY, lossless=lossless, method=2)
+        os.utime(temporary, ns=(made_from.st_atime_ns, made_from.st_mtime_ns))
+        os.replace(temporary, thumbnail)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return True

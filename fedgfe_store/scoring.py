@@ -1,0 +1,278 @@
+"""Class agreement: whether a CLIP model finds in generated pictures the class they should show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.gallery.pictures import Picture, inspect_picture, listed_pictures
+from fedgfe_store.generation.images import key_json
+from fedgfe_store.generation.status import natural_rank
+from fedgfe_store.records import KEY_COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from fedgfe_store._clip import Clip
+    from fedgfe_store.selection import Selection
+
+GROUPS = (*KEY_COLUMNS, "image")
+"""What scores can be grouped by; all of them together leave each picture by itself."""
+
+PROMPT = "a photo of a {class}"
+
+_READERS = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pictures of a selection in a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Where they are.
+    pictures : sequence of Picture
+        Those of the selection, by file name.
+    classes : sequence of str
+        Classes of which the folder has pictures, selected or not.
+    left_out : mapping
+        Why a PNG file is no picture of a record, by its name.
+    """
+
+    folder: Path
+    pictures: Sequence[Picture]
+    classes: Sequence[str]
+    left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How similar pictures are to their classes' prompts.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        A row for each picture: ``node``, ``round``, ``split``, ``class_name``, ``index``,
+        ``image`` (its number), ``file``, ``similarity`` (cosine of the embeddings of the picture
+        and of its class' prompt, from -1 to 1), ``closest`` (the class whose prompt is most
+        similar) and ``agrees`` (whether that is its own).
+    prompts : mapping
+        The prompt of each class that was compared with.
+    left_out : mapping
+        Why a file has no score, by its name.
+    """
+
+    frame: pd.DataFrame
+    prompts: Mapping[str, str]
+    left_out: Mapping[str, str]
+
+    def table(self, by: Sequence[str]) -> pd.DataFrame:
+        """Summarise the scores of each group.
+
+        Parameters
+        ----------
+        by : sequence of str
+            Among ``node``, ``round``, ``split``, ``class_name``, ``index`` and ``image``.
+
+        Returns
+        -------
+        DataFrame
+            A row for each group, in the order of `by`: its columns, then ``pictures``,
+            ``similarity`` (mean), ``agreement`` (share of the pictures whose closest class is
+            their own, from 0 to 1) and ``closest`` (the class that was so most often).
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a name is none of the six, or given twice.
+        """
+        if not by or not set(by) <= set(GROUPS) or len(set(by)) < len(by):
+            raise SchemaMismatchError(f"by: expected some of {', '.join(GROUPS)}, got {list(by)}")
+        table = self.frame.groupby(list(by), as_index=False).agg(
+            pictures=("file", "size"),
+            similarity=("similarity", "mean"),
+            agreement=("agrees", "mean"),
+            closest=("closest", lambda names: names.mode().iloc[0]),
+        )
+        return table.sort_values(list(by), key=natural_rank, ignore_index=True)
+
+
+def find_pictures(selection: Selection, folder: Path) -> Found:
+    """Find the pictures of a selection, by the folder's manifests or their own provenance.
+
+    Whether a picture is up to date is not looked at; `image_status` tells.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records; their tensors are not read.
+    folder : Path
+        Folder of the images.
+
+    Returns
+    -------
+    Found
+        The pictures.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such folder, or no picture of the selection in it.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"no folder of pictures at {folder}")
+    listed = listed_pictures(folder)
+    paths = sorted(path for path in folder.glob("*.png") if path.is_file())
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(lambda path: listed.get(path.name) or inspect_picture(path), paths))
+    known = [each for each in found if isinstance(each, Picture)]
+    selected = set(selection.keys())
+    pictures = [picture for picture in known if picture.key in selected]
+    if not pictures:
+        raise NotFoundError(f"no picture in {folder} of the {len(selection)} records selected")
+    reasons = zip(paths, found, strict=True)
+    left_out = {path.name: why for path, why in reasons if isinstance(why, str)}
+    return Found(folder, pictures, sorted({each.key.class_name for each in known}), left_out)
+
+
+def score_pictures(
+    found: Found,
+    clip_model: str,
+    *,
+    prompt: str = PROMPT,
+    batch_size: int = 32,
+    device: str | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Scores:
+    """Compare pictures with the prompts of the classes.
+
+    A picture is compared with every class that its folder has pictures of, selected or not, so
+    that filters change no score.
+
+    Parameters
+    ----------
+    found : Found
+        The pictures.
+    clip_model : str
+        A CLIP model of transformers: its folder, which needs no network, or its name on the hub.
+    prompt : str
+        What is said of a class; ``{class}`` stands for its name, whose underscores become spaces.
+    batch_size : int
+        Pictures in memory and in a call of the model.
+    device : str, optional
+        By default a GPU where there is one.
+    progress : callable, optional
+        Called with the number of pictures just done.
+
+    Returns
+    -------
+    Scores
+        Scores of all pictures that could be read, and why others could not.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such model, or no picture could be read.
+    SchemaMismatchError
+        If the prompt lacks ``{class}`` or is the same for two classes, the batch size is less
+        than 1, or the model is no CLIP.
+    """
+    from fedgfe_store._clip import Clip
+
+    if batch_size < 1:
+        raise SchemaMismatchError(f"batch_size: expected from 1 up, got {batch_size}")
+    prompts = class_prompts(found.classes, prompt)
+    clip = Clip.load(clip_model, device)
+    texts = clip.embed_texts(list(prompts.values()))
+    rows: list[list[Any]] = []
+    left_out = dict(found.left_out)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(found.pictures), batch_size):
+            batch = found.pictures[first : first + batch_size]
+            opened = pool.map(_open, [found.folder / picture.file for picture in batch])
+            images = list(zip(batch, opened, strict=True))
+            left_out |= {p.file: "damaged" for p, image in images if image is None}
+            rows += _score(images, clip, texts, list(prompts))
+            if progress is not None:
+                progress(len(batch))
+    if not rows:
+        raise NotFoundError(f"none of {len(found.pictures)} pictures in {found.folder} is sound")
+    return Scores(_frame(rows), prompts, left_out)
+
+
+def class_prompts(classes: Iterable[str], prompt: str = PROMPT) -> dict[str, str]:
+    """Say of each class what its pictures should show.
+
+    Parameters
+    ----------
+    classes : iterable of str
+        Names of the classes.
+    prompt : str
+        ``{class}`` stands for the name, whose underscores become spaces.
+
+    Returns
+    -------
+    dict
+        Prompt by class.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If the prompt lacks ``{class}``, or is the same for two classes.
+    """
+    if "{class}" not in prompt:
+        raise SchemaMismatchError(f"prompt: expected {{class}} in it, got {prompt!r}")
+    prompts: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for name in classes:
+        text = prompt.replace("{class}", name.replace("_", " "))
+        other = owners.setdefault(text, name)
+        if other != name:
+            raise SchemaMismatchError(f"classes {other!r} and {name!r}: both are called {text!r}")
+        prompts[name] = text
+    return prompts
+
+
+def _score(
+    images: Iterable[tuple[Picture, Image.Image | None]],
+    clip: Clip,
+    texts: torch.Tensor,
+    classes: Sequence[str],
+) -> list[list[Any]]:
+    sound = [(picture, image) for picture, image in images if image is not None]
+    if not sound:
+        return []
+    similarities = clip.embed_images([image for _, image in sound]) @ texts.T
+    rows = []
+    for (picture, _), values in zip(sound, similarities.tolist(), strict=True):
+        own = picture.key.class_name
+        closest = classes[max(range(len(classes)), key=values.__getitem__)]
+        facts = [picture.image, picture.file, values[classes.index(own)], closest, closest == own]
+        rows.append([*key_json(picture.key).values(), *facts])
+    return rows
+
+
+def _open(path: Path) -> Image.Image | None:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        return None
+
+
+def _frame(rows: Sequence[Sequence[Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    columns = [*GROUPS, "file", "similarity", "closest", "agrees"]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.astype({"round": "int64", "index": "int64", "image": "int64"})

@@ -1,0 +1,255 @@
+"""Scores: the same numbers as CLIP gives by itself, in tables keyed like the store."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import fill
+from generation_fakes import letters, save_random_flux
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_gallery import SETTINGS, add
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
+
+from fedgfe_store import EmbeddingStore
+from fedgfe_store.cli.main import group
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.generation.images import image_name
+from fedgfe_store.scoring import Scores, class_prompts, find_pictures, score_pictures
+
+CLASSES = ["dog", "cat", "water_tap"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """A CLIP of random weights for pictures of 16 x 16 and prompts of letters."""
+    folder = tmp_path_factory.mktemp("clip") / "model"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    text = CLIPTextConfig(
+        **sizes,
+        vocab_size=54,
+        num_hidden_layers=1,
+        max_position_embeddings=40,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=16, patch_size=4)
+    model = CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    )
+    torch.manual_seed(4)
+    with torch.no_grad():
+        # Weights as small as those of training's start give nearly the same vector for all.
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    model.save_pretrained(folder)
+    crop = {"height": 16, "width": 16}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=crop)
+    CLIPProcessor(images, letters(folder.parent, 40)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(store: EmbeddingStore, tmp_path: Path) -> Path:
+    """Random pictures of two nodes at two rounds, two samples a class; of one sample, two."""
+    path = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for node in ("0", "10"):
+        for round in (1, 2):
+            fill(store, node=node, round=round, classes=" ".join(CLASSES), n=2)
+    keys = EmbeddingStore.open(store.path).select().keys()
+    big = replace(SETTINGS, height=24, width=24)
+    for key, image in [*((key, 0) for key in keys), (keys[0], 1)]:
+        pixels = rng.integers(0, 256, (24, 24, 3)) // 8 + rng.integers(0, 224, 3)
+        add(path, key, image=image, colour=pixels, settings=big)
+    return path
+
+
+def score(store: EmbeddingStore, folder: Path, clip: Path, **options: Any) -> Scores:
+    selection = EmbeddingStore.open(store.path).select(**options.pop("filters", {}))
+    return score_pictures(find_pictures(selection, folder), str(clip), device="cpu", **options)
+
+
+def reference(clip: Path, files: list[Path], prompts: list[str]) -> np.ndarray:
+    """Cosine similarities ``[picture, prompt]`` by transformers alone, one call for all."""
+    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    images = []
+    for file in files:
+        with Image.open(file) as image:
+            images.append(image.convert("RGB"))
+    inputs = processor(text=prompts, images=images, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        return (model(**inputs).logits_per_image / model.logit_scale.exp()).numpy()
+
+
+PROMPTS = {
+    "cat": "a photo of a cat",
+    "dog": "a photo of a dog",
+    "water_tap": "a photo of a water tap",
+}
+
+
+def test_similarity_and_closest_class_are_those_of_transformers(store, folder, clip):
+    done: list[int] = []
+    scores = score(store, folder, clip, batch_size=4, progress=done.append)
+    assert scores.prompts == PROMPTS
+    frame = scores.frame
+    assert len(frame) == 25
+    assert done == [4] * 6 + [1]
+    expected = reference(clip, [folder / name for name in frame["file"]], list(PROMPTS.values()))
+    names = np.array(list(PROMPTS))
+    closest = names[expected.argmax(axis=1)]
+    # Random weights prefer a class, but not always the same: else this could not fail.
+    assert len(set(closest)) > 1
+    own = [expected[row, list(PROMPTS).index(name)] for row, name in enumerate(frame["class_name"])]
+    np.testing.assert_allclose(frame["similarity"], own, atol=1e-5)
+    assert frame["closest"].tolist() == closest.tolist()
+    assert frame["agrees"].tolist() == (closest == frame["class_name"]).tolist()
+
+
+def test_a_table_summarises_each_group(store, folder, clip):
+    scores = score(store, folder, clip)
+    table = scores.table(["node", "round", "class_name"])
+    assert table["node"].unique().tolist() == ["0", "10"]
+    assert table["pictures"].sum() == 25
+    for row in table.itertuples():
+        own = scores.frame[
+            (scores.frame["node"] == row.node)
+            & (scores.frame["round"] == row.round)
+            & (scores.frame["class_name"] == row.class_name)
+        ]
+        assert row.pictures == len(own)
+        assert row.similarity == pytest.approx(sum(own["similarity"]) / len(own))
+        assert row.agreement == sum(own["agrees"]) / len(own)
+        counts = own["closest"].value_counts()
+        assert counts[row.closest] == counts.max()
+    every = scores.table(["node", "round", "split", "class_name", "index", "image"])
+    assert (len(every), set(every["pictures"])) == (25, {1})
+    for by in ([], ["colour"], ["node", "node"]):
+        with pytest.raises(SchemaMismatchError, match="by: expected some of node, round"):
+            scores.table(by)
+
+
+def test_filters_change_no_score(store, folder, clip):
+    every = score(store, folder, clip).frame
+    some = score(store, folder, clip, filters={"class_name": "dog", "round": 2}).frame
+    assert len(some) == 4
+    merged = some.merge(every, on="file", suffixes=("", "_all"))
+    np.testing.assert_allclose(merged["similarity"], merged["similarity_all"], atol=1e-6)
+    assert merged["closest"].tolist() == merged["closest_all"].tolist()
+
+
+def test_damaged_pictures_are_reported_and_left_out(store, folder, clip):
+    keys = EmbeddingStore.open(store.path).select().keys()
+    torn, unlisted = (image_name(key) for key in keys[1:3])
+    (folder / torn).write_bytes((folder / torn).read_bytes()[:200])
+    (folder / "extra.png").write_bytes(b"no picture")
+    scores = score(store, folder, clip, batch_size=1)
+    assert scores.left_out == {torn: "damaged", "extra.png": "damaged"}
+    assert len(scores.frame) == 24
+    assert unlisted in set(scores.frame["file"])
+
+
+def test_mistakes_are_named(store, folder, clip, tmp_path):
+    with pytest.raises(SchemaMismatchError, match=r"prompt: expected \{class\} in it, got 'a dog'"):
+        score(store, folder, clip, prompt="a dog")
+    with pytest.raises(SchemaMismatchError, match="batch_size: expected from 1 up, got 0"):
+        score(store, folder, clip, batch_size=0)
+    with pytest.raises(SchemaMismatchError, match="'a_b' and 'a b': both are called 'an a b'"):
+        class_prompts(["a_b", "a b"], "an {class}")
+    with pytest.raises(NotFoundError, match="no folder of pictures at .*nowhere"):
+        score(store, tmp_path / "nowhere", clip)
+    with pytest.raises(NotFoundError, match="no picture in .* of the 0 records selected"):
+        score(store, folder, clip, filters={"round": 7})
+
+
+def test_what_is_no_clip_is_refused(store, folder, clip, tmp_path):
+    with pytest.raises(NotFoundError, match="model .*empty: expected the folder of a CLIP"):
+        (tmp_path / "empty").mkdir()
+        score(store, folder, tmp_path / "empty")
+    flux = save_random_flux(tmp_path / "flux")
+    with pytest.raises(SchemaMismatchError, match="expected a clip, got AutoencoderKL"):
+        score(store, folder, flux / "vae")
+    text_only = tmp_path / "other"
+    text_only.mkdir()
+    (text_only / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(SchemaMismatchError, match="expected a clip, got bert"):
+        score(store, folder, text_only)
+
+
+def test_a_clip_that_is_not_whole_is_refused(store, folder, clip, tmp_path):
+    for lost in ("config.json", "tokenizer.json", "model.safetensors"):
+        copy = shutil.copytree(clip, tmp_path / lost)
+        (copy / lost).unlink()
+        with pytest.raises(NotFoundError, match=f"CLIP of transformers with its proc.*{lost}"):
+            score(store, folder, copy)
+    copy = shutil.copytree(clip, tmp_path / "headless")
+    weights = load_file(copy / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SchemaMismatchError, match="got none of visual_projection.weight"):
+        score(store, folder, copy)
+    (copy / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(NotFoundError, match="model .*headless"):
+        score(store, folder, copy)
+
+
+def run(store: EmbeddingStore, folder: Path, clip: Path, *words: str) -> Result:
+    common = ["--store", str(store.path), "score", "--clip-model", str(clip), "--device", "cpu"]
+    return CliRunner().invoke(group, [*common, "--input-dir", str(folder), *words])
+
+
+def test_the_command_prints_a_table(store, folder, clip):
+    result = run(store, folder, clip, "--by", "class", "--round", "1")
+    assert result.exit_code == 0, result.output
+    table = score(store, folder, clip, filters={"round": 1}).table(["class_name"])
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["class", "pictures", "similarity", "agreement", "closest"]
+    shown = [
+        [row.class_name, str(row.pictures), f"{row.similarity:.3f}", f"{row.agreement:.1%}"]
+        for row in table.itertuples()
+    ]
+    assert [line[:4] for line in lines[2:5]] == shown
+    assert lines[-1][:2] == ["13", "pictures:"]
+
+
+def test_the_command_writes_csv_and_json(store, folder, clip, tmp_path):
+    (folder / "extra.png").write_bytes(b"no picture")
+    expected = score(store, folder, clip).table(["node", "round", "class_name"])
+    path = tmp_path / "scores.csv"
+    result = run(store, folder, clip, "--output", str(path))
+    assert (result.exit_code, result.stderr) == (3, "left out: extra.png: damaged\n")
+    assert result.stdout == f"25 pictures scored, 12 rows in {path}\n"
+    read = pd.read_csv(path, dtype={"node": "str"})
+    pd.testing.assert_frame_equal(read, expected, check_exact=False)
+    os.unlink(folder / "extra.png")
+    result = run(store, folder, clip, "--format", "json")
+    read = pd.read_json(io.StringIO(result.stdout), lines=True, dtype={"node": "str"})
+    assert read["agreement"].tolist() == pytest.approx(expected["agreement"].tolist())
+
+
+def test_mistakes_in_options_are_found_before_any_work(store, folder, clip, tmp_path):
+    result = run(store, folder, clip, "--output", str(tmp_path / "no" / "scores.csv"))
+    assert result.exit_code == 2
+    assert f"no folder {tmp_path / 'no'}" in result.stderr
+    result = run(store, folder, clip, "--by", "colour")
+    assert result.exit_code == 2
+    assert "expected some of node, round, split, class, index, image" in result.stderr
