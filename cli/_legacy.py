@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._codes import SOME_FAILED, ends_other_processes
 from ._log import verbose_option
 from ._progress import progress
 from ._tables import counted, size
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .main import Context
 
 _MOST_SHOWN = 4
-_SOME_FAILED = 3
 
 _OPTIONS = [
     click.option(
@@ -53,8 +53,8 @@ def old_flags(function: Callable[..., Any]) -> Callable[..., Any]:
         given = (kwargs.pop(name) for name in ("checkpoint", "checkpoint_dir", "pattern"))
         old = OldFlags(*given)
         function(*args, old=old, **kwargs)
-        if old.failed:
-            click.get_current_context().exit(_SOME_FAILED)
+        if old.failed and not ends_other_processes():
+            click.get_current_context().exit(SOME_FAILED)
 
     for option in reversed(_OPTIONS):
         wrapped = option(wrapped)

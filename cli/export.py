@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._codes import SOME_FAILED
 from ._options import as_of_option, filter_options, quiet_option
 from ._progress import progress
 from ._tables import counted, print_table, size
@@ -70,7 +71,7 @@ def command(
     _show(files, output_dir)
     failed = sum(file.error is not None for file in files)
     if failed:
-        ctx.exit(1 if failed == len(files) else 3)
+        ctx.exit(1 if failed == len(files) else SOME_FAILED)
 
 
 def _show(files: tuple[ExportedFile, ...], folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ._codes import SOME_FAILED
 from ._options import image_folder, print_left_out, quiet_option
 from ._progress import progress
 from ._tables import counted, size
@@ -52,4 +53,4 @@ def command(
     made = counted(gallery.made, "thumbnail")
     click.echo(f"{shown} in {gallery.page}, {nbytes}; {made} made")
     if "damaged" in gallery.left_out.values():
-        ctx.exit(3)
+        ctx.exit(SOME_FAILED)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._codes import SOME_FAILED, STOPPED, ends_other_processes
 from ._legacy import OldFlags, old_flags
 from ._options import FILTERS, as_of_option, default_folder, filter_options, quiet_option
 from ._picture_options import picture_options, place_options
@@ -29,10 +30,6 @@ _DECIDED_BY_IMAGE = {
     *("images_per_record", "dtype", "quantize", "shard", "limit", "on_stale"),
     *("checkpoint", "checkpoint_dir", "pattern"),
 }
-SOME_FAILED = 3
-"""Exit code when some records could not be rendered."""
-STOPPED = 75
-"""Exit code of a run that a signal ended, and that goes on when it is run again."""
 
 
 @click.command("generate")
@@ -115,17 +112,10 @@ def command(
     _print_result(report)
     if report.stopped and report.left:
         ctx.exit(STOPPED)
-    if report.failed and _others_would_be_stopped():
+    if report.failed and ends_other_processes():
         _remark("exit code 0, since torchrun ends the others at any other; see status --failed")
     elif report.failed:
         ctx.exit(SOME_FAILED)
-
-
-def _others_would_be_stopped() -> bool:
-    """Whether a launcher would take one bad record for a reason to stop all processes."""
-    import os
-
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._codes import SOME_FAILED
 from ._options import quiet_option, wait_option
 from ._progress import progress
 from ._tables import counted, print_table, size
@@ -72,7 +73,7 @@ def command(
         )
     show_report(report, dry_run=options["dry_run"])
     if report.failed:
-        ctx.exit(1 if len(report.failed) == len(report.files) else 3)
+        ctx.exit(1 if len(report.failed) == len(report.files) else SOME_FAILED)
 
 
 def show_report(report: ImportReport, *, dry_run: bool = False, quiet: bool = False) -> None:

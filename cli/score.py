@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._codes import SOME_FAILED
 from ._options import (
     KeyList,
     as_of_option,
@@ -141,7 +142,7 @@ def command(
     else:
         click.echo(_lines(table, form), nl=False)
     if "damaged" in scores.left_out.values():
-        ctx.exit(3)
+        ctx.exit(SOME_FAILED)
 
 
 def _lines(table: pd.DataFrame, form: str) -> str:

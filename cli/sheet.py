@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import KeyList, filter_options, quiet_option
+from ._options import KeyList, filter_options, image_folder, quiet_option
 from ._progress import progress
 from ._tables import counted
 
@@ -77,7 +77,7 @@ def command(
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
-    pictures = _pictures(obj, input_dir or _default_folder(obj), filters)
+    pictures = _pictures(obj, input_dir or image_folder(obj.store), filters)
     if animate:
         shown = sheets.animate(pictures, output, thumbnail=thumbnail or 256)
         rounds = ", ".join(str(picture.key.round) for picture in shown)
@@ -95,13 +95,6 @@ def command(
         )
     for line in _told(sheet, len(pictures), files):
         click.echo(line)
-
-
-def _default_folder(obj: Context) -> Path:
-    from fedgfe_store import EmbeddingStore
-
-    store = EmbeddingStore.open(obj.store)
-    return Path("output_images") / (store.schema.metadata.experiment or store.path.resolve().stem)
 
 
 def _pictures(obj: Context, folder: Path, filters: dict[str, Any]) -> list[Picture]:
