@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import _COMMANDS, group
 
 ROOT = Path(__file__).parent.parent
@@ -55,12 +56,13 @@ def test_commands_print_what_the_page_shows(page, folder):
 
 def test_the_readmes_python_runs_in_the_demos_folder(folder):
     parts = blocks("README.md", "python")
-    assert len(parts) == 3
+    assert len(parts) == 5
     names: dict[str, object] = {}
     for part in parts:
         exec(compile(part, "README.md", "exec"), names)
     assert names["drift"] > 0
-    assert len(names["store"]) == 2
+    assert len(names["store"]) == 6
+    assert len(EmbeddingStore.open(names["path"])) == 2
     assert names["ds"].sizes["record"] == 480
 
 
