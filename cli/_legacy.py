@@ -83,6 +83,11 @@ class OldFlags:
         self._files, self._folder, self._pattern = files, folder, pattern or "*.pt"
         self.failed: Sequence[FileReport] = ()
 
+    @property
+    def given(self) -> bool:
+        """Whether there are any."""
+        return bool(self._files or self._folder)
+
     def select(
         self,
         ctx: click.Context,
@@ -98,7 +103,7 @@ class OldFlags:
         nothing is, either; where there is nothing but new files, it ends here.
         """
         obj: Context = ctx.obj
-        if not (self._files or self._folder):
+        if not self.given:
             from fedgfe_store import EmbeddingStore
 
             return EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)

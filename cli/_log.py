@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from ._say import say
+
 _log = logging.getLogger("fedgfe_store")
 
 
@@ -18,9 +20,9 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.verbose:
-            click.echo(self._timed.format(record), err=True)
+            say(self._timed.format(record), err=True)
         elif record.levelno >= logging.WARNING:
-            click.echo(f"note: {record.getMessage()}", err=True)
+            say(f"note: {record.getMessage()}", err=True)
 
 
 def show_notes(ctx: click.Context) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import click
+from ._say import say
 
 LOG_INTERVAL = 60.0
 
@@ -79,7 +79,7 @@ class _Log:
             rate = self._done / (now - self._start)
             left = duration((self._total - self._done) / rate) if rate else "?"
             unit = self._unit
-            click.echo(
+            say(
                 f"{self._done} of {self._total} {unit}, {rate:,.2f} {unit}/s, {left} left", err=True
             )
 

@@ -14,6 +14,7 @@ from ._legacy import OldFlags, old_flags
 from ._options import FILTERS, as_of_option, default_folder, filter_options, quiet_option
 from ._picture_options import picture_options, place_options
 from ._progress import progress
+from ._say import say
 
 if TYPE_CHECKING:
     from fedgfe_store.generation.job import Job
@@ -94,7 +95,11 @@ def command(
     from fedgfe_store.generation.job import prepare
     from fedgfe_store.generation.run import render
 
-    options = {**options, **_place(options.pop("shard")), "keep_negative": not dry_run}
+    options = {
+        **options,
+        **_place(options.pop("shard"), old, from_image),
+        "keep_negative": not dry_run,
+    }
     with _stopping(ctx) as stop:
         with stop.interrupting():
             if from_image is not None:
@@ -128,12 +133,12 @@ def _stopping(ctx: click.Context) -> Iterator[Stop]:
         with stop_on_signals(stop, announce=_announce):
             yield stop
     except Stopped:
-        click.echo("stopped before the first image", err=True)
+        say("stopped before the first image", err=True)
         ctx.exit(STOPPED)
 
 
 def _announce(name: str) -> None:
-    click.echo(f"{name}: stopping after this step; once more ends at once", err=True)
+    say(f"{name}: stopping after this step; once more ends at once", err=True)
 
 
 def _job_again(
@@ -171,15 +176,25 @@ def _refuse_beside_image(ctx: click.Context) -> None:
             raise click.UsageError(f"--from-image decides on {parameter.opts[0]} itself")
 
 
-def _place(text: str | None) -> dict[str, Any]:
-    """Tell which part of the work, and which GPU, is this process's."""
+def _place(text: str | None, old: OldFlags, from_image: Path | None) -> dict[str, Any]:
+    """Tell which part of the work, and which GPU, is this process's.
+
+    An array of jobs that name checkpoints counts nodes or rounds, not parts of the work.
+    """
     import os
 
     import torch
 
-    from fedgfe_store.generation.shards import Shard, detect_shard, local_device
+    from fedgfe_store.generation.shards import WHOLE, Shard, detect_shard, local_device
 
-    shard, reason = (Shard.parse(text), "") if text else detect_shard(os.environ)
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not (old.given and name.startswith("SLURM_ARRAY_"))
+    }
+    shard, reason = (Shard.parse(text), "") if text else detect_shard(environ)
+    if from_image is not None:
+        shard, reason = WHOLE, ""
     if shard.count > 1 and reason:
         _remark(f"shard {shard}: {reason}")
     local = local_device(os.environ, torch.cuda.device_count())
@@ -187,7 +202,7 @@ def _place(text: str | None) -> dict[str, Any]:
 
 
 def _remark(line: str) -> None:
-    click.echo(f"note: {line}", err=True)
+    say(f"note: {line}", err=True)
 
 
 def _print_plan(job: Job) -> None:
@@ -201,35 +216,31 @@ def _print_plan(job: Job) -> None:
     if settings.quantization:
         shown.append(settings.quantization)
     part = "" if job.shard.count == 1 else f", shard {job.shard}"
-    click.echo(
+    say(
         f"records: {len(job.selection)} of {job.selection.path}, commit "
         f"{job.selection.commit}{part}"
     )
-    click.echo(
-        f"model: {settings.model} ({settings.revision[:12]}), {settings.dtype} on {job.device}"
-    )
-    click.echo(f"settings: {', '.join(shown)}")
+    say(f"model: {settings.model} ({settings.revision[:12]}), {settings.dtype} on {job.device}")
+    say(f"settings: {', '.join(shown)}")
     if job.negative:
-        click.echo(f"negative: {job.negative.source}")
-    click.echo(f"folder: {plan.folder}")
-    click.echo(plan.summary(job.batch_size))
+        say(f"negative: {job.negative.source}")
+    say(f"folder: {plan.folder}")
+    say(plan.summary(job.batch_size))
 
 
 def _print_result(report: GenerationReport) -> None:
     if report.failed:
-        click.echo(f"failed: {len(report.failed)}", err=True)
+        say(f"failed: {len(report.failed)}", err=True)
         for failure in report.failed[:_SHOWN_FAILURES]:
-            click.echo(f"  {failure}", err=True)
+            say(f"  {failure}", err=True)
         if len(report.failed) > _SHOWN_FAILURES:
-            click.echo(f"  and {len(report.failed) - _SHOWN_FAILURES} more", err=True)
+            say(f"  and {len(report.failed) - _SHOWN_FAILURES} more", err=True)
     rate = f" in {report.seconds:.1f} s, {report.rate:.2f} images/s" if report.done else ""
-    click.echo(
+    say(
         f"{report.done} images rendered{rate}, {report.skipped} were there already: "
         f"{report.plan.folder}"
     )
     if report.elsewhere:
-        click.echo(f"{report.elsewhere} images were made by another process meanwhile")
+        say(f"{report.elsewhere} images are another process's: made meanwhile, or being made")
     if report.stopped and report.left:
-        click.echo(
-            f"stopped by {report.stopped} with {report.left} images left; the same command goes on"
-        )
+        say(f"stopped by {report.stopped} with {report.left} images left; the same command goes on")

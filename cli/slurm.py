@@ -83,13 +83,17 @@ def command(
     sbatch job.sh
     fedgfe-store status --round 5
     """
+    from ._legacy import OldFlags
     from .generate import command as generate
 
     if any(word == "--shard" or word.startswith("--shard=") for word in arguments):
         raise click.UsageError("--shard: the script itself gives each task of the array its own")
-    with generate.make_context("generate", list(arguments), parent=ctx.parent):
-        pass
+    with generate.make_context("generate", list(arguments), parent=ctx.parent) as checked:
+        names = (checked.params[name] for name in ("checkpoint", "checkpoint_dir", "pattern"))
+        old = OldFlags(*names)
     obj: Context = ctx.obj
+    # Checkpoints have a store of their own, which goes after one that is named.
+    store = ["--store", str(obj.store)] if obj.store_given or not old.given else []
     options = {
         "job-name": job_name,
         "array": f"0-{shards - 1}" if shards > 1 else None,
@@ -99,7 +103,7 @@ def command(
     }
     directives = [f"--{name}={value}" for name, value in options.items() if value]
     click.echo(
-        job_script([*directives, *_always(shards), *sbatch], setup, obj.store, arguments, shards)
+        job_script([*directives, *_always(shards), *sbatch], setup, store, arguments, shards)
     )
 
 
@@ -111,7 +115,7 @@ def _always(shards: int) -> list[str]:
 def job_script(
     directives: Sequence[str],
     setup: Sequence[str],
-    store: Path,
+    store: Sequence[str],
     arguments: Sequence[str],
     shards: int,
 ) -> str:
@@ -123,14 +127,14 @@ def job_script(
         Options of sbatch.
     setup : sequence of str
         Shell lines, taken as they are.
-    store : Path
-        The embedding store.
+    store : sequence of str
+        Options that name the embedding store.
     arguments : sequence of str
         Arguments of ``generate``.
     shards : int
         Tasks of the array; without one for 1.
     """
-    words = ["fedgfe-store", "--store", str(store), "generate", *arguments]
+    words = ["fedgfe-store", *store, "generate", *arguments]
     run, job = shlex.join(words), '"$SLURM_JOB_ID"'
     if shards == 1:
         # Said here too, since sbatch hands on the environment that it is called in.

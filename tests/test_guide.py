@@ -329,6 +329,14 @@ def test_the_slurm_script(fedgfe, tmp_path):
     assert pictures(fedgfe) == {"output_images/final": named(SLURM)}
 
 
+@pytest.mark.parametrize("layout", ["store"], indirect=True)
+def test_an_array_that_counts_checkpoints_is_no_split_of_the_work(fedgfe, monkeypatch):
+    for name, value in {"ID": "5", "MIN": "0", "MAX": "9", "COUNT": "10", "STEP": "1"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert run(COMMANDS["one checkpoint"][0]).exit_code == 0
+    assert pictures(fedgfe) == {NAMED: named({("0", 5)})}
+
+
 @pytest.mark.parametrize("layout", ["files"], indirect=True)
 def test_verbose_output_into_a_log(fedgfe):
     done = in_bash(VERBOSE, fedgfe)

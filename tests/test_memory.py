@@ -156,6 +156,48 @@ def test_one_picture_that_does_not_fit_ends_the_run_and_keeps_what_is_done(
     assert (report.done, report.skipped) == (6, 4)
 
 
+def test_what_is_denoised_of_a_group_is_decoded_whatever_ends_the_run(
+    flux: Path, selection: Selection, tmp_path: Path
+) -> None:
+    class Ending(Cramped):
+        def __init__(self, error: Exception) -> None:
+            super().__init__(flux, batches_per_swap=16)
+            self._error = error
+
+        def denoise(self, *args: object, **options: object) -> torch.Tensor:
+            if len(self.batch_sizes) == 6:
+                raise self._error
+            return super().denoise(*args, **options)
+
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    report, _ = make(selection, tmp_path / "full", Ending(full), batch_size=1)
+    assert (report.done, len(report.failed)) == (6, 4)
+    with pytest.raises(OSError, match="disk is gone"):
+        make(selection, tmp_path / "gone", Ending(OSError("disk is gone")), batch_size=1)
+    assert len(list((tmp_path / "gone").glob("*.png"))) == 6
+
+
+def test_a_swap_that_finds_no_room_leaves_both_modules_at_home() -> None:
+    modules = {name: torch.nn.BatchNorm1d(3) for name in ("a", "b")}
+    home = {n: [t.data_ptr() for t in m.parameters()] for n, m in modules.items()}
+    full = False
+
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        if full and tensor.numel() == 3 and tensor.eq(0).all():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return tensor.clone()
+
+    swap = offload.Swap(modules, put)
+    swap.bring("a")
+    full = True
+    with pytest.raises(torch.OutOfMemoryError):
+        swap.bring("b")
+    assert {n: [t.data_ptr() for t in m.parameters()] for n, m in modules.items()} == home
+    full = False
+    swap.bring("a")
+    assert [t.data_ptr() for t in modules["a"].parameters()] != home["a"]
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -203,18 +245,25 @@ def test_tiling_reaches_the_decoder_and_is_gone_afterwards(
 ) -> None:
     pipeline = FluxImages.load(resolve_model(str(flux)), Placement("float32", "cpu"))
     vae, settings = pipeline._pipeline.vae, Settings("", "", "float32", 1, 3.5, SIZE, SIZE)
-    seen: list[bool] = []
-    decode = type(vae).decode
+    # As in the real models: the decoder itself would split only what is larger than this.
+    vae.tile_latent_min_size, vae.tile_sample_min_size = SIZE // 4, SIZE
+    seen: list[tuple[int, ...]] = []
+    decode = vae.decoder.forward
 
-    def watched(self: object, *args: object, **options: object) -> object:
-        seen.append(self.use_tiling)
-        return decode(self, *args, **options)
+    def watched(latents: torch.Tensor, *args: object) -> torch.Tensor:
+        seen.append(tuple(latents.shape[-2:]))
+        return decode(latents, *args)
 
-    monkeypatch.setattr(type(vae), "decode", watched)
+    monkeypatch.setattr(vae.decoder, "forward", watched)
     latents = pipeline.draw([torch.Generator().manual_seed(0)], SIZE, SIZE)
-    pipeline.decode(latents, settings, tiled=True)
-    pipeline.decode(latents, settings)
-    assert seen == [True, False]
+    (tiled,) = pipeline.decode(latents, settings, tiled=True)
+    assert len(seen) > 1
+    assert max(seen) == (4, 4)
+    seen.clear()
+    (whole,) = pipeline.decode(latents, settings)
+    assert seen == [(8, 8)]
+    assert (vae.tile_latent_min_size, vae.tile_sample_min_size) == (SIZE // 4, SIZE)
+    assert tiled.shape == whole.shape
 
 
 def test_the_last_batch_is_padded_where_the_model_is_compiled(

@@ -195,6 +195,8 @@ def test_a_negative_prompt_or_file_changes_the_pictures(
 ) -> None:
     make(selection, tmp_path / "plain")
     make(selection, tmp_path / "prompt", negative="blur", batch_size=1)
+    long = "a very long list of what should not be there, " * 10
+    assert make(selection, tmp_path / "long", negative=long).done == 6
     np.testing.assert_array_equal(
         pixels(tmp_path / "prompt", selection), direct(sd, selection, negative="blur")
     )

@@ -75,6 +75,19 @@ def test_the_script_asks_for_an_array_that_may_be_queued_again() -> None:
     ]
 
 
+def test_checkpoints_go_with_the_store_among_them_unless_one_is_named() -> None:
+    arguments = ["slurm", "--shards", "2", "--", "--checkpoint_dir", "checkpoints"]
+    named = CliRunner().invoke(group, arguments).stdout
+    assert "fedgfe-store generate --checkpoint_dir checkpoints --shard" in named
+    assert "--store" not in named
+    result = CliRunner().invoke(
+        group, ["--store", "a.zarr", "slurm", "--", "--checkpoint_dir", "checkpoints"]
+    )
+    assert "fedgfe-store --store a.zarr generate --checkpoint_dir checkpoints" in result.output
+    both = ["slurm", "--", "--checkpoint", "a.pt", "--checkpoint_dir", "checkpoints"]
+    assert CliRunner().invoke(group, both).exit_code == 2
+
+
 def test_one_shard_is_a_job_without_array() -> None:
     text = script("--gres", "", "--time", "1-0", "--", "--round", "5")
     assert "array" not in text.lower()

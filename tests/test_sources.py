@@ -127,8 +127,7 @@ def test_a_file_of_another_name_stands_for_what_it_says(tmp_path, there):
         assert origins(select_records(store, sources)) == expected
 
 
-def test_a_file_whose_content_differs_from_its_name_stands_for_both(tmp_path):
-    """The name, since a record counts as of the file that it would have had; and the content."""
+def test_a_file_whose_content_differs_from_its_name_stands_for_its_content(tmp_path):
     path, _ = legacy.node_file(tmp_path, 3, 7, n=1)
     renamed = path.rename(tmp_path / "node_0_embeddings_r5.pt")
     legacy.node_file(tmp_path / "more", 0, 5, n=1)
@@ -136,7 +135,7 @@ def test_a_file_whose_content_differs_from_its_name_stands_for_both(tmp_path):
     assert origins(select_records(store, Sources((renamed,)))) == {("3", 7)}
     import_checkpoints(store.path, tmp_path / "more")
     store.refresh()
-    assert origins(select_records(store, Sources((renamed,)))) == {("3", 7), ("0", 5)}
+    assert origins(select_records(store, Sources((renamed,)))) == {("3", 7)}
 
 
 @pytest.mark.parametrize("number", [-1, None])

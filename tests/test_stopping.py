@@ -223,6 +223,38 @@ def test_a_request_interrupts_only_where_it_may() -> None:
             raise AssertionError("a stop that came before must be seen")
 
 
+def test_a_stop_works_where_nobody_hears_of_it() -> None:
+    """Ctrl-C on ``| tee`` ends tee too, and a line may be half printed when a signal comes."""
+    for error in (BrokenPipeError(), RuntimeError("reentrant call")):
+        stop = Stop()
+
+        def announce(name: str, error: Exception = error) -> None:
+            raise error
+
+        with stop_on_signals(stop, announce=announce):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+
+
+def test_ctrl_c_with_a_pipe_that_breaks_keeps_its_exit_code(
+    flux: Path, selection: Selection, tmp_path: Path
+) -> None:
+    size = ["--height", str(SIZE), "--width", str(SIZE), "--steps", "200", "--batch-size", "1"]
+    arguments = ["--store", str(selection.path), "generate", "--model", str(flux), *size]
+    arguments += ["--device", "cpu", "--output-dir", str(tmp_path / "out"), "--verbose"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedgfe_store.cli.main", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        while not list((tmp_path / "out").glob("*.png")):
+            time.sleep(0.02)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 75
+    assert 0 < len(sound(tmp_path / "out")) < 10
+
+
 SECOND = """
 import signal, sys, time
 from fedgfe_store.generation.stopping import Stop, stop_on_signals

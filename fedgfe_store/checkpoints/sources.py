@@ -141,9 +141,11 @@ class Sources:
 
 
 def origins_of(file: Path, ledger: Ledger) -> set[Origin]:
-    """Return node and round by a file's name, and those that it had when it was taken in."""
+    """Return node and round that a file had when it was taken in, else those of its name."""
     line, named = ledger.line_of(file), named_origin(file.name)
-    return {origin for origin in (named, line and (line.node, line.round)) if origin}
+    if line is not None:
+        return {(line.node, line.round)}
+    return set() if named is None else {named}
 
 
 def find_new(store_path: Path, sources: Sources) -> list[Path]:

@@ -45,6 +45,9 @@ def choose_device(device: str | None, *, local: int | None = None) -> str:
         raise SchemaMismatchError(
             f"device: expected one of this machine, got {device!r} ({reason})"
         ) from None
+    if torch.device(device).type == "cuda":
+        # Streams, and what torch says of bfloat16, are the current device's.
+        torch.cuda.set_device(torch.device(device))
     return device
 
 

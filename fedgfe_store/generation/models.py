@@ -202,6 +202,8 @@ class Model(ABC):
         names = ("*.json", *_WEIGHT_PATTERNS)
         patterns = [f"{part}/{name}" for part in (self.part, "vae") for name in names]
         _download(self.name, [*patterns, "scheduler/*"], revision=self.revision)
+        if not self.has_weights:
+            raise NotFoundError(_how_to_get(self.name, "its weights are not all in the cache"))
 
     def fetch(self, *parts: str) -> bool:
         """Make sure that other parts, such as ``"text_encoder"``, are here if the model has them.
@@ -288,7 +290,7 @@ def resolve_model(
         return _read(family, known_as, folder, _digest_folder(folder, family.part))
     if not _HUB_ID.fullmatch(name):
         raise NotFoundError(f"model: expected tiny, a folder or a hub id, got {name!r}")
-    folder = _cached_snapshot(name) or _download(name, ["*.json"])
+    folder = _cached_snapshot(name, family.part) or _download(name, ["*.json"])
     _check_pipeline(folder, family)
     return _read(family, name, folder, folder.name, from_hub=True)
 
@@ -377,11 +379,16 @@ def _count_parameters(path: Path) -> int:
     )
 
 
-def _cached_snapshot(name: str) -> Path | None:
+def _cached_snapshot(name: str, denoiser: str) -> Path | None:
+    """Return where the hub's cache has a model's configurations; None if any is missing."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "model_index.json")
-    return Path(found).parent if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    configs = [folder / part / "config.json" for part in (denoiser, "vae")]
+    return folder if all(config.is_file() for config in configs) else None
 
 
 def _download(

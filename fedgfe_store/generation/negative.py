@@ -96,7 +96,7 @@ def find_negative(
     DamagedDataError
         If what the store keeps is damaged.
     """
-    if given is not None and (Path(given).suffix in _TENSOR_FILES or Path(given).is_file()):
+    if given is not None and (Path(given).suffix in _TENSOR_FILES or os.path.isfile(given)):
         negative = _read_file(Path(given))
     else:
         negative = _of_prompt(model, store, given or "", keep=keep, report=report)

@@ -219,11 +219,19 @@ class Swap:
         if name == self._present:
             return
         if self._present is not None:
-            for tensor, home in self._tensors[self._present]:
-                tensor.data = home
-        for tensor, home in self._tensors[name]:
-            tensor.data = self._put(home)
+            self._send_home(self._present)
+        self._present = None
+        try:
+            for tensor, home in self._tensors[name]:
+                tensor.data = self._put(home)
+        except BaseException:  # half a module on the device is of no use, and takes its memory
+            self._send_home(name)
+            raise
         self._present = name
+
+    def _send_home(self, name: str) -> None:
+        for tensor, home in self._tensors[name]:
+            tensor.data = home
 
 
 def _gib(size: int) -> str:

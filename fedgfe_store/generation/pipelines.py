@@ -121,7 +121,9 @@ class DiffusersImages(ABC):
         self._pipeline.set_progress_bar_config(disable=True)
         self._denoiser = getattr(pipeline, model.part)
         self._swap: Swap | None = None
-        if placement.offload == "none":
+        if placement.quantization:  # the denoiser was loaded to where it works
+            pipeline.vae.to(placement.device)
+        elif placement.offload == "none":
             self._pipeline.to(placement.device)
         elif placement.offload == "model":
             parts = {model.part: self._denoiser, "vae": pipeline.vae}
@@ -261,7 +263,7 @@ class DiffusersImages(ABC):
             self._swap.bring("vae")
         pipeline, vae = self._pipeline, self._pipeline.vae
         scaled = self.scaled(latents, settings.height, settings.width)
-        with _tiling(vae) if tiled else nullcontext():
+        with _tiling(vae, scaled) if tiled else nullcontext():
             decoded = vae.decode(self._at_home(scaled), return_dict=False)[0]
         finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
         if not all(finite):
@@ -294,12 +296,18 @@ def _compiling() -> Iterator[None]:
 
 
 @contextmanager
-def _tiling(vae: Any) -> Iterator[None]:
+def _tiling(vae: Any, latents: torch.Tensor) -> Iterator[None]:
+    """Decode in tiles of half the picture: by itself a decoder splits larger ones only."""
+    before = vae.tile_latent_min_size, vae.tile_sample_min_size
+    side = max(4, min(before[0], min(latents.shape[-2:]) // 2))
+    vae.tile_latent_min_size = side
+    vae.tile_sample_min_size = side * before[1] // before[0]
     vae.enable_tiling()
     try:
         yield
     finally:
         vae.disable_tiling()
+        vae.tile_latent_min_size, vae.tile_sample_min_size = before
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class Renderer:
         self._provenance = Provenance(job, pipeline.placement)
         self._device = pipeline.placement.device
         self._largest_batch = self._largest_decode = job.batch_size
-        self._tiled = False
+        self._tiled = self._undecodable = False
         self._batches = 0
         self.gave_up: str | None = None
         """Why rendering on would be of no use; None if there is no such reason."""
@@ -85,34 +85,39 @@ class Renderer:
         """Render all batches, or those until a stop or until there is no use in going on."""
         reading = prefetch(read_batches(self._job, claims), _PREFETCHED_BATCHES)
         with closing(cast("Generator[Batch]", reading)) as batches:
-            while not self._ended():
+            more = True
+            while more and not self._ended():
                 # Usually a group is one batch. Only its latents are held, not what they were
-                # made from.
-                group = list(self._denoise_group(batches))
-                if not group:
-                    return
-                for denoised in group:
-                    for part in denoised:
-                        self._decode(part)
+                # made from; whatever happens to the others, they are decoded.
+                group: list[_Denoised] = []
+                try:
+                    more = self._denoise_group(batches, group)
+                finally:
+                    for denoised in group:
+                        self._decode(denoised)
 
     def _ended(self) -> bool:
         if self._writer.gave_up:
             self.gave_up = "the pictures before it could not be written"
         return self._stop.requested or self.gave_up is not None
 
-    def _denoise_group(self, batches: Iterator[Batch]) -> Iterator[list[_Denoised]]:
+    def _denoise_group(self, batches: Iterator[Batch], group: list[_Denoised]) -> bool:
+        """Add what becomes of some batches to `group`; whether there were any."""
+        any_left = False
         for batch in islice(batches, self._pipeline.batches_per_swap):
+            any_left = True
             for item, reason in batch.damaged.items():
                 self._tally.fail(item, reason)
             for item in batch.elsewhere:
                 self._tally.leave(item)
-            yield list(self._denoise(batch))
+            group.extend(self._denoise(batch))
             self._batches += 1
             every = self._job.clear_cache_every
             if every and self._batches % every == 0:
                 clear_cache(self._device)
             if self._ended():
-                return
+                break
+        return any_left
 
     def _denoise(self, batch: Batch) -> Iterator[_Denoised]:
         """Denoise a batch in as large parts as fit; what a stop cuts short is not there."""
@@ -173,7 +178,7 @@ class Renderer:
     def _decode(self, denoised: _Denoised) -> None:
         """Decode latents in as large slices as fit, and hand the pictures to the writer."""
         start = 0
-        while start < len(denoised.items) and self.gave_up is None:
+        while start < len(denoised.items) and not (self._undecodable or self._writer.gave_up):
             rows, started = slice(start, start + self._largest_decode), time.perf_counter()
             items, pictures = denoised.items[rows], self._decoded(denoised.latents[rows])
             if pictures is None:
@@ -203,7 +208,9 @@ class Renderer:
             self._tiled = True
             self._report("out of memory: decoding tile by tile, which changes pixels")
         else:
-            self._give_up(item, "decoding", "--vae-tiling")
+            self._undecodable = True
+            remedy = "a smaller picture" if self._tiled else "--vae-tiling"
+            self._give_up(item, "decoding", remedy)
 
     def _give_up(self, item: PlanItem, doing: str, remedy: str) -> None:
         self._tally.fail(item, f"out of memory {doing} one picture; {remedy} may help")

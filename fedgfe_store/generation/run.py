@@ -152,7 +152,7 @@ def render(
     """
     plan, stop = job.plan, stop or Stop()
     if plan.counts["done"]:
-        _complete_manifest(job)
+        _complete_manifest(job, report)
     if not plan.todo:
         return GenerationReport(plan, skipped=_skipped(plan))
     _make_folder(plan.folder)
@@ -206,19 +206,22 @@ def _make_folder(folder: Path) -> None:
     remove_stale_temps(folder)
 
 
-def _complete_manifest(job: Job) -> None:
+def _complete_manifest(job: Job, report: Report) -> None:
     """List the images that a killed run wrote without getting to their lines."""
     folder = job.plan.folder
     listed = listed_files(folder)
     unlisted = [i for i in job.plan.items if i.status == "done" and i.path.name not in listed]
     if not unlisted:
         return
-    with Manifest(folder, job.shard) as manifest:
-        for item in unlisted:
-            provenance = read_provenance(item.path) or {}
-            found = item.path.stat()
-            facts = {"bytes": found.st_size, "created": timestamp(found.st_mtime)}
-            manifest.append({"file": item.path.name, **provenance, **facts})
+    try:
+        with Manifest(folder, job.shard) as manifest:
+            for item in unlisted:
+                provenance = read_provenance(item.path) or {}
+                found = item.path.stat()
+                facts = {"bytes": found.st_size, "created": timestamp(found.st_mtime)}
+                manifest.append({"file": item.path.name, **provenance, **facts})
+    except OSError as error:  # the pictures say the same of themselves
+        report(f"the manifest of {folder} is not completed: {error}")
 
 
 def _skipped(plan: Plan) -> int:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _ECHO_SECONDS = 0.5
@@ -88,7 +88,9 @@ def stop_on_signals(stop: Stop, *, announce: Callable[[str], object]) -> Iterato
         else:  # a launcher hands on what has reached its processes already
             return
         name = signal.Signals(number).name
-        announce(name)
+        # Nobody may be there to hear it, or the signal may have come while a line was printed.
+        with suppress(OSError, RuntimeError):
+            announce(name)
         stop.request(name)
 
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]

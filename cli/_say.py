@@ -1,0 +1,18 @@
+"""Words on the terminal or in a log, whose reader may be gone."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Print a line; where nobody reads any more, as after Ctrl-C on ``| tee``, go on in silence."""
+    try:
+        click.echo(line, err=err)
+    except BrokenPipeError:
+        # Python would fail once more as it flushes at exit, and lose the exit code.
+        stream = sys.stderr if err else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
