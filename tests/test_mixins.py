@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from fedgfe_store import EmbeddingStore, Metadata
+from fedgfe_store._commit import WriterLock
 from fedgfe_store.checkpoints import import_checkpoints
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.federated import (
@@ -443,6 +444,56 @@ def test_the_guides_current_round_counts_too(tmp_path):
     server.current_round = 5
     assert server.save_round_embeddings() is None
     assert {key[1] for key in content(tmp_path / "embeddings.zarr")} == {4}
+
+
+class Round(EmbeddingServerMixin):
+    """A server at round 3 with clients that do something before they yield."""
+
+    def __init__(self, folder: Path, *clients: Client):
+        self.round, self.clients, self.splits = 3, list(clients), {"train": [batch(1, 9)]}
+        section = FEDA2V | {"embeddings_checkpoint_dir": folder, "embeddings_save_frequency": 1}
+        self.config = SimpleNamespace(feda2v=section)
+
+    iter_embeddings = Client.iter_embeddings
+
+
+def test_while_a_client_computes_those_before_it_are_written(tmp_path):
+    class Second(Client):
+        def iter_embeddings(self, split):
+            lock.release()  # until then nothing can be written
+            return super().iter_embeddings(split)
+
+    first, second = Client(train=[batch(2, 1)]), Second(train=[batch(2, 2)])
+    second.id, second.embedding_splits = 1, ("train",)
+    lock = WriterLock(tmp_path / "embeddings.zarr", 1)
+    path = Round(tmp_path, first, second).save_round_embeddings()
+    assert EmbeddingStore.open(path).commit == 3
+    assert [key[0] for key in content(path)] == ["0", "0", "1", "1", "server"]
+    first.save_embeddings_to_checkpoint("train", tmp_path, 4)
+    assert EmbeddingStore.open(path).commit == 4, "written at once where no round ends"
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_disk_that_is_full_at_the_end_of_a_round(tmp_path, monkeypatch, on_error):
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    server = Round(tmp_path, Client(train=[batch()]))
+    server.embedding_on_error = on_error
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        if on_error == "raise":
+            with pytest.raises(OSError, match="No space left"):
+                server.save_round_embeddings()
+        else:
+            server.save_round_embeddings()
+            assert [(m.node, m.round) for m in server.missing_embeddings] == [
+                ("0", 3),
+                ("server", 3),
+            ]
+    path = server.save_round_embeddings()
+    assert server.missing_embeddings == ()
+    assert [key[0] for key in content(path)] == ["0", "0", "server"]
 
 
 def killed(path: Path, seconds: float) -> None:

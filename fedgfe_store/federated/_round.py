@@ -50,11 +50,6 @@ class RoundBatch:
         return str(self._job)
 
     @property
-    def node_and_round(self) -> tuple[str, int]:
-        """Whose records they are."""
-        return self._job.node, self._job.round
-
-    @property
     def added(self) -> int:
         """Records that are new in the store."""
         return self._job.added

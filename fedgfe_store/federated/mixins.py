@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from fedgfe_store.federated.settings import DEFAULT_DIR, STORE_NAME, RecordingSe
 from fedgfe_store.schema import Metadata, Precision
 
 _log = logging.getLogger("fedgfe_store")
+_of_this_round: ContextVar[Recorder | None] = ContextVar("recorder of this round", default=None)
+"""While `save_round_embeddings` runs: where clients and server record to, in the background."""
 
 
 class EmbeddingSource:
@@ -30,7 +33,8 @@ class EmbeddingSource:
     embedding_on_error : {"raise", "warn"}
         Whether a problem of the store ends the training, see `Recorder`.
     missing_embeddings : tuple of Missing
-        Under ``"warn"``: the rounds that could not be recorded, and have not been since.
+        Under ``"warn"``: the rounds that could not be recorded, and have not been since. The
+        server's has those of all nodes that `EmbeddingServerMixin.save_round_embeddings` records.
     """
 
     embedding_splits: tuple[str, ...] = ("train", "val", "test")
@@ -80,25 +84,42 @@ class EmbeddingSource:
     def _save(
         self, splits: Iterable[str], checkpoint_dir: str | Path, round_num: int | None
     ) -> Path:
-        """Commit the embeddings of `splits` as one, and return the store when it is on the disk."""
-        folder = Path(checkpoint_dir)
-        metadata = self.embedding_metadata(folder)
+        """Record the embeddings of `splits` as one commit, and return the store."""
+        path = Path(checkpoint_dir) / STORE_NAME
+        number = 0 if round_num is None else round_num
+        shared = _of_this_round.get()
+        if shared is not None and shared.path == path:
+            self._record(shared, splits, number)
+            return path
+        with self._recorder(path, background=False) as recorder:
+            self._record(recorder, splits, number)
+        self._keep_missing(recorder, number, str(self.embedding_node))
+        return path
+
+    def _recorder(self, path: Path, *, background: bool) -> Recorder:
+        metadata = self.embedding_metadata(path.parent)
         images = getattr(self, "images_output_dir", None) or "output_images"
-        recorder = Recorder(
-            folder / STORE_NAME,
-            background=False,
+        return Recorder(
+            path,
+            background=background,
             on_error=self.embedding_on_error,
             precision=self.embedding_precision,
             metadata=metadata,
             images_dir=f"{images}/{metadata.experiment}" if metadata.experiment else str(images),
         )
-        number = 0 if round_num is None else round_num
-        with recorder, recorder.record(node=self.embedding_node, round=number) as batch:
+
+    def _record(self, recorder: Recorder, splits: Iterable[str], number: int) -> None:
+        with recorder.record(node=self.embedding_node, round=number) as batch:
             for split in splits:
                 self._add(batch, split)
-        others = [m for m in self.missing_embeddings if (m.node, m.round) != batch.node_and_round]
+
+    def _keep_missing(self, recorder: Recorder, number: int, node: str | None = None) -> None:
+        others = [
+            each
+            for each in self.missing_embeddings
+            if each.round != number or node not in (None, each.node)
+        ]
         self.missing_embeddings = (*others, *recorder.missing)
-        return recorder.path
 
     def _add(self, batch: RoundBatch, split: str) -> None:
         empty = 0
@@ -142,8 +163,8 @@ class EmbeddingClientMixin(EmbeddingSource):
         Returns
         -------
         Path
-            The store. The records are on the disk, or, under ``embedding_on_error = "warn"``,
-            the log says why not.
+            The store. The records are on the disk (where `save_round_embeddings` calls this,
+            when that returns), or, under ``embedding_on_error = "warn"``, the log says why not.
 
         Raises
         ------
@@ -218,10 +239,13 @@ class EmbeddingServerMixin(EmbeddingSource):
     def save_round_embeddings(self) -> Path | None:
         """Record what `config` asks for at the end of this round: for `round_ending_hook`.
 
+        The clients' and the server's methods are called in turn; while one computes its
+        embeddings, those before it are written. When this returns, all are on the disk.
+
         Returns
         -------
         Path or None
-            The store, with every commit on the disk; None where nothing was due.
+            The store; None where nothing was due.
 
         Raises
         ------
@@ -234,17 +258,25 @@ class EmbeddingServerMixin(EmbeddingSource):
         number = self.embedding_round
         if not settings.enabled:
             return None
-        saved = None
-        if _due(number, settings.nodes_every):
-            for client in self._embedding_clients():
-                saved = client.save_embeddings_to_checkpoint(
-                    split="all", checkpoint_dir=settings.checkpoint_dir, round_num=number
-                )
-        if _due(number, settings.server_every):
-            saved = self.save_server_embeddings_to_checkpoint(
-                checkpoint_dir=settings.checkpoint_dir, round_num=number
-            )
-        return None if saved is None else settings.store_path
+        due = _due(number, settings.nodes_every), _due(number, settings.server_every)
+        if not any(due):
+            return None
+        clients = self._embedding_clients() if due[0] else []
+        with self._recorder(settings.store_path, background=True) as recorder:
+            token = _of_this_round.set(recorder)
+            try:
+                for client in clients:
+                    client.save_embeddings_to_checkpoint(
+                        split="all", checkpoint_dir=settings.checkpoint_dir, round_num=number
+                    )
+                if due[1]:
+                    self.save_server_embeddings_to_checkpoint(
+                        checkpoint_dir=settings.checkpoint_dir, round_num=number
+                    )
+            finally:
+                _of_this_round.reset(token)
+        self._keep_missing(recorder, number)
+        return settings.store_path
 
     def _feda2v(self) -> Any:
         config = getattr(self, "config", None)
