@@ -181,10 +181,11 @@ class AppendBatch:
         granule = self._transaction.schema.granule
         while self._waiting:
             self._ready.append(self._sifted(self._waiting.pop(0)))
-            while sum(map(len, self._ready)) >= granule:
-                self._transaction.write(self._pop(granule))
+            whole = sum(map(len, self._ready)) // granule * granule
+            if whole and not (rest and not self._waiting):
+                self._transaction.write(self._pop(whole))
         if rest and any(map(len, self._ready)):
-            self._transaction.write(self._pop(granule))
+            self._transaction.write(self._pop(sum(map(len, self._ready))))
 
     def _pop(self, n: int) -> RecordBatch:
         """Take the first `n` records of those that are ready."""

@@ -201,16 +201,23 @@ class Transaction:
         return self.snapshot.point.commit + 1
 
     def write(self, records: RecordBatch) -> None:
-        """Write `records`, at most a granule of them, as the next granule."""
+        """Write `records` as the next granules; all but the last one of a commit are whole."""
         self._begin()
-        schema, n = self.schema, len(records)
-        granule = self._tail // schema.granule
-        for column in schema.tensors:
+        granule, n = self.schema.granule, len(records)
+        stop = self._tail + -(-n // granule) * granule
+        for column in self.schema.tensors:
             values = records.tensors.get(column.name)
-            if values is not None:
-                self._write_tensor(column, values, records.columns, granule)
-        self._rows.append(_padded(schema, records.columns, self.commit, schema.granule - n))
-        self._tail += schema.granule
+            if values is None:
+                continue
+            # An optional column has no file where none of a granule's records has a value.
+            step = granule if column.optional else n
+            for start in range(0, n, step):
+                part = slice(start, start + step)
+                present = records.columns[f"has_{column.name}"][part] if column.optional else None
+                self._write_tensor(column, values[part], present, self._tail + start, stop)
+        skipped = stop - self._tail - n
+        self._rows.append(_padded(self.schema, records.columns, self.commit, skipped))
+        self._tail = stop
 
     def _begin(self) -> None:
         if self._token:
@@ -229,22 +236,24 @@ class Transaction:
         self,
         column: TensorColumn,
         values: np.ndarray,
-        keys: Mapping[str, np.ndarray],
-        granule: int,
+        present: np.ndarray | None,
+        first: int,
+        rows: int,
     ) -> None:
-        if column.optional:
-            absent = ~keys[f"has_{column.name}"]
-            values[absent] = np.nan
-            if absent.all():
+        """Write `values` from row `first` of the array on, which has `rows` in all then."""
+        if present is not None:
+            values[~present] = np.nan
+            if not present.any():
                 return
-        rows = self._tail + self.schema.granule
         array = open_tensor(self.path, column.name, self.snapshot.group.arrays[column.name], rows)
-        file = tensor_file(self.path, column, granule)
+        granule = self.schema.granule
+        numbers = range(first // granule, -(-(first + len(values)) // granule))
+        files = [tensor_file(self.path, column, number) for number in numbers]
         try:
-            array[self._tail : self._tail + len(values)] = values
+            array[first : first + len(values)] = values
         except RuntimeError as error:
-            raise _files.system_error(error, file) or error from error
-        self._written[file] = _state(file)
+            raise _files.system_error(error, files[0]) or error from error
+        self._written.update({file: _state(file) for file in files})
 
     def publish(self, kind: CommitKind, *, deleted: np.ndarray | None = None) -> Snapshot:
         """Commit what was written, and mark the rows `deleted` as deleted, in one step.
