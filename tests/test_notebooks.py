@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from fedgfe_store.cli.main import _COMMANDS
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_IMAGE_BYTES = 150_000
@@ -76,6 +78,12 @@ def test_what_is_kept_is_small_and_of_no_machine(file):
                 assert len(base64.b64decode(content)) < MOST_IMAGE_BYTES
             elif "base64" not in content:
                 assert not re.search(r"(?<![\w.<])/(tmp|home|root|Users|work|opt|var)\b", content)
+
+
+def test_the_commands_that_they_name_are_there():
+    text = "".join(file.read_text() for file in NOTEBOOKS)
+    named = set(re.findall(r"fedgfe-store ([a-z]+)", text))
+    assert {"generate", "import", "stats"} <= named <= set(_COMMANDS)
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
