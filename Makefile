@@ -3,9 +3,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo notebook test lint clean
 
 demo: $(VENV)/installed
+	$(BIN)/fedgfe-store demo
+
+notebook: $(VENV)/installed-notebooks | demo/contact_sheet.png
+	$(BIN)/jupyter lab notebooks/01_query.ipynb
+
+# The last file that the demo writes.
+demo/contact_sheet.png: | $(VENV)/installed
 	$(BIN)/fedgfe-store demo
 
 test: lint
@@ -25,6 +32,10 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-notebooks: $(VENV)/installed
+	$(PIP) --editable '.[notebooks]'
 	touch $@
 
 clean:

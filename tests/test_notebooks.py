@@ -1,0 +1,112 @@
+"""Notebooks: they run from a clean kernel, and show what is kept of them."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from fedgfe_store.cli.main import _COMMANDS
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MOST_IMAGE_BYTES = 150_000
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def steady(text: str) -> list[str]:
+    """Leave out what differs between runs and machines: numbers, and the spaces about them."""
+    text = re.sub(r"\b[0-9a-f]{16,}\b|[-+]?\d[\d.,:T]*(e[-+]?\d+)?|\b(nan|inf)\b", "N", text)
+    return re.sub(r"(N\s*)+", "N ", text).split()
+
+
+def shown(cell) -> list[tuple[str, ...]]:
+    """What a cell shows: kinds of output, and its text but for the numbers."""
+    found: list[tuple[str, ...]] = []
+    printed = "".join(each.text for each in cell.outputs if each.output_type == "stream")
+    if printed:
+        found.append(("printed", *steady(printed)))
+    for each in cell.outputs:
+        if "data" in each:
+            text = each.data.get("text/plain", "")
+            found.append((*sorted(each.data), *steady(text.partition(" object at ")[0])))
+    return found
+
+
+def test_there_are_notebooks():
+    assert [file.name[:2] for file in NOTEBOOKS] == ["01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_it_runs_and_shows_what_is_kept(file, demo, tmp_path):
+    copy = shutil.copy(file, tmp_path)
+    before = sorted(demo.folder.rglob("*"))
+    command = [sys.executable, ROOT / "tools" / "run_notebooks.py", copy, "--demo", demo.folder]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept, fresh = (code_cells(nbformat.read(path, as_version=4)) for path in (file, copy))
+    assert [cell.source for cell in kept] == [cell.source for cell in fresh]
+    assert [cell.execution_count for cell in kept] == list(range(1, len(kept) + 1))
+    for old, new in zip(kept, fresh, strict=True):
+        assert shown(old) == shown(new), old.source
+        printed_to = {each.name for each in new.outputs if each.output_type == "stream"}
+        assert printed_to <= {"stdout"}, new.outputs
+    assert sorted(demo.folder.rglob("*")) == before, "it writes elsewhere"
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_what_is_kept_is_small_and_of_no_machine(file):
+    notebook = nbformat.read(file, as_version=4)
+    assert notebook.metadata.kernelspec.name == "python3"
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert len(outputs) > 8
+    for output in outputs:
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr"
+        for kind, content in output.get("data", {"": output.get("text", "")}).items():
+            if kind.startswith("image/"):
+                assert len(base64.b64decode(content)) < MOST_IMAGE_BYTES
+            elif "base64" not in content:
+                assert not re.search(r"(?<![\w.<])/(tmp|home|root|Users|work|opt|var)\b", content)
+
+
+def test_the_commands_that_they_name_are_there():
+    text = "".join(file.read_text() for file in NOTEBOOKS)
+    named = set(re.findall(r"fedgfe-store ([a-z]+)", text))
+    assert {"generate", "import", "stats"} <= named <= set(_COMMANDS)
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_its_first_cell_finds_the_demo(file, tmp_path, monkeypatch):
+    first = code_cells(nbformat.read(file, as_version=4))[0].source
+    monkeypatch.delenv("FEDGFE_DEMO", raising=False)
+    for folder in ("notebooks", "demo/embeddings.zarr", "elsewhere/embeddings.zarr"):
+        (tmp_path / folder).mkdir(parents=True)
+    for start in (tmp_path / "notebooks", tmp_path, tmp_path / "demo"):
+        monkeypatch.chdir(start)
+        exec(first, {})
+        assert Path.cwd() == tmp_path / "demo"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDGFE_DEMO", "elsewhere")
+    exec(first, {})
+    assert Path.cwd() == tmp_path / "elsewhere"
+
+
+def test_without_a_demo_it_says_how_to_make_one(tmp_path, monkeypatch):
+    first = code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
+    monkeypatch.chdir(tmp_path)
+    for wrong in (None, os.fspath(tmp_path / "wrong")):
+        if wrong is not None:
+            monkeypatch.setenv("FEDGFE_DEMO", wrong)
+        with pytest.raises(FileNotFoundError, match="make demo"):
+            exec(first, {})
