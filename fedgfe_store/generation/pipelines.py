@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -312,9 +313,11 @@ def _tiling(vae: Any, latents: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep loading bars, and remarks on components left out, off the terminal."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
+    """Keep loading bars, and remarks on components left out, off terminal and notebook."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
     logs = (logging, transformers_logging)
     before = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
