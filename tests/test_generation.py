@@ -513,6 +513,39 @@ def test_damaged_records_fail_alone(
         assert f"class {failure.key.class_name}" in str(failure)
 
 
+def test_a_compaction_meanwhile_moves_records_and_loses_none(
+    flux: Path,
+    make: Callable[..., GenerationReport],
+    selection: Selection,
+    store: EmbeddingStore,
+    tmp_path: Path,
+) -> None:
+    fill(store, node=7, round=1, n=50)
+    seen = store.select()
+    keys = seen.keys()
+
+    class Meanwhile(FakePipeline):
+        def denoise(self, *args: object, **options: object) -> torch.Tensor:
+            if not self.batch_sizes:
+                other = EmbeddingStore.open(store.path)
+                other.delete(node=7, index=range(2, 50))
+                assert other.compact().records_moved
+            return super().denoise(*args, **options)
+
+    report = make(seen, tmp_path / "images", batch_size=1, pipeline=Meanwhile(flux))
+    gone = {key for key in keys if key.node == "7" and key.index >= 2}
+    failed = {failure.key for failure in report.failed}
+    assert failed <= gone
+    assert len(failed) > 80, "some were read before"
+    assert all("was deleted from" in failure.reason for failure in report.failed)
+    assert report.done == len(keys) - len(failed)
+    store.refresh()
+    t5, clip = store.select(node=0).read("t5"), store.select(node=0).read("clip")
+    for row, key in enumerate(store.select(node=0).keys()):
+        expected = np.frombuffer(checksum(t5[row], clip[row], seed_of(0, key)), np.uint8)
+        assert (pixels(tmp_path / "images", key) == expected).all()
+
+
 def fail_writes(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
     """Let the pictures of these numbers, counted as they are written, meet a full disk."""
     count = iter(range(1000))

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.errors import DamagedDataError, NotFoundError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.job import Job
 from fedgfe_store.generation.plan import PlanItem, made_meanwhile
+from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
@@ -112,10 +113,39 @@ def _rows(
     selection: Selection, items: Sequence[PlanItem], columns: Sequence[str]
 ) -> dict[str, NDArray[np.float32]]:
     """Read a record once, and repeat its rows for each of its images."""
-    positions, of_item = np.unique([item.position for item in items], return_inverse=True)
-    part = selection.take(positions)
-    rows = {name: part.read(name) for name in columns}
+    positions, first, of_item = np.unique(
+        [item.position for item in items], return_index=True, return_inverse=True
+    )
+    try:
+        part = selection.take(positions)
+        rows = {name: part.read(name) for name in columns}
+    except NotFoundError:  # a compaction has moved the records meanwhile
+        part = _found_again(selection, [items[i] for i in first])
+        rows = {name: part.read(name) for name in columns}
     return {name: values[of_item] for name, values in rows.items()}
+
+
+def _found_again(selection: Selection, items: Sequence[PlanItem]) -> Selection:
+    """Find records in the store as it is now, if they are still what was planned.
+
+    Raises
+    ------
+    DamagedDataError
+        If one was deleted or replaced.
+    """
+    nodes, rounds = ({getattr(i.key, name) for i in items} for name in ("node", "round"))
+    fresh = EmbeddingStore.open(selection.path).select(node=nodes, round=rounds)
+    positions = {key: position for position, key in enumerate(fresh.keys())}
+    gone = [str(item.key) for item in items if item.key not in positions]
+    if gone:
+        raise DamagedDataError(f"{gone[0]} was deleted from {selection.path} meanwhile")
+    part = fresh.take([positions[item.key] for item in items])
+    records = part.records
+    for row, item in enumerate(items):
+        for name, digest in item.digests.items():
+            if f"{int(records[f'{name}_digest'].iloc[row]):016x}" != digest:
+                raise DamagedDataError(f"{item.key} was replaced in {selection.path} meanwhile")
+    return part
 
 
 def _pooled(sequence: torch.Tensor, pool: str) -> torch.Tensor:
