@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import SMALL, values
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store._commit import WriterLock
@@ -701,12 +702,11 @@ def test_storages_are_free_while_the_block_is_still_open(recorder):
     with recorder.record(node=0, round=1) as batch:
         for i in range(3):
             large = torch.ones(100, 3, 8)
-            array = large.numpy()
-            storages.append(torch._C._WeakTensorRef(large))
-            given = {"t5": large[3], "clip": torch.ones(4)}
-            batch.add(split="train", class_name="dog", index=i, **given)
-            del large, array, given
-        assert all(ref.expired() for ref in storages)
+            storages.append(StorageWeakRef(large.untyped_storage()))
+            batch.add(split="train", class_name="dog", index=i, t5=large[3], clip=torch.ones(4))
+            assert not storages[-1].expired()
+            del large
+        assert all(storage.expired() for storage in storages)
 
 
 def test_the_buffer_is_used_again_and_freed_by_close(store, monkeypatch):
