@@ -119,13 +119,13 @@ def _rows(
     try:
         part = selection.take(positions)
         rows = {name: part.read(name) for name in columns}
-    except NotFoundError:  # a compaction has moved the records meanwhile
-        part = _found_again(selection, [items[i] for i in first])
+    except NotFoundError as error:  # a compaction has moved the records meanwhile
+        part = _found_again(selection, [items[i] for i in first], str(error))
         rows = {name: part.read(name) for name in columns}
     return {name: values[of_item] for name, values in rows.items()}
 
 
-def _found_again(selection: Selection, items: Sequence[PlanItem]) -> Selection:
+def _found_again(selection: Selection, items: Sequence[PlanItem], reason: str) -> Selection:
     """Find records in the store as it is now, if they are still what was planned.
 
     Raises
@@ -138,13 +138,13 @@ def _found_again(selection: Selection, items: Sequence[PlanItem]) -> Selection:
     positions = {key: position for position, key in enumerate(fresh.keys())}
     gone = [str(item.key) for item in items if item.key not in positions]
     if gone:
-        raise DamagedDataError(f"{gone[0]} was deleted from {selection.path} meanwhile")
+        raise DamagedDataError(f"{reason}; {gone[0]} has been deleted since")
     part = fresh.take([positions[item.key] for item in items])
     records = part.records
     for row, item in enumerate(items):
         for name, digest in item.digests.items():
             if f"{int(records[f'{name}_digest'].iloc[row]):016x}" != digest:
-                raise DamagedDataError(f"{item.key} was replaced in {selection.path} meanwhile")
+                raise DamagedDataError(f"{reason}; {item.key} has been replaced since")
     return part
 
 
