@@ -21,10 +21,12 @@ import miniature
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from fedgfe_store import EmbeddingStore, Metadata
 from fedgfe_store._commit import WriterLock
 from fedgfe_store.checkpoints import import_checkpoints
+from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.federated import (
     EmbeddingBatch,
@@ -399,6 +401,26 @@ def test_a_miniature_of_fedgfe_records_what_its_configuration_asks_for(tmp_path,
     assert np.array_equal(found.read("t5"), t5.numpy())
     assert np.array_equal(found.read("clip"), clip.numpy())
     assert found.records["audio_path"][1] == "/data/bird/train_1.wav"
+
+
+def test_the_guides_commands_render_what_the_miniature_recorded(tmp_path, monkeypatch):
+    miniature.main(config(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDGFE_MODEL", "tiny")
+    generate = ["generate", "--steps", "1", "--quiet"]
+    one = ["--checkpoint", "checkpoints/node_2_embeddings_r2.pt", "--output_dir", "one"]
+    result = CliRunner().invoke(group, [*generate, *one])
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in (tmp_path / "one").glob("*.png")}
+    assert len(names) == 2 * 5
+    assert all(name.startswith("node_2_") and name.endswith("_r2.png") for name in names)
+    both = ["--checkpoint_dir", "checkpoints", "--round", "2", "--node", "0,server"]
+    result = CliRunner().invoke(group, [*generate, *both, "--output_dir", "both"])
+    assert result.exit_code == 0, result.output
+    found = EmbeddingStore.open("checkpoints/embeddings.zarr").select(round=2, node=["0", "server"])
+    names = {path.name for path in (tmp_path / "both").glob("*.png")}
+    assert names == set(found.records["image_filename"])
+    assert len(names) == 4 * 5
 
 
 def test_fedgfes_own_switch_and_frequencies(tmp_path):
