@@ -1,18 +1,23 @@
-"""The pictures in a generated folder, by the keys of their records."""
+"""The pictures in a generated folder: what its manifests, and they themselves, say of them."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.images import read_provenance
-from fedgfe_store.generation.manifest import read_manifest
+from fedgfe_store.generation.images import inspect_image
+from fedgfe_store.generation.manifest import latest
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 from fedgfe_store.selection import wanted_values
+
+_OWN = ("seed", "digests", "created", "seconds", "bytes")
+_IDENTITY = ("file", "key", "image")
 
 
 @dataclass(frozen=True)
@@ -85,26 +90,20 @@ def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any)
 
 
 def _all(folder: Path) -> Iterator[Picture]:
-    there = {file.name for file in folder.glob("*.png")}
-    listed = set()
-    for line in read_manifest(folder):
-        picture = _picture(folder, line.get("file"), line) if "error" not in line else None
-        if picture is not None and picture.file.name in there:
-            listed.add(picture.file.name)
-            yield picture
-    for name in sorted(there - listed):
-        provenance = read_provenance(folder / name)
-        picture = None if provenance is None else _picture(folder, name, provenance)
-        if picture is not None:
-            yield picture
+    listed = listed_pictures(folder)
+    for path in sorted(folder.glob("*.png")):
+        known = listed.get(path.name) or inspect_picture(path)
+        size = None if isinstance(known, str) else _size(known.shared)
+        if size is not None and not isinstance(known, str):
+            yield Picture(path, known.key, known.image, size)
 
 
-def _picture(folder: Path, name: Any, provenance: dict[str, Any]) -> Picture | None:
-    """Return the picture that a manifest's line or a file tells of, if it does."""
+@lru_cache(maxsize=64)
+def _size(shared: str) -> tuple[int, int] | None:
+    """Give width and height from the part of a provenance that many pictures have in common."""
     try:
-        settings = provenance["settings"]
-        key, size = RecordKey(**provenance["key"]), (settings["width"], settings["height"])
-        return Picture(folder / Path(name).name, key, provenance["image"], size)
+        settings = json.loads(shared)["settings"]
+        return settings["width"], settings["height"]
     except (KeyError, TypeError):
         return None
 
@@ -119,3 +118,85 @@ def _lowest(pictures: list[Picture], n: int) -> Iterator[Picture]:
 
 def _group(picture: Picture) -> tuple[str, int, str, str]:
     return picture.key.node, picture.key.round, picture.key.split, picture.key.class_name
+
+
+@dataclass(frozen=True, slots=True)
+class ListedPicture:
+    """One picture and where it came from.
+
+    Parameters
+    ----------
+    file : str
+        Its name in the folder.
+    key : RecordKey
+        The record that it shows.
+    image : int
+        Which image of the record, from 0.
+    own : mapping
+        What differs from picture to picture: seed, digests, time, seconds, bytes.
+    shared : str
+        All else of its provenance, as JSON: the same for many pictures.
+    """
+
+    file: str
+    key: RecordKey
+    image: int
+    own: Mapping[str, Any]
+    shared: str
+
+
+def listed_pictures(folder: Path) -> dict[str, ListedPicture]:
+    """Read from a folder's manifests the pictures whose last line says that they are finished.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+
+    Returns
+    -------
+    dict
+        Picture by file name; the files need not exist.
+    """
+    texts: dict[str, str] = {}
+    lines = latest(folder, lambda line: None if "error" in line else _listed(line, texts))
+    return {name: picture for name, picture in lines.items() if picture is not None}
+
+
+def inspect_picture(path: Path) -> ListedPicture | str:
+    """Read what a picture says about itself.
+
+    Parameters
+    ----------
+    path : Path
+        A PNG file.
+
+    Returns
+    -------
+    ListedPicture or str
+        The picture; where there is none, why.
+    """
+    state, facts = inspect_image(path)
+    if state == "damaged":
+        return "damaged"
+    picture = _listed({**(facts or {}), "file": path.name}, {})
+    return picture or "says nothing about a record"
+
+
+def _listed(facts: Mapping[str, Any], texts: dict[str, str]) -> ListedPicture | None:
+    key, image = _key(facts.get("key")), facts.get("image")
+    if key is None or not isinstance(image, int):
+        return None
+    own = {name: facts[name] for name in _OWN if name in facts}
+    rest = {k: v for k, v in facts.items() if k not in _OWN and k not in _IDENTITY}
+    text = json.dumps(rest)
+    # Thousands of pictures then hold one text.
+    return ListedPicture(facts["file"], key, image, own, texts.setdefault(text, text))
+
+
+def _key(fields: Any) -> RecordKey | None:
+    kinds = {"node": str, "round": int, "split": str, "class_name": str, "index": int}
+    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
+        return None
+    fits = all(isinstance(fields[name], kind) for name, kind in kinds.items())
+    return RecordKey(**fields) if fits else None

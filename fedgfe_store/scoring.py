@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.gallery.pictures import Picture, inspect_picture, listed_pictures
 from fedgfe_store.generation.images import key_json
 from fedgfe_store.generation.status import natural_rank
+from fedgfe_store.pictures import ListedPicture, inspect_picture, listed_pictures
 from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Found:
     ----------
     folder : Path
         Where they are.
-    pictures : sequence of Picture
+    pictures : sequence of ListedPicture
         Those of the selection, by file name.
     classes : sequence of str
         Classes of which the folder has pictures, selected or not.
@@ -48,7 +48,7 @@ class Found:
     """
 
     folder: Path
-    pictures: Sequence[Picture]
+    pictures: Sequence[ListedPicture]
     classes: Sequence[str]
     left_out: Mapping[str, str]
 
@@ -133,7 +133,7 @@ def find_pictures(selection: Selection, folder: Path) -> Found:
     paths = sorted(path for path in folder.glob("*.png") if path.is_file())
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(lambda path: listed.get(path.name) or inspect_picture(path), paths))
-    known = [each for each in found if isinstance(each, Picture)]
+    known = [each for each in found if isinstance(each, ListedPicture)]
     selected = set(selection.keys())
     pictures = [picture for picture in known if picture.key in selected]
     if not pictures:
@@ -242,7 +242,7 @@ def class_prompts(classes: Iterable[str], prompt: str = PROMPT) -> dict[str, str
 
 
 def _score(
-    images: Iterable[tuple[Picture, Image.Image | None]],
+    images: Iterable[tuple[ListedPicture, Image.Image | None]],
     clip: Clip,
     texts: torch.Tensor,
     classes: Sequence[str],

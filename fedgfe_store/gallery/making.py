@@ -12,8 +12,8 @@ from urllib.parse import quote
 from fedgfe_store._files import write_file
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.gallery.page import render_page
-from fedgfe_store.gallery.pictures import Picture, inspect_picture, listed_pictures
 from fedgfe_store.gallery.thumbnails import thumbnail_name, update_thumbnail
+from fedgfe_store.pictures import ListedPicture, inspect_picture, listed_pictures
 
 PAGE_NAME = "gallery.html"
 THUMBNAILS = "thumbnails"
@@ -134,10 +134,10 @@ def make_gallery(
 class _Preparing:
     """Finds out about one picture and makes its thumbnail; threads may call it at once."""
 
-    def __init__(self, folder: Path, thumbnails: Path, listed: Mapping[str, Picture]) -> None:
+    def __init__(self, folder: Path, thumbnails: Path, listed: Mapping[str, ListedPicture]) -> None:
         self._folder, self._thumbnails, self._listed = folder, thumbnails, listed
 
-    def __call__(self, name: str) -> tuple[Picture, bool] | str:
+    def __call__(self, name: str) -> tuple[ListedPicture, bool] | str:
         path = self._folder / name
         found = self._listed.get(name) or inspect_picture(path)
         if isinstance(found, str):

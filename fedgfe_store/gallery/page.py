@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
-from fedgfe_store.gallery.pictures import Picture
+from fedgfe_store.pictures import ListedPicture
 from fedgfe_store.records import RecordKey
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
@@ -21,13 +21,13 @@ _EXACT_IN_BROWSERS = 2**53
 
 
 def render_page(
-    pictures: Sequence[Picture], *, title: str, picture_url: str, thumbnail_url: str
+    pictures: Sequence[ListedPicture], *, title: str, picture_url: str, thumbnail_url: str
 ) -> str:
     """Write the page of some pictures.
 
     Parameters
     ----------
-    pictures : sequence of Picture
+    pictures : sequence of ListedPicture
         What it shows.
     title : str
         Its heading.
@@ -54,12 +54,12 @@ def render_page(
     return _PLACE.sub(lambda place: parts[place[1]], _asset("page.html"))
 
 
-def page_data(pictures: Iterable[Picture]) -> dict[str, Any]:
+def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
     """Give the facts of pictures by columns, what they share only once.
 
     Parameters
     ----------
-    pictures : iterable of Picture
+    pictures : iterable of ListedPicture
         In any order.
 
     Returns
@@ -97,7 +97,7 @@ def page_data(pictures: Iterable[Picture]) -> dict[str, Any]:
     }
 
 
-def _order(picture: Picture) -> tuple[Any, ...]:
+def _order(picture: ListedPicture) -> tuple[Any, ...]:
     key: RecordKey = picture.key
     sample = key.split, key.index, picture.image, key.class_name, picture.file
     return (-key.round, _natural(key.node), *sample)
