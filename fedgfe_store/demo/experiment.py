@@ -80,13 +80,17 @@ def run(
     for clips in itertools.chain(*watched.values()):
         _save_audio(clips, audio, seed)
     images = f"output_images/{store.schema.metadata.experiment}"
-    with Recorder(store, if_exists="skip", images_dir=images) as recorder:
-        for step in federate(training, rounds=ROUNDS, seed=seed):
-            if step.number in RECORDED:
-                for node, several in watched.items():
-                    _record(recorder, step, node, several, audio)
-            if report is not None:
-                report(Report(step.number, step.loss, *evaluate(step.adapters[SERVER], held_out)))
+    try:
+        with Recorder(store, if_exists="skip", images_dir=images) as recorder:
+            for step in federate(training, rounds=ROUNDS, seed=seed):
+                if step.number in RECORDED:
+                    for node, several in watched.items():
+                        _record(recorder, step, node, several, audio)
+                if report is not None:
+                    tested = evaluate(step.adapters[SERVER], held_out)
+                    report(Report(step.number, step.loss, *tested))
+    finally:
+        store.refresh()
 
 
 def _is_complete(store: EmbeddingStore) -> bool:
