@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo notebook test lint clean
+.PHONY: demo notebook test lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -23,6 +23,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks.compare
+
+bench-quick: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks.compare --quick
+
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
@@ -36,6 +42,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/installed-notebooks: $(VENV)/installed
 	$(PIP) --editable '.[notebooks]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(PIP) --editable '.[bench]'
 	touch $@
 
 clean:
