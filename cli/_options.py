@@ -140,6 +140,30 @@ wait_option = click.option(
     metavar="SECONDS",
     help="How long to wait for another writer.",
 )
+
+
+def folder_option(name: str) -> Any:
+    """Return the option ``--NAME-dir`` (and ``--NAME_dir``, as old scripts have it) of images."""
+    return click.option(
+        f"--{name}-dir",
+        f"--{name}_dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of the images [output_images/<experiment>].",
+    )
+
+
+def format_option(text: str) -> Any:
+    """Return the option ``--format``, whose value is the argument `form`; `text` is its help."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(["table", "json", "csv"]),
+        default="table",
+        show_default=True,
+        help=text,
+    )
+
+
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
 
 

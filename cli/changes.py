@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import filter_options, quiet_option, wait_option
+from ._options import filter_options, format_option, quiet_option, wait_option
 from ._progress import progress
 from ._tables import counted, names, numbers, print_counts, print_table, size
 
@@ -76,14 +76,7 @@ def _whose(records: pd.DataFrame) -> str:
 
 
 @click.command()
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json", "csv"]),
-    default="table",
-    show_default=True,
-    help="json gives one commit per line.",
-)
+@format_option("json gives one commit per line.")
 @click.option(
     "--limit", type=click.IntRange(min=0), help="Only the newest commits [table: 20, else all]."
 )

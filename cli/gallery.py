@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ._codes import SOME_FAILED
-from ._options import image_folder, print_left_out, quiet_option
+from ._options import folder_option, image_folder, print_left_out, quiet_option
 from ._progress import progress
 from ._tables import counted, size
 
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("gallery")
-@click.option(
-    "--input-dir",
-    "--input_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the images [output_images/<experiment>].",
-)
+@folder_option("input")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),

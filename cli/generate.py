@@ -11,7 +11,14 @@ import click
 
 from ._codes import SOME_FAILED, STOPPED, ends_other_processes
 from ._legacy import OldFlags, old_flags
-from ._options import FILTERS, as_of_option, default_folder, filter_options, quiet_option
+from ._options import (
+    FILTERS,
+    as_of_option,
+    default_folder,
+    filter_options,
+    folder_option,
+    quiet_option,
+)
 from ._picture_options import picture_options, place_options
 from ._progress import progress
 from ._say import say
@@ -37,12 +44,7 @@ _DECIDED_BY_IMAGE = {
 @filter_options
 @as_of_option
 @old_flags
-@click.option(
-    "--output-dir",
-    "--output_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the images [output_images/<experiment>].",
-)
+@folder_option("output")
 @picture_options
 @place_options
 @click.option(
@@ -192,9 +194,10 @@ def _place(text: str | None, old: OldFlags, from_image: Path | None) -> dict[str
         for name, value in os.environ.items()
         if not (old.given and name.startswith("SLURM_ARRAY_"))
     }
-    shard, reason = (Shard.parse(text), "") if text else detect_shard(environ)
     if from_image is not None:
         shard, reason = WHOLE, ""
+    else:
+        shard, reason = (Shard.parse(text), "") if text else detect_shard(environ)
     if shard.count > 1 and reason:
         _remark(f"shard {shard}: {reason}")
     local = local_device(os.environ, torch.cuda.device_count())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import as_of_option, filter_options
+from ._options import as_of_option, filter_options, format_option
 from ._tables import print_table
 
 if TYPE_CHECKING:
@@ -18,14 +18,7 @@ _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_f
 @click.command("query")
 @filter_options
 @as_of_option
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json", "csv"]),
-    default="table",
-    show_default=True,
-    help="json gives one record per line; json and csv have every column.",
-)
+@format_option("json gives one record per line; json and csv have every column.")
 @click.option(
     "--limit", type=click.IntRange(min=0), help="Most records shown [table: 20, else all]."
 )

@@ -13,6 +13,8 @@ from ._options import (
     as_of_option,
     default_folder,
     filter_options,
+    folder_option,
+    format_option,
     print_left_out,
     quiet_option,
 )
@@ -46,12 +48,7 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
     metavar="FOLDER|NAME",
     help="A CLIP model of transformers: its folder, or its name on the hub.",
 )
-@click.option(
-    "--input-dir",
-    "--input_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the images [output_images/<experiment>].",
-)
+@folder_option("input")
 @click.option(
     "--prompt",
     default="a photo of a {class}",
@@ -74,14 +71,7 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
     help="Images per call of the model.",
 )
 @click.option("--device", help="Such as cpu or cuda:1 [a GPU where there is one].")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="csv and json give one group per line.",
-)
+@format_option("csv and json give one group per line.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),

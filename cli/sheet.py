@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import KeyList, filter_options, image_folder, quiet_option
+from ._options import KeyList, filter_options, folder_option, image_folder, quiet_option
 from ._progress import progress
 from ._tables import counted
 
@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 @click.command("sheet")
 @filter_options
-@click.option(
-    "--input-dir",
-    "--input_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the images [output_images/<experiment>].",
-)
+@folder_option("input")
 @click.option(
     "--rows",
     type=KeyList(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import KeyList, as_of_option, filter_options, quiet_option
+from ._options import KeyList, as_of_option, filter_options, format_option, quiet_option
 from ._progress import progress
 from ._tables import counted, print_table
 
@@ -50,14 +50,7 @@ _DIGITS = {"drift": 5, "to_server": 5}
     show_default=True,
     help="A vector per record: the mean over its tokens, or all of them.",
 )
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="json gives one group per line; csv and json have all digits.",
-)
+@format_option("json gives one group per line; csv and json have all digits.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),

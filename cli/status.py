@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import KeyList, as_of_option, default_folder, filter_options
+from ._options import (
+    KeyList,
+    as_of_option,
+    default_folder,
+    filter_options,
+    folder_option,
+    format_option,
+)
 from ._progress import progress
 from ._tables import counted, numbers, print_table
 
@@ -28,12 +35,7 @@ _SHOWN_REASONS = 5
 @click.command("status")
 @filter_options
 @as_of_option
-@click.option(
-    "--output-dir",
-    "--output_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the images [output_images/<experiment>].",
-)
+@folder_option("output")
 @click.option(
     "--by",
     type=KeyList(_GROUPS),
@@ -50,13 +52,8 @@ _SHOWN_REASONS = 5
     help="Size of the array to be finished [that of the latest run].",
 )
 @click.option("--failed", is_flag=True, help="List the failed images with their reasons.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="csv and json give one group per line, by node, round and class, or the failed images.",
+@format_option(
+    "csv and json give one group per line, by node, round and class, or the failed images."
 )
 @click.pass_obj
 def command(

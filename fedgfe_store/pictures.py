@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedgfe_store.records import KEY_COLUMNS, RecordKey
 from fedgfe_store.selection import wanted_values
 
 _OWN = ("seed", "digests", "created", "seconds", "bytes")
+_READERS = 8
 _IDENTITY = ("file", "key", "image")
 
 
@@ -90,9 +92,7 @@ def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any)
 
 
 def _all(folder: Path) -> Iterator[Picture]:
-    listed = listed_pictures(folder)
-    for path in sorted(folder.glob("*.png")):
-        known = listed.get(path.name) or inspect_picture(path)
+    for path, known in read_pictures(folder).items():
         size = None if isinstance(known, str) else _size(known.shared)
         if size is not None and not isinstance(known, str):
             yield Picture(path, known.key, known.image, size)
@@ -161,6 +161,26 @@ def listed_pictures(folder: Path) -> dict[str, ListedPicture]:
     texts: dict[str, str] = {}
     lines = latest(folder, lambda line: None if "error" in line else _listed(line, texts))
     return {name: picture for name, picture in lines.items() if picture is not None}
+
+
+def read_pictures(folder: Path) -> dict[Path, ListedPicture | str]:
+    """Tell of each PNG file of a folder what its manifests say, else what it says itself.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+
+    Returns
+    -------
+    dict
+        By file, in the order of their names: the picture; where there is none, why.
+    """
+    listed = listed_pictures(folder)
+    paths = sorted(path for path in folder.glob("*.png") if path.is_file())
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda path: listed.get(path.name) or inspect_picture(path), paths)
+        return dict(zip(paths, found, strict=True))
 
 
 def inspect_picture(path: Path) -> ListedPicture | str:

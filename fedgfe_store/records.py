@@ -23,6 +23,9 @@ KEY_COLUMNS = ("node", "round", "split", "class_name", "index")
 NOTE_COLUMNS = ("sample_id", "image_filename", "audio_path", "timestamp", "extra")
 """What is kept of a record besides its key and its tensors."""
 
+SERVER = "server"
+"""Node of the federation's server."""
+
 TEXT_NODE, TEXT_ROUND, TEXT_SPLIT = "text", 0, "reference"
 """Where reference text embeddings are kept: what adapters are trained towards."""
 
@@ -237,7 +240,7 @@ def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
     missing = [name for name in KEY_COLUMNS if keys.get(name) is None]
     if missing:
         raise SchemaMismatchError(f"expected a value for {', '.join(missing)}, got None")
-    node = [str(v) if _is_whole(v) else v for v in _spread("node", keys["node"], n)]
+    node = [str(v) if is_whole(v) else v for v in _spread("node", keys["node"], n)]
     return {
         "node": _strings("node", node, empty=False),
         "round": _integers("round", keys["round"], n, np.dtype(np.int32)),
@@ -262,7 +265,7 @@ def checked_notes(notes: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
 
 
 def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
-    if value is None or isinstance(value, str | bytes | Mapping | datetime) or _is_whole(value):
+    if value is None or isinstance(value, str | bytes | Mapping | datetime) or is_whole(value):
         return [value] * n
     if isinstance(value, np.datetime64):
         return [value] * n
@@ -275,7 +278,8 @@ def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
     return values
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number, of Python's or of numpy's."""
     # What isinstance(value, SupportsIndex) asks, which takes 10 us a value.
     return hasattr(type(value), "__index__") and not isinstance(value, bool | np.ndarray)
 
@@ -298,7 +302,7 @@ def _integers(name: str, value: Any, n: int, dtype: np.dtype[Any]) -> np.ndarray
     values = _spread(name, value, n)
     largest = np.iinfo(dtype).max
     for number in values:
-        if not _is_whole(number) or not 0 <= operator.index(number) <= largest:
+        if not is_whole(number) or not 0 <= operator.index(number) <= largest:
             raise SchemaMismatchError(
                 f"{name}: expected a whole number from 0 to {largest}, got {number!r}"
             )

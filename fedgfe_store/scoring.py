@@ -13,7 +13,7 @@ from PIL import Image
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import key_json
 from fedgfe_store.generation.status import natural_rank
-from fedgfe_store.pictures import ListedPicture, inspect_picture, listed_pictures
+from fedgfe_store.pictures import ListedPicture, read_pictures
 from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
@@ -129,17 +129,13 @@ def find_pictures(selection: Selection, folder: Path) -> Found:
     """
     if not folder.is_dir():
         raise NotFoundError(f"no folder of pictures at {folder}")
-    listed = listed_pictures(folder)
-    paths = sorted(path for path in folder.glob("*.png") if path.is_file())
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(lambda path: listed.get(path.name) or inspect_picture(path), paths))
-    known = [each for each in found if isinstance(each, ListedPicture)]
+    found = read_pictures(folder)
+    known = [each for each in found.values() if isinstance(each, ListedPicture)]
     selected = set(selection.keys())
     pictures = [picture for picture in known if picture.key in selected]
     if not pictures:
         raise NotFoundError(f"no picture in {folder} of the {len(selection)} records selected")
-    reasons = zip(paths, found, strict=True)
-    left_out = {path.name: why for path, why in reasons if isinstance(why, str)}
+    left_out = {path.name: why for path, why in found.items() if isinstance(why, str)}
     return Found(folder, pictures, sorted({each.key.class_name for each in known}), left_out)
 
 

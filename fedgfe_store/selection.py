@@ -6,13 +6,20 @@ import operator
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey, check_keys
+from fedgfe_store.records import (
+    KEY_COLUMNS,
+    NOTE_COLUMNS,
+    RecordBatch,
+    RecordKey,
+    check_keys,
+    is_whole,
+)
 from fedgfe_store.schema import Schema
 
 if TYPE_CHECKING:
@@ -52,7 +59,7 @@ class Selection:
         cls, snapshot: Snapshot, filters: Mapping[str, Any], *, per_class: int | None = None
     ) -> Selection:
         """Return the records of `snapshot` that meet `filters`; see `EmbeddingStore.select`."""
-        if per_class is not None and not (_is_whole(per_class) and per_class >= 1):
+        if per_class is not None and not (is_whole(per_class) and per_class >= 1):
             raise SchemaMismatchError(
                 f"per_class: expected a whole number from 1 up, got {per_class!r}"
             )
@@ -259,10 +266,6 @@ class Selection:
         return Batches(self, batch_size, dtype=dtype, columns=columns, prefetch=prefetch)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray)
-
-
 def wanted_values(name: str, value: Any) -> range | list[Any]:
     """Return the value of the filter `name` as a range, or as a list of the column's type.
 
@@ -273,17 +276,17 @@ def wanted_values(name: str, value: Any) -> range | list[Any]:
     """
     if isinstance(value, range):
         return value if name in _NUMBERS else [_one(name, number) for number in value]
-    if isinstance(value, str | bytes) or _is_whole(value) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes) or is_whole(value) or not isinstance(value, Iterable):
         return [_one(name, value)]
     return [_one(name, each) for each in value]
 
 
 def _one(name: str, value: Any) -> str | int:
     if name in _NUMBERS:
-        if _is_whole(value):
+        if is_whole(value):
             return operator.index(value)
         raise SchemaMismatchError(f"{name}: expected whole numbers or a range, got {value!r}")
-    if name == "node" and _is_whole(value):
+    if name == "node" and is_whole(value):
         return str(operator.index(value))
     if isinstance(value, str):
         return str(value)

@@ -14,7 +14,7 @@ from generation_fakes import SIZE, FakePipeline, save_random_flux
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.generation.manifest import (
     Manifest,
-    latest_lines,
+    latest,
     listed_files,
     read_manifest,
     seconds_per_image,
@@ -83,7 +83,7 @@ def test_the_latest_line_of_each_image_counts(tmp_path: Path) -> None:
     write(tmp_path, made("a.png", 5, seed=1), made("a.png", 5, seed=2), made("b.png", 9, error="e"))
     write(tmp_path, made("a.png", 4, error="e"), made("b.png", 8), made("c.png", 1), shard="0/2")
     write(tmp_path, made("c.png", 2, error="e"), {"file": "d.png"}, {"seed": 4}, shard="1/2")
-    found = latest_lines(tmp_path)
+    found = latest(tmp_path, dict)
     assert found == {
         "a.png": made("a.png", 5, seed=2),
         "b.png": made("b.png", 9, error="e"),
@@ -97,7 +97,7 @@ def test_lines_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_bytes(b'3\n"x"\n[]\n\xff\xfe\n{"file": 3}\n{"file": "a.png"}\n')
     assert list(read_manifest(tmp_path)) == [{"file": 3}, {"file": "a.png"}]
-    assert latest_lines(tmp_path) == {"a.png": {"file": "a.png"}}
+    assert latest(tmp_path, dict) == {"a.png": {"file": "a.png"}}
 
 
 def test_the_rate_is_that_of_the_latest_images_of_all_shards(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_image_made_after_a_failure_is_listed_though_the_run_was_killed(
     folder, flux = tmp_path / "images", save_random_flux(tmp_path / "flux")
     for _ in range(2):
         generate(store.select(), folder, pipeline=FakePipeline(flux), height=SIZE, width=SIZE)
-        finished = latest_lines(folder)
+        finished = latest(folder, dict)
         assert sorted(finished) == ["node_0_train_dog_0_r5.png", "node_0_train_dog_1_r5.png"]
         assert all("error" not in line for line in finished.values())
         # What is left where the first image failed, was made, and its line not yet written.

@@ -52,6 +52,16 @@ def once(name: str, at: int = 1) -> Callable[[], None]:
     return call
 
 
+def interrupt_decoding(monkeypatch: pytest.MonkeyPatch, name: str, *, at: int) -> None:
+    send, decode = once(name, at), FluxImages.decode
+
+    def interrupted(self: FluxImages, *args: object, **options: object) -> list:
+        send()
+        return decode(self, *args, **options)
+
+    monkeypatch.setattr(FluxImages, "decode", interrupted)
+
+
 def command(selection: Selection, folder: Path, flux: Path, *more: str) -> tuple[int, str]:
     size = ["--height", str(SIZE), "--width", str(SIZE), "--steps", "3", "--batch-size", "2"]
     arguments = ["--store", str(selection.path), "generate", "--model", str(flux), *size]
@@ -135,13 +145,7 @@ def test_while_decoding_the_batch_is_decoded_and_saved(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    send, decode = once(name, at=2), FluxImages.decode
-
-    def interrupted(self: FluxImages, *args: object, **options: object) -> list:
-        send()
-        return decode(self, *args, **options)
-
-    monkeypatch.setattr(FluxImages, "decode", interrupted)
+    interrupt_decoding(monkeypatch, name, at=2)
     code, _ = command(selection, tmp_path / "out", flux)
     assert (code, len(sound(tmp_path / "out"))) == (75, 4)
     go_on(selection, tmp_path / "out", flux, 4)
@@ -195,13 +199,7 @@ def test_denoised_batches_of_a_group_are_decoded_and_saved(
 def test_a_run_that_was_done_anyway_is_done(
     flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send, decode = once("SIGTERM", at=5), FluxImages.decode
-
-    def interrupted(self: FluxImages, *args: object, **options: object) -> list:
-        send()
-        return decode(self, *args, **options)
-
-    monkeypatch.setattr(FluxImages, "decode", interrupted)
+    interrupt_decoding(monkeypatch, "SIGTERM", at=5)
     assert command(selection, tmp_path / "out", flux)[0] == 0
     assert len(sound(tmp_path / "out")) == 10
 

@@ -11,8 +11,8 @@ import xarray as xr
 
 from fedgfe_store.analysis._scan import Vectors, squares
 from fedgfe_store.analysis.centroids import Group, group_keys
+from fedgfe_store.records import SERVER
 
-SERVER = "server"
 """The node that others are compared with."""
 
 

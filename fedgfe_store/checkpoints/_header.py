@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from fedgfe_store.checkpoints._entries import Slot, Unusable, plain, survey, whole
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import SERVER
 from fedgfe_store.schema import Kind
 
 _FILE_NAME = re.compile(r"(?:node_(?P<node>.+)|server)_embeddings_r(?P<round>\d+)\.pt")
@@ -31,14 +32,14 @@ def embeddings(content: Any, path: Path) -> list[Any]:
 
 def file_name(node: str, round_number: int) -> str:
     """Return the name of the file that training would have written: ``node_0_embeddings_r5.pt``."""
-    owner = "server" if node == "server" else f"node_{node}"
+    owner = node if node == SERVER else f"node_{node}"
     return f"{owner}_embeddings_r{round_number}.pt"
 
 
 def named_origin(name: str) -> tuple[str, int] | None:
     """Return node and round by a file's name, None where it tells none."""
     match = _FILE_NAME.fullmatch(name)
-    return (match["node"] or "server", int(match["round"])) if match else None
+    return (match["node"] or SERVER, int(match["round"])) if match else None
 
 
 def is_text_cache(content: Any) -> bool:

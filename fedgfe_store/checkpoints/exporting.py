@@ -16,14 +16,15 @@ import torch
 import xxhash
 
 from fedgfe_store import _files
+from fedgfe_store._text import numbers_first
+from fedgfe_store.checkpoints._header import file_name
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
 from fedgfe_store.generation.images import image_name
-from fedgfe_store.records import RecordBatch
+from fedgfe_store.records import SERVER, RecordBatch
 from fedgfe_store.schema import Schema
 from fedgfe_store.selection import Selection
 
 Layout = Literal["guide", "upstream"]
-SERVER = "server"
 _PLAIN_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _NAMED = ("sample_id", "audio_path")
@@ -107,7 +108,7 @@ def export_checkpoints(
         raise SchemaMismatchError(f"layout: expected one of {expected}, got {layout!r}")
     folder = Path(folder)
     groups = _groups(selection)
-    paths = {(node, round): folder / file_name(node, round) for node, round in groups}
+    paths = {(node, round): folder / _file_name(node, round) for node, round in groups}
     there = [path for path in paths.values() if path.exists()]
     if there and not overwrite:
         raise ConflictError(
@@ -123,29 +124,18 @@ def export_checkpoints(
     return tuple(written)
 
 
-def file_name(node: str, round: int) -> str:
-    """Return the name of a checkpoint: ``node_0_embeddings_r5.pt``, ``server_embeddings_r5.pt``.
-
-    A node that does not do for a file name gets its unsafe characters replaced and a hash.
-    """
-    if node == SERVER:
-        return f"server_embeddings_r{round}.pt"
+def _file_name(node: str, round: int) -> str:
+    """Return a checkpoint's name; a node that does not do for one is replaced, with a hash."""
     if not _PLAIN_NODE.fullmatch(node):
         node = f"{_UNSAFE.sub('-', node)[:60]}_h{xxhash.xxh3_64_hexdigest(node.encode())}"
-    return f"node_{node}_embeddings_r{round}.pt"
+    return file_name(node, round)
 
 
 def _groups(selection: Selection) -> dict[tuple[str, int], Selection]:
-    """Divide `selection` by node and round, in natural order, each in the store's order."""
-    positions: dict[tuple[str, int], list[int]] = {}
-    for position, key in enumerate(selection.keys()):
-        positions.setdefault((key.node, key.round), []).append(position)
-    return {group: selection.take(positions[group]) for group in sorted(positions, key=_natural)}
-
-
-def _natural(group: tuple[str, int]) -> tuple[int, bool, int, str]:
-    node, round = group
-    return round, not node.isdecimal(), int(node) if node.isdecimal() else 0, node
+    """Divide `selection` by round and node, in natural order, each in the store's order."""
+    groups = selection.by_node_and_round()
+    order = sorted(groups, key=lambda group: (group[1], numbers_first(group[0])))
+    return {group: selection.take(groups[group]) for group in order}
 
 
 def _export(part: Selection, path: Path, node: str, round: int, layout: Layout) -> ExportedFile:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from fedgfe_store.demo.federation import (
     NODES,
-    SERVER,
     Clips,
     Round,
     embed,
@@ -26,6 +25,7 @@ from fedgfe_store.demo.federation import (
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.demo.sounds import make_clip, save_wav
 from fedgfe_store.federated import Recorder
+from fedgfe_store.records import SERVER
 from fedgfe_store.selection import Selection
 from fedgfe_store.store import EmbeddingStore
 

@@ -23,9 +23,9 @@ from fedgfe_store.demo.anchors import class_anchor
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.demo.sounds import log_mel, make_clip
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import SERVER
 
 NODES = ("0", "1", "2")
-SERVER = "server"
 
 COMMON, RARE = 20, 4
 """Training clips that a node has of a class: every third class is common at it."""

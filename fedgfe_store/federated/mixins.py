@@ -8,10 +8,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from fedgfe_store.checkpoints.sources import STORE_NAME
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.federated.batches import EmbeddingBatch, is_empty
 from fedgfe_store.federated.recorder import Missing, OnError, Recorder, RoundBatch
-from fedgfe_store.federated.settings import DEFAULT_DIR, STORE_NAME, RecordingSettings
+from fedgfe_store.federated.settings import DEFAULT_DIR, RecordingSettings
 from fedgfe_store.schema import Metadata, Precision
 
 _log = logging.getLogger("fedgfe_store")

@@ -10,10 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self, SupportsIndex
 
+from fedgfe_store.checkpoints.sources import STORE_NAME
 from fedgfe_store.errors import SchemaMismatchError
-
-STORE_NAME = "embeddings.zarr"
-"""Name of the store in a folder of checkpoints."""
 
 DEFAULT_DIR = "checkpoints/embeddings"
 """Folder of checkpoints where a configuration names none."""

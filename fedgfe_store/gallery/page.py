@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
+from fedgfe_store._text import numbers_first
 from fedgfe_store.pictures import ListedPicture
 from fedgfe_store.records import RecordKey
 
@@ -78,7 +79,10 @@ def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
         "class": [p.key.class_name for p in shown],
         "shared": [p.shared for p in shown],
     }
-    values = {name: sorted(set(columns[name]), key=_natural) for name in keys}
+    values = {
+        name: sorted(set(columns[name]), key=lambda value: numbers_first(str(value)))
+        for name in keys
+    }
     values["shared"] = list(dict.fromkeys(columns["shared"]))
     places = {name: {v: i for i, v in enumerate(found)} for name, found in values.items()}
     values["shared"] = [_exact(json.loads(text)) for text in values["shared"]]
@@ -100,14 +104,7 @@ def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
 def _order(picture: ListedPicture) -> tuple[Any, ...]:
     key: RecordKey = picture.key
     sample = key.split, key.index, picture.image, key.class_name, picture.file
-    return (-key.round, _natural(key.node), *sample)
-
-
-def _natural(value: str | int) -> tuple[bool, int, str]:
-    """Rank numbers by size, before names."""
-    text = str(value)
-    number = text.isdecimal() or isinstance(value, int)
-    return not number, int(text) if number else 0, text
+    return (-key.round, numbers_first(key.node), *sample)
 
 
 def _flat(own: Mapping[str, Any]) -> dict[str, Any]:

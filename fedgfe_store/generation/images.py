@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from fedgfe_store.records import RecordKey
+from fedgfe_store.records import SERVER, RecordKey
 
 FileState = Literal["ours", "foreign", "damaged"]
 
@@ -62,7 +62,7 @@ def image_name(key: RecordKey, number: int = 0) -> str:
 
 
 def _plain_name(key: RecordKey, number: int) -> str:
-    owner = "server" if key.node == "server" else f"node_{key.node}"
+    owner = key.node if key.node == SERVER else f"node_{key.node}"
     name = f"{owner}_{key.split}_{key.class_name}_{key.index}_r{key.round}"
     return f"{name}_i{number}" if number else name
 

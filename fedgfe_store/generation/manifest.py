@@ -146,22 +146,6 @@ def _manifests(folder: Path) -> list[Path]:
     return sorted(p for p in found if p.name == MANIFEST_NAME or _SHARD_NAME.fullmatch(p.name))
 
 
-def latest_lines(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the last line of each image, finished or failed.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder of the images.
-
-    Returns
-    -------
-    dict
-        Line by file name; the latest by ``created``, and of equal ones the last in its file.
-    """
-    return latest(folder, dict)
-
-
 def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
     """Read of the last line of each image what `pick` makes of it, to hold no more than that.
 

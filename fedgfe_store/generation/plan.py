@@ -306,6 +306,23 @@ def _conflict_message(conflicts: Counter[str], folder: Path) -> str:
     )
 
 
+def record_digests(selection: Selection, columns: Collection[str]) -> list[dict[str, str]]:
+    """Give the digests of each record's tensors, 16 hex digits, as images keep them.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records; their tensors are not read.
+    columns : collection of str
+        Tensor columns; those that the store does not have are left out.
+    """
+    frame = selection.records
+    names = [name for name in columns if f"{name}_digest" in frame]
+    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
+    rows = range(len(frame))
+    return [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]
+
+
 def _list_items(
     selection: Selection,
     settings: Settings,
@@ -314,12 +331,10 @@ def _list_items(
     numbers: Sequence[int],
     shard: Shard,
 ) -> list[PlanItem]:
-    frame = selection.records
-    names = [name for name in columns if f"{name}_digest" in frame]
-    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
+    digests = record_digests(selection, columns)
     records = {
-        key: (position, dict(zip(names, of_record, strict=True)))
-        for position, (key, *of_record) in enumerate(zip(selection.keys(), *digests, strict=True))
+        key: (position, of_record)
+        for position, (key, of_record) in enumerate(zip(selection.keys(), digests, strict=True))
     }
     items = [
         PlanItem(

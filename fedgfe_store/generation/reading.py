@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedgfe_store.errors import DamagedDataError, NotFoundError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.job import Job
-from fedgfe_store.generation.plan import PlanItem, made_meanwhile
+from fedgfe_store.generation.plan import PlanItem, made_meanwhile, record_digests
 from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
@@ -140,11 +140,9 @@ def _found_again(selection: Selection, items: Sequence[PlanItem], reason: str) -
     if gone:
         raise DamagedDataError(f"{reason}; {gone[0]} has been deleted since")
     part = fresh.take([positions[item.key] for item in items])
-    records = part.records
-    for row, item in enumerate(items):
-        for name, digest in item.digests.items():
-            if f"{int(records[f'{name}_digest'].iloc[row]):016x}" != digest:
-                raise DamagedDataError(f"{reason}; {item.key} has been replaced since")
+    for item, found in zip(items, record_digests(part, items[0].digests), strict=True):
+        if found != item.digests:
+            raise DamagedDataError(f"{reason}; {item.key} has been replaced since")
     return part
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import inspect_image
 from fedgfe_store.generation.job import Job, Options, Report
-from fedgfe_store.generation.plan import AGAIN
+from fedgfe_store.generation.plan import AGAIN, record_digests
 from fedgfe_store.generation.settings import difference, fingerprint
 from fedgfe_store.records import RecordKey
 from fedgfe_store.store import EmbeddingStore
@@ -124,8 +124,7 @@ class Recipe:
 
     def _is_of(self, selection: Selection) -> bool:
         digests: dict[str, str] = self.provenance["digests"]
-        found = selection.records.iloc[0]
-        return all(f"{int(found[f'{name}_digest']):016x}" == d for name, d in digests.items())
+        return record_digests(selection, digests)[0] == digests
 
     def check(self, job: Job) -> None:
         """Make sure that a job has the picture's settings and takes no other one's place.

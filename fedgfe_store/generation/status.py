@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.images import image_name, inspect_image, key_json, read_provenance
 from fedgfe_store.generation.manifest import latest
-from fedgfe_store.generation.plan import PlanItem, compare_image, seed_of
+from fedgfe_store.generation.plan import PlanItem, compare_image, record_digests, seed_of
 from fedgfe_store.generation.shards import shard_of
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
@@ -230,9 +231,7 @@ class _Checker:
 
     def __init__(self, selection: Selection, state: _FolderState) -> None:
         self._state = state
-        frame = selection.records
-        names = [name for name in selection.schema.columns if f"{name}_digest" in frame]
-        self._digests = {name: frame[f"{name}_digest"].tolist() for name in names}
+        self._digests = record_digests(selection, selection.schema.columns)
 
     def __call__(self, item: PlanItem) -> tuple[str, str]:
         name = item.path.name
@@ -248,9 +247,9 @@ class _Checker:
     def _expected(self, item: PlanItem, provenance: Mapping[str, Any]) -> dict[str, str]:
         """Give the digests of the tensors that the image was made from, and of no others."""
         made_from = provenance.get("digests")
-        names = made_from if isinstance(made_from, dict) and made_from else self._digests
-        known = [name for name in names if name in self._digests]
-        return {name: f"{self._digests[name][item.position]:016x}" for name in known}
+        own = self._digests[item.position]
+        names = made_from if isinstance(made_from, dict) and made_from else own
+        return {name: own[name] for name in names if name in own}
 
 
 def _frame(items: Sequence[PlanItem], findings: Sequence[tuple[str, str]]) -> pd.DataFrame:
@@ -272,10 +271,5 @@ def _key(row: Any) -> RecordKey:
 
 def natural_rank(column: pd.Series[Any]) -> pd.Series[Any]:
     """Rank a column's values for sorting: numbers by size, before names."""
-
-    def natural(value: Any) -> tuple[bool, int, str]:
-        text = str(value)
-        return not text.isdecimal(), len(text) if text.isdecimal() else 0, text
-
-    ranks = {value: rank for rank, value in enumerate(sorted(column.unique(), key=natural))}
-    return column.map(ranks)
+    ordered = sorted(column.unique(), key=lambda value: numbers_first(str(value)))
+    return column.map({value: rank for rank, value in enumerate(ordered)})
