@@ -111,7 +111,7 @@ class AppendBatch:
             "timestamp": timestamp,
             "extra": extra,
         }
-        self.add_records(RecordBatch.check(self._known.schema, keys, notes, tensors))
+        self._take(RecordBatch.check(self._known.schema, keys, notes, tensors))
 
     def add_records(self, records: RecordBatch) -> None:
         """Add records that another store has checked; they are rounded to this one's precision.
@@ -123,9 +123,12 @@ class AppendBatch:
         ConflictError
             As for `add`.
         """
+        self._take(records.conformed(self._known.schema))
+
+    def _take(self, records: RecordBatch) -> None:
         if not self._open:
             raise ConflictError("this batch is closed: open another one with store.append()")
-        self._wait(records.conformed(self._known.schema))
+        self._wait(records)
         if sum(batch.nbytes for batch in self._waiting) >= _BUFFER_BYTES:
             self._write(rest=False)
 
@@ -158,8 +161,8 @@ class AppendBatch:
         """Put `records` among those that wait, less those that this batch has already."""
         fresh: list[int] = []
         prints: dict[RecordKey, tuple[int, ...]] = {}
-        for position in range(len(records)):
-            key, found = records.key(position), _digests(records.columns, position)
+        found_prints = zip(records.keys(), _digests(records.columns), strict=True)
+        for position, (key, found) in enumerate(found_prints):
             before = self._seen.get(key, prints.get(key))
             if before is None:
                 prints[key] = found
@@ -208,8 +211,7 @@ class AppendBatch:
     def _sifted(self, records: RecordBatch) -> RecordBatch:
         """Return those of `records` that are to be written, seen what the store holds."""
         fresh = []
-        for position in range(len(records)):
-            key = records.key(position)
+        for position, key in enumerate(records.keys()):
             row = self._row_of(key)
             if row is None:
                 self.added += 1
@@ -254,7 +256,7 @@ class AppendBatch:
         return self._transaction.snapshot
 
 
-def _digests(columns: Mapping[str, np.ndarray], position: int) -> tuple[int, ...]:
-    """Return the digests of the tensors; that of the row differs with the timestamp."""
+def _digests(columns: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
+    """Return the digests of each record's tensors; that of the row differs with the timestamp."""
     names = [name for name in columns if name.endswith("_digest") and name != "row_digest"]
-    return tuple(int(columns[name][position]) for name in names)
+    return list(zip(*(columns[name].tolist() for name in names), strict=True))

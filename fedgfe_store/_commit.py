@@ -14,26 +14,27 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from fedgfe_store import _files
+from fedgfe_store import _files, _key_files, _workers
 from fedgfe_store._group import GROUP_FILE, CommitPoint, Group
-from fedgfe_store._layout import KEY_CHUNK, key_columns, open_keys, open_tensor, tensor_file
+from fedgfe_store._layout import KEY_CHUNK, key_columns
 from fedgfe_store._snapshot import Snapshot
+from fedgfe_store._tensor_files import TensorFiles
 from fedgfe_store.errors import BusyError, ConflictError, FedgfeStoreError
 from fedgfe_store.records import RecordBatch, to_milliseconds
-from fedgfe_store.schema import Schema, TensorColumn
+from fedgfe_store.schema import Schema
 
 PENDING = "pending"
+Stamp = tuple[int, ...]
+"""What changes when someone else writes a file."""
 CommitKind = Literal["append", "replace", "delete", "compact"]
-_KEY_THREADS = 4
 _PATIENCE = 1.0
 """Seconds of waiting for another writer that go without saying."""
 
@@ -108,7 +109,7 @@ def create(path: Path, schema: Schema, *, timeout: float) -> None:
         _refuse_occupied(path, group.arrays)
         for name in group.arrays:
             _files.make_folders(path / name)
-        _write_shapes(path, group.shaped())
+        _files.write_files(_shape_files(path, group))
         _files.write_file(path / GROUP_FILE, group.encode())
     finally:
         lock.release()
@@ -157,7 +158,7 @@ class Transaction:
         self._token, self._encoded = "", b""
         self._tail = group.point.records
         self._rows: list[Mapping[str, np.ndarray]] = []
-        self._written: dict[Path, tuple[int, ...]] = {}
+        self._written: dict[Path, Stamp] = {}
         self._published = False
 
     def _recovered(self) -> Group:
@@ -204,20 +205,17 @@ class Transaction:
         """Write `records` as the next granules; all but the last one of a commit are whole."""
         self._begin()
         granule, n = self.schema.granule, len(records)
-        stop = self._tail + -(-n // granule) * granule
-        for column in self.schema.tensors:
-            values = records.tensors.get(column.name)
-            if values is None:
-                continue
-            # An optional column has no file where none of a granule's records has a value.
-            step = granule if column.optional else n
-            for start in range(0, n, step):
-                part = slice(start, start + step)
-                present = records.columns[f"has_{column.name}"][part] if column.optional else None
-                self._write_tensor(column, values[part], present, self._tail + start, stop)
-        skipped = stop - self._tail - n
+        starts = range(0, n, granule)
+        work = (
+            (name, self._tail + start, records.take(slice(start, start + granule)))
+            for start in starts
+            for name in self.schema.columns
+        )
+        for stamps in _workers.run(_workers.writers(), self._write_file, work):
+            self._written.update(stamps)
+        skipped = -n % granule
         self._rows.append(_padded(self.schema, records.columns, self.commit, skipped))
-        self._tail = stop
+        self._tail += n + skipped
 
     def _begin(self) -> None:
         if self._token:
@@ -232,28 +230,20 @@ class Transaction:
         }
         _files.write_file(self.path / PENDING, json.dumps(note).encode())
 
-    def _write_tensor(
-        self,
-        column: TensorColumn,
-        values: np.ndarray,
-        present: np.ndarray | None,
-        first: int,
-        rows: int,
-    ) -> None:
-        """Write `values` from row `first` of the array on, which has `rows` in all then."""
+    def _write_file(self, name: str, first: int, records: RecordBatch) -> dict[Path, Stamp]:
+        """Write the granule from row `first` on; an optional column without a value has no file."""
+        values, column = records.tensors.get(name), self.schema.column(name)
+        if values is None:
+            return {}
+        present = records.columns[f"has_{name}"] if column.optional else None
         if present is not None:
-            values[~present] = np.nan
             if not present.any():
-                return
-        array = open_tensor(self.path, column.name, self.snapshot.group.arrays[column.name], rows)
-        granule = self.schema.granule
-        numbers = range(first // granule, -(-(first + len(values)) // granule))
-        files = [tensor_file(self.path, column, number) for number in numbers]
-        try:
-            array[first : first + len(values)] = values
-        except RuntimeError as error:
-            raise _files.system_error(error, files[0]) or error from error
-        self._written.update({file: _state(file) for file in files})
+                return {}
+            values[~present] = np.nan
+        files = TensorFiles.of(self.path / name, self.snapshot.group.arrays[name])
+        number = first // files.granule
+        files.write(number, values, present)
+        return {files.file(number): _stamp(files.file(number))}
 
     def publish(self, kind: CommitKind, *, deleted: np.ndarray | None = None) -> Snapshot:
         """Commit what was written, and mark the rows `deleted` as deleted, in one step.
@@ -268,9 +258,10 @@ class Transaction:
         rows = self._gathered() | _commit_row(kind)
         group = self._next_group(kind, rows, len(marked))
         self._check_untouched()
-        _files.sync_files(self._written)
-        _write_shapes(self.path, group.shaped())
-        self._write_keys(group, rows, marked)
+        _files.sync_folders(self._written)
+        keys = self._key_contents(group, rows, marked)
+        _files.write_files(_shape_files(self.path, group) | keys)
+        self._written.update({file: _stamp(file) for file in keys})
         self._check_untouched()
         self._encoded = group.encode()
         _files.write_file(self.path / GROUP_FILE, self._encoded)
@@ -295,29 +286,35 @@ class Transaction:
         names = rows["class_name"][created].tolist() if created.any() else []
         return old.at(point, old.schema.with_classes(names))
 
-    def _write_keys(self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray) -> None:
-        old = self.snapshot.group
+    def _key_contents(
+        self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray
+    ) -> dict[Path, bytes]:
+        """Return the files of key columns with `rows` behind the old ones, and those `marked`."""
+        contents = {}
+        for name, column in key_columns(group.schema).items():
+            chunks = self._key_chunks(name, rows[name]) if name in rows else {}
+            if name == "deleted_in":
+                self._mark(chunks, marked)
+            for number, values in chunks.items():
+                file = _key_files.key_file(self.path, name, number)
+                contents[file] = _key_files.encode(column, values)
+        return contents
 
-        def write(name: str) -> list[Path]:
-            paths = self._write_column(name, old.rows(name), rows[name]) if name in rows else []
-            if name == "deleted_in" and len(marked):
-                paths += mark(self.path, group, marked, self.commit)
-            return paths
+    def _key_chunks(self, name: str, values: np.ndarray) -> dict[int, np.ndarray]:
+        """Return the chunks that `values` fall into, with the rows before them as read."""
+        first = self.snapshot.group.rows(name) // KEY_CHUNK
+        kept = self.snapshot.unfinished(name)
+        return dict(enumerate(_chunks(np.concatenate([kept, values])), first))
 
-        with ThreadPoolExecutor(_KEY_THREADS) as pool:
-            for paths in pool.map(write, key_columns(group.schema)):
-                self._written.update({path: _state(path) for path in paths})
-
-    def _write_column(self, name: str, start: int, values: np.ndarray) -> list[Path]:
-        """Write `values` from row `start` on, whole chunks, with the rows before them as read."""
-        first = start // KEY_CHUNK * KEY_CHUNK
-        if first < start:
-            kept = self.snapshot.column_at(name, np.arange(first, start))
-            values = np.concatenate([kept, values])
-        stop = first + len(values)
-        array = open_keys(self.path, name, self.snapshot.group.arrays[name], stop)
-        array[first:stop] = values
-        return [self.path / name / f"c.{n}" for n in _chunks(first, stop)]
+    def _mark(self, chunks: dict[int, np.ndarray], rows: np.ndarray) -> None:
+        """Set ``deleted_in`` of `rows` to this commit, in `chunks` or in those that lie there."""
+        total = self.snapshot.group.rows("deleted_in")
+        for number in np.unique(rows // KEY_CHUNK).tolist():
+            start = number * KEY_CHUNK
+            if number not in chunks:
+                there = np.arange(start, min(start + KEY_CHUNK, total))
+                chunks[number] = self.snapshot.column_at("deleted_in", there)
+            chunks[number][rows[rows // KEY_CHUNK == number] - start] = self.commit
 
     def _check_untouched(self) -> None:
         """Fail where someone else wrote: the lock narrows this to what it does not cover."""
@@ -325,7 +322,7 @@ class Transaction:
             published = (self.path / GROUP_FILE).read_bytes()
             pending = json.loads((self.path / PENDING).read_bytes())
             same = published == self.snapshot.group.raw and pending["token"] == self._token
-            same = same and all(_state(file) == state for file, state in self._written.items())
+            same = same and all(_stamp(file) == stamp for file, stamp in self._written.items())
         except (FileNotFoundError, ValueError):
             same = False
         if not same:
@@ -378,26 +375,24 @@ def roll_back(path: Path) -> None:
     for name in group.arrays:
         _files.remove_temporary(path / name)
     _files.remove_temporary(path)
-    _write_shapes(path, group.shaped())
-    marks = Snapshot(path, group).column("deleted_in")
-    mark(path, group, np.flatnonzero(marks > point.commit), 0)
+    _files.write_files(_shape_files(path, group) | _unmarked(path, group))
     for name in group.arrays:
         _files.sync_folder(path / name)
     (path / PENDING).unlink()
     _files.sync_folder(path)
 
 
-def mark(path: Path, group: Group, rows: np.ndarray, commit: int) -> list[Path]:
-    """Set ``deleted_in`` of `rows` to `commit` and return the files that were replaced."""
-    total = group.rows("deleted_in")
-    array = open_keys(path, "deleted_in", group.arrays["deleted_in"], total)
-    numbers = np.unique(rows // KEY_CHUNK)
-    for number in numbers:
-        start, stop = int(number) * KEY_CHUNK, min(int(number + 1) * KEY_CHUNK, total)
-        values = np.array(array[start:stop])
-        values[rows[rows // KEY_CHUNK == number] - start] = commit
-        array[start:stop] = values
-    return [path / "deleted_in" / f"c.{number}" for number in numbers]
+def _unmarked(path: Path, group: Group) -> dict[Path, bytes]:
+    """Return the files of ``deleted_in`` that hold marks beyond the commit point, without them."""
+    marks, column = Snapshot(path, group).column("deleted_in"), key_columns(group.schema)
+    kept = np.where(marks > group.point.commit, 0, marks)
+    return {
+        _key_files.key_file(path, "deleted_in", number): _key_files.encode(
+            column["deleted_in"], chunk
+        )
+        for number, (chunk, old) in enumerate(zip(_chunks(kept), _chunks(marks), strict=True))
+        if (chunk != old).any()
+    }
 
 
 def _drop_chunks(folder: Path, first: int) -> None:
@@ -408,10 +403,9 @@ def _drop_chunks(folder: Path, first: int) -> None:
             Path(entry.path).unlink()
 
 
-def _write_shapes(path: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
-    _files.write_files(
-        {path / name / "zarr.json": json.dumps(m).encode() for name, m in arrays.items()}
-    )
+def _shape_files(path: Path, group: Group) -> dict[Path, bytes]:
+    """Return the arrays' own metadata, which other Zarr readers use, with committed shapes."""
+    return {path / name / GROUP_FILE: json.dumps(m).encode() for name, m in group.shaped().items()}
 
 
 def _padded(
@@ -439,10 +433,11 @@ def _commit_row(kind: CommitKind) -> dict[str, np.ndarray]:
     }
 
 
-def _state(file: Path) -> tuple[int, ...]:
+def _stamp(file: Path) -> Stamp:
     stat = file.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _chunks(start: int, stop: int) -> Iterable[int]:
-    return range(start // KEY_CHUNK, -(-stop // KEY_CHUNK))
+def _chunks(values: np.ndarray) -> list[np.ndarray]:
+    """Cut a key column that begins with a chunk into its chunks."""
+    return [values[start : start + KEY_CHUNK] for start in range(0, len(values), KEY_CHUNK)]

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
+from fedgfe_store import _workers
 
 _TEMPORARY = (".partial", ".tmp")
-_SYNC_THREADS = 8
 
 
 def sync_file(path: Path) -> None:
@@ -46,7 +42,7 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` in one step when the block ends."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -60,25 +56,49 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write several files, each like `write_file`; the disk gathers their flushes."""
-    with ThreadPoolExecutor(_SYNC_THREADS) as pool:
-        list(pool.map(write_file, contents.keys(), contents.values()))
+    """Put several files in place of others; the disk gathers the flushes of all of them.
+
+    After a crash each file is the old one or the new one.
+    """
+    pool = _workers.writers()
+    temporaries = {path: temporary_of(path) for path in contents}
+    try:
+        _workers.run(
+            pool, _write_flushed, zip(temporaries.values(), contents.values(), strict=True)
+        )
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folders(contents)
 
 
-def sync_files(paths: Iterable[Path]) -> None:
-    """Flush several files and then the folders that name them."""
-    paths = list(paths)
-    with ThreadPoolExecutor(_SYNC_THREADS) as pool:
-        list(pool.map(sync_file, paths))
-        list(pool.map(sync_folder, {path.parent for path in paths}))
+def temporary_of(path: Path) -> Path:
+    """Return a name beside `path` for a file that takes its place when it is whole."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def system_error(error: Exception, path: Path) -> OSError | None:
-    """Return what the operating system refused at `path`, which zarrs says in words only."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if found is None:
-        return None
-    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+def _write_flushed(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folders(files: Iterable[Path]) -> None:
+    """Flush the folders that name `files`."""
+    folders = {file.parent for file in files}
+    _workers.run(_workers.writers(), sync_folder, ((folder,) for folder in folders))
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush `folder` with all that is in it to the disk."""
+    for where, _, names in os.walk(folder):
+        for name in names:
+            sync_file(Path(where, name))
+        sync_folder(Path(where))
 
 
 def make_folders(path: Path) -> None:
@@ -100,18 +120,6 @@ def remove_temporary(folder: Path) -> None:
     for path in folder.iterdir():
         if is_temporary(path):
             path.unlink(missing_ok=True)
-
-
-class DurableStore(LocalStore):
-    """A Zarr store on the local disk whose every value is flushed before it takes its name."""
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Write `value` under `key`, see `write_file`."""
-        import asyncio
-
-        self._check_writable()
-        path = self.root / key
-        await asyncio.to_thread(write_file, path, value.as_buffer_like())
 
 
 def usage(folder: Path) -> tuple[int, int]:

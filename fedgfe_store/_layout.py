@@ -1,29 +1,14 @@
-"""The arrays of a store in format version 1: their Zarr metadata, and opening them."""
+"""The arrays of a store in format version 1, and their Zarr metadata."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.core.array import AsyncArray
-from zarr.core.array_spec import ArrayConfigParams
-from zarr.core.metadata.v3 import ArrayV3Metadata
-from zarr.storage import LocalStore, StorePath
 
-from fedgfe_store._files import DurableStore
 from fedgfe_store.schema import Schema, TensorColumn
-
-try:
-    from zarrs.pipeline import ZarrsCodecPipeline
-except ImportError:  # no wheel for this platform: zarr's own pipeline reads and writes the same
-    ZarrsCodecPipeline = None
-
-_IMPORTED_IN = os.getpid()
 
 KEY_CHUNK = 16384
 """Rows per chunk of a key column."""
@@ -40,7 +25,8 @@ _BLOSC = {
         "blocksize": 0,
     },
 }
-_ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+ZSTD_LEVEL = 1
+_ZSTD = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
 _TIME = {"units": "milliseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 
 
@@ -61,6 +47,19 @@ class KeyColumn:
         if self.data_type == "string":
             return np.dtypes.StringDType()
         return np.dtype(self.data_type)
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """Data type of the values of a number column in a file, little-endian."""
+        return self.dtype.newbyteorder("<")
+
+    @property
+    def padding(self) -> bytes:
+        """One fill value as it stands in a file, before compression."""
+        if self.data_type != "string":
+            return np.array(self.fill, self.stored).tobytes()
+        text: bytes = self.fill.encode()
+        return len(text).to_bytes(4, "little") + text
 
 
 def _text(name: str, **options: Any) -> KeyColumn:
@@ -155,41 +154,3 @@ def _metadata(*, chunk_shape: list[int], **rest: Any) -> dict[str, Any]:
         "storage_transformers": [],
         **rest,
     }
-
-
-def open_tensor(path: Path, name: str, metadata: Mapping[str, Any], rows: int) -> Any:
-    """Return the tensor column `name` of the store at `path` as a Zarr array of `rows` rows."""
-    array = _open(LocalStore(path), name, metadata, rows)
-    # The threads of zarrs do not survive a fork: without them it would wait for ever.
-    if ZarrsCodecPipeline is not None and os.getpid() == _IMPORTED_IN:
-        # On this array alone: the setting in `zarr.config` is the whole process's.
-        inner = array.async_array
-        pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(
-            inner.metadata, inner.store_path.store
-        )
-        object.__setattr__(inner, "codec_pipeline", pipeline)
-    return array
-
-
-def tensor_file(path: Path, column: TensorColumn, granule: int) -> Path:
-    """Return the file that holds `column` of the records of `granule`."""
-    return path / column.name / f"c.{granule}{'.0' * len(column.shape)}"
-
-
-def open_keys(path: Path, name: str, metadata: Mapping[str, Any], rows: int) -> Any:
-    """Return the key column `name` of the store at `path` as a Zarr array of `rows` rows."""
-    # A chunk of nothing but fill values, as of has_<name>, must lie there too: readers take a
-    # missing one for damage.
-    return _open(DurableStore(path), name, metadata, rows, {"write_empty_chunks": True})
-
-
-def _open(
-    store: LocalStore,
-    name: str,
-    metadata: Mapping[str, Any],
-    rows: int,
-    config: ArrayConfigParams | None = None,
-) -> Any:
-    parsed = ArrayV3Metadata.from_dict({**metadata, "shape": [rows, *metadata["shape"][1:]]})
-    location = StorePath(store, name)
-    return zarr.Array(AsyncArray(metadata=parsed, store_path=location, config=config))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store import _files
+from fedgfe_store._gather import gather
 from fedgfe_store._group import CommitPoint, Group
-from fedgfe_store._layout import (
-    KEY_CHUNK,
-    KeyColumn,
-    key_columns,
-    open_keys,
-    open_tensor,
-    tensor_file,
-)
+from fedgfe_store._key_files import read_chunk
+from fedgfe_store._layout import KEY_CHUNK, KeyColumn, key_columns
+from fedgfe_store._tensor_files import TensorFiles, UnreadableError
 from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
 from fedgfe_store.records import (
     EARLIEST,
@@ -32,11 +25,10 @@ from fedgfe_store.records import (
     digest,
     from_milliseconds,
     key_at,
+    keys_of,
     row_digests,
 )
 from fedgfe_store.schema import Schema
-
-_PIECE_BYTES = 64 * 2**20
 
 
 class Snapshot:
@@ -53,7 +45,9 @@ class Snapshot:
         self._columns = key_columns(group.schema)
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
-        self._tensors: dict[tuple[str, int], Any] = {}
+        self._files = {
+            name: TensorFiles.of(path / name, group.arrays[name]) for name in group.schema.columns
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what was read: another process, such as a DataLoader's, reads it anew."""
@@ -122,23 +116,26 @@ class Snapshot:
             values[here] = self._chunk(name, int(chunk))[rows[here] - chunk * KEY_CHUNK]
         return values
 
+    def unfinished(self, name: str) -> np.ndarray:
+        """Return the key column `name` from where its last chunk begins, if that is not full."""
+        chunk, n = divmod(self.group.rows(name), KEY_CHUNK)
+        return self._chunk(name, chunk) if n else np.empty(0, self._columns[name].dtype)
+
     def _chunk(self, name: str, chunk: int) -> np.ndarray:
         if (name, chunk) not in self._chunks:
             self._chunks[name, chunk] = self._read_chunk(name, chunk)
         return self._chunks[name, chunk]
 
     def _read_chunk(self, name: str, chunk: int) -> np.ndarray:
-        total = self.group.rows(name)
-        array = open_keys(self.path, name, self.group.arrays[name], total)
+        total, column = self.group.rows(name), self._columns[name]
         start, stop = chunk * KEY_CHUNK, min((chunk + 1) * KEY_CHUNK, total)
         where = f"{self.path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
         try:
-            values: np.ndarray = np.asarray(array[start:stop])
-        except OSError:
-            raise
-        except Exception as error:  # codecs raise what they like; it is always the same thing
+            values = read_chunk(self.path, column, chunk, stop - start)
+        except FileNotFoundError:
+            raise DamagedDataError(f"{where} is missing") from None
+        except (ValueError, RuntimeError) as error:
             raise DamagedDataError(f"{where} is damaged: {error}") from error
-        column = self._columns[name]
         if self._has_gaps(column, chunk, values):
             raise DamagedDataError(f"{where} is missing or damaged")
         return values
@@ -178,8 +175,7 @@ class Snapshot:
 
     def keys(self, rows: np.ndarray) -> list[RecordKey]:
         """Return the keys of the records at `rows`."""
-        columns = self.notes(rows)
-        return [key_at(columns, position) for position in range(len(rows))]
+        return keys_of(self.notes(rows))
 
     def notes(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return the key columns and notes of the records at `rows`, checked against each other.
@@ -198,7 +194,7 @@ class Snapshot:
             )
         return columns
 
-    def read(self, name: str, rows: np.ndarray) -> np.ndarray:
+    def read(self, name: str, rows: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
         r"""Return the tensor column `name` at `rows`, in their order.
 
         Parameters
@@ -207,6 +203,8 @@ class Snapshot:
             Tensor column.
         rows : ndarray of int64, shape [n]
             Row numbers, in any order, repeats allowed.
+        out : ndarray of float32, shape [n, \*shape], optional
+            Memory to decode into; contiguous.
 
         Returns
         -------
@@ -218,84 +216,36 @@ class Snapshot:
         DamagedDataError
             If a record's values are not those that were committed; names the record.
         """
-        column = self.schema.column(name)
-        out = np.empty((len(rows), *column.shape), np.float32)
-        order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
-        straight = bool((order == np.arange(len(rows))).all())
-        digests = self.column_at(f"{name}_digest", ordered)
-        for begin, end in self._runs(name, ordered):
-            piece = self._read_run(name, ordered[begin:end])
-            self._verify(name, ordered[begin:end], piece, digests[begin:end])
-            out[slice(begin, end) if straight else order[begin:end]] = piece
-        return out
+        if out is None:
+            out = np.empty((len(rows), *self.schema.column(name).shape), np.float32)
+        digests = self.column_at(f"{name}_digest", rows)
 
-    def _runs(self, name: str, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Cut sorted `rows` where the next row lies in a further chunk that does not follow."""
-        column = self.schema.column(name)
-        chunk = self.schema.chunk_records(column)
-        longest = max(self.schema.granule, _PIECE_BYTES // column.nbytes)
-        begin = 0
-        for end in range(1, len(rows) + 1):
-            if end < len(rows):
-                near = (
-                    rows[end] - rows[end - 1] <= 1 or rows[end] // chunk == rows[end - 1] // chunk
-                )
-                if near and rows[end] - rows[begin] < longest:
+        def check(places: np.ndarray, error: Exception | None) -> None:
+            for place in places.tolist():
+                if error is None and digest(out[place]) == digests[place]:
                     continue
-            yield begin, end
-            begin = end
+                if self._has(name, rows[place]):
+                    raise self._lost(name, rows[place]) from error
 
-    def _read_run(self, name: str, rows: np.ndarray) -> np.ndarray:
-        first, last = int(rows[0]), int(rows[-1])
-        try:
-            values: np.ndarray = np.asarray(self._tensor(name)[first : last + 1])
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # codecs raise what they like; it is always the same thing
-            self._raise_refusal(error, self._file(name, first // self.schema.granule))
-            if len(rows) == 1:
-                raise self._lost(name, rows[0]) from error
-            return np.concatenate([self._read_run(name, rows[i : i + 1]) for i in range(len(rows))])
-        return values if len(values) == len(rows) else values[rows - first]
-
-    def _tensor(self, name: str) -> Any:
-        opened = name, os.getpid()  # a forked process opens its own, see open_tensor
-        if opened not in self._tensors:
-            self._tensors[opened] = open_tensor(
-                self.path, name, self.group.arrays[name], self.point.records
-            )
-        return self._tensors[opened]
+        gather(self._files[name], rows, out, check)
+        return out
 
     def check_file(self, name: str, granule: int) -> None:
         """Read a whole tensor file, so that the checksums of all its chunks are looked at."""
-        size = self.schema.granule
+        files = self._files[name]
+        decoded = np.empty((files.chunk, *files.shape), np.float32)
         try:
-            self._tensor(name)[granule * size : (granule + 1) * size]
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # codecs raise what they like; it is always the same thing
-            self._raise_refusal(error, self._file(name, granule))
-            raise DamagedDataError(f"{self._file(name, granule)} is damaged: {error}") from error
-
-    @staticmethod
-    def _raise_refusal(error: Exception, file: Path) -> None:
-        """Raise what is no damage, such as too many open files, as the system's own error."""
-        refused = _files.system_error(error, file)
-        if refused is not None and refused.errno not in (errno.ENOENT, errno.EIO):
-            raise refused from error
-
-    def _file(self, name: str, granule: int) -> Path:
-        return tensor_file(self.path, self.schema.column(name), granule)
-
-    def _verify(self, name: str, rows: np.ndarray, values: np.ndarray, digests: np.ndarray) -> None:
-        optional = self.schema.column(name).optional
-        for row, record, expected in zip(rows, values, digests.tolist(), strict=True):
-            if digest(record) == expected or (optional and not self._has(name, row)):
-                continue
-            raise self._lost(name, row)
+            with files.opened(granule) as file:
+                for chunk in range(files.granule // files.chunk):
+                    file.read(chunk, decoded)
+        except FileNotFoundError:
+            return
+        except UnreadableError as error:
+            raise DamagedDataError(f"{files.file(granule)} is damaged: {error}") from error
 
     def _has(self, name: str, row: int) -> bool:
+        if not self.schema.column(name).optional:
+            return True
         return bool(self.column_at(f"has_{name}", np.array([row]))[0])
 
     def _lost(self, name: str, row: int) -> FedgfeStoreError:
@@ -306,7 +256,7 @@ class Snapshot:
                 f"{name} of {key}: commit {self.commit} was compacted away in commit {compacted}; "
                 f"refresh the store"
             )
-        file = self._file(name, int(row) // self.schema.granule)
+        file = self._files[name].file(int(row) // self.schema.granule)
         state = "is damaged" if file.exists() else "is missing"
         return DamagedDataError(f"{name} of {key} is not what was committed: {file} {state}")
 

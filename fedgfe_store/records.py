@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 from numcodecs.bitround import BitRound
 
+from fedgfe_store import _workers
 from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema, TensorColumn
@@ -31,6 +32,9 @@ TEXT_NODE, TEXT_ROUND, TEXT_SPLIT = "text", 0, "reference"
 
 EARLIEST, LATEST = -62_135_596_800_000, 253_402_300_799_999
 """The moments that a record can have, years 1 to 9999, in milliseconds since 1970 UTC."""
+
+_WORTH_THREADS = 2**20
+"""Bytes from which several threads are faster than one."""
 
 
 @dataclass(frozen=True, order=True)
@@ -137,10 +141,11 @@ class RecordBatch:
         for tensor in schema.tensors:
             values = self.tensors.get(tensor.name)
             present = np.full(len(self), values is not None)
+            digests = np.zeros(len(self), np.uint64)
             if values is not None:
                 present &= self.columns.get(f"has_{tensor.name}", True)
-                _finish(schema, tensor, values, columns, present)
-            columns[f"{tensor.name}_digest"] = _digests(values, present)
+                _finish(schema, tensor, values, columns, present, digests)
+            columns[f"{tensor.name}_digest"] = digests
             if tensor.optional:
                 columns[f"has_{tensor.name}"] = present
         columns["row_digest"] = row_digests(columns)
@@ -158,6 +163,10 @@ class RecordBatch:
     def key(self, position: int) -> RecordKey:
         """Return the key of the record at `position`."""
         return key_at(self.columns, position)
+
+    def keys(self) -> list[RecordKey]:
+        """Return the records' keys."""
+        return keys_of(self.columns)
 
     def take(self, positions: np.ndarray | slice) -> RecordBatch:
         """Return the records at `positions`; a slice shares their memory."""
@@ -221,6 +230,12 @@ def key_at(columns: Mapping[str, np.ndarray], position: int) -> RecordKey:
         class_name=str(columns["class_name"][position]),
         index=int(columns["index"][position]),
     )
+
+
+def keys_of(columns: Mapping[str, np.ndarray]) -> list[RecordKey]:
+    """Return the keys that stand in the key columns `columns`, one for each row."""
+    rows = zip(*(columns[name].tolist() for name in KEY_COLUMNS), strict=True)
+    return [RecordKey(*row) for row in rows]
 
 
 def to_milliseconds(moment: datetime) -> int:
@@ -369,20 +384,29 @@ def _finish(
     values: np.ndarray,
     columns: Mapping[str, np.ndarray],
     present: np.ndarray,
+    digests: np.ndarray,
 ) -> None:
-    """Round `values` in place to the schema's precision; refuse those that are not finite."""
-    if schema.precision == "bfloat16":
-        _check_finite(tensor, values, columns, present, "not finite")
-        values[...] = BitRound(keepbits=7).encode(values).view(np.float32)
-    _check_finite(tensor, values, columns, present, f"not finite in {schema.precision}")
+    """Round `values` in place to the schema's precision and fill in the records' `digests`.
 
+    Each record is worked on while it is in the processor's cache, and several at once.
+    """
 
-def _digests(values: np.ndarray | None, present: np.ndarray) -> np.ndarray:
-    digests = np.zeros(len(present), np.uint64)
-    if values is not None:
-        for position in np.flatnonzero(present):
-            digests[position] = digest(values[position])
-    return digests
+    def finish(positions: np.ndarray) -> None:
+        for position in positions.tolist():
+            record = values[position]
+            if schema.precision == "bfloat16":
+                _check_finite(tensor, record, columns, position, "not finite")
+                record[...] = BitRound(keepbits=7).encode(record).view(np.float32)
+            _check_finite(tensor, record, columns, position, f"not finite in {schema.precision}")
+            digests[position] = digest(record)
+
+    positions = np.flatnonzero(present)
+    if len(positions) * tensor.nbytes < _WORTH_THREADS:
+        finish(positions)
+    else:
+        # In order, so that of several bad records the first is named.
+        pieces = np.array_split(positions, _workers.count())
+        _workers.run(_workers.readers(), finish, ((piece,) for piece in pieces))
 
 
 def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -403,12 +427,11 @@ def digest(values: np.ndarray) -> int:
 
 def _check_finite(
     tensor: TensorColumn,
-    values: np.ndarray,
+    record: np.ndarray,
     columns: Mapping[str, np.ndarray],
-    present: np.ndarray,
+    position: int,
     what: str,
 ) -> None:
-    for position in np.flatnonzero(present):
-        if not np.isfinite(values[position]).all():
-            key = key_at(columns, int(position))
-            raise SchemaMismatchError(f"{tensor.name} of {key} has values that are {what}")
+    if not np.isfinite(record).all():
+        key = key_at(columns, position)
+        raise SchemaMismatchError(f"{tensor.name} of {key} has values that are {what}")

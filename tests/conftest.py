@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,29 @@ def fill(
 @pytest.fixture
 def store(tmp_path: Path) -> EmbeddingStore:
     return EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
+
+
+_watched: list[str] = []
+_watching = False
+
+
+def _watch(event: str, arguments: tuple[object, ...]) -> None:
+    if _watching and event == "open" and not isinstance(arguments[0], int):
+        file = Path(os.fsdecode(arguments[0]))  # type: ignore[arg-type]
+        _watched.append(f"{file.parent.name}/{file.name}")
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.fixture
+def reads() -> Iterator[list[str]]:
+    """Files that were opened, as folder and name: ``t5/c.0.0.0``."""
+    global _watching
+    _watched.clear()
+    _watching = True
+    yield _watched
+    _watching = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-import zarr.storage
 from click.testing import CliRunner
 from conftest import SMALL
 from PIL import Image
@@ -469,16 +468,7 @@ def test_damaged_records_are_named(filled, tmp_path):
     assert len(summarize(selection, column="clip")) == 1
 
 
-def test_only_the_column_asked_for_is_read(filled, monkeypatch):
-    monkeypatch.setattr("fedgfe_store._layout.ZarrsCodecPipeline", None)
-    reads: list[str] = []
-    original = zarr.storage.LocalStore.get
-
-    async def get(self, key, prototype=None, byte_range=None):
-        reads.append(key)
-        return await original(self, key, prototype, byte_range)
-
-    monkeypatch.setattr(zarr.storage.LocalStore, "get", get)
+def test_only_the_column_asked_for_is_read(filled, reads):
     centroids(EmbeddingStore.open(filled[0].path).select(round=5, node="0"), column="clip")
     assert {key.split("/")[0] for key in reads} & {"t5", "clip"} == {"clip"}
 

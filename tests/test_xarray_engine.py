@@ -55,16 +55,7 @@ def test_variables_can_be_dropped(filled):
     assert list(dataset.xindexes) == []
 
 
-def test_values_are_read_only_when_they_are_used(filled, monkeypatch):
-    monkeypatch.setattr("fedgfe_store._layout.ZarrsCodecPipeline", None)
-    reads: list[str] = []
-    original = zarr.storage.LocalStore.get
-
-    async def get(self, key, prototype=None, byte_range=None):
-        reads.append(key)
-        return await original(self, key, prototype, byte_range)
-
-    monkeypatch.setattr(zarr.storage.LocalStore, "get", get)
+def test_values_are_read_only_when_they_are_used(filled, reads):
     dataset = xr.open_dataset(filled.path, engine="fedgfe").sel(node="server", round=5)
     assert reads
     assert not [key for key in reads if key.startswith(("t5/", "clip/"))]

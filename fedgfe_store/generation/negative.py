@@ -202,7 +202,7 @@ def _keep(store: Path, negative: Negative, prompt: str, encoder: str) -> None:
     temporary = store.parent / f".{store.name}.{uuid.uuid4().hex}.tmp"
     try:
         array = zarr.create_array(
-            _files.DurableStore(temporary),
+            temporary,
             shape=negative.values.shape,
             dtype="float32",
             dimension_names=_DIMS,
@@ -210,6 +210,7 @@ def _keep(store: Path, negative: Negative, prompt: str, encoder: str) -> None:
             attributes={"prompt": prompt, "encoder": encoder, "digest": negative.digest},
         )
         array[:] = negative.values
+        _files.sync_tree(temporary)
         try:
             os.rename(temporary, store / _array_name(prompt, encoder))
         except OSError as error:

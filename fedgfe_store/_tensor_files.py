@@ -1,0 +1,178 @@
+"""Files of tensor columns: one Zarr shard each, of whole records, written once and read in part.
+
+A shard is its inner chunks, one after another in any order, and behind them an index of their
+places. Each chunk is compressed by blosc and followed by its crc32c, and so is the index.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numcodecs import blosc
+
+from fedgfe_store import _checksums
+from fedgfe_store._checksums import checksum, unsealed
+
+_ABSENT = 2**64 - 1
+"""Place and size of a chunk that a shard does not hold."""
+_HEADER = 16
+"""Bytes of blosc before the compressed data; the second four hold the size of what they become."""
+_SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+
+
+class UnreadableError(ValueError):
+    """A tensor file, or a part of it, is not what a writer left."""
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The files of one tensor column: records per file and per inner chunk, shape of a record."""
+
+    folder: Path
+    granule: int
+    chunk: int
+    shape: tuple[int, ...]
+    codec: blosc.Blosc
+
+    @classmethod
+    def of(cls, folder: Path, metadata: Mapping[str, Any]) -> TensorFiles:
+        """Return the files of the array at `folder`, whose Zarr metadata is `metadata`."""
+        granule, *shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        sharding = metadata["codecs"][0]["configuration"]
+        codec = sharding["codecs"][1]["configuration"]
+        return cls(
+            folder,
+            granule,
+            sharding["chunk_shape"][0],
+            tuple(shape),
+            blosc.Blosc(
+                cname=codec["cname"],
+                clevel=codec["clevel"],
+                shuffle=_SHUFFLES[codec["shuffle"]],
+                blocksize=codec["blocksize"],
+                typesize=codec["typesize"],
+            ),
+        )
+
+    def file(self, number: int) -> Path:
+        """Return the file of the records from ``number * granule`` on."""
+        return self.folder / f"c.{number}{'.0' * len(self.shape)}"
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of the float32 values of an inner chunk."""
+        return 4 * self.chunk * prod(self.shape)
+
+    def write(self, number: int, values: np.ndarray, present: np.ndarray | None) -> None:
+        r"""Write a file and flush it to the disk.
+
+        Parameters
+        ----------
+        number : int
+            Which file.
+        values : ndarray of float32, shape [n, \*shape]
+            Its first records, at most a granule.
+        present : ndarray of bool, shape [n], optional
+            Which records have a value; chunks without any are left out.
+        """
+        index = np.full((self.granule // self.chunk, 2), _ABSENT, "<u8")
+        with self.file(number).open("wb") as file:
+            for place, start in enumerate(range(0, len(values), self.chunk)):
+                part = slice(start, start + self.chunk)
+                if present is None or present[part].any():
+                    index[place] = file.tell(), self._write_chunk(file, values[part])
+            entries = index.tobytes()
+            file.write(entries + checksum(entries))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_chunk(self, file: BinaryIO, values: np.ndarray) -> int:
+        if len(values) < self.chunk:
+            missing = np.full((self.chunk - len(values), *self.shape), np.nan, np.float32)
+            values = np.concatenate([values, missing])
+        encoded = self.codec.encode(values)
+        file.write(encoded)
+        file.write(checksum(encoded))
+        return len(encoded) + _checksums.SIZE
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[OpenFile]:
+        """Open a file to read from.
+
+        Raises
+        ------
+        UnreadableError
+            If its index is damaged.
+        FileNotFoundError
+            If there is no such file.
+        """
+        handle = os.open(self.file(number), os.O_RDONLY)
+        try:
+            yield OpenFile(self, handle)
+        finally:
+            os.close(handle)
+
+
+class OpenFile:
+    """A tensor file that is open: its index, and its chunks when asked for."""
+
+    def __init__(self, files: TensorFiles, handle: int) -> None:
+        self._files, self._handle = files, handle
+        size = files.granule // files.chunk * 16 + _checksums.SIZE
+        self._index_at = os.fstat(handle).st_size - size
+        if self._index_at < 0:
+            raise UnreadableError("it is too short")
+        entries = _intact(self._pread(size, self._index_at))
+        self._index = entries.view("<u8").reshape(-1, 2)
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        data = os.pread(self._handle, size, offset)
+        while len(data) < size:
+            more = os.pread(self._handle, size - len(data), offset + len(data))
+            if not more:
+                raise UnreadableError("it is too short")
+            data += more
+        return data
+
+    def read(self, chunk: int, out: np.ndarray) -> None:
+        r"""Decode the inner chunk number `chunk` into `out`, NaN where the file has none.
+
+        Parameters
+        ----------
+        chunk : int
+            Number of the chunk within the file.
+        out : ndarray of float32, shape [chunk, \*shape]
+            Where to; contiguous.
+
+        Raises
+        ------
+        UnreadableError
+            If the chunk is damaged; what is in `out` is then undefined.
+        """
+        offset, size = map(int, self._index[chunk])
+        if offset == size == _ABSENT:
+            out[...] = np.nan
+            return
+        if offset + size > self._index_at:
+            raise UnreadableError("its index points beyond it")
+        encoded = _intact(self._pread(size, offset))
+        if len(encoded) < _HEADER or int(encoded[4:8].view("<u4")[0]) != out.nbytes:
+            raise UnreadableError("it holds a chunk of another size")
+        try:
+            blosc.decompress(encoded, out)
+        except RuntimeError as error:
+            raise UnreadableError(str(error)) from error
+
+
+def _intact(data: bytes) -> np.ndarray:
+    try:
+        return unsealed(data)
+    except ValueError as error:
+        raise UnreadableError(str(error)) from None
