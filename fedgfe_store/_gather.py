@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,12 +15,23 @@ from fedgfe_store._tensor_files import OpenFile, TensorFiles, UnreadableError
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
 """Bytes of float32 values between which a thread reads on before it takes the next piece."""
-_PIECES = 4
+_PIECES = 2
 """Pieces for each thread, so that none is left waiting for the last one."""
 
-Span = tuple[int, int]
-"""Where the rows of one inner chunk begin and end among the sorted rows."""
-Check = Callable[[np.ndarray, Exception | None], None]
+_own = threading.local()
+
+Check = Callable[[list[int], Exception | None], None]
+
+
+class _Span(NamedTuple):
+    """One inner chunk, and where the rows that are wanted of it stand among the sorted rows."""
+
+    file: int
+    chunk: int
+    begin: int
+    end: int
+    straight: bool
+    """Whether it is wanted whole, in the order in which it lies."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class _Request:
 
     files: TensorFiles
     rows: np.ndarray
-    places: np.ndarray
+    places: list[int]
     out: np.ndarray
     check: Check
 
@@ -48,55 +61,67 @@ def gather(files: TensorFiles, rows: np.ndarray, out: np.ndarray, check: Check) 
         error for which they are NaN.
     """
     order = np.argsort(rows, kind="stable")
-    request = _Request(files, rows[order], order, out, check)
-    pieces = ((request, *piece) for piece in _pieces(files, request.rows))
+    request = _Request(files, rows[order], order.tolist(), out, check)
+    spans = _spans(files, request.rows, order)
+    share = len(spans) * files.chunk_nbytes // (_PIECES * _workers.count())
+    step = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)
+    pieces = ((request, spans[start : start + step]) for start in range(0, len(spans), step))
     _workers.run(_workers.readers(), _read_piece, pieces)
 
 
-def _pieces(files: TensorFiles, rows: np.ndarray) -> Iterator[tuple[int, list[Span]]]:
-    """Yield what a thread reads at a time: the number of a file, and some of its chunks' spans."""
+def _spans(files: TensorFiles, rows: np.ndarray, places: np.ndarray) -> list[_Span]:
+    if not len(rows):
+        return []
     chunks = rows // files.chunk
     begins = np.flatnonzero(np.diff(chunks, prepend=-1))
-    spans = list(pairwise([*begins.tolist(), len(rows)]))
-    numbers = (rows[begins] // files.granule).tolist()
-    share = len(spans) * files.chunk_nbytes // (_PIECES * _workers.count())
-    most = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)
-    first = 0
-    for last in range(1, len(spans) + 1):
-        if last == len(spans) or last - first == most or numbers[last] != numbers[first]:
-            yield numbers[first], spans[first:last]
-            first = last
+    ends = np.append(begins[1:], len(rows))
+    # Counts the places up to each row where it does not follow the one before it, here or there.
+    breaks = np.cumsum((np.diff(rows, prepend=-2) != 1) | (np.diff(places, prepend=-2) != 1))
+    straight = (ends - begins == files.chunk) & (breaks[begins] == breaks[ends - 1])
+    numbers, within = np.divmod(chunks[begins], files.granule // files.chunk)
+    columns = (numbers, within, begins, ends, straight)
+    return [_Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def _read_piece(request: _Request, number: int, spans: list[Span]) -> None:
+def _read_piece(request: _Request, spans: list[_Span]) -> None:
+    for number, group in groupby(spans, lambda span: span.file):
+        _read_file(request, number, list(group))
+
+
+def _read_file(request: _Request, number: int, spans: list[_Span]) -> None:
     try:
         with request.files.opened(number) as file:
             for span in spans:
-                _read_span(request, file, slice(*span))
+                _read_span(request, file, span)
     except (UnreadableError, FileNotFoundError) as error:  # of the file as a whole
-        places = request.places[spans[0][0] : spans[-1][1]]
-        request.out[places] = np.nan
-        request.check(places, error)
+        _miss(request, request.places[spans[0].begin : spans[-1].end], error)
 
 
-def _read_span(request: _Request, file: OpenFile, span: slice) -> None:
+def _read_span(request: _Request, file: OpenFile, span: _Span) -> None:
     files, out = request.files, request.out
-    rows, places = request.rows[span], request.places[span]
-    chunk = int(rows[0]) % files.granule // files.chunk
-    within = rows % files.chunk
-    error = None
+    places = request.places[span.begin : span.end]
     try:
-        if _is_run(within, files.chunk) and _is_run(places - places[0], files.chunk):
-            file.read(chunk, out[places[0] : places[0] + files.chunk])
+        if span.straight:
+            file.read(span.chunk, out[places[0] : places[0] + files.chunk])
         else:
-            decoded = np.empty((files.chunk, *files.shape), np.float32)
-            file.read(chunk, decoded)
-            out[places] = decoded[within]
-    except UnreadableError as damage:
-        error = damage
-        out[places] = np.nan
+            decoded = _scratch(files)
+            file.read(span.chunk, decoded)
+            out[places] = decoded[request.rows[span.begin : span.end] % files.chunk]
+    except UnreadableError as error:
+        _miss(request, places, error)
+    else:
+        request.check(places, None)
+
+
+def _miss(request: _Request, places: list[int], error: Exception) -> None:
+    request.out[places] = np.nan
     request.check(places, error)
 
 
-def _is_run(values: np.ndarray, length: int) -> bool:
-    return len(values) == length and bool((values == np.arange(length)).all())
+def _scratch(files: TensorFiles) -> np.ndarray:
+    """Return memory of this thread for one chunk; new memory would cost as much as decoding."""
+    kept: np.ndarray | None = getattr(_own, "scratch", None)
+    shape = (files.chunk, *files.shape)
+    if kept is None or kept.shape != shape:
+        kept = _own.scratch = np.empty(shape, np.float32)
+    return kept

@@ -37,7 +37,7 @@ def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
         If there is no file, or it cannot be read.
     """
     data = Zstd().decode(unsealed(key_file(path, column.name, chunk).read_bytes()))
-    return _decoded(column, data)[:n]
+    return _decoded(column, data, n)
 
 
 def _padded(column: KeyColumn, values: np.ndarray) -> bytes:
@@ -49,13 +49,14 @@ def _padded(column: KeyColumn, values: np.ndarray) -> bytes:
     return b"".join((_COUNT.pack(KEY_CHUNK), texts[_COUNT.size :], column.padding * missing))
 
 
-def _decoded(column: KeyColumn, data: bytes) -> np.ndarray:
+def _decoded(column: KeyColumn, data: bytes, n: int) -> np.ndarray:
     if column.data_type != "string":
         values = np.frombuffer(data, column.stored)
         if len(values) != KEY_CHUNK:
             raise ValueError(f"expected {KEY_CHUNK} values, got {len(values)}")
-        return values.astype(column.dtype)
+        return values[:n].astype(column.dtype)
     # The decoder makes room for as many texts as the first bytes say, whatever they are.
     if data[: _COUNT.size] != _COUNT.pack(KEY_CHUNK):
         raise ValueError(f"expected {KEY_CHUNK} texts, got something else")
-    return np.array(VLenUTF8().decode(data).tolist(), column.dtype)
+    texts = VLenUTF8().decode(_COUNT.pack(n) + data[_COUNT.size :])
+    return np.array(texts.tolist(), column.dtype)

@@ -218,10 +218,10 @@ class Snapshot:
         """
         if out is None:
             out = np.empty((len(rows), *self.schema.column(name).shape), np.float32)
-        digests = self.column_at(f"{name}_digest", rows)
+        digests = self.column_at(f"{name}_digest", rows).tolist()
 
-        def check(places: np.ndarray, error: Exception | None) -> None:
-            for place in places.tolist():
+        def check(places: list[int], error: Exception | None) -> None:
+            for place in places:
                 if error is None and digest(out[place]) == digests[place]:
                     continue
                 if self._has(name, rows[place]):

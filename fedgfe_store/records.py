@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from numcodecs.bitround import BitRound
 
 from fedgfe_store import _workers
 from fedgfe_store._text import numbers_first
@@ -33,7 +32,9 @@ TEXT_NODE, TEXT_ROUND, TEXT_SPLIT = "text", 0, "reference"
 EARLIEST, LATEST = -62_135_596_800_000, 253_402_300_799_999
 """The moments that a record can have, years 1 to 9999, in milliseconds since 1970 UTC."""
 
-_WORTH_THREADS = 2**20
+_GROUP_BYTES = 2**20
+"""Bytes of records that are worked on at once: they stay in the processor's cache."""
+_WORTH_THREADS = 2**22
 """Bytes from which several threads are faster than one."""
 
 
@@ -386,27 +387,46 @@ def _finish(
     present: np.ndarray,
     digests: np.ndarray,
 ) -> None:
-    """Round `values` in place to the schema's precision and fill in the records' `digests`.
+    """Round `values` in place to the schema's precision and fill in the records' `digests`."""
 
-    Each record is worked on while it is in the processor's cache, and several at once.
-    """
-
-    def finish(positions: np.ndarray) -> None:
-        for position in positions.tolist():
-            record = values[position]
+    def finish(groups: Sequence[slice]) -> None:
+        for group in groups:
+            some = values[group]
             if schema.precision == "bfloat16":
-                _check_finite(tensor, record, columns, position, "not finite")
-                record[...] = BitRound(keepbits=7).encode(record).view(np.float32)
-            _check_finite(tensor, record, columns, position, f"not finite in {schema.precision}")
-            digests[position] = digest(record)
+                _check_finite(tensor, some, columns, group.start, "not finite")
+                _round_to_bfloat16(some)
+            _check_finite(tensor, some, columns, group.start, f"not finite in {schema.precision}")
+            digests[group] = [digest(record) for record in some]
 
-    positions = np.flatnonzero(present)
-    if len(positions) * tensor.nbytes < _WORTH_THREADS:
-        finish(positions)
+    groups = _groups(tensor, present)
+    if len(values) * tensor.nbytes < _WORTH_THREADS:
+        finish(groups)
     else:
         # In order, so that of several bad records the first is named.
-        pieces = np.array_split(positions, _workers.count())
-        _workers.run(_workers.readers(), finish, ((piece,) for piece in pieces))
+        share = -(-len(groups) // _workers.count())
+        pieces = ((groups[start : start + share],) for start in range(0, len(groups), share))
+        _workers.run(_workers.readers(), finish, pieces)
+
+
+def _round_to_bfloat16(values: np.ndarray) -> None:
+    """Round finite float32 `values` in place to the nearest bfloat16, ties to even.
+
+    numcodecs' BitRound gives the same bits in twice the time, for the memory that it takes anew.
+    """
+    bits = values.view(np.uint32)
+    carry = bits >> 16
+    carry &= 1
+    carry += 0x7FFF
+    bits += carry
+    bits &= 0xFFFF0000
+
+
+def _groups(tensor: TensorColumn, present: np.ndarray) -> list[slice]:
+    """Cut the records that are present into groups that fit into a processor's cache."""
+    if not present.all():
+        return [slice(position, position + 1) for position in np.flatnonzero(present).tolist()]
+    step = max(1, _GROUP_BYTES // tensor.nbytes)
+    return [slice(start, start + step) for start in range(0, len(present), step)]
 
 
 def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -427,11 +447,14 @@ def digest(values: np.ndarray) -> int:
 
 def _check_finite(
     tensor: TensorColumn,
-    record: np.ndarray,
+    values: np.ndarray,
     columns: Mapping[str, np.ndarray],
-    position: int,
+    first: int,
     what: str,
 ) -> None:
-    if not np.isfinite(record).all():
-        key = key_at(columns, position)
-        raise SchemaMismatchError(f"{tensor.name} of {key} has values that are {what}")
+    """Refuse `values` of the records from position `first` on if one is not finite."""
+    if np.isfinite(values).all():
+        return
+    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    key = key_at(columns, first + int(np.argmin(finite)))
+    raise SchemaMismatchError(f"{tensor.name} of {key} has values that are {what}")

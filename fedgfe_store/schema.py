@@ -13,7 +13,7 @@ Kind = Literal["flux", "sd"]
 Precision = Literal["float32", "bfloat16"]
 
 FORMAT_VERSION = 1
-_CHUNK_BYTES = 1.25 * 2**20
+_CHUNK_BYTES = 0.3 * 2**20
 _LARGE_RECORD_BYTES = 4 * 2**20
 
 

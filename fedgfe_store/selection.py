@@ -191,25 +191,39 @@ class Selection:
         rows = self.rows[positions if isinstance(positions, slice) else np.asarray(positions, int)]
         return Selection(self._snapshot, self._filters, per_class=self._per_class, rows=rows)
 
-    def read(self, column: str) -> np.ndarray:
+    def read(self, column: str, *, out: np.ndarray | None = None) -> np.ndarray:
         r"""Read a tensor column of the selected records into memory.
 
         Parameters
         ----------
         column : str
             Name of the tensor column.
+        out : ndarray of float32, shape [n, \*shape], optional
+            Memory to decode into, such as pinned memory; contiguous and writable.
 
         Returns
         -------
         ndarray of float32, shape [n, \*shape]
-            NaN where a record has no value in an optional column.
+            NaN where a record has no value in an optional column; `out` if it is given.
 
         Raises
         ------
         DamagedDataError
             If a record's values are not those that were committed; names the record.
+        SchemaMismatchError
+            If `out` is not as it must be.
         """
-        return self._snapshot.read(column, self.rows)
+        shape = (len(self), *self.schema.column(column).shape)
+        if out is not None and not (
+            (out.shape, out.dtype) == (shape, np.dtype(np.float32))
+            and out.flags.c_contiguous
+            and out.flags.writeable
+        ):
+            raise SchemaMismatchError(
+                f"out: expected contiguous, writable float32 {list(shape)}, "
+                f"got {out.dtype} {list(out.shape)}"
+            )
+        return self._snapshot.read(column, self.rows, out=out)
 
     def to_xarray(self) -> xr.Dataset:
         """Return the selection as a lazy Dataset.
@@ -242,6 +256,7 @@ class Selection:
         dtype: torch.dtype | None = None,
         columns: Sequence[str] | None = None,
         prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> Batches:
         """Return the selection as torch batches, read ahead by a thread while iterated.
 
@@ -255,6 +270,9 @@ class Selection:
             Tensor columns, by default all that every record has.
         prefetch : int
             Batches read ahead; 0 reads in the caller's thread.
+        pin_memory : bool
+            Decode straight into page-locked memory, which ``batch["t5"].to("cuda",
+            non_blocking=True)`` copies from while the GPU goes on.
 
         Returns
         -------
@@ -263,7 +281,14 @@ class Selection:
         """
         from fedgfe_store.torch_data import Batches
 
-        return Batches(self, batch_size, dtype=dtype, columns=columns, prefetch=prefetch)
+        return Batches(
+            self,
+            batch_size,
+            dtype=dtype,
+            columns=columns,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+        )
 
 
 def wanted_values(name: str, value: Any) -> range | list[Any]:

@@ -51,6 +51,7 @@ class Batches:
         dtype: torch.dtype | None,
         columns: Sequence[str] | None,
         prefetch: int,
+        pin_memory: bool,
     ) -> None:
         if batch_size < 1 or prefetch < 0:
             raise SchemaMismatchError(
@@ -62,6 +63,11 @@ class Batches:
             selection.schema.column(name)
         self._selection = selection
         self._size, self._dtype, self._prefetch = batch_size, dtype, prefetch
+        self._pinned = pin_memory
+        if pin_memory and not torch.accelerator.is_available():
+            raise SchemaMismatchError(
+                "pin_memory: expected a machine with an accelerator that torch can use, got none"
+            )
 
     def __len__(self) -> int:
         return math.ceil(len(self._selection) / self._size)
@@ -72,11 +78,20 @@ class Batches:
     def _read(self) -> Iterator[Batch]:
         for start in range(0, len(self._selection), self._size):
             part = self._selection.take(slice(start, start + self._size))
-            tensors = {}
-            for name in self._columns:
-                tensor = torch.from_numpy(part.read(name))
-                tensors[name] = tensor if self._dtype is None else tensor.to(self._dtype)
-            yield Batch(part, tensors)
+            yield Batch(part, {name: self._tensor(part, name) for name in self._columns})
+
+    def _tensor(self, part: Selection, name: str) -> torch.Tensor:
+        """Decode a column to where it stays; only another data type takes a copy."""
+        if not self._pinned:
+            tensor = torch.from_numpy(part.read(name))
+            return tensor if self._dtype is None else tensor.to(self._dtype)
+        shape = (len(part), *part.schema.column(name).shape)
+        pinned = torch.empty(shape, dtype=self._dtype or torch.float32, pin_memory=True)
+        if pinned.dtype == torch.float32:
+            part.read(name, out=pinned.numpy())
+        else:
+            pinned.copy_(torch.from_numpy(part.read(name)))
+        return pinned
 
 
 @dataclass(frozen=True)

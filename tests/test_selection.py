@@ -227,6 +227,41 @@ def test_batches_are_torch_tensors_in_order(filled, size, depth):
     assert len(list(batches)) == len(seen), "a second pass reads again"
 
 
+def test_tensors_are_decoded_where_they_are_wanted(filled):
+    selection = filled[0].select(class_name="dog").take([7, 0, 0, 3])
+    out = np.full((4, *SMALL.columns["t5"]), 9, np.float32)
+    assert selection.read("t5", out=out) is out
+    assert np.array_equal(out, selection.read("t5"))
+    read_only = out.copy()
+    read_only.flags.writeable = False
+    for wrong in (out[:3], out.astype(np.float64), np.asfortranarray(out), read_only):
+        with pytest.raises(SchemaMismatchError, match=r"out: expected .* float32 \[4, 3, 8\]"):
+            selection.read("t5", out=wrong)
+
+
+def test_pinned_memory_needs_an_accelerator_and_holds_what_was_decoded(filled, monkeypatch):
+    selection = filled[0].select()
+    if not torch.accelerator.is_available():
+        with pytest.raises(SchemaMismatchError, match="pin_memory: expected .* accelerator"):
+            selection.batches(4, pin_memory=True)
+    pinned = []
+    empty = torch.empty
+
+    def pin(*args, pin_memory, **options):  # what a machine with a GPU does, but for the pinning
+        pinned.append(empty(*args, **options))
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", pin)
+    for dtype in (None, torch.bfloat16):
+        pinned.clear()
+        batches = list(selection.batches(4, dtype=dtype, pin_memory=True))
+        tensors = [batch[name] for batch in batches for name in ("t5", "clip")]
+        assert [t.data_ptr() for t in tensors] == [t.data_ptr() for t in pinned]
+        expected = torch.from_numpy(selection.read("t5")).to(dtype or torch.float32)
+        assert torch.equal(torch.cat([batch["t5"] for batch in batches]), expected)
+
+
 def test_batches_of_one_column(filled):
     batch = next(iter(filled[0].select().batches(5, columns=["clip"])))
     assert set(batch.tensors) == {"clip"}

@@ -26,7 +26,7 @@ from .formats import NAMES, load
 from .formats.base import Format
 
 PACKAGES = (
-    "torch", "numpy", "zarr", "zarrs", "safetensors", "h5py", "pylance", "tensorstore",
+    "torch", "numpy", "zarr", "safetensors", "h5py", "pylance", "tensorstore",
 )  # fmt: skip
 
 
