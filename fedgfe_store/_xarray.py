@@ -49,9 +49,15 @@ def _chunks(schema: Schema) -> dict[str, dict[str, int]]:
     return {"preferred_chunks": {"record": schema.granule * files}}
 
 
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return `frame` with text as Python's own: xarray takes no strings of pyarrow."""
+    texts = frame.columns[[isinstance(dtype, pd.StringDtype) for dtype in frame.dtypes]]
+    return frame.astype(dict.fromkeys(texts, object))
+
+
 def to_dataset(selection: Selection) -> xr.Dataset:
     """Return `selection` as `Selection.to_xarray` describes it."""
-    frame = selection.records
+    frame = _plain(selection.records)
     # Arrays go to other processes with what they hold: the rows, but not the frame.
     rows = selection.take(slice(None))
     chunks = _chunks(selection.schema)

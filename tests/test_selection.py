@@ -195,6 +195,18 @@ def test_xarray_is_indexed_by_key_and_equal_to_numpy(filled):
     np.testing.assert_allclose(mean.sel(class_name="dog"), dogs_by_hand, atol=1e-6)
 
 
+@pytest.mark.parametrize("storage", ["python", "pyarrow"])
+def test_xarray_whatever_pandas_keeps_text_in(filled, storage):
+    with pd.option_context("mode.string_storage", storage):
+        dataset = filled[0].select(round=2).to_xarray()
+        dogs = dataset.sel(node="0", class_name="dog")
+        assert dogs.t5.load().shape == (3, 3, 8)
+        assert dataset.chunk({"record": 4}).isel(record=[0, 5]).sample_id.values.tolist() == [
+            *filled[0].select(round=2).take([0, 5]).records["sample_id"]
+        ]
+        assert dataset.class_name.dtype == dataset.sample_id.dtype == object
+
+
 def test_xarray_works_with_dask(filled):
     store, _ = filled
     dataset = store.select().to_xarray().chunk(record=10)
