@@ -31,6 +31,10 @@ def _first(fmt: Format, path: Path, plan: Plan) -> Any:
     return fmt.first(path, 0, 4)
 
 
+def _first_of_class(fmt: Format, path: Path, plan: Plan) -> Any:
+    return fmt.first_of_class(path, "dog", 4)
+
+
 def _of_class(fmt: Format, path: Path, plan: Plan) -> Any:
     return fmt.of_class(path, "dog")
 
@@ -54,6 +58,7 @@ def _centroids(fmt: Format, path: Path, plan: Plan) -> dict[str, np.ndarray]:
 CASES: dict[str, Callable[[Format, Path, Plan], Any]] = {
     "open": _open,
     "first": _first,
+    "first_of_class": _first_of_class,
     "of_class": _of_class,
     "sample": _sample,
     "scattered": _scattered,

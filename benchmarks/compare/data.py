@@ -31,7 +31,7 @@ class Shape:
 
 
 LONG = Shape(512, 4096, 768, granule=16, chunk=1)
-SHORT = Shape(17, 4096, 768, granule=32, chunk=4)
+SHORT = Shape(17, 4096, 768, granule=32, chunk=1)
 TINY = Shape(4, 16, 8, granule=32, chunk=32)
 """So small that an append costs nothing but its bookkeeping."""
 

@@ -12,6 +12,7 @@ TITLES = {
     "append_flushed": "the same, flushed to disk",
     "open": "open, count the records",
     "first": "first batch of 4 of one round",
+    "first_of_class": "first batch of 4 dogs of all rounds",
     "of_class": "all dogs of all rounds",
     "sample": "one sample across the rounds",
     "scattered": "64 scattered records",
@@ -99,10 +100,15 @@ def _growth(results: Mapping[str, Any]) -> Iterable[str]:
         f"store and TensorStore the flushes to disk."
     )
     rows = [
-        [f"{case.removeprefix('append_at_')} commits", *(_seconds(times, f) for f in formats)]
+        [_commits(case), *(_seconds(times, f) for f in formats)]
         for case, times in results["growth"].items()
     ]
     yield _table(["", *formats], rows)
+
+
+def _commits(case: str) -> str:
+    number = case.removeprefix("append_at_")
+    return f"{number} commit" if number == "1" else f"{number} commits"
 
 
 def _seconds(times: Mapping[str, Sequence[float]], name: str) -> str:

@@ -40,6 +40,10 @@ class Format(ABC):
         """Return the first `n` records of one round."""
 
     @abstractmethod
+    def first_of_class(self, path: Path, class_name: str, n: int) -> Tensors:
+        """Return the first `n` records of a class, of whatever round."""
+
+    @abstractmethod
     def of_class(self, path: Path, class_name: str) -> Tensors:
         """Return all records of a class."""
 
@@ -121,6 +125,9 @@ class ArrayFormat(Format):
 
     def first(self, path: Path, number: int, n: int) -> Tensors:
         return self._read(path, lambda c: np.flatnonzero(c.key("round") == number)[:n])
+
+    def first_of_class(self, path: Path, class_name: str, n: int) -> Tensors:
+        return self._read(path, lambda c: np.flatnonzero(c.key("class_name") == class_name)[:n])
 
     def of_class(self, path: Path, class_name: str) -> Tensors:
         return self._read(path, lambda c: np.flatnonzero(c.key("class_name") == class_name))

@@ -32,6 +32,11 @@ class Lance(Format):
         dataset = self._open(path)
         return _tensors(dataset, dataset.to_table(TENSORS, filter=f"round = {number}", limit=n))
 
+    def first_of_class(self, path: Path, class_name: str, n: int) -> Tensors:
+        dataset = self._open(path)
+        wanted = f"class_name = '{class_name}'"
+        return _tensors(dataset, dataset.to_table(TENSORS, filter=wanted, limit=n))
+
     def of_class(self, path: Path, class_name: str) -> Tensors:
         dataset = self._open(path)
         wanted = f"class_name = '{class_name}'"

@@ -31,9 +31,10 @@ class Exact(Format):
         return len(EmbeddingStore.open(path))
 
     def first(self, path: Path, number: int, n: int) -> Tensors:
-        selection = EmbeddingStore.open(path).select(round=number)
-        batch = next(iter(selection.batches(n, prefetch=0)))
-        return batch["t5"].numpy(), batch["clip"].numpy()
+        return _first(EmbeddingStore.open(path).select(round=number), n)
+
+    def first_of_class(self, path: Path, class_name: str, n: int) -> Tensors:
+        return _first(EmbeddingStore.open(path).select(class_name=class_name), n)
 
     def of_class(self, path: Path, class_name: str) -> Tensors:
         return _read(EmbeddingStore.open(path).select(class_name=class_name))
@@ -78,6 +79,11 @@ class _Writer(Writer):
                 t5=data.t5,
                 clip=data.clip,
             )
+
+
+def _first(selection: Selection, n: int) -> Tensors:
+    batch = next(iter(selection.batches(n, prefetch=0)))
+    return batch["t5"].numpy(), batch["clip"].numpy()
 
 
 def _read(selection: Selection) -> Tensors:

@@ -44,6 +44,18 @@ class Safetensors(Format):
         with safe_open(_file(path, number), "numpy") as opened:
             return _take(opened, np.arange(n))
 
+    def first_of_class(self, path: Path, class_name: str, n: int) -> Tensors:
+        parts: list[Tensors] = []
+        for file in _files(path):
+            with safe_open(file, "numpy") as opened:
+                rows = np.flatnonzero(_keys(opened)["class_name"] == class_name)[:n]
+                if len(rows):
+                    parts.append(_take(opened, rows))
+            n -= len(rows)
+            if not n:
+                break
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
     def of_class(self, path: Path, class_name: str) -> Tensors:
         return self._collect(path, lambda k: k["class_name"] == class_name)
 

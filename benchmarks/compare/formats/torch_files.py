@@ -51,6 +51,11 @@ class Loaded(Format):
     def first(self, path: Path, number: int, n: int) -> Tensors:
         return _stack(self._load(_file(path, number))[:n])
 
+    def first_of_class(self, path: Path, class_name: str, n: int) -> Tensors:
+        # As the old scripts did: all files are loaded before anything is picked.
+        entries = [e for f in _files(path) for e in self._load(f) if e["class_name"] == class_name]
+        return _stack(entries[:n])
+
     def of_class(self, path: Path, class_name: str) -> Tensors:
         return self._entries(path, lambda e: e["class_name"] == class_name)
 
