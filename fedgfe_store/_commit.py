@@ -236,14 +236,13 @@ class Transaction:
         if values is None:
             return {}
         present = records.columns[f"has_{name}"] if column.optional else None
-        if present is not None:
-            if not present.any():
-                return {}
-            values[~present] = np.nan
+        if present is not None and not present.any():
+            return {}
         files = TensorFiles.of(self.path / name, self.snapshot.group.arrays[name])
         number = first // files.granule
         files.write(number, values, present)
-        return {files.file(number): _stamp(files.file(number))}
+        file = Path(files.file(number))
+        return {file: _stamp(file)}
 
     def publish(self, kind: CommitKind, *, deleted: np.ndarray | None = None) -> Snapshot:
         """Commit what was written, and mark the rows `deleted` as deleted, in one step.

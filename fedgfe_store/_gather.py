@@ -90,7 +90,7 @@ def _read_piece(request: _Request, spans: list[_Span]) -> None:
 
 def _read_file(request: _Request, number: int, spans: list[_Span]) -> None:
     try:
-        with request.files.opened(number) as file:
+        with OpenFile(request.files, number) as file:
             for span in spans:
                 _read_span(request, file, span)
     except (UnreadableError, FileNotFoundError) as error:  # of the file as a whole

@@ -14,7 +14,7 @@ from fedgfe_store._gather import gather
 from fedgfe_store._group import CommitPoint, Group
 from fedgfe_store._key_files import read_chunk
 from fedgfe_store._layout import KEY_CHUNK, KeyColumn, key_columns
-from fedgfe_store._tensor_files import TensorFiles, UnreadableError
+from fedgfe_store._tensor_files import OpenFile, TensorFiles, UnreadableError
 from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
 from fedgfe_store.records import (
     EARLIEST,
@@ -235,7 +235,7 @@ class Snapshot:
         files = self._files[name]
         decoded = np.empty((files.chunk, *files.shape), np.float32)
         try:
-            with files.opened(granule) as file:
+            with OpenFile(files, granule) as file:
                 for chunk in range(files.granule // files.chunk):
                     file.read(chunk, decoded)
         except FileNotFoundError:
@@ -256,7 +256,7 @@ class Snapshot:
                 f"{name} of {key}: commit {self.commit} was compacted away in commit {compacted}; "
                 f"refresh the store"
             )
-        file = self._files[name].file(int(row) // self.schema.granule)
+        file = Path(self._files[name].file(int(row) // self.schema.granule))
         state = "is damaged" if file.exists() else "is missing"
         return DamagedDataError(f"{name} of {key} is not what was committed: {file} {state}")
 

@@ -7,12 +7,11 @@ places. Each chunk is compressed by blosc and followed by its crc32c, and so is 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numcodecs import blosc
@@ -61,9 +60,10 @@ class TensorFiles:
             ),
         )
 
-    def file(self, number: int) -> Path:
-        """Return the file of the records from ``number * granule`` on."""
-        return self.folder / f"c.{number}{'.0' * len(self.shape)}"
+    def file(self, number: int) -> str:
+        """Return the path of the file of the records from ``number * granule`` on."""
+        # Not a Path: joining one takes longer than opening the file.
+        return f"{self.folder}/c.{number}{'.0' * len(self.shape)}"
 
     @property
     def chunk_nbytes(self) -> int:
@@ -83,7 +83,7 @@ class TensorFiles:
             Which records have a value; chunks without any are left out.
         """
         index = np.full((self.granule // self.chunk, 2), _ABSENT, "<u8")
-        with self.file(number).open("wb") as file:
+        with open(self.file(number), "wb") as file:
             for place, start in enumerate(range(0, len(values), self.chunk)):
                 part = slice(start, start + self.chunk)
                 if present is None or present[part].any():
@@ -102,35 +102,46 @@ class TensorFiles:
         file.write(checksum(encoded))
         return len(encoded) + _checksums.SIZE
 
-    @contextmanager
-    def opened(self, number: int) -> Iterator[OpenFile]:
-        """Open a file to read from.
-
-        Raises
-        ------
-        UnreadableError
-            If its index is damaged.
-        FileNotFoundError
-            If there is no such file.
-        """
-        handle = os.open(self.file(number), os.O_RDONLY)
-        try:
-            yield OpenFile(self, handle)
-        finally:
-            os.close(handle)
-
 
 class OpenFile:
-    """A tensor file that is open: its index, and its chunks when asked for."""
+    """A tensor file that is open: its index, and its chunks when asked for; used as a context.
 
-    def __init__(self, files: TensorFiles, handle: int) -> None:
-        self._files, self._handle = files, handle
-        size = files.granule // files.chunk * 16 + _checksums.SIZE
-        self._index_at = os.fstat(handle).st_size - size
-        if self._index_at < 0:
+    Parameters
+    ----------
+    files : TensorFiles
+        The column's files.
+    number : int
+        Which of them.
+
+    Raises
+    ------
+    UnreadableError
+        If its index is damaged.
+    FileNotFoundError
+        If there is no such file.
+    """
+
+    def __init__(self, files: TensorFiles, number: int) -> None:
+        self._files = files
+        self._handle = os.open(files.file(number), os.O_RDONLY)
+        try:
+            self._index_at, self._index = self._read_index()
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._handle)
+
+    def _read_index(self) -> tuple[int, np.ndarray]:
+        size = self._files.granule // self._files.chunk * 16 + _checksums.SIZE
+        begin = os.fstat(self._handle).st_size - size
+        if begin < 0:
             raise UnreadableError("it is too short")
-        entries = _intact(self._pread(size, self._index_at))
-        self._index = entries.view("<u8").reshape(-1, 2)
+        return begin, _intact(self._pread(size, begin)).view("<u8").reshape(-1, 2)
 
     def _pread(self, size: int, offset: int) -> bytes:
         data = os.pread(self._handle, size, offset)

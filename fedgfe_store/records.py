@@ -32,9 +32,9 @@ TEXT_NODE, TEXT_ROUND, TEXT_SPLIT = "text", 0, "reference"
 EARLIEST, LATEST = -62_135_596_800_000, 253_402_300_799_999
 """The moments that a record can have, years 1 to 9999, in milliseconds since 1970 UTC."""
 
-_GROUP_BYTES = 2**20
+_GROUP_BYTES = 2**22
 """Bytes of records that are worked on at once: they stay in the processor's cache."""
-_WORTH_THREADS = 2**22
+_WORTH_THREADS = 2**23
 """Bytes from which several threads are faster than one."""
 
 
@@ -128,10 +128,9 @@ class RecordBatch:
         return cls(columns, given).conformed(schema)
 
     def conformed(self, schema: Schema) -> RecordBatch:
-        """Return the records as they stand under `schema`: rounded, finite, with their digests.
+        """Return a copy of the records as they stand under `schema`: rounded, finite, digested.
 
-        Rounding is done in place. Only keys, notes and tensors are taken over, not the marks of
-        another store's commits.
+        Only keys, notes and tensors are taken over, not the marks of another store's commits.
 
         Raises
         ------
@@ -139,18 +138,19 @@ class RecordBatch:
             If a value is not finite in the schema's precision; names the record.
         """
         columns = {name: self.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
+        tensors = {}
         for tensor in schema.tensors:
-            values = self.tensors.get(tensor.name)
-            present = np.full(len(self), values is not None)
+            given = self.tensors.get(tensor.name)
+            present = np.full(len(self), given is not None)
             digests = np.zeros(len(self), np.uint64)
-            if values is not None:
+            if given is not None:
                 present &= self.columns.get(f"has_{tensor.name}", True)
-                _finish(schema, tensor, values, columns, present, digests)
+                finish = _Finishing(schema, tensor, columns, given, present, digests)
+                tensors[tensor.name] = finish.run()
             columns[f"{tensor.name}_digest"] = digests
             if tensor.optional:
                 columns[f"has_{tensor.name}"] = present
         columns["row_digest"] = row_digests(columns)
-        tensors = {t.name: self.tensors[t.name] for t in schema.tensors if t.name in self.tensors}
         return RecordBatch(columns, tensors)
 
     def __len__(self) -> int:
@@ -353,7 +353,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _tensor(schema: Schema, column: TensorColumn, value: Any) -> np.ndarray | None:
-    """Return our own float32 copy of `value`, ``[n, *shape]``."""
+    """Return `value` as float32 ``[n, *shape]``, in the caller's memory if it is so there."""
     if value is None:
         if column.optional:
             return None
@@ -376,36 +376,57 @@ def _tensor(schema: Schema, column: TensorColumn, value: Any) -> np.ndarray | No
         )
     if _is_tensor(value):
         value = value.detach().cpu().float().numpy()
-    return np.array(value, np.float32, order="C").reshape(shape)
+    return np.asarray(value, np.float32).reshape(shape)
 
 
-def _finish(
-    schema: Schema,
-    tensor: TensorColumn,
-    values: np.ndarray,
-    columns: Mapping[str, np.ndarray],
-    present: np.ndarray,
-    digests: np.ndarray,
-) -> None:
-    """Round `values` in place to the schema's precision and fill in the records' `digests`."""
+@dataclass(frozen=True)
+class _Finishing:
+    """A tensor column on its way in: copied, checked, rounded and digested, group by group.
 
-    def finish(groups: Sequence[slice]) -> None:
+    A group of records stays in the processor's cache through all of it.
+    """
+
+    schema: Schema
+    tensor: TensorColumn
+    keys: Mapping[str, np.ndarray]
+    given: np.ndarray
+    present: np.ndarray
+    digests: np.ndarray
+
+    def run(self) -> np.ndarray:
+        """Return the finished values, NaN where a record has none, and fill in the digests."""
+        values = np.empty((len(self.given), *self.tensor.shape), np.float32)
+        step = max(1, _GROUP_BYTES // self.tensor.nbytes)
+        groups = [slice(start, start + step) for start in range(0, len(values), step)]
+        if values.nbytes < _WORTH_THREADS:
+            self._finish(values, groups)
+        else:
+            # In order, so that of several bad records the first is named.
+            share = -(-len(groups) // _workers.count())
+            pieces = ((values, groups[i : i + share]) for i in range(0, len(groups), share))
+            _workers.run(_workers.readers(), self._finish, pieces)
+        return values
+
+    def _finish(self, values: np.ndarray, groups: Sequence[slice]) -> None:
         for group in groups:
-            some = values[group]
-            if schema.precision == "bfloat16":
-                _check_finite(tensor, some, columns, group.start, "not finite")
+            some, present = values[group], self.present[group]
+            some[...] = self.given[group]
+            some[~present] = np.nan
+            if self.schema.precision == "bfloat16":
+                self._check_finite(some, group, "not finite")
                 _round_to_bfloat16(some)
-            _check_finite(tensor, some, columns, group.start, f"not finite in {schema.precision}")
-            digests[group] = [digest(record) for record in some]
+            self._check_finite(some, group, f"not finite in {self.schema.precision}")
+            pairs = zip(some, present.tolist(), strict=True)
+            self.digests[group] = [digest(record) if here else 0 for record, here in pairs]
 
-    groups = _groups(tensor, present)
-    if len(values) * tensor.nbytes < _WORTH_THREADS:
-        finish(groups)
-    else:
-        # In order, so that of several bad records the first is named.
-        share = -(-len(groups) // _workers.count())
-        pieces = ((groups[start : start + share],) for start in range(0, len(groups), share))
-        _workers.run(_workers.readers(), finish, pieces)
+    def _check_finite(self, values: np.ndarray, group: slice, what: str) -> None:
+        if np.isfinite(values).all():
+            return
+        finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        wrong = np.flatnonzero(~finite & self.present[group])
+        if len(wrong):
+            key = key_at(self.keys, group.start + int(wrong[0]))
+            raise SchemaMismatchError(f"{self.tensor.name} of {key} has values that are {what}")
 
 
 def _round_to_bfloat16(values: np.ndarray) -> None:
@@ -419,14 +440,6 @@ def _round_to_bfloat16(values: np.ndarray) -> None:
     carry += 0x7FFF
     bits += carry
     bits &= 0xFFFF0000
-
-
-def _groups(tensor: TensorColumn, present: np.ndarray) -> list[slice]:
-    """Cut the records that are present into groups that fit into a processor's cache."""
-    if not present.all():
-        return [slice(position, position + 1) for position in np.flatnonzero(present).tolist()]
-    step = max(1, _GROUP_BYTES // tensor.nbytes)
-    return [slice(start, start + step) for start in range(0, len(present), step)]
 
 
 def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -443,18 +456,3 @@ def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 def digest(values: np.ndarray) -> int:
     """Return the xxh3 digest of one record's float32 values in one tensor column."""
     return xxhash.xxh3_64_intdigest(values.data)
-
-
-def _check_finite(
-    tensor: TensorColumn,
-    values: np.ndarray,
-    columns: Mapping[str, np.ndarray],
-    first: int,
-    what: str,
-) -> None:
-    """Refuse `values` of the records from position `first` on if one is not finite."""
-    if np.isfinite(values).all():
-        return
-    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    key = key_at(columns, first + int(np.argmin(finite)))
-    raise SchemaMismatchError(f"{tensor.name} of {key} has values that are {what}")
