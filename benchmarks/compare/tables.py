@@ -62,14 +62,14 @@ def _shape(part: Mapping[str, Any], formats: Sequence[str]) -> Iterable[str]:
         [TITLES[case], *(_seconds(times, f) for f in formats)]
         for case, times in part["times"].items()
     ]
-    yield _table(["", *formats], rows)
+    yield table(["", *formats], rows)
     if part["memory"]:
         yield "Peak memory in MB above the imports (and an append's data), one process each:"
         rows = [
             [TITLES[case], *(f"{peaks[f]:,.0f}" if f in peaks else "as above" for f in formats)]
             for case, peaks in part["memory"].items()
         ]
-        yield _table(["", *formats], rows)
+        yield table(["", *formats], rows)
     yield _bounds(part)
 
 
@@ -86,7 +86,7 @@ def _bounds(part: Mapping[str, Any]) -> str:
         ["the store's append, flushed", whole, ours["append"]],
     ]
     cells = [[n, f"{mb:,.0f}", f"{s:.3f}", f"{mb / s:,.0f}"] for n, mb, s in rows]
-    return "What the machine allows:\n\n" + _table(["", "MB", "seconds", "MB/s"], cells)
+    return "What the machine allows:\n\n" + table(["", "MB", "seconds", "MB/s"], cells)
 
 
 def _growth(results: Mapping[str, Any]) -> Iterable[str]:
@@ -103,7 +103,7 @@ def _growth(results: Mapping[str, Any]) -> Iterable[str]:
         [_commits(case), *(_seconds(times, f) for f in formats)]
         for case, times in results["growth"].items()
     ]
-    yield _table(["", *formats], rows)
+    yield table(["", *formats], rows)
 
 
 def _commits(case: str) -> str:
@@ -122,7 +122,7 @@ def _relative(values: Mapping[str, float], name: str, form: str) -> str:
     return shown if name == OURS else f"{shown} ({values[name] / values[OURS]:.2f})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
