@@ -75,7 +75,7 @@ def _spans(files: TensorFiles, rows: np.ndarray, places: np.ndarray) -> list[_Sp
     chunks = rows // files.chunk
     begins = np.flatnonzero(np.diff(chunks, prepend=-1))
     ends = np.append(begins[1:], len(rows))
-    # Counts the places up to each row where it does not follow the one before it, here or there.
+    # Counts, up to each row, those that do not follow the one before: in the files, or in `out`.
     breaks = np.cumsum((np.diff(rows, prepend=-2) != 1) | (np.diff(places, prepend=-2) != 1))
     straight = (ends - begins == files.chunk) & (breaks[begins] == breaks[ends - 1])
     numbers, within = np.divmod(chunks[begins], files.granule // files.chunk)
@@ -90,11 +90,13 @@ def _read_piece(request: _Request, spans: list[_Span]) -> None:
 
 def _read_file(request: _Request, number: int, spans: list[_Span]) -> None:
     try:
-        with OpenFile(request.files, number) as file:
-            for span in spans:
-                _read_span(request, file, span)
-    except (UnreadableError, FileNotFoundError) as error:  # of the file as a whole
+        file = OpenFile(request.files, number)
+    except (UnreadableError, FileNotFoundError) as error:
         _miss(request, request.places[spans[0].begin : spans[-1].end], error)
+        return
+    with file:
+        for span in spans:
+            _read_span(request, file, span)
 
 
 def _read_span(request: _Request, file: OpenFile, span: _Span) -> None:

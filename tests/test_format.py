@@ -97,6 +97,22 @@ def test_what_other_writers_encode_is_read(tmp_path, rewrite):
     assert again.verify().sound
 
 
+@pytest.mark.parametrize("records", [1, 2, 4])
+def test_the_size_of_chunks_is_that_of_the_store(tmp_path, monkeypatch, records):
+    with monkeypatch.context() as patched:
+        patched.setattr("fedgfe_store.schema._CHUNK_BYTES", records * 3 * 8 * 4)
+        store = EmbeddingStore.create(tmp_path / "s.zarr", SMALL)
+    given = fill(store, node=0, round=1, n=5)
+    array = zarr.open_group(store.path, mode="r")["t5"]
+    assert (array.shards[0], array.chunks[0]) == (4, records)
+    selection = EmbeddingStore.open(store.path).select()
+    order = np.random.default_rng(0).integers(0, 10, 25)
+    for part in (selection, selection.take(order), selection.take([3]), selection.take([5, 4])):
+        expected = [given[key.class_name, key.index]["t5"] for key in part.keys()]
+        assert np.array_equal(part.read("t5"), expected)
+    assert np.array_equal(array[:][selection.rows], selection.read("t5"))
+
+
 def sealed(content: bytes) -> bytes:
     return content + google_crc32c.value(content).to_bytes(4, "little")
 
