@@ -169,7 +169,7 @@ def rows_of(
 
 def cell(head: str, value: float, base: float) -> str:
     if head.startswith(("bytes", "files")):
-        shown = f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+        shown = f"{value:,.0f}" if value == int(value) or value >= 100 else f"{value:,.1f}"
     else:
         shown = f"{value * 1e3:,.1f} ms"
     return f"{shown} ({value / base:.2f})"
