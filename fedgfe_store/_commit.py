@@ -1,9 +1,9 @@
 """The write protocol: every change of a store is one commit, and one rename publishes it.
 
 Order of a commit: take the writer's lock; roll back what a dead writer left; write ``pending``;
-write tensor files, whole granules that nothing refers to yet; grow the arrays; rewrite key
-columns; publish ``zarr.json``; remove ``pending``. Everything is flushed to the disk before the
-next step begins.
+write tensor files, whole granules that nothing refers to yet; rewrite key columns, and the arrays'
+own metadata with their new shapes; publish ``zarr.json``; remove ``pending``. Everything is flushed
+to the disk before the next step begins.
 """
 
 from __future__ import annotations
@@ -383,15 +383,14 @@ def roll_back(path: Path) -> None:
 
 def _unmarked(path: Path, group: Group) -> dict[Path, bytes]:
     """Return the files of ``deleted_in`` that hold marks beyond the commit point, without them."""
-    marks, column = Snapshot(path, group).column("deleted_in"), key_columns(group.schema)
-    kept = np.where(marks > group.point.commit, 0, marks)
-    return {
-        _key_files.key_file(path, "deleted_in", number): _key_files.encode(
-            column["deleted_in"], chunk
-        )
-        for number, (chunk, old) in enumerate(zip(_chunks(kept), _chunks(marks), strict=True))
-        if (chunk != old).any()
-    }
+    column = key_columns(group.schema)["deleted_in"]
+    contents = {}
+    for number, kept in enumerate(_chunks(Snapshot(path, group).column("deleted_in"))):
+        there = _key_files.read_chunk(path, column, number, len(kept))
+        if (kept != there).any():
+            file = _key_files.key_file(path, "deleted_in", number)
+            contents[file] = _key_files.encode(column, kept)
+    return contents
 
 
 def _drop_chunks(folder: Path, first: int) -> None:

@@ -138,6 +138,8 @@ class Snapshot:
             raise DamagedDataError(f"{where} is damaged: {error}") from error
         if self._has_gaps(column, chunk, values):
             raise DamagedDataError(f"{where} is missing or damaged")
+        if name == "deleted_in":  # marks beyond the commit point are those of a writer that died
+            values[values > self.point.commit] = 0
         return values
 
     def _has_gaps(self, column: KeyColumn, chunk: int, values: np.ndarray) -> bool:
@@ -158,7 +160,7 @@ class Snapshot:
         """
         new = Snapshot(self.path, group)
         tails = {name: self.group.rows(name) // KEY_CHUNK for name in rows}
-        for (name, chunk), values in self._chunks.items():
+        for (name, chunk), values in self._chunks.copy().items():
             if chunk != tails.get(name):
                 new._chunks[name, chunk] = values
         for name, added in rows.items():
@@ -226,6 +228,7 @@ class Snapshot:
                     continue
                 if self._has(name, rows[place]):
                     raise self._lost(name, rows[place]) from error
+                out[place] = np.nan
 
         gather(self._files[name], rows, out, check)
         return out

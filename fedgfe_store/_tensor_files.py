@@ -6,6 +6,7 @@ places. Each chunk is compressed by blosc and followed by its crc32c, and so is 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numcodecs import blosc
 
-from fedgfe_store import _checksums
+from fedgfe_store import _checksums, _files
 from fedgfe_store._checksums import checksum, unsealed
 
 _ABSENT = 2**64 - 1
 """Place and size of a chunk that a shard does not hold."""
 _HEADER = 16
-"""Bytes of blosc before the compressed data; the second four hold the size of what they become."""
+"""Bytes of blosc before the data: at 4 the size that they become, at 12 theirs with the header."""
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
@@ -83,7 +84,7 @@ class TensorFiles:
             Which records have a value; chunks without any are left out.
         """
         index = np.full((self.granule // self.chunk, 2), _ABSENT, "<u8")
-        with open(self.file(number), "wb") as file:
+        with _files.naming(self.file(number)), open(self.file(number), "wb") as file:
             for place, start in enumerate(range(0, len(values), self.chunk)):
                 part = slice(start, start + self.chunk)
                 if present is None or present[part].any():
@@ -122,7 +123,7 @@ class OpenFile:
     """
 
     def __init__(self, files: TensorFiles, number: int) -> None:
-        self._files = files
+        self._files, self._number = files, number
         self._handle = os.open(files.file(number), os.O_RDONLY)
         try:
             self._index_at, self._index = self._read_index()
@@ -144,12 +145,18 @@ class OpenFile:
         return begin, _intact(self._pread(size, begin)).view("<u8").reshape(-1, 2)
 
     def _pread(self, size: int, offset: int) -> bytes:
-        data = os.pread(self._handle, size, offset)
+        data = b""
         while len(data) < size:
-            more = os.pread(self._handle, size - len(data), offset + len(data))
+            try:
+                more = os.pread(self._handle, size - len(data), offset + len(data))
+            except OSError as error:
+                if error.errno == errno.EIO:  # a bad sector is damage, and only of what lies there
+                    raise UnreadableError(f"the disk cannot read it: {error}") from error
+                error.filename = self._files.file(self._number)
+                raise
             if not more:
                 raise UnreadableError("it is too short")
-            data += more
+            data = data + more if data else more
         return data
 
     def read(self, chunk: int, out: np.ndarray) -> None:
@@ -174,7 +181,8 @@ class OpenFile:
         if offset + size > self._index_at:
             raise UnreadableError("its index points beyond it")
         encoded = _intact(self._pread(size, offset))
-        if len(encoded) < _HEADER or int(encoded[4:8].view("<u4")[0]) != out.nbytes:
+        sizes = encoded[4:_HEADER].view("<u4").tolist() if len(encoded) >= _HEADER else []
+        if sizes[::2] != [out.nbytes, len(encoded)]:
             raise UnreadableError("it holds a chunk of another size")
         try:
             blosc.decompress(encoded, out)

@@ -1,10 +1,12 @@
-"""Threads that encode and decode: blosc, zstd, xxh3 and the disk all work without the GIL."""
+"""Threads that encode and decode tensors: blosc, xxh3 and the disk work without the GIL."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
 
@@ -39,17 +41,58 @@ def run(
 ) -> list[T]:
     """Call `function` with each of `arguments` in `pool` and return the results in order.
 
-    Of several errors the first in order is raised, and not before all that was begun has ended.
+    Of several errors the first in order is raised. No call is under way, or begins, when this has
+    returned or raised, also where it was interrupted: what follows may undo what the calls did.
     """
-    work: list[Future[T]] = []
+    gate = _Gate()
+    results: list[T] = []
+    # Few at a time: a small read does not wait for all of a large one.
+    waiting: deque[Future[T]] = deque()
     try:
         for each in arguments:
-            work.append(pool.submit(function, *each))
-        return [future.result() for future in work]
+            if len(waiting) == 4 * count():
+                results.append(waiting.popleft().result())
+            waiting.append(pool.submit(gate.call, function, *each))
+        while waiting:
+            results.append(waiting.popleft().result())
     finally:
-        for future in work:
-            future.cancel()
-        wait(work)
+        gate.close()
+    return results
+
+
+class _Gate:
+    """Counts calls that are under way, and lets none begin once it is closed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running, self._closed = 0, False
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call `function`, unless the gate is closed."""
+        with self._changed:
+            if self._closed:
+                raise CancelledError
+            self._running += 1
+        try:
+            return function(*arguments)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close the gate and wait for the calls under way; an interruption is raised after that."""
+        interruption: KeyboardInterrupt | None = None
+        while True:
+            try:
+                with self._changed:
+                    self._closed = True
+                    self._changed.wait_for(lambda: not self._running)
+                break
+            except KeyboardInterrupt as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
 
 
 def _forget() -> None:

@@ -207,7 +207,7 @@ class Schema:
         )
 
     def chunk_records(self, column: TensorColumn) -> int:
-        """Return the records per inner chunk: near 1 MiB, at least one, dividing the granule."""
+        """Return the records per inner chunk: up to 0.3 MiB, at least one, dividing the granule."""
         fitting = [
             n
             for n in range(1, self.granule + 1)

@@ -199,7 +199,8 @@ class Selection:
         column : str
             Name of the tensor column.
         out : ndarray of float32, shape [n, \*shape], optional
-            Memory to decode into, such as pinned memory; contiguous and writable.
+            Memory to decode into, such as pinned memory; contiguous and writable. What it holds
+            after an error is undefined.
 
         Returns
         -------
@@ -213,17 +214,20 @@ class Selection:
         SchemaMismatchError
             If `out` is not as it must be.
         """
-        shape = (len(self), *self.schema.column(column).shape)
-        if out is not None and not (
-            (out.shape, out.dtype) == (shape, np.dtype(np.float32))
-            and out.flags.c_contiguous
-            and out.flags.writeable
-        ):
-            raise SchemaMismatchError(
-                f"out: expected contiguous, writable float32 {list(shape)}, "
-                f"got {out.dtype} {list(out.shape)}"
-            )
+        if out is not None:
+            self._check_memory(column, out)
         return self._snapshot.read(column, self.rows, out=out)
+
+    def _check_memory(self, column: str, out: np.ndarray) -> None:
+        shape = (len(self), *self.schema.column(column).shape)
+        right = (out.shape, out.dtype) == (shape, np.dtype(np.float32))
+        if not (right and out.flags.c_contiguous and out.flags.writeable):
+            states = [("contiguous", out.flags.c_contiguous), ("writable", out.flags.writeable)]
+            got = " ".join(f"{'' if holds else 'not '}{state}," for state, holds in states)
+            raise SchemaMismatchError(
+                f"out: expected contiguous, writable, float32 {list(shape)}, "
+                f"got {got} {out.dtype} {list(out.shape)}"
+            )
 
     def to_xarray(self) -> xr.Dataset:
         """Return the selection as a lazy Dataset.

@@ -554,3 +554,88 @@ def test_a_checkpoint_changed_in_place_is_a_conflict(tmp_path):  # cases.md d2
     assert report.records == 0
     assert "node 0, round 5, split train, class dog, index 0" in str(report.files[0].error)
     assert EmbeddingStore.open(store).commit == 1
+
+
+DIE_BEFORE_PUBLISHING = """
+import os, sys
+from fedgfe_store import EmbeddingStore, _files
+
+write = _files.write_file
+
+
+def write_file(path, data):
+    if path.name == "zarr.json":
+        os._exit(9)
+    write(path, data)
+
+
+_files.write_file = write_file
+EmbeddingStore.open(sys.argv[1]).delete(round=1)
+"""
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "delete", "compact"])
+def test_marks_of_a_dead_writer_do_not_come_to_life(store, change):
+    for round_ in (1, 2, 3):
+        append(store, round=round_, n=6)
+    store.delete(round=3, index=5)
+    command = [sys.executable, "-c", DIE_BEFORE_PUBLISHING, str(store.path)]
+    assert subprocess.run(command, check=False).returncode == 9
+    seen = EmbeddingStore.open(store.path)
+    assert len(seen) == len(seen.select(round=1)) + 11 == 17
+    if change == "append":
+        append(seen, round=4, n=6)
+    elif change == "replace":
+        with seen.append(node=0, round=2, if_exists="replace") as batch:
+            batch.add(split="train", class_name="dog", index=0, **values(1, 9, SMALL))
+    elif change == "delete":
+        assert seen.delete(round=2, index=1) == 1
+    else:
+        seen.delete(round=3)
+        seen.compact()
+    opened = EmbeddingStore.open(store.path)
+    assert len(opened) == {"append": 23, "replace": 17, "delete": 16, "compact": 12}[change]
+    assert len(opened.select(round=1)) == 6
+    assert opened.verify().sound
+    assert not leftovers(store.path)
+
+
+def failing_reads(monkeypatch, file: Path, code: int, *, beyond: int) -> None:
+    """Let reads of `file` from a place on, as of a bad sector, fail as the disk does."""
+    inode, real = file.stat().st_ino, os.pread
+
+    def pread(handle, size, offset):
+        index = offset + size == file.stat().st_size
+        if os.fstat(handle).st_ino == inode and offset >= beyond and not index:
+            raise OSError(code, os.strerror(code))
+        return real(handle, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+
+
+def test_a_bad_sector_is_damage_of_the_records_that_lie_there(sound, monkeypatch):
+    file = sound / "t5" / "c.0.0.0"
+    last = EmbeddingStore.open(sound).select(round=5, index=2)
+    failing_reads(monkeypatch, file, errno.EIO, beyond=file.stat().st_size * 2 // 5)
+    store = EmbeddingStore.open(sound)
+    with pytest.raises(DamagedDataError, match="t5 of node 0, round 5, .* index 2"):
+        last.read("t5")
+    found = store.verify()
+    assert [record.key.index for record in found.damaged] == [2]
+    assert store.verify(repair=True).damaged
+    assert len(store.select(round=5, index=1).read("t5")) == 1
+    monkeypatch.undo()
+    assert EmbeddingStore.open(sound).verify().sound
+
+
+def test_what_the_system_refuses_to_read_names_the_file(sound, monkeypatch):
+    file = sound / "t5" / "c.0.0.0"
+    failing_reads(monkeypatch, file, errno.ENOMEM, beyond=0)
+    with pytest.raises(OSError, match="t5/c.0.0.0") as error:
+        EmbeddingStore.open(sound).select().read("t5")
+    assert not isinstance(error.value, DamagedDataError)
+
+
+def test_what_lies_in_the_place_of_an_absent_value_is_not_read(sound):
+    (sound / "audio" / "c.1.0.0").write_bytes((sound / "audio" / "c.0.0.0").read_bytes())
+    assert np.isnan(EmbeddingStore.open(sound).select(round=6).read("audio")).all()

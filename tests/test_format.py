@@ -132,13 +132,14 @@ def test_an_index_with_a_sound_checksum_is_still_not_trusted(store, entry, words
     assert words in str(error.value.__cause__)
 
 
-def test_a_chunk_of_another_size_is_not_decoded(store):
+@pytest.mark.parametrize("field", [4, 12])  # what it becomes, and what it is
+def test_a_chunk_of_another_size_is_not_decoded(store, field):
     fill(store, node=0, round=1)
     file = store.path / "t5" / "c.0.0.0"
     content = file.read_bytes()
     (place, size) = np.frombuffer(content[-20:-4], "<u8").tolist()
     chunk = bytearray(content[place : place + size - 4])
-    chunk[4:8] = (2**30).to_bytes(4, "little")
+    chunk[field : field + 4] = (2**30).to_bytes(4, "little")
     file.write_bytes(content[:place] + sealed(bytes(chunk)) + content[place + size :])
     with pytest.raises(DamagedDataError, match="t5 of node 0, round 1") as error:
         EmbeddingStore.open(store.path).select().read("t5")

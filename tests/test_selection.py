@@ -247,7 +247,9 @@ def test_tensors_are_decoded_where_they_are_wanted(filled):
     read_only = out.copy()
     read_only.flags.writeable = False
     for wrong in (out[:3], out.astype(np.float64), np.asfortranarray(out), read_only):
-        with pytest.raises(SchemaMismatchError, match=r"out: expected .* float32 \[4, 3, 8\]"):
+        with pytest.raises(
+            SchemaMismatchError, match=r"out: expected contiguous, writable, float32 \[4, 3, 8\]"
+        ):
             selection.read("t5", out=wrong)
 
 
