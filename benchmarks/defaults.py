@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ import torch
 
 from benchmarks.compare.data import LONG, SHORT, Round, Shape, make_round
 from benchmarks.compare.files import size
+from benchmarks.compare.measure import timed
 from benchmarks.compare.tables import table
 from fedgfe_store import EmbeddingStore, Schema, _layout, _workers
 
@@ -95,12 +95,6 @@ def applied(variant: Variant) -> Iterator[None]:
         _workers._forget()
         yield
     _workers._forget()
-
-
-def timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def append(store: EmbeddingStore, data: Round) -> None:

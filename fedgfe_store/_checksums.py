@@ -9,6 +9,10 @@ SIZE = 4
 """Bytes of a checksum."""
 
 
+class UnreadableError(ValueError):
+    """A file, or a part of it, is not what a writer left."""
+
+
 def checksum(data: bytes | np.ndarray) -> bytes:
     """Return the crc32c of `data` as it stands behind it in a file."""
     return int(google_crc32c.value(data)).to_bytes(SIZE, "little")
@@ -19,10 +23,10 @@ def unsealed(data: bytes) -> np.ndarray:
 
     Raises
     ------
-    ValueError
+    UnreadableError
         If the checksum does not fit.
     """
     content = np.frombuffer(data, np.uint8, max(len(data) - SIZE, 0))
     if checksum(content) != data[-SIZE:]:
-        raise ValueError("its checksum does not fit")
+        raise UnreadableError("its checksum does not fit")
     return content

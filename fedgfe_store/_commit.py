@@ -26,7 +26,6 @@ from fedgfe_store import _files, _key_files, _workers
 from fedgfe_store._group import GROUP_FILE, CommitPoint, Group
 from fedgfe_store._layout import KEY_CHUNK, key_columns
 from fedgfe_store._snapshot import Snapshot
-from fedgfe_store._tensor_files import TensorFiles
 from fedgfe_store.errors import BusyError, ConflictError, FedgfeStoreError
 from fedgfe_store.records import RecordBatch, to_milliseconds
 from fedgfe_store.schema import Schema
@@ -238,7 +237,7 @@ class Transaction:
         present = records.columns[f"has_{name}"] if column.optional else None
         if present is not None and not present.any():
             return {}
-        files = TensorFiles.of(self.path / name, self.snapshot.group.arrays[name])
+        files = self.snapshot.tensor_files[name]
         number = first // files.granule
         files.write(number, values, present)
         file = Path(files.file(number))
@@ -374,9 +373,8 @@ def roll_back(path: Path) -> None:
     for name in group.arrays:
         _files.remove_temporary(path / name)
     _files.remove_temporary(path)
+    # A file for each array: this flushes the folders in which files were unlinked, too.
     _files.write_files(_shape_files(path, group) | _unmarked(path, group))
-    for name in group.arrays:
-        _files.sync_folder(path / name)
     (path / PENDING).unlink()
     _files.sync_folder(path)
 

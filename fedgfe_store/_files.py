@@ -40,14 +40,29 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
 
 
 @contextmanager
+def flushed(path: str | Path, *, name: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a new file that is on the disk when the block ends.
+
+    What the system refuses names `name`, or the file: writing and flushing do not say which.
+    """
+    try:
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(name or path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` in one step when the block ends."""
     temporary = temporary_of(path)
     try:
-        with naming(path), temporary.open("wb") as file:
+        with flushed(temporary, name=path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -80,22 +95,9 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Name `path` in what the system refuses: writing and flushing a file do not say which."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
 def _write_flushed(path: Path, data: bytes) -> None:
-    with naming(path), path.open("wb") as file:
+    with flushed(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sync_folders(files: Iterable[Path]) -> None:

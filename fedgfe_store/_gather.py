@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedgfe_store import _workers
-from fedgfe_store._tensor_files import OpenFile, TensorFiles, UnreadableError
+from fedgfe_store._checksums import UnreadableError
+from fedgfe_store._tensor_files import OpenFile, TensorFiles
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
 """Bytes of float32 values between which a thread reads on before it takes the next piece."""

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from fedgfe_store._checksums import UnreadableError
 from fedgfe_store._gather import gather
 from fedgfe_store._group import CommitPoint, Group
 from fedgfe_store._key_files import read_chunk
 from fedgfe_store._layout import KEY_CHUNK, KeyColumn, key_columns
-from fedgfe_store._tensor_files import OpenFile, TensorFiles, UnreadableError
+from fedgfe_store._tensor_files import OpenFile, TensorFiles
 from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
 from fedgfe_store.records import (
     EARLIEST,
@@ -45,7 +46,7 @@ class Snapshot:
         self._columns = key_columns(group.schema)
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
-        self._files = {
+        self.tensor_files = {
             name: TensorFiles.of(path / name, group.arrays[name]) for name in group.schema.columns
         }
 
@@ -230,12 +231,12 @@ class Snapshot:
                     raise self._lost(name, rows[place]) from error
                 out[place] = np.nan
 
-        gather(self._files[name], rows, out, check)
+        gather(self.tensor_files[name], rows, out, check)
         return out
 
     def check_file(self, name: str, granule: int) -> None:
         """Read a whole tensor file, so that the checksums of all its chunks are looked at."""
-        files = self._files[name]
+        files = self.tensor_files[name]
         decoded = np.empty((files.chunk, *files.shape), np.float32)
         try:
             with OpenFile(files, granule) as file:
@@ -259,7 +260,7 @@ class Snapshot:
                 f"{name} of {key}: commit {self.commit} was compacted away in commit {compacted}; "
                 f"refresh the store"
             )
-        file = Path(self._files[name].file(int(row) // self.schema.granule))
+        file = Path(self.tensor_files[name].file(int(row) // self.schema.granule))
         state = "is damaged" if file.exists() else "is missing"
         return DamagedDataError(f"{name} of {key} is not what was committed: {file} {state}")
 

@@ -18,17 +18,13 @@ import numpy as np
 from numcodecs import blosc
 
 from fedgfe_store import _checksums, _files
-from fedgfe_store._checksums import checksum, unsealed
+from fedgfe_store._checksums import UnreadableError, checksum, unsealed
 
 _ABSENT = 2**64 - 1
 """Place and size of a chunk that a shard does not hold."""
 _HEADER = 16
 """Bytes of blosc before the data: at 4 the size that they become, at 12 theirs with the header."""
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
-
-
-class UnreadableError(ValueError):
-    """A tensor file, or a part of it, is not what a writer left."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +80,13 @@ class TensorFiles:
             Which records have a value; chunks without any are left out.
         """
         index = np.full((self.granule // self.chunk, 2), _ABSENT, "<u8")
-        with _files.naming(self.file(number)), open(self.file(number), "wb") as file:
+        with _files.flushed(self.file(number)) as file:
             for place, start in enumerate(range(0, len(values), self.chunk)):
                 part = slice(start, start + self.chunk)
                 if present is None or present[part].any():
                     index[place] = file.tell(), self._write_chunk(file, values[part])
             entries = index.tobytes()
             file.write(entries + checksum(entries))
-            file.flush()
-            os.fsync(file.fileno())
 
     def _write_chunk(self, file: BinaryIO, values: np.ndarray) -> int:
         if len(values) < self.chunk:
@@ -142,7 +136,7 @@ class OpenFile:
         begin = os.fstat(self._handle).st_size - size
         if begin < 0:
             raise UnreadableError("it is too short")
-        return begin, _intact(self._pread(size, begin)).view("<u8").reshape(-1, 2)
+        return begin, unsealed(self._pread(size, begin)).view("<u8").reshape(-1, 2)
 
     def _pread(self, size: int, offset: int) -> bytes:
         data = b""
@@ -180,7 +174,7 @@ class OpenFile:
             return
         if offset + size > self._index_at:
             raise UnreadableError("its index points beyond it")
-        encoded = _intact(self._pread(size, offset))
+        encoded = unsealed(self._pread(size, offset))
         sizes = encoded[4:_HEADER].view("<u4").tolist() if len(encoded) >= _HEADER else []
         if sizes[::2] != [out.nbytes, len(encoded)]:
             raise UnreadableError("it holds a chunk of another size")
@@ -188,10 +182,3 @@ class OpenFile:
             blosc.decompress(encoded, out)
         except RuntimeError as error:
             raise UnreadableError(str(error)) from error
-
-
-def _intact(data: bytes) -> np.ndarray:
-    try:
-        return unsealed(data)
-    except ValueError as error:
-        raise UnreadableError(str(error)) from None
