@@ -438,7 +438,11 @@ $("cells").addEventListener("click", (event) => {
   if (cell) open(Number(cell.dataset.at));
 });
 $("viewer").addEventListener("keydown", viewerKey);
-$("viewer").addEventListener("close", () => { $("stage").replaceChildren(); $("grid").focus(); });
+$("viewer").addEventListener("close", () => {
+  $("stage").replaceChildren();
+  // The event comes a little later: whoever pressed "/" meanwhile is in the search already.
+  if (document.activeElement !== $("search")) $("grid").focus();
+});
 $("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
 $("previous").addEventListener("click", () => show(active - 1));
 $("next").addEventListener("click", () => show(active + 1));
