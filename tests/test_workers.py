@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,16 +123,28 @@ def test_a_failed_read_keeps_no_memory(store):
         gc.enable()
 
 
+FORK = """
+import os, sys
+from conftest import fill
+from fedgfe_store import EmbeddingStore
+
+store = EmbeddingStore.open(sys.argv[1])
+store.select().read("t5")
+child = os.fork()
+if not child:
+    code = 1
+    try:
+        fill(store, node=0, round=2)
+        code = 0 if len(store.select().read("t5")) == 12 else 2
+    finally:
+        os._exit(code)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
 def test_a_forked_child_reads_and_writes_with_threads_of_its_own(store):
     fill(store, node=0, round=1)
-    store.select().read("t5")
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            fill(store, node=0, round=2)
-            code = 0 if len(store.select().read("t5")) == 12 else 2
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    # In a process of its own: what other tests have loaded may not like a fork.
+    command = [sys.executable, "-c", FORK, str(store.path)]
+    assert subprocess.run(command, cwd=Path(__file__).parent, check=False).returncode == 0
     assert len(EmbeddingStore.open(store.path)) == 12
