@@ -50,7 +50,7 @@ class Metadata:
         for name, value in asdict(self).items():
             for text in value if isinstance(value, tuple) else (value,):
                 if text is not None and not (isinstance(text, str) and _is_utf8(text)):
-                    raise SchemaMismatchError(f"{name}: expected text, got {text!r}")
+                    raise SchemaMismatchError(f"{name}: expected text, got {shown(text)}")
 
 
 @dataclass(frozen=True)
