@@ -201,3 +201,13 @@ def usage(folder: Path) -> tuple[int, int]:
                 nbytes += os.lstat(os.path.join(where, name)).st_size
                 count += 1
     return nbytes, count
+
+
+def chunk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the chunk files in the folder of an array, with their bytes.
+
+    One that a compaction removes meanwhile is left out.
+    """
+    for path in folder.glob("c.*"):
+        with contextlib.suppress(FileNotFoundError):
+            yield path, path.stat().st_size
