@@ -12,13 +12,7 @@ from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.images import image_name, inspect_image, key_json, read_provenance
 from fedgfe_store.generation.manifest import latest
-from fedgfe_store.generation.plan import (
-    PlanItem,
-    compare_image,
-    file_stamp,
-    record_digests,
-    seed_of,
-)
+from fedgfe_store.generation.plan import PlanItem, compare_image, record_digests, seed_of
 from fedgfe_store.generation.shards import shard_of
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
@@ -210,10 +204,8 @@ def _number_of(facts: Mapping[str, Any], selected: Set[RecordKey]) -> int | None
 
 
 def _newest_provenance(folder: Path) -> dict[str, Any] | None:
-    # A run that is under way replaces and removes pictures meanwhile.
-    stamps = ((file_stamp(path), path) for path in folder.glob("*.png"))
-    newest_first = sorted(((stamp[-1], path) for stamp, path in stamps if stamp), reverse=True)
-    return next(filter(None, (read_provenance(path) for _, path in newest_first)), None)
+    newest_first = sorted(folder.glob("*.png"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    return next(filter(None, map(read_provenance, newest_first)), None)
 
 
 def _list_items(
