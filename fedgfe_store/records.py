@@ -313,8 +313,7 @@ def checked_notes(
 
 def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
     """Return `n` values: those of a sequence, or as often `value`, of any type."""
-    if _is_tensor(value) and _is_dense(value):
-        value = value.tolist()
+    value = _plain(value)
     if value is None or isinstance(value, str | bytes | Mapping | datetime) or is_whole(value):
         return [value] * n
     if isinstance(value, np.datetime64):
@@ -322,18 +321,28 @@ def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
     if isinstance(value, set | frozenset):
         raise _unfit(name, "values in an order", value)
     try:
-        values = list(value)
+        values = value if isinstance(value, range) else list(value)
+        count = len(values)
     except TypeError:
         return [value] * n
-    if len(values) != n:
-        raise SchemaMismatchError(f"{name}: expected {n} values, one per record, got {len(values)}")
+    except OverflowError:  # a range longer than any list
+        raise _unfit(name, f"{n} values, one per record", value) from None
+    if count != n:
+        raise SchemaMismatchError(f"{name}: expected {n} values, one per record, got {count}")
     return values
+
+
+def _plain(value: Any) -> Any:
+    """Return what a tensor holds as Python's own values, and all else as it is."""
+    return value.tolist() if _is_tensor(value) and _is_dense(value) else value
 
 
 def is_whole(value: Any) -> bool:
     """Whether `value` is a whole number, of Python's or of numpy's."""
-    # What isinstance(value, SupportsIndex) asks, which takes 10 us a value.
-    return hasattr(type(value), "__index__") and not isinstance(value, bool | np.ndarray)
+    # What isinstance(value, SupportsIndex) asks, which takes 10 us a value. Arrays and tensors
+    # have an __index__ too, whatever they hold.
+    whole = hasattr(type(value), "__index__") and not hasattr(value, "__len__")
+    return whole and not isinstance(value, bool)
 
 
 def _unfit(name: str, wanted: str, value: Any, record: object = "") -> SchemaMismatchError:
@@ -349,10 +358,10 @@ def _numbered(n: int) -> Record:
 def _nodes(values: Sequence[Any]) -> list[Any]:
     """Return `values` with whole numbers as text."""
     texts, record = [], _numbered(len(values))
-    for position, value in enumerate(values):
+    for position, value in enumerate(map(_plain, values)):
         try:
             texts.append(str(operator.index(value)) if is_whole(value) else value)
-        except (TypeError, ValueError):  # of several values, or of more digits than Python prints
+        except ValueError:  # of more digits than Python prints
             raise _unfit("node", "text or a whole number", value, record(position)) from None
     return texts
 
@@ -378,11 +387,8 @@ def _strings(
 def _integers(name: str, value: Any, n: int, dtype: np.dtype[Any]) -> np.ndarray:
     largest = int(np.iinfo(dtype).max)
     numbers = []
-    for position, each in enumerate(_spread(name, value, n)):
-        try:
-            number = operator.index(each) if is_whole(each) else -1
-        except TypeError:  # a tensor that holds no whole number
-            number = -1
+    for position, each in enumerate(map(_plain, _spread(name, value, n))):
+        number = operator.index(each) if is_whole(each) else -1
         if not 0 <= number <= largest:
             wanted = f"a whole number from 0 to {largest}"
             raise _unfit(name, wanted, each, _numbered(n)(position))
