@@ -299,3 +299,52 @@ def _target(path: Path, sources: list[EmbeddingStore], timeout: float) -> Embedd
 
 def _merge_row(source: EmbeddingStore, batch: AppendBatch) -> list[object]:
     return [source.path, len(source), batch.added, batch.replaced, batch.skipped]
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@wait_option
+@quiet_option
+@click.pass_obj
+def backup(obj: Context, /, target: Path, timeout: float, quiet: bool) -> None:
+    """Bring a copy of the store to the folder TARGET, also while training writes.
+
+    The copy is a store itself, and sound at any moment. Run again, it brings what is new. On the
+    same file system tensor files are linked, not copied; keep one on another disk, too.
+
+    \b
+    fedgfe-store backup /backups/run2.zarr
+    """
+    from fedgfe_store import EmbeddingStore
+
+    store = EmbeddingStore.open(obj.store)
+    with progress(0, "bytes", quiet=quiet) as advance:
+        done = store.backup(target, timeout=timeout, progress=advance)
+    brought = [counted(done.copied, "file") + f" copied ({size(done.nbytes)})"]
+    brought += [counted(done.linked, "file") + " linked"] if done.linked else []
+    brought += [counted(done.removed, "file") + " removed"] if done.removed else []
+    click.echo(
+        f"{target}: {counted(done.records, 'record')}, commit {done.commit}; {', '.join(brought)}"
+    )
+
+
+@click.command()
+@wait_option
+@click.pass_obj
+def upgrade(obj: Context, /, timeout: float) -> None:
+    """Bring the store to format version 2.
+
+    Version 2 keeps each sample's file_id as a column, where each commit came from, and ties every
+    piece of a key column to its place. Releases that only know version 1 cannot open it then; a
+    store of version 1 is read and written on without.
+
+    \b
+    fedgfe-store upgrade
+    """
+    from fedgfe_store import EmbeddingStore
+
+    store = EmbeddingStore.open(obj.store)
+    if store.upgrade(timeout=timeout):
+        click.echo(f"{obj.store} is of format version 2 now, commit {store.commit}")
+    else:
+        click.echo(f"{obj.store} is of format version 2: nothing to do")

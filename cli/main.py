@@ -30,6 +30,8 @@ _COMMANDS = {
     "delete": ("changes", "delete", "Delete records."),
     "verify": ("changes", "verify", "Check every record and file; repair."),
     "compact": ("changes", "compact", "Give space back."),
+    "backup": ("changes", "backup", "Bring a copy of the store to another folder."),
+    "upgrade": ("changes", "upgrade", "Bring a store of an old format to the newest."),
     "merge": ("changes", "merge", "Bring other stores' records into one."),
     "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
