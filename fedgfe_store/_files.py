@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +15,9 @@ from typing import BinaryIO
 from fedgfe_store import _workers
 from fedgfe_store._checksums import UnreadableError
 
-_TEMPORARY = (".partial", ".tmp")
+TEMPORARY = ".tmp"
+"""How the names of files end that are not in place yet."""
+_LEFT_HALF_WRITTEN = (".partial", TEMPORARY)
 
 
 def sync_file(path: Path) -> None:
@@ -32,6 +34,9 @@ def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:
         os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(handle)
 
@@ -97,12 +102,12 @@ def named_or_unreadable(error: OSError, path: str | Path) -> Exception:
 
 @contextmanager
 def flushed(path: str | Path, *, name: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a new file that is on the disk when the block ends.
+    """Open a file that is not there yet; it is on the disk when the block ends.
 
     What the system refuses names `name`, or the file: writing and flushing do not say which.
     """
     try:
-        with open(path, "wb") as file:
+        with open(path, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -126,34 +131,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Put several files in place of others; the disk gathers the flushes of all of them.
-
-    After a crash each file is the old one or the new one.
-    """
-    pool = _workers.writers()
-    temporaries = {path: temporary_of(path) for path in contents}
-    try:
-        _workers.run(
-            pool, _write_flushed, zip(temporaries.values(), contents.values(), strict=True)
-        )
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    except BaseException:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folders(contents)
-
-
 def temporary_of(path: Path) -> Path:
     """Return a name beside `path` for a file that takes its place when it is whole."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with flushed(path) as file:
-        file.write(data)
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def sync_folders(files: Iterable[Path]) -> None:
@@ -181,7 +161,7 @@ def make_folders(path: Path) -> None:
 
 def is_temporary(path: Path) -> bool:
     """Whether `path` is a file that a killed writer left half written."""
-    return path.name.endswith(_TEMPORARY) and path.is_file()
+    return path.name.endswith(_LEFT_HALF_WRITTEN) and path.is_file()
 
 
 def remove_temporary(folder: Path) -> None:

@@ -31,8 +31,11 @@ from fedgfe_store.schema import Schema, TensorColumn
 KEY_COLUMNS = ("node", "round", "split", "class_name", "index")
 """The columns that together identify a record, in the order in which they are shown."""
 
-NOTE_COLUMNS = ("sample_id", "image_filename", "audio_path", "timestamp", "extra")
+NOTE_COLUMNS = ("sample_id", "file_id", "image_filename", "audio_path", "timestamp", "extra")
 """What is kept of a record besides its key and its tensors."""
+
+_DIGESTED = tuple(name for name in (*KEY_COLUMNS, *NOTE_COLUMNS) if name != "file_id")
+"""What a row's digest covers, in this order: the columns of format version 1."""
 
 SERVER = "server"
 """Node of the federation's server."""
@@ -301,7 +304,7 @@ def checked_notes(
     """Return `NOTE_COLUMNS` of `n` records from what a caller gave, as in `RecordBatch.check`."""
     record = record or _numbered(n)
     columns = {}
-    for name in ("sample_id", "image_filename", "audio_path"):
+    for name in ("sample_id", "file_id", "image_filename", "audio_path"):
         values = ["" if v is None else v for v in _spread(name, notes.get(name), n)]
         columns[name] = _strings(name, values, record)
     moments = enumerate(_spread("timestamp", notes.get("timestamp"), n))
@@ -309,6 +312,11 @@ def checked_notes(
     extra = enumerate(_spread("extra", notes.get("extra"), n))
     columns["extra"] = _strings("extra", [_json(v, i, record) for i, v in extra], record)
     return columns
+
+
+def checked_source(value: str | None) -> str:
+    """Return where a commit comes from, as a commit column keeps it; empty for None."""
+    return str(_strings("source", ["" if value is None else value])[0])
 
 
 def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
@@ -561,7 +569,7 @@ def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     It ties the columns together: each has checksums of its own, which a file that took another
     column's place passes.
     """
-    rows = zip(*(columns[name].tolist() for name in (*KEY_COLUMNS, *NOTE_COLUMNS)), strict=True)
+    rows = zip(*(columns[name].tolist() for name in _DIGESTED), strict=True)
     digests = [xxhash.xxh3_64_intdigest("\0".join(map(str, row)).encode()) for row in rows]
     return np.array(digests, np.uint64)
 
