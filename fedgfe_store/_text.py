@@ -43,6 +43,14 @@ def names(values: Iterable[str], *, most: int = 12) -> str:
     return ", ".join(shown + more)
 
 
+def is_number(name: str) -> bool:
+    """Whether `name` is a whole number as Python writes it: not ``007``, and of 18 digits at most.
+
+    Only such names can be listed, and asked for, by ranges of numbers.
+    """
+    return name.isascii() and name.isdecimal() and len(name) <= 18 and str(int(name)) == name
+
+
 def numbers_first(name: str) -> tuple[bool, int, str]:
     """Return the place of a name in a list: ``0, 2, 10, server``; a key for `sorted`."""
     return (not name.isdecimal(), len(name) if name.isdecimal() else 0, name)

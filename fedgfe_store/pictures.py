@@ -11,11 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedgfe_store._filters import is_wanted, wanted_values
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import inspect_image
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
-from fedgfe_store.selection import wanted_values
 
 _OWN = ("seed", "digests", "created", "seconds", "bytes")
 _READERS = 8
@@ -83,7 +83,11 @@ def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any)
     found = {picture.file.name: picture for picture in _all(folder)}.values()
     if not found:
         raise NotFoundError(f"no pictures of ours in {folder}: expected PNG files of generate")
-    kept = [p for p in found if all(getattr(p.key, n) in values for n, values in wanted.items())]
+    kept = [
+        p
+        for p in found
+        if all(is_wanted(getattr(p.key, n), values) for n, values in wanted.items())
+    ]
     if per_class is not None:
         kept = list(_lowest(kept, per_class))
     if not kept:

@@ -206,11 +206,12 @@ def check_keys(name: str, columns: Sequence[str]) -> None:
     SchemaMismatchError
         If they are not.
     """
-    known = len(set(columns)) == len(columns) and set(columns) <= set(KEY_COLUMNS)
-    if not columns or not known:
+    listed = isinstance(columns, Sequence) and not isinstance(columns, str)
+    known = listed and all(each in KEY_COLUMNS for each in columns)
+    if not known or not columns or len(set(columns)) < len(columns):
+        got = ", ".join(map(str, columns)) if listed else f"{type(columns).__name__} {columns!r}"
         raise SchemaMismatchError(
-            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, "
-            f"got {', '.join(map(str, columns)) or 'none'}"
+            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, got {got or 'none'}"
         )
 
 
@@ -256,7 +257,8 @@ def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
     missing = [name for name in KEY_COLUMNS if keys.get(name) is None]
     if missing:
         raise SchemaMismatchError(f"expected a value for {', '.join(missing)}, got None")
-    node = [str(v) if is_whole(v) else v for v in _spread("node", keys["node"], n)]
+    node = keys["node"].tolist() if _is_tensor(keys["node"]) else keys["node"]
+    node = [str(operator.index(v)) if is_whole(v) else v for v in _spread("node", node, n)]
     return {
         "node": _strings("node", node, empty=False),
         "round": _integers("round", keys["round"], n, np.dtype(np.int32)),
@@ -285,9 +287,12 @@ def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
         return [value] * n
     if isinstance(value, np.datetime64):
         return [value] * n
+    if isinstance(value, set | frozenset):
+        raise SchemaMismatchError(f"{name}: expected values in an order, got a set")
     try:
-        values = list(value)
-    except TypeError:
+        values = value if isinstance(value, range) else list(value)
+        len(values)
+    except (TypeError, OverflowError):
         raise SchemaMismatchError(f"{name}: {value!r} is of no use here") from None
     if len(values) != n:
         raise SchemaMismatchError(f"{name}: expected {n} values, one per record, got {len(values)}")
@@ -296,8 +301,10 @@ def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
 
 def is_whole(value: Any) -> bool:
     """Whether `value` is a whole number, of Python's or of numpy's."""
-    # What isinstance(value, SupportsIndex) asks, which takes 10 us a value.
-    return hasattr(type(value), "__index__") and not isinstance(value, bool | np.ndarray)
+    # What isinstance(value, SupportsIndex) asks, which takes 10 us a value. Arrays and tensors
+    # have an __index__ too, whatever they hold.
+    whole = hasattr(type(value), "__index__") and not hasattr(value, "__len__")
+    return whole and not isinstance(value, bool)
 
 
 def _strings(name: str, values: Sequence[Any], *, empty: bool = True) -> np.ndarray:
@@ -309,13 +316,14 @@ def _strings(name: str, values: Sequence[Any], *, empty: bool = True) -> np.ndar
             value.encode()
         except UnicodeEncodeError as error:
             raise SchemaMismatchError(f"{name}: {value!r} is not valid UTF-8: {error}") from None
-    return np.array(values, np.dtypes.StringDType())
+    # str() of an enumeration's member would give the member's name.
+    return np.array([str.__str__(value) for value in values], np.dtypes.StringDType())
 
 
 def _integers(name: str, value: Any, n: int, dtype: np.dtype[Any]) -> np.ndarray:
     if _is_tensor(value):
         value = value.tolist()
-    values = _spread(name, value, n)
+    values = [v.tolist() if _is_tensor(v) else v for v in _spread(name, value, n)]
     largest = np.iinfo(dtype).max
     for number in values:
         if not is_whole(number) or not 0 <= operator.index(number) <= largest:

@@ -15,6 +15,7 @@ from fedgfe_store._compact import Compaction, compact
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._verify import Verification, verify
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import is_whole
 from fedgfe_store.schema import Schema
 from fedgfe_store.selection import Selection
 
@@ -76,10 +77,12 @@ class EmbeddingStore:
         NotFoundError
             If there is no store, or no such commit.
         SchemaMismatchError
-            If the store is of a newer format.
+            If the store is of a newer format, or `as_of` is no whole number.
         DamagedDataError
             If its ``zarr.json`` is damaged.
         """
+        if as_of is not None and not is_whole(as_of):
+            raise SchemaMismatchError(f"as_of: expected the number of a commit, got {as_of!r}")
         return cls(Snapshot.latest(Path(path), as_of))
 
     @property

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import is_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,10 +54,15 @@ class Batches:
         prefetch: int,
         pin_memory: bool,
     ) -> None:
-        if batch_size < 1 or prefetch < 0:
-            raise SchemaMismatchError(
-                f"expected batch_size from 1 and prefetch from 0, got {batch_size} and {prefetch}"
-            )
+        for name, number, least in (("batch_size", batch_size, 1), ("prefetch", prefetch, 0)):
+            if not is_whole(number) or number < least:
+                raise SchemaMismatchError(
+                    f"{name}: expected a whole number from {least} up, got {number!r}"
+                )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {dtype!r}")
+        if isinstance(columns, str):
+            raise SchemaMismatchError(f"columns: expected a list of names, got {columns!r}")
         required = [t.name for t in selection.schema.tensors if not t.optional]
         self._columns = required if columns is None else list(columns)
         for name in self._columns:

@@ -20,7 +20,7 @@ from fedgfe_store.analysis._scan import (
     with_values,
 )
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS
+from fedgfe_store.records import KEY_COLUMNS, is_whole
 from fedgfe_store.selection import Selection
 
 _KEPT = 32
@@ -99,10 +99,10 @@ def project(
 
 def _check(components: int, records: int, width: int) -> None:
     most = min(records, width)
-    if not 1 <= components <= most:
+    if not is_whole(components) or not 1 <= components <= most:
         raise SchemaMismatchError(
             f"components: expected 1 to {most} for {records} records of {width} numbers, "
-            f"got {components}"
+            f"got {components!r}"
         )
 
 
