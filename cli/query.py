@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ._options import as_of_option, filter_options, format_option
-from ._tables import print_table
+from ._options import Filters, as_of_option, filter_options, format_option
+from ._tables import print_data, print_table
 
 if TYPE_CHECKING:
     from .main import Context
@@ -24,7 +24,7 @@ _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_f
 )
 @click.pass_obj
 def command(
-    obj: Context, filters: dict[str, Any], as_of: int | None, form: str, limit: int | None
+    obj: Context, filters: Filters, as_of: int | None, form: str, limit: int | None
 ) -> None:
     """List records by node, round, split and class.
 
@@ -34,15 +34,12 @@ def command(
     """
     from fedgfe_store import EmbeddingStore
 
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     if limit is None and form == "table":
         limit = 20
     records = selection.take(slice(limit)).records
-    if form == "csv":
-        click.echo(records.to_csv(index=False), nl=False)
-    elif form == "json":
-        text = records.to_json(orient="records", lines=True, date_format="iso", force_ascii=False)
-        click.echo(text, nl=False)
+    if form != "table":
+        print_data(records, form, date_format="iso")
     else:
         print_table(_SHOWN, records[list(_SHOWN)].to_numpy().tolist(), right=("round", "index"))
         shown = "" if len(records) == len(selection) else f", {len(records)} shown"

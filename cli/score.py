@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ._codes import SOME_FAILED
 from ._options import (
+    Filters,
     KeyList,
     as_of_option,
     default_folder,
@@ -19,7 +20,7 @@ from ._options import (
     quiet_option,
 )
 from ._progress import progress
-from ._tables import counted, print_table
+from ._tables import as_text, counted, print_data, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +83,7 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
 def command(
     ctx: click.Context,
     /,
-    filters: dict[str, Any],
+    filters: Filters,
     as_of: int | None,
     clip_model: str,
     input_dir: Path | None,
@@ -111,7 +112,7 @@ def command(
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
     obj: Context = ctx.obj
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     found = find_pictures(selection, input_dir or default_folder(selection))
     with progress(len(found.pictures), "pictures", quiet=quiet) as advance:
         scores = score_pictures(
@@ -125,20 +126,14 @@ def command(
     print_left_out(scores.left_out)
     table = scores.table(by)
     if output is not None:
-        output.write_text(_lines(table, form), encoding="utf-8")
+        output.write_text(as_text(table, "csv" if form == "table" else form), encoding="utf-8")
         click.echo(f"{counted(len(scores.frame), 'picture')} scored, {len(table)} rows in {output}")
     elif form == "table":
         _print(scores, table)
     else:
-        click.echo(_lines(table, form), nl=False)
+        print_data(table, form)
     if "damaged" in scores.left_out.values():
         ctx.exit(SOME_FAILED)
-
-
-def _lines(table: pd.DataFrame, form: str) -> str:
-    if form == "json":
-        return table.to_json(orient="records", lines=True, force_ascii=False)
-    return table.to_csv(index=False)
 
 
 def _print(scores: Scores, table: pd.DataFrame) -> None:

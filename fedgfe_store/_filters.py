@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +58,7 @@ def _one(name: str, value: Any) -> str | int | range:
     elif name == "node" and is_whole(value):
         return str(operator.index(value))
     elif isinstance(value, str):
-        if value.isascii() or _is_utf8(value):
+        if value.isascii() or is_utf8(value):
             return str.__str__(value)  # str() of an enumeration's member gives the member's name
         wanted = "text that is valid UTF-8"
     else:
@@ -65,12 +66,31 @@ def _one(name: str, value: Any) -> str | int | range:
     raise SchemaMismatchError(f"{name}: expected {wanted}, got {reprlib.repr(value)}")
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether `text` can be written as UTF-8, which bytes that a shell passed on may not be."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse the names of filters that there are not.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If there is one: names the filter that is most like it.
+    """
+    known = list(known)
+    words = {name.removesuffix("_name"): name for name in known} | {name: name for name in known}
+    for name in given:
+        if name in known:
+            continue
+        nearest = [words[each] for each in difflib.get_close_matches(name, words, n=1)]
+        meant = f"the nearest: {nearest[0]}" if nearest else f"expected some of {', '.join(known)}"
+        raise SchemaMismatchError(f"{name} is no filter; {meant}")
 
 
 def matches(values: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:

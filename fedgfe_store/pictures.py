@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedgfe_store._filters import is_wanted, wanted_values
+import numpy as np
+
+from fedgfe_store._filters import NUMBERS, is_wanted, wanted_values
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import inspect_image
 from fedgfe_store.generation.manifest import latest
@@ -93,6 +95,12 @@ def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any)
     if not kept:
         raise NotFoundError(f"none of the {len(found):,} pictures in {folder} meets the filters")
     return sorted(kept, key=lambda p: (p.key, p.number))
+
+
+def key_values(pictures: Iterable[Picture], name: str) -> np.ndarray:
+    """Return the values of a key column of `pictures`, as those of a store."""
+    kind = np.int64 if name in NUMBERS else np.dtypes.StringDType()
+    return np.array([getattr(picture.key, name) for picture in pictures], kind)
 
 
 def _all(folder: Path) -> Iterator[Picture]:

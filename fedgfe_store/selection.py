@@ -126,6 +126,20 @@ class Selection:
         values = self._snapshot.column_at(name, rows)
         return values.astype(object) if values.dtype.kind == "T" else values
 
+    def column(self, name: str) -> np.ndarray:
+        """Return a key column or note of the records, such as ``"class_name"``, ``[n]``.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If there is none of that name.
+        """
+        if name not in (*KEY_COLUMNS, *NOTE_COLUMNS):
+            raise SchemaMismatchError(
+                f"column: expected one of {', '.join((*KEY_COLUMNS, *NOTE_COLUMNS))}, got {name!r}"
+            )
+        return self._snapshot.column_at(name, self.rows)
+
     @cached_property
     def records(self) -> pd.DataFrame:
         """Everything but the tensors, one row per record.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from fedgfe_store import _commit
 from fedgfe_store._append import AppendBatch, IfExists
 from fedgfe_store._compact import Compaction, compact
+from fedgfe_store._filters import check_names
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._verify import Verification, verify
 from fedgfe_store.errors import SchemaMismatchError
@@ -34,6 +36,11 @@ class EmbeddingStore:
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
+        if not isinstance(snapshot, Snapshot):
+            raise SchemaMismatchError(
+                f"expected EmbeddingStore.open(path) or EmbeddingStore.create(path, schema), "
+                f"got EmbeddingStore({snapshot!r})"
+            )
         self._snapshot = snapshot
 
     @classmethod
@@ -244,10 +251,11 @@ class EmbeddingStore:
         Raises
         ------
         SchemaMismatchError
-            If no filter is given, or one is of the wrong type.
+            If no filter is given, or there is none of that name, or one is of the wrong type.
         BusyError
             If another writer holds the store for longer than `timeout`.
         """
+        check_names(filters, signature(self.select).parameters)
         wanted = {name: value for name, value in filters.items() if value is not None}
         if not wanted:
             raise SchemaMismatchError("delete: expected at least one filter, got none")
