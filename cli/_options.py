@@ -42,16 +42,6 @@ class NumberList(click.ParamType):
         return self.fail(f"expected numbers such as 1,5,10-20, got {value!r}", param, ctx)
 
 
-class NameList(click.ParamType):
-    """Names that need not be there: ``dog,drum``."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return `value` as a list of str."""
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
 KEYS = {
     "node": "node",
     "round": "round",
@@ -62,20 +52,19 @@ KEYS = {
 """Key columns by the names of their filters."""
 
 
-class KeyList(NameList):
+class KeyList(click.ParamType):
     """Key columns by the names of their filters: ``round,class``; those of `known` only."""
 
     name = "keys"
 
     def __init__(self, known: Mapping[str, str] = KEYS) -> None:
-        super().__init__()
         self._known = known
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return `value` as a list of the columns' names."""
         if not isinstance(value, str):
             return value
-        names = super().convert(value, param, ctx)
+        names = [part.strip() for part in value.split(",")]
         if not set(names) <= self._known.keys() or len(set(names)) < len(names):
             wanted = f"some of {', '.join(self._known)}, each once"
             self.fail(f"expected {wanted}, got {value!r}", param, ctx)
@@ -197,6 +186,28 @@ class Filters:
             for name in wanted
         }
         raise NotFoundError(no_records(wanted, without, _where(selection)))
+
+
+def class_names(
+    texts: Sequence[str], selection: Selection | None, remark: Callable[[str], object] | None = None
+) -> list[str]:
+    """Return classes that need not be in the store; a text is split where it is none of its.
+
+    `remark` is told of those that may be misspelt.
+    """
+    import numpy as np
+
+    from fedgfe_store._lookup import Known, look_up, said
+
+    empty = np.empty(0, np.dtypes.StringDType())
+    values = empty if selection is None else selection.everything().column("class_name")
+    known = Known("class_name", values)
+    found = look_up({"class_name": list(texts)}, lambda column: known, "", strict=False)
+    for name in found["class_name"]:
+        nearest = [] if remark is None or known.has(name) else known.nearest(name)
+        if nearest and remark is not None:
+            remark(f"no record is of class {said([name])}; the nearest: {said(nearest)}")
+    return found["class_name"]
 
 
 def _where(selection: Selection) -> str:

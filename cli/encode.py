@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import quiet_option, wait_option
+from ._options import class_names, quiet_option, wait_option
 from ._progress import progress
 from ._tables import counted, print_table
 
@@ -105,24 +105,16 @@ def command(
 
 def _class_names(path: Path, texts: Sequence[str]) -> list[str] | None:
     """Return the classes that were named, and remark on those that no record is of."""
-    import numpy as np
-
     from fedgfe_store import EmbeddingStore
-    from fedgfe_store._lookup import Known, look_up, said
     from fedgfe_store.errors import NotFoundError
 
     if not texts:
         return None
     try:
-        values = EmbeddingStore.open(path).select().column("class_name")
+        selection = EmbeddingStore.open(path).select()
     except NotFoundError:
-        values = np.empty(0, np.dtypes.StringDType())
-    known = Known("class_name", values)
-    found = look_up({"class_name": list(texts)}, lambda column: known, str(path), strict=False)
-    for name in found["class_name"]:
-        if nearest := [] if known.has(name) else known.nearest(name):
-            _remark(f"no record is of class {said([name])}; the nearest: {said(nearest)}")
-    return found["class_name"]
+        selection = None
+    return class_names(texts, selection, _remark)
 
 
 def _remark(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ._options import (
     Filters,
     KeyList,
     as_of_option,
+    class_names,
     default_folder,
     filter_options,
     folder_option,
@@ -51,6 +53,12 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
 )
 @folder_option("input")
 @click.option(
+    "--among",
+    multiple=True,
+    metavar="NAMES",
+    help="Classes to compare with: dog,drum [all of the store].",
+)
+@click.option(
     "--prompt",
     default="a photo of a {class}",
     show_default=True,
@@ -87,6 +95,7 @@ def command(
     as_of: int | None,
     clip_model: str,
     input_dir: Path | None,
+    among: tuple[str, ...],
     prompt: str,
     by: list[str],
     batch_size: int,
@@ -98,8 +107,8 @@ def command(
     """Measure with CLIP whether images show their class.
 
     similarity is the cosine between an image and its class' prompt, agreement the share of the
-    images whose closest prompt, among the classes in the folder, is that of their own class, and
-    closest the class that was so most often.
+    images whose closest prompt, among the classes of the store or those of --among, is that of
+    their own class, and closest the class that was so most often.
 
     \b
     fedgfe-store score --clip-model openai/clip-vit-base-patch32 --round 5
@@ -118,12 +127,20 @@ def command(
         scores = score_pictures(
             found,
             clip_model,
+            among=class_names(among, selection) if among else None,
             prompt=prompt,
             batch_size=batch_size,
             device=device,
             progress=advance,
         )
     print_left_out(scores.left_out)
+    if len(scores.prompts) < 2:
+        (only,) = scores.prompts
+        click.echo(
+            f"note: {only} is the only class to choose from, so that agreement says nothing; "
+            f"--among names others",
+            err=True,
+        )
     table = scores.table(by)
     if output is not None:
         output.write_text(as_text(table, "csv" if form == "table" else form), encoding="utf-8")
@@ -139,12 +156,16 @@ def command(
 def _print(scores: Scores, table: pd.DataFrame) -> None:
     shown = table.assign(
         similarity=table["similarity"].map("{:.3f}".format),
-        agreement=table["agreement"].map("{:.1%}".format),
+        agreement=table["agreement"].map(_share),
     )
     headers = [name.removesuffix("_name") for name in shown]
     print_table(headers, shown.to_numpy().tolist(), right=_NUMERIC)
     frame = scores.frame
-    click.echo(
-        f"\n{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}, "
-        f"agreement {frame['agrees'].mean():.1%} among {len(scores.prompts)} classes"
-    )
+    line = f"{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}"
+    if len(scores.prompts) > 1:
+        line += f", agreement {frame['agrees'].mean():.1%} among {len(scores.prompts)} classes"
+    click.echo(f"\n{line}")
+
+
+def _share(agreement: float) -> str:
+    return "-" if isnan(agreement) else f"{agreement:.1%}"

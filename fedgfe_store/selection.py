@@ -198,6 +198,10 @@ class Selection:
         groups: Any = keys.groupby(["node", "round"], sort=False).indices
         return {(str(node), int(number)): at for (node, number), at in groups.items()}
 
+    def everything(self) -> Selection:
+        """Return all records that the same commit shows."""
+        return Selection(self._snapshot, {}, per_class=None)
+
     def take(self, positions: Sequence[int] | Sequence[bool] | np.ndarray | slice) -> Selection:
         """Return some of the records as a selection.
 
