@@ -109,6 +109,7 @@ class OldFlags:
 
             return filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
         from fedgfe_store.checkpoints import Sources, find_new, select_records
+        from fedgfe_store.errors import NotFoundError
 
         sources = Sources(self._files, self._folder, self._pattern)
         path = _store_path(ctx, sources)
@@ -126,7 +127,11 @@ class OldFlags:
         selection = select_records(store, sources, failed=self.failed, **wanted)
         if new and not len(selection):
             ctx.exit()
-        filters.check(store, selection)
+        if filters.typed and not filters.allow_empty and not len(selection):
+            filters.check(store, store.select(**wanted))
+            raise NotFoundError(
+                f"no record of those files meets the filters, others of {store.path} do"
+            )
         return selection
 
 
