@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ._options import Filters, as_of_option, filter_options, format_option
-from ._tables import print_data, print_table
+from ._tables import counted, print_data, print_table
 
 if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
+
     from .main import Context
 
 _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_filename")
@@ -35,6 +37,7 @@ def command(
     from fedgfe_store import EmbeddingStore
 
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
+    _warn(selection)
     if limit is None and form == "table":
         limit = 20
     records = selection.take(slice(limit)).records
@@ -43,4 +46,14 @@ def command(
     else:
         print_table(_SHOWN, records[list(_SHOWN)].to_numpy().tolist(), right=("round", "index"))
         shown = "" if len(records) == len(selection) else f", {len(records)} shown"
-        click.echo(f"\n{len(selection):,} records{shown}")
+        click.echo(f"\n{counted(len(selection), 'record')}{shown}")
+
+
+def _warn(selection: Selection) -> None:
+    """Say which part of the past is only listed."""
+    gone = int(selection.compacted_away().sum())
+    if gone:
+        kept = len(selection) - gone
+        left = f"those of the other {kept:,} can be read" if kept else "none can be read"
+        whose = counted(gone, "record")
+        click.echo(f"note: the tensors of {whose} were compacted away since; {left}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -197,6 +198,24 @@ class Selection:
         keys = pd.DataFrame({name: self._column(name, self.rows) for name in ("node", "round")})
         groups: Any = keys.groupby(["node", "round"], sort=False).indices
         return {(str(node), int(number)): at for (node, number), at in groups.items()}
+
+    def compacted_away(self) -> np.ndarray:
+        """Return which records have lost their tensors to a later compaction, bool ``[n]``.
+
+        Only those of an older commit can; `read` refuses them, all else of them can be read.
+        """
+        gone = np.zeros(len(self), bool)
+        if self._snapshot.point.compacted <= self.commit:
+            return gone
+        granules, places = np.unique(self.rows // self.schema.granule, return_inverse=True)
+        for tensor in self.schema.tensors:
+            files = self._snapshot.tensor_files[tensor.name]
+            lost = np.array([not os.path.exists(files.file(n)) for n in granules.tolist()], bool)
+            here = lost[places]
+            if tensor.optional:
+                here &= self._snapshot.column_at(f"has_{tensor.name}", self.rows)
+            gone |= here
+        return gone
 
     def everything(self) -> Selection:
         """Return all records that the same commit shows."""

@@ -17,6 +17,7 @@ from legacy import node_file
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
+from fedgfe_store.errors import NotFoundError
 
 
 def run(store, *args: object, answer: str | None = None):
@@ -440,3 +441,26 @@ def test_a_broken_pipe_is_left_alone(filled, monkeypatch):
     monkeypatch.setattr("fedgfe_store.store.EmbeddingStore.history", close)
     result = run(filled.path, "history")
     assert (result.exit_code, result.output) == (1, "")
+
+
+def test_query_says_which_part_of_the_past_is_only_listed(filled):
+    run(filled.path, "delete", "--node", "0", "--yes")
+    assert run(filled.path, "query", "--as-of", 3).stderr == ""
+    run(filled.path, "compact")
+    for form in ("table", "json"):
+        past = run(filled.path, "query", "--as-of", 3, "--format", form)
+        assert past.stderr.startswith("note: the tensors of ")
+        assert past.exit_code == 0
+    selection = EmbeddingStore.open(filled.path, as_of=3).select()
+    gone = selection.compacted_away()
+    assert 6 <= gone.sum() <= 18
+    words = f"note: the tensors of {gone.sum()} records were compacted away since; "
+    assert run(filled.path, "query", "--as-of", 3).stderr.startswith(words)
+    for place, lost in enumerate(gone):
+        if lost:
+            with pytest.raises(NotFoundError, match="compacted away"):
+                selection.take([place]).read("t5")
+        else:
+            selection.take([place]).read("t5")
+    assert run(filled.path, "query").stderr == ""
+    assert not EmbeddingStore.open(filled.path).select().compacted_away().any()
