@@ -354,7 +354,7 @@ class Selection:
         Returns
         -------
         Batches
-            A sized iterable of `Batch`.
+            A sized iterable of `Batch`, and a torch ``IterableDataset``.
         """
         from fedgfe_store.torch_data import Batches
 

@@ -361,6 +361,11 @@ class EmbeddingStore:
         ConflictError
             If a record conflicts; nothing is committed.
         """
+        if not isinstance(source, EmbeddingStore):
+            raise SchemaMismatchError(
+                f"merge: expected an EmbeddingStore, such as EmbeddingStore.open(path), "
+                f"got {source!r}"
+            )
         self.schema.check_fits(source.schema, f"{source.path}")
         with self.append(if_exists=if_exists, timeout=timeout) as batch:
             for records in source.select().pieces():

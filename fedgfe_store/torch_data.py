@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import is_whole
@@ -41,8 +44,26 @@ class Batch:
         return self.selection.records
 
 
-class Batches:
-    """A sized iterable of `Batch`, made by `Selection.batches`; each iteration reads afresh."""
+def _only_one(batches: Sequence[Batch], *, collate_fn_map: object = None) -> Batch:
+    """Give a DataLoader whose batch size is 1, the default, the batch as it is."""
+    if len(batches) > 1:
+        raise SchemaMismatchError(
+            f"batches are made already: expected DataLoader(batches, batch_size=None) and their "
+            f"size in Selection.batches, got batch_size={len(batches)}"
+        )
+    return batches[0]
+
+
+# Torch's documented way to say how a type of its users is collated.
+default_collate_fn_map[Batch] = _only_one
+
+
+class Batches(IterableDataset[Batch]):
+    """A sized iterable of `Batch`, made by `Selection.batches`; each iteration reads afresh.
+
+    Also a dataset for ``torch.utils.data.DataLoader(batches, batch_size=None)``, whose workers
+    share the batches among them.
+    """
 
     def __init__(
         self,
@@ -82,7 +103,10 @@ class Batches:
         return prefetch(self._read(), self._prefetch) if self._prefetch else self._read()
 
     def _read(self) -> Iterator[Batch]:
-        for start in range(0, len(self._selection), self._size):
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        starts = range(0, len(self._selection), operator.index(self._size))
+        for start in starts[first::step]:
             part = self._selection.take(slice(start, start + self._size))
             yield Batch(part, {name: self._tensor(part, name) for name in self._columns})
 

@@ -16,6 +16,7 @@ from fedgfe_store.analysis._scan import (
     Tokens,
     Vectors,
     batches,
+    check_selection,
     key_frame,
     with_values,
 )
@@ -73,6 +74,7 @@ def project(
     DamagedDataError
         If a record is not what was committed; names it.
     """
+    check_selection("project", selection)
     features = Features.of(selection, column, tokens)
     found = with_values(selection, column)
     progress(2 * (len(selection) - len(found)))
