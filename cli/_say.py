@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -16,3 +17,13 @@ def say(line: str, *, err: bool = False) -> None:
         # Python would fail once more as it flushes at exit, and lose the exit code.
         stream = sys.stderr if err else sys.stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Show signs that the terminal's encoding lacks as escapes, such as ``\\xe9``, not as errors.
+
+    So are the bytes of file names that are no valid text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
