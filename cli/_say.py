@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -19,11 +20,15 @@ def say(line: str, *, err: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def escape_what_cannot_be_printed() -> None:
+def print_on_any_terminal() -> None:
     """Show signs that the terminal's encoding lacks as escapes, such as ``\\xe9``, not as errors.
 
-    So are the bytes of file names that are no valid text.
+    So are the bytes of file names that are no valid text. ASCII is taken for a locale that nobody
+    has set, and UTF-8 printed, as click does.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        ascii_only = codecs.lookup(stream.encoding).name == "ascii"
+        encoding = "utf-8" if ascii_only else stream.encoding
+        stream.reconfigure(encoding=encoding, errors="backslashreplace")

@@ -13,7 +13,7 @@ from fedgfe_store import __version__
 from fedgfe_store.errors import FedgfeStoreError
 
 from ._log import show_notes
-from ._say import escape_what_cannot_be_printed
+from ._say import print_on_any_terminal
 
 _COMMANDS = {
     "init": ("stores", "init", "Make an empty store."),
@@ -92,7 +92,7 @@ def group(ctx: click.Context, store: Path) -> None:
     fedgfe-store query --round 5 --class dog
     fedgfe-store generate --round 5
     """
-    escape_what_cannot_be_printed()
+    print_on_any_terminal()
     given = ctx.get_parameter_source("store") is not click.core.ParameterSource.DEFAULT
     ctx.obj = Context(store, store_given=given)
     show_notes(ctx)

@@ -88,7 +88,8 @@ def command(
     if plot is not None:
         check_plot(plot, by)
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
-    column = column or ("t5" if "t5" in selection.schema.columns else "clip")
+    if column is None:
+        column = "t5" if "t5" in selection.schema.columns else "clip"
     with progress(len(selection), "records", quiet=quiet) as advance:
         table = summarize(selection, by, column=column, tokens=tokens, progress=advance)
     where = f"{selection.path}, commit {selection.commit}: {_vectors(selection, column, tokens)}"

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from conftest import fill, values
+from conftest import SMALL, fill, values
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.analysis import centroids, distance_to_server, drift, project
@@ -24,15 +24,16 @@ class Numbered(IntEnum):
     ONE = 1
 
 
-@pytest.fixture
-def filled(store):
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    store = EmbeddingStore.create(tmp_path_factory.mktemp("s") / "s.zarr", SMALL)
     for number in (0, 1):
         for node in (0, 1, "server"):
             fill(store, node=node, round=number)
     return store
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def part(filled):
     return filled.select(round=0, node=0)
 
