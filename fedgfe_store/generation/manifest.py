@@ -111,7 +111,9 @@ def timestamp(seconds: float | None = None) -> str:
     return moment.isoformat(timespec="seconds")
 
 
-def read_manifest(folder: Path, *, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+def read_manifest(
+    folder: Path, *, tail_bytes: int | None = None, part: Shard | None = None
+) -> Iterator[dict[str, Any]]:
     """Read the lines of a folder's manifests; torn lines are left out.
 
     Parameters
@@ -120,6 +122,8 @@ def read_manifest(folder: Path, *, tail_bytes: int | None = None) -> Iterator[di
         Folder of the images; without a manifest there are no lines.
     tail_bytes : int, optional
         Read so many bytes at the end of each file only.
+    part : Shard, optional
+        Read this part's file only.
 
     Yields
     ------
@@ -128,7 +132,7 @@ def read_manifest(folder: Path, *, tail_bytes: int | None = None) -> Iterator[di
         ``bytes`` and ``created``, and ``seconds`` unless the line was added later, from the
         image. One that failed has ``file``, ``key``, ``image``, ``error`` and ``created``.
     """
-    for path in _manifests(folder):
+    for path in _manifests(folder, part):
         with path.open("rb") as file:
             if tail_bytes is not None and path.stat().st_size > tail_bytes:
                 file.seek(-tail_bytes, os.SEEK_END)
@@ -141,12 +145,17 @@ def read_manifest(folder: Path, *, tail_bytes: int | None = None) -> Iterator[di
                         yield line
 
 
-def _manifests(folder: Path) -> list[Path]:
+def _manifests(folder: Path, part: Shard | None = None) -> list[Path]:
+    if part is not None:
+        own = folder / manifest_name(part)
+        return [own] if own.is_file() else []
     found = [path for path in folder.glob("manifest*.jsonl") if path.is_file()]
     return sorted(p for p in found if p.name == MANIFEST_NAME or _SHARD_NAME.fullmatch(p.name))
 
 
-def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
+def latest(
+    folder: Path, pick: Callable[[dict[str, Any]], _T], *, part: Shard | None = None
+) -> dict[str, _T]:
     """Read of the last line of each image what `pick` makes of it, to hold no more than that.
 
     Parameters
@@ -155,6 +164,8 @@ def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
         Folder of the images.
     pick : callable
         Called with each line that is the last so far.
+    part : Shard, optional
+        Read this part's lines only.
 
     Returns
     -------
@@ -162,16 +173,16 @@ def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
         What `pick` returned, by file name.
     """
     found: dict[str, tuple[str, _T]] = {}
-    for line in read_manifest(folder):
+    for line in read_manifest(folder, part=part):
         name, created = line.get("file"), _created(line)
         if isinstance(name, str) and (name not in found or created >= found[name][0]):
             found[name] = created, pick(line)
     return {name: picked for name, (_, picked) in found.items()}
 
 
-def listed_files(folder: Path) -> set[str]:
-    """Give the names of the images of which the last line says that they are finished."""
-    finished = latest(folder, lambda line: "error" not in line)
+def listed_files(folder: Path, *, part: Shard | None = None) -> set[str]:
+    """Give the names of the images of which the last line, or a part's, says: finished."""
+    finished = latest(folder, lambda line: "error" not in line, part=part)
     return {name for name, is_finished in finished.items() if is_finished}
 
 

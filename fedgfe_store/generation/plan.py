@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -14,10 +15,12 @@ from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.images import FileState, image_name, inspect_image, key_json
 from fedgfe_store.generation.manifest import seconds_per_image
 from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
-from fedgfe_store.generation.shards import WHOLE, Shard
+from fedgfe_store.generation.shards import WHOLE, Shard, places_of
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fedgfe_store.selection import Selection
 
 __all__ = ["Plan", "PlanItem", "Settings", "fingerprint", "plan_images", "seed_of"]
@@ -202,7 +205,7 @@ def plan_images(
     if on_stale not in get_args(OnStale):
         raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
     items = _list_items(selection, settings, output_dir, columns, numbers, shard)
-    present = {path.name for path in output_dir.glob("*.png")}
+    present = frozenset(os.listdir(output_dir)) if output_dir.is_dir() else frozenset()
     with ThreadPoolExecutor(_CHECKERS) as pool:
         findings = list(pool.map(lambda item: _check(item, settings, present), items))
     conflicts = Counter(finding.conflict for finding in findings if finding.conflict)
@@ -331,38 +334,52 @@ def _list_items(
     numbers: Sequence[int],
     shard: Shard,
 ) -> list[PlanItem]:
-    digests = record_digests(selection, columns)
+    """List the images of the records that a shard holds; nothing is made for the others."""
+    keys = selection.key_columns()
+    places = places_of(keys, shard)
+    own = selection.take(places)
     records = {
-        key: (position, of_record)
-        for position, (key, of_record) in enumerate(zip(selection.keys(), digests, strict=True))
+        key: (position, digests)
+        for position, key, digests in zip(
+            places.tolist(), own.keys(), record_digests(own, columns), strict=True
+        )
     }
-    items = [
+    if _ignores_case(folder) and _differ_in_case(keys):
+        _check_names(selection.keys(), folder)
+    return [
         PlanItem(
             position=position,
             key=key,
             number=number,
             path=folder / image_name(key, number),
             seed=seed_of(settings.seed, key, number),
-            digests=of_record,
+            digests=digests,
         )
-        for key, (position, of_record) in records.items()
+        for key, (position, digests) in records.items()
         for number in numbers
     ]
-    _check_names(items, folder)
-    return [item for item in items if shard.holds(item.key)]
 
 
-def _check_names(items: Collection[PlanItem], folder: Path) -> None:
-    """Refuse names that differ in case only where the file system takes them for one."""
-    count = Counter(item.path.name.lower() for item in items)
-    if len(count) == len(items) or not _ignores_case(folder):
-        return
-    name = count.most_common(1)[0][0]
-    same = [str(item.key) for item in items if item.path.name.lower() == name]
-    raise ConflictError(
-        f"{folder} is on a file system that ignores case: expected one record for the name "
-        f"{name}, got {len(same)} ({'; '.join(same)})"
-    )
+def _differ_in_case(keys: Mapping[str, np.ndarray]) -> bool:
+    """Whether any two names of a key column differ in case only: files of no others can."""
+    for column in ("node", "split", "class_name"):
+        names = set(keys[column].tolist())
+        if len({name.lower() for name in names}) < len(names):
+            return True
+    return False
+
+
+def _check_names(keys: Collection[RecordKey], folder: Path) -> None:
+    """Refuse files that one of a file system that ignores case would be."""
+    found: dict[str, list[RecordKey]] = defaultdict(list)
+    for key in dict.fromkeys(keys):
+        found[image_name(key).lower()].append(key)
+    for name, same in found.items():
+        if len(same) > 1:
+            raise ConflictError(
+                f"{folder} is on a file system that ignores case: expected one record for the name "
+                f"{name}, got {len(same)} ({'; '.join(map(str, same))})"
+            )
 
 
 def _ignores_case(folder: Path) -> bool:

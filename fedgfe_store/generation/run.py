@@ -209,8 +209,10 @@ def _make_folder(folder: Path) -> None:
 def _complete_manifest(job: Job, report: Report) -> None:
     """List the images that a killed run wrote without getting to their lines."""
     folder = job.plan.folder
-    listed = listed_files(folder)
-    unlisted = [i for i in job.plan.items if i.status == "done" and i.path.name not in listed]
+    unlisted = [item for item in job.plan.items if item.status == "done"]
+    for part in (job.shard, None):  # its own manifest lists most of them, if not all
+        listed = listed_files(folder, part=part) if unlisted else set()
+        unlisted = [item for item in unlisted if item.path.name not in listed]
     if not unlisted:
         return
     try:

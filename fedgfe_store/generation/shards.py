@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import xxhash
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.images import key_json
 from fedgfe_store.records import RecordKey
 
 _PARTS = re.compile(r"([0-9]+)/([0-9]+)")
@@ -72,8 +72,47 @@ WHOLE = Shard(0, 1)
 
 def shard_of(key: RecordKey, count: int) -> int:
     """Give the index of the shard of `count` that a record belongs to, the same for ever."""
-    canonical = json.dumps(key_json(key), sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_64_intdigest(canonical.encode("ascii")) % count
+    node, split, name = (json.dumps(text) for text in (key.node, key.split, key.class_name))
+    return _hash(node, key.round, split, name, key.index) % count
+
+
+def places_of(columns: Mapping[str, np.ndarray], shard: Shard) -> np.ndarray:
+    """Tell which of many records belong to a shard, without an object for each of the others.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray
+        Key columns of the records.
+    shard : Shard
+        Which part.
+
+    Returns
+    -------
+    ndarray of int64
+        Places of the records, as `Shard.holds` of their keys says.
+    """
+    n, count, index = len(columns["index"]), shard.count, shard.index
+    if count == 1:
+        return np.arange(n)
+    texts = (columns[name].tolist() for name in ("node", "split", "class_name"))
+    nodes, splits, names = (_quoted(values) for values in texts)
+    rounds, indices = (columns[name].tolist() for name in ("round", "index"))
+    keys = zip(nodes, rounds, splits, names, indices, strict=True)
+    return np.array([i for i, key in enumerate(keys) if _hash(*key) % count == index], np.int64)
+
+
+def _quoted(texts: list[str]) -> Iterator[str]:
+    """Give each text as JSON has it; most are the same as many others."""
+    known = {text: json.dumps(text) for text in set(texts)}
+    return map(known.__getitem__, texts)
+
+
+def _hash(node: str, round_: int, split: str, name: str, index: int) -> int:
+    """Hash a key whose texts are JSON already: as JSON, its fields in alphabetical order."""
+    canonical = (
+        f'{{"class_name":{name},"index":{index},"node":{node},"round":{round_},"split":{split}}}'
+    )
+    return xxhash.xxh3_64_intdigest(canonical.encode("ascii"))
 
 
 def detect_shard(environ: Mapping[str, str]) -> tuple[Shard, str]:
