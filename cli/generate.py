@@ -35,7 +35,7 @@ _DEFAULT = click.core.ParameterSource.DEFAULT
 _DECIDED_BY_IMAGE = {
     *FILTERS,
     *("diffusion_type", "steps", "guidance", "height", "width", "pool", "seed"),
-    *("images_per_record", "dtype", "quantize", "shard", "limit", "on_stale"),
+    *("images_per_record", "dtype", "quantize", "part", "limit", "on_stale"),
     *("checkpoint", "checkpoint_dir", "pattern"),
 }
 
@@ -54,9 +54,12 @@ _DECIDED_BY_IMAGE = {
     help="Make this picture again, from its own metadata.",
 )
 @click.option(
+    "--part",
     "--shard",
-    metavar="I/N",
-    help="Render part I of N, from 0 [what SLURM, torchrun or accelerate say].",
+    "part",
+    metavar="I/N|auto",
+    help="Render part I of N, from 0; auto: what the task of a SLURM array says, auto/N of N parts "
+    "[what torchrun, accelerate or srun say].",
 )
 @click.option("--limit", type=click.IntRange(min=0), help="Render at most so many images now.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -97,11 +100,8 @@ def command(
     from fedgfe_store.generation.job import prepare
     from fedgfe_store.generation.run import render
 
-    options = {
-        **options,
-        **_place(options.pop("shard"), old, from_image),
-        "keep_negative": not dry_run,
-    }
+    place = _place(options.pop("part"), from_image)
+    options = {**options, **place, "keep_negative": not dry_run}
     with _stopping(ctx) as stop:
         with stop.interrupting():
             if from_image is not None:
@@ -178,28 +178,31 @@ def _refuse_beside_image(ctx: click.Context) -> None:
             raise click.UsageError(f"--from-image decides on {parameter.opts[0]} itself")
 
 
-def _place(text: str | None, old: OldFlags, from_image: Path | None) -> dict[str, Any]:
-    """Tell which part of the work, and which GPU, is this process's.
-
-    An array of jobs that name checkpoints counts nodes or rounds, not parts of the work.
-    """
+def _place(text: str | None, from_image: Path | None) -> dict[str, Any]:
+    """Tell which part of the work, and which GPU, is this process's."""
     import os
 
     import torch
 
-    from fedgfe_store.generation.shards import WHOLE, Shard, detect_shard, local_device
+    from fedgfe_store.generation.shards import (
+        WHOLE,
+        AskedPart,
+        detect_shard,
+        in_array,
+        local_device,
+    )
 
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not (old.given and name.startswith("SLURM_ARRAY_"))
-    }
-    if from_image is not None:
-        shard, reason = WHOLE, ""
-    else:
-        shard, reason = (Shard.parse(text), "") if text else detect_shard(environ)
-    if shard.count > 1 and reason:
-        _remark(f"shard {shard}: {reason}")
+    shard = WHOLE
+    if from_image is None:
+        asked = AskedPart.parse(text) if text else AskedPart()
+        shard, reason = detect_shard(os.environ, asked)
+        if asked.shard is None and (shard.count > 1 or asked.array):
+            _remark(f"part {shard}: {reason}")
+        if not text and in_array(os.environ):
+            _remark(
+                "the tasks of the SLURM array are not taken for parts of the work, each renders "
+                "all that it selects; --part auto shares it out"
+            )
     local = local_device(os.environ, torch.cuda.device_count())
     return {"shard": shard, "local": local}
 
@@ -218,7 +221,7 @@ def _print_plan(job: Job) -> None:
         shown.append(f"pool {settings.pool}")
     if settings.quantization:
         shown.append(settings.quantization)
-    part = "" if job.shard.count == 1 else f", shard {job.shard}"
+    part = "" if job.shard.count == 1 else f", part {job.shard}"
     say(
         f"records: {len(job.selection)} of {job.selection.path}, commit "
         f"{job.selection.commit}{part}"

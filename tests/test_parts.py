@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from conftest import fill
 from generation_fakes import SIZE, FakePipeline, save_random_flux
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgfe_store import EmbeddingStore, Schema
+from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation import plan as plan_module
 from fedgfe_store.generation.manifest import read_manifest
@@ -136,3 +138,51 @@ def test_what_another_part_has_listed_is_not_listed_again(
     for i in range(2):
         generate(store.select(), folder, **options, shard=Shard(i, 2))
     assert Counter(line["file"] for line in read_manifest(folder)).most_common(1)[0][1] == 1
+
+
+ARRAY = {f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "1", "MIN": "0", "MAX": "3"}.items()}
+ARRAY["SLURM_ARRAY_TASK_COUNT"] = "4"
+IGNORED = "the tasks of the SLURM array are not taken for parts of the work"
+
+
+@pytest.fixture
+def plan_of(store: EmbeddingStore, tmp_path: Path):
+    """Plan six images from the command line, as a process with this environment would."""
+    fill(store, node=0, round=5)
+    flux = save_random_flux(tmp_path / "flux")
+
+    def plan_of(environ: dict[str, str], *options: str) -> Result:
+        words = ["--store", str(store.path), "generate", "--model", str(flux), "--dry-run"]
+        words += ["--output-dir", str(tmp_path / "images"), "--device", "cpu", *options]
+        return CliRunner().invoke(group, words, env=environ, catch_exceptions=False)
+
+    return plan_of
+
+
+def test_a_task_of_an_array_renders_all_and_says_how_to_share_it_out(plan_of) -> None:
+    result = plan_of(ARRAY)
+    assert "\n6 images: 0 done" in result.stdout
+    assert IGNORED in result.stderr
+    assert "--part auto" in result.stderr
+    assert result.stderr.count("note:") == 1
+    assert IGNORED not in plan_of({}).stderr
+    assert IGNORED not in plan_of({**ARRAY, "SLURM_ARRAY_TASK_COUNT": "1"}).stderr
+
+
+def test_a_task_of_an_array_is_a_part_where_that_is_asked_for(plan_of) -> None:
+    for option in ("--part", "--shard"):
+        for part, shown in {"auto": "1/4", "auto/8": "1/8", "1/8": "1/8"}.items():
+            result = plan_of(ARRAY, option, part)
+            assert f", part {shown}\n" in result.stdout
+            assert IGNORED not in result.stderr
+    assert "part 0/1: one process" in plan_of({}, "--part", "auto").stderr
+    assert "part: expected i/n" in plan_of({}, "--part", "x").stderr
+
+
+def test_ranks_are_parts_with_an_array_or_without(plan_of) -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2"}
+    assert ", part 1/2\n" in plan_of(ranks).stdout
+    result = plan_of({**ARRAY, **ranks})
+    assert ", part 1/2\n" in result.stdout
+    assert IGNORED in result.stderr
+    assert ", part 3/8\n" in plan_of({**ARRAY, **ranks}, "--part", "auto").stdout
