@@ -167,7 +167,7 @@ def _job_again(
     selection = recipe.select(store, report=_remark)
     job = prepare(selection, output_dir or path.parent, report=_remark, **chosen)
     recipe.check(job)
-    return job
+    return recipe.with_its_noise(job)
 
 
 def _refuse_beside_image(ctx: click.Context) -> None:

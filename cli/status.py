@@ -127,7 +127,8 @@ def _print_head(selection: Selection, status: ImageStatus) -> None:
 def _print_settings(made_with: Mapping[str, Any]) -> None:
     first = ("model", "revision", "dtype", "steps", "height", "width")
     model, revision, dtype, steps, height, width = (made_with.get(name, "?") for name in first)
-    rest = {k: v for k, v in made_with.items() if k not in first and v is not None}
+    hidden = (*first, "noise")
+    rest = {k: v for k, v in made_with.items() if k not in hidden and v is not None}
     click.echo(f"model: {model} ({str(revision)[:12]}), {dtype}")
     shown = [f"{steps} steps", f"{width}x{height}", *(f"{k} {v}" for k, v in rest.items())]
     click.echo(f"settings: {', '.join(shown)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError
+from fedgfe_store.generation import manifest as manifest_module
 from fedgfe_store.generation import plan as plan_module
 from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.plan import plan_images
@@ -116,16 +118,19 @@ def test_a_part_that_is_done_reads_no_other_parts_lists(
     flux, folder = save_random_flux(tmp_path / "flux"), tmp_path / "images"
     options = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE}
     parts = [generate(store.select(), folder, **options, shard=Shard(i, 2)) for i in range(2)]
-    read, path_open = [], Path.open
+    read, lines_of = Counter(), manifest_module._lines
 
-    def opened(self: Path, *args: object, **more: object) -> object:
-        read.append(self.name)
-        return path_open(self, *args, **more)
+    def lines(path: Path, *args: object) -> Iterator[dict[str, object]]:
+        for line in lines_of(path, *args):
+            read[path.name] += 1
+            yield line
 
-    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(manifest_module, "_lines", lines)
     again = generate(store.select(), folder, **options, shard=Shard(1, 2))
     assert again.skipped == parts[1].done > 0
-    assert {name for name in read if name.startswith("manifest")} == {"manifest-1-of-2.jsonl"}
+    # The settings stand in the first line that there is.
+    assert read == {"manifest-0-of-2.jsonl": 1, "manifest-1-of-2.jsonl": parts[1].done}
+    assert parts[0].done > 1
 
 
 def test_what_another_part_has_listed_is_not_listed_again(

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from fedgfe_store.generation.images import key_json
+from fedgfe_store.generation.images import key_json, read_provenance
 from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.records import RecordKey
 
@@ -133,16 +133,20 @@ def read_manifest(
         image. One that failed has ``file``, ``key``, ``image``, ``error`` and ``created``.
     """
     for path in _manifests(folder, part):
-        with path.open("rb") as file:
-            if tail_bytes is not None and path.stat().st_size > tail_bytes:
-                file.seek(-tail_bytes, os.SEEK_END)
-                file.readline()
-            for text in file:
-                # A killed writer leaves half a line; its image has the same facts inside.
-                with contextlib.suppress(ValueError):
-                    line = json.loads(text)
-                    if isinstance(line, dict):
-                        yield line
+        yield from _lines(path, tail_bytes)
+
+
+def _lines(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        if tail_bytes is not None and path.stat().st_size > tail_bytes:
+            file.seek(-tail_bytes, os.SEEK_END)
+            file.readline()
+        for text in file:
+            # A killed writer leaves half a line; its image has the same facts inside.
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    yield line
 
 
 def _manifests(folder: Path, part: Shard | None = None) -> list[Path]:
@@ -184,6 +188,28 @@ def listed_files(folder: Path, *, part: Shard | None = None) -> set[str]:
     """Give the names of the images of which the last line, or a part's, says: finished."""
     finished = latest(folder, lambda line: "error" not in line, part=part)
     return {name for name, is_finished in finished.items() if is_finished}
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Give the settings of the first image that a folder's manifests list, else its pictures name.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images; it need not exist.
+
+    Returns
+    -------
+    dict or None
+        None where there is no image of ours.
+    """
+    for path in _manifests(folder):
+        for line in _lines(path):
+            settings = line.get("settings")
+            if isinstance(settings, dict):
+                return settings
+    found = map(read_provenance, sorted(folder.glob("*.png")))
+    return next((provenance["settings"] for provenance in found if provenance), None)
 
 
 def shard_count(folder: Path) -> int | None:

@@ -7,15 +7,22 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.images import FileState, image_name, inspect_image, key_json
 from fedgfe_store.generation.manifest import seconds_per_image
-from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
+from fedgfe_store.generation.settings import (
+    Settings,
+    difference,
+    fingerprint,
+    seed_of,
+    settings_json,
+)
 from fedgfe_store.generation.shards import WHOLE, Shard, places_of
+from fedgfe_store.pairing import file_ids
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
@@ -61,6 +68,8 @@ class PlanItem:
         True for a stale image that is to stay as it is.
     seen : tuple of int or None
         Which file was there when it was planned, see `file_stamp`.
+    file_id : str
+        What identifies the record's sample; empty where that is not known.
     """
 
     position: int
@@ -73,6 +82,7 @@ class PlanItem:
     reason: str = ""
     keep: bool = False
     seen: tuple[int, ...] | None = None
+    file_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -252,7 +262,7 @@ def _check(item: PlanItem, settings: Settings, present: Set[str]) -> Finding:
         return Finding(item)
     item = replace(item, seen=file_stamp(item.path))
     state, provenance = inspect_image(item.path)
-    return compare_image(item, state, provenance, asdict(settings), fingerprint(settings))
+    return compare_image(item, state, provenance, settings_json(settings), fingerprint(settings))
 
 
 def compare_image(
@@ -338,24 +348,22 @@ def _list_items(
     keys = selection.key_columns()
     places = places_of(keys, shard)
     own = selection.take(places)
-    records = {
-        key: (position, digests)
-        for position, key, digests in zip(
-            places.tolist(), own.keys(), record_digests(own, columns), strict=True
-        )
-    }
+    facts = zip(places.tolist(), record_digests(own, columns), file_ids(own.records), strict=True)
+    records = dict(zip(own.keys(), facts, strict=True))
     if _ignores_case(folder) and _differ_in_case(keys):
         _check_names(selection.keys(), folder)
+    by_file = settings.noise == "file_id"
     return [
         PlanItem(
             position=position,
             key=key,
             number=number,
             path=folder / image_name(key, number),
-            seed=seed_of(settings.seed, key, number),
+            seed=seed_of(settings.seed, key, number, file_id if by_file else ""),
             digests=digests,
+            file_id=file_id,
         )
-        for key, (position, digests) in records.items()
+        for key, (position, digests, file_id) in records.items()
         for number in numbers
     ]
 
