@@ -88,7 +88,8 @@ def command(
 
     Only images that are not there yet, or whose embedding has changed, are rendered. Exit code 3
     says that some records could not be; 75 that a signal (SIGTERM, SIGUSR1 or Ctrl-C) ended the
-    run early: everything finished is kept, and the same command goes on.
+    run early: everything finished is kept, and the same command goes on. It is 1 where no image was
+    finished, twice in a row.
 
     \b
     fedgfe-store generate --round 5
@@ -112,11 +113,17 @@ def command(
                 job = prepare(selection, folder, report=_remark, **options)
             if dry_run or not quiet:
                 _print_plan(job)
+            shortage = job.plan.shortage(job.batch_size, stop.seconds_left)
+            if shortage is not None:
+                _remark(shortage)
             if dry_run:
                 return
         with progress(len(job.plan.todo), "images", quiet=quiet) as advance:
             report = render(job, report=_remark, progress=advance, stop=stop)
     _print_result(report)
+    if report.stuck:
+        _print_stuck(job, report)
+        ctx.exit(1)
     if report.stopped and report.left:
         ctx.exit(STOPPED)
     if report.failed and ends_other_processes():
@@ -128,9 +135,11 @@ def command(
 @contextmanager
 def _stopping(ctx: click.Context) -> Iterator[Stop]:
     """Turn signals into a stop; one that comes before there is anything to keep ends at once."""
-    from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
+    import os
 
-    stop = Stop()
+    from fedgfe_store.generation.stopping import Stop, Stopped, expected_stop, stop_on_signals
+
+    stop = Stop(expected_stop(os.environ))
     try:
         with stop_on_signals(stop, announce=_announce):
             yield stop
@@ -234,6 +243,16 @@ def _print_plan(job: Job) -> None:
     say(plan.summary(job.batch_size))
 
 
+def _print_stuck(job: Job, report: GenerationReport) -> None:
+    say(
+        f"error: {report.stopped} stopped this run before it finished an image, and the run before "
+        f"it was stopped so, too: expected a batch of {job.batch_size} to be finished in the time "
+        "that there is; it is not to be queued again as it is: a smaller --batch-size or a longer "
+        "time limit helps",
+        err=True,
+    )
+
+
 def _print_result(report: GenerationReport) -> None:
     if report.failed:
         say(f"failed: {len(report.failed)}", err=True)
@@ -249,4 +268,7 @@ def _print_result(report: GenerationReport) -> None:
     if report.elsewhere:
         say(f"{report.elsewhere} images are another process's: made meanwhile, or being made")
     if report.stopped and report.left:
-        say(f"stopped by {report.stopped} with {report.left} images left; the same command goes on")
+        more = "" if report.stuck else "; the same command goes on"
+        say(f"stopped by {report.stopped} with {report.left} images left{more}")
+        if not (report.done or report.elsewhere or report.stuck or report.stopped == "SIGINT"):
+            say("no image was finished: if none is in the next run, it ends with an error")

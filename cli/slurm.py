@@ -109,8 +109,10 @@ def command(
 
 
 def _always(parts: int) -> list[str]:
+    from fedgfe_store.generation.stopping import SIGNAL_LEAD
+
     log = "%x-%A_%a.out" if parts > 1 else "%x-%j.out"
-    return ["--requeue", "--signal=USR1@120", "--open-mode=append", f"--output={log}"]
+    return ["--requeue", f"--signal=USR1@{SIGNAL_LEAD}", "--open-mode=append", f"--output={log}"]
 
 
 def job_script(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,6 +80,18 @@ class Manifest:
         facts = {"file": file, "key": key_json(key), "image": image}
         self.append({**facts, "error": error, "created": timestamp()})
 
+    def stopped(self, reason: str, *, times: int) -> None:
+        """Add the line of a run that was stopped before it finished an image.
+
+        Parameters
+        ----------
+        reason : str
+            The signal.
+        times : int
+            How many runs in a row have been, see `fruitless_stops`.
+        """
+        self.append({"stopped": reason, "times": times, "created": timestamp()})
+
     def __enter__(self) -> Self:
         return self
 
@@ -130,7 +143,8 @@ def read_manifest(
     dict
         File by file, each from its oldest line on. A finished image has its provenance, ``file``,
         ``bytes`` and ``created``, and ``seconds`` unless the line was added later, from the
-        image. One that failed has ``file``, ``key``, ``image``, ``error`` and ``created``.
+        image. One that failed has ``file``, ``key``, ``image``, ``error`` and ``created``. A run
+        that was stopped before it finished an image has ``stopped``, ``times`` and ``created``.
     """
     for path in _manifests(folder, part):
         yield from _lines(path, tail_bytes)
@@ -188,6 +202,26 @@ def listed_files(folder: Path, *, part: Shard | None = None) -> set[str]:
     """Give the names of the images of which the last line, or a part's, says: finished."""
     finished = latest(folder, lambda line: "error" not in line, part=part)
     return {name for name, is_finished in finished.items() if is_finished}
+
+
+def fruitless_stops(folder: Path, part: Shard) -> int:
+    """Count the latest runs of a part, one after the other, that were stopped without an image.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+    part : Shard
+        Which part's manifest to look at the end of.
+
+    Returns
+    -------
+    int
+        0 where the latest run has finished an image, or was not stopped.
+    """
+    lines = deque(read_manifest(folder, tail_bytes=_TAIL_BYTES, part=part), maxlen=1)
+    times = lines[0].get("times") if lines and "stopped" in lines[0] else 0
+    return times if isinstance(times, int) else 0
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -133,11 +134,30 @@ class Plan:
         pixels = self.settings.height * self.settings.width
         return int(len(self.todo) * pixels * _BYTES_PER_PIXEL)
 
+    @cached_property
+    def seconds_each(self) -> float | None:
+        """Seconds of rendering an image; None until some were made here with these settings."""
+        return seconds_per_image(self.folder, fingerprint(self.settings))
+
     @property
     def seconds_expected(self) -> float | None:
         """Seconds of rendering; None until images were made here with these settings."""
-        each = seconds_per_image(self.folder, fingerprint(self.settings))
-        return None if each is None else each * len(self.todo)
+        return None if self.seconds_each is None else self.seconds_each * len(self.todo)
+
+    def shortage(self, batch_size: int, seconds_left: float | None) -> str | None:
+        """Say that a batch takes longer than there is time, and what would help; None otherwise.
+
+        Parameters
+        ----------
+        batch_size : int
+            Images of a batch.
+        seconds_left : float or None
+            Seconds until the run has to stop; None where that is not known.
+        """
+        size = min(batch_size, len(self.todo))
+        if self.seconds_each is None or seconds_left is None:
+            return None
+        return shortage(size, self.seconds_each * size, seconds_left)
 
     @property
     def _unfinished(self) -> tuple[PlanItem, ...]:
@@ -160,6 +180,19 @@ class Plan:
         if seconds is not None and todo:
             lines.append(f"time: about {_duration(seconds)}, going by the images made so far")
         return "\n".join(lines)
+
+
+def shortage(size: int, seconds: float, seconds_left: float) -> str | None:
+    """Say that a batch of `size` images takes longer than is left, and what would help, or None."""
+    if seconds <= seconds_left:
+        return None
+    fitting = int(size * seconds_left / seconds)
+    remedy = f"--batch-size {fitting} or " if fitting else ""
+    return (
+        f"a batch of {size} takes about {_duration(seconds)}, and it is "
+        f"{_duration(seconds_left)} until this run has to stop: nothing of it would be finished; "
+        f"{remedy}a longer time limit helps"
+    )
 
 
 def plan_images(

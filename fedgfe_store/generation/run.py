@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -11,7 +11,12 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.images import read_provenance, remove_stale_temps
 from fedgfe_store.generation.job import Job, Options, Report, log_remark, prepare
-from fedgfe_store.generation.manifest import Manifest, listed_files, timestamp
+from fedgfe_store.generation.manifest import (
+    Manifest,
+    fruitless_stops,
+    listed_files,
+    timestamp,
+)
 from fedgfe_store.generation.pipelines import ImagePipeline
 from fedgfe_store.generation.plan import Plan, PlanItem
 from fedgfe_store.generation.rendering import Renderer
@@ -40,6 +45,9 @@ class GenerationReport:
         Images that could not be made.
     stopped : str or None
         The signal that ended the run early.
+    stuck : bool
+        Whether this run and the one before it were stopped before either finished an image, so
+        that going on in the same way would do so for ever.
     seconds : float
         Time of rendering and writing, without loading the model.
     """
@@ -50,6 +58,7 @@ class GenerationReport:
     elsewhere: int = 0
     failed: tuple[Failure, ...] = ()
     stopped: str | None = None
+    stuck: bool = False
     seconds: float = 0.0
 
     @property
@@ -160,7 +169,8 @@ def render(
         with stop.interrupting():
             pipeline = pipeline or _load(job, report)
     except Stopped:
-        return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason)
+        stuck = _note_stop(job, stop, report)
+        return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
     started = time.perf_counter()
     with Claims(plan.folder) as claims, Manifest(plan.folder, job.shard) as manifest:
 
@@ -175,7 +185,7 @@ def render(
             renderer.run(claims)
     if renderer.gave_up:
         tally.give_up(plan.todo, f"not rendered, since {renderer.gave_up}")
-    return GenerationReport(
+    made = GenerationReport(
         plan,
         done=len(tally.done),
         skipped=_skipped(plan),
@@ -184,6 +194,8 @@ def render(
         stopped=stop.reason,
         seconds=time.perf_counter() - started,
     )
+    fruitless = made.stopped and made.left and not (made.done or made.elsewhere)
+    return replace(made, stuck=_note_stop(job, stop, report)) if fruitless else made
 
 
 def _note_failure(manifest: Manifest, item: PlanItem, error: str, report: Report) -> None:
@@ -191,6 +203,24 @@ def _note_failure(manifest: Manifest, item: PlanItem, error: str, report: Report
         manifest.fail(item.path.name, key=item.key, image=item.number, error=error)
     except OSError as problem:  # the run itself reports the failure too
         report(f"cannot note in the manifest that {item.path.name} has failed: {problem}")
+
+
+def _note_stop(job: Job, stop: Stop, report: Report) -> bool:
+    """Note that a run was stopped without an image; whether the one before it was, too.
+
+    A person's Ctrl-C does not count, since no queue goes on after it. When two runs in a row have
+    been noted, counting begins anew: whoever goes on then has probably changed something.
+    """
+    if stop.reason is None or stop.reason == "SIGINT":
+        return False
+    folder = job.plan.folder
+    stuck = fruitless_stops(folder, job.shard) == 1
+    try:
+        with Manifest(folder, job.shard) as manifest:
+            manifest.stopped(stop.reason, times=2 if stuck else 1)
+    except OSError as error:
+        report(f"cannot note in the manifest of {folder} that no image was finished: {error}")
+    return stuck
 
 
 def _load(job: Job, report: Report) -> ImagePipeline:
