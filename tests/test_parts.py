@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import fill
+from conftest import SMALL, fill
 from generation_fakes import SIZE, FakePipeline, save_random_flux
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,9 +19,10 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation import manifest as manifest_module
 from fedgfe_store.generation import plan as plan_module
+from fedgfe_store.generation.job import prepare
 from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.plan import plan_images
-from fedgfe_store.generation.run import generate
+from fedgfe_store.generation.run import generate, render
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.generation.shards import Shard, places_of
 from fedgfe_store.records import RecordKey
@@ -191,3 +192,25 @@ def test_ranks_are_parts_with_an_array_or_without(plan_of) -> None:
     assert ", part 1/2\n" in result.stdout
     assert IGNORED in result.stderr
     assert ", part 3/8\n" in plan_of({**ARRAY, **ranks}, "--part", "auto").stdout
+
+
+def test_records_that_a_compaction_moves_are_found_without_looking_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
+    fill(store, node=0, round=5, n=200)
+    flux, folder = save_random_flux(tmp_path / "flux"), tmp_path / "images"
+    options = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE, "batch_size": 2}
+    job = prepare(store.select(index=range(0, 200, 2)), folder, limit=4, **options)
+    other = EmbeddingStore.open(store.path)
+    other.delete(index=range(1, 200, 2))
+    assert other.compact().records_moved
+    built, init = [], RecordKey.__init__
+
+    def counted(self: RecordKey, *args: object) -> None:
+        built.append(args)
+        init(self, *args)
+
+    monkeypatch.setattr(RecordKey, "__init__", counted)
+    assert render(job, pipeline=options["pipeline"]).done == 4
+    assert len(built) < 40

@@ -107,7 +107,7 @@ class Plan:
     folder: Path
     limit: int | None = None
 
-    @property
+    @cached_property
     def todo(self) -> tuple[PlanItem, ...]:
         """Images to render in this run."""
         return self._unfinished[: self.limit]
@@ -159,7 +159,7 @@ class Plan:
             return None
         return shortage(size, self.seconds_each * size, seconds_left)
 
-    @property
+    @cached_property
     def _unfinished(self) -> tuple[PlanItem, ...]:
         return tuple(i for i in self.items if i.status != "done" and not i.keep)
 
