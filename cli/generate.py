@@ -99,7 +99,8 @@ def command(
     fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
     """
     from fedgfe_store.generation.job import prepare
-    from fedgfe_store.generation.run import render
+    from fedgfe_store.generation.run import note_stop, render
+    from fedgfe_store.generation.stopping import Stopped
 
     place = _place(options.pop("part"), from_image)
     options = {**options, **place, "keep_negative": not dry_run}
@@ -110,7 +111,13 @@ def command(
             else:
                 selection = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
                 folder = output_dir or default_folder(selection)
-                job = prepare(selection, folder, report=_remark, **options)
+                try:
+                    job = prepare(selection, folder, report=_remark, **options)
+                except Stopped:
+                    if not dry_run and note_stop(folder, place["shard"], stop, _remark):
+                        _print_stuck(stop, "planned")
+                        ctx.exit(1)
+                    raise
             if dry_run or not quiet:
                 _print_plan(job)
             shortage = job.plan.shortage(job.batch_size, stop.seconds_left)
@@ -122,7 +129,7 @@ def command(
             report = render(job, report=_remark, progress=advance, stop=stop)
     _print_result(report)
     if report.stuck:
-        _print_stuck(job, report)
+        _print_stuck(stop, f"finished a batch of {job.batch_size}")
         ctx.exit(1)
     if report.stopped and report.left:
         ctx.exit(STOPPED)
@@ -243,12 +250,11 @@ def _print_plan(job: Job) -> None:
     say(plan.summary(job.batch_size))
 
 
-def _print_stuck(job: Job, report: GenerationReport) -> None:
+def _print_stuck(stop: Stop, what: str) -> None:
     say(
-        f"error: {report.stopped} stopped this run before it finished an image, and the run before "
-        f"it was stopped so, too: expected a batch of {job.batch_size} to be finished in the time "
-        "that there is; it is not to be queued again as it is: a smaller --batch-size or a longer "
-        "time limit helps",
+        f"error: {stop.reason} stopped this run before it had {what}, and the run before it "
+        "finished no image, either: queued again as it is, it would do so for ever; a smaller "
+        "--batch-size or a longer time limit helps",
         err=True,
     )
 

@@ -14,6 +14,7 @@ from generation_fakes import SIZE, FakePipeline, save_random_flux
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
+from fedgfe_store.generation import job
 from fedgfe_store.generation.flux import FluxModel
 from fedgfe_store.generation.manifest import Manifest, read_manifest
 from fedgfe_store.generation.plan import plan_images
@@ -128,8 +129,25 @@ def test_a_job_that_makes_nothing_is_queued_again_once(run, name: str) -> None:
     first, second = run(name), run(name)
     assert (first.exit_code, second.exit_code) == (75, 1)
     assert "if none is in the next run, it ends with an error" in first.output
-    assert f"error: {name} stopped this run before it finished an image" in second.stderr
+    assert f"error: {name} stopped this run before it had finished a batch of 2" in second.stderr
     assert "goes on" not in second.stdout
+    assert run(None).exit_code == 0
+
+
+def test_a_job_that_is_stopped_while_it_plans_is_queued_again_once(
+    run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = job.plan_images
+
+    def interrupted(*args: object, **options: object) -> object:
+        signal.raise_signal(signal.SIGUSR1)
+        return plan(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "plan_images", interrupted)
+        assert run(None, "--dry-run").exit_code == 75
+        assert not (tmp_path / "out").exists()
+        assert [run(None).exit_code for _ in range(2)] == [75, 1]
     assert run(None).exit_code == 0
 
 

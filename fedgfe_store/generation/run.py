@@ -20,6 +20,7 @@ from fedgfe_store.generation.manifest import (
 from fedgfe_store.generation.pipelines import ImagePipeline
 from fedgfe_store.generation.plan import Plan, PlanItem
 from fedgfe_store.generation.rendering import Renderer
+from fedgfe_store.generation.shards import Shard
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.writer import Failure, PictureWriter, Progress, Tally
 
@@ -169,7 +170,7 @@ def render(
         with stop.interrupting():
             pipeline = pipeline or _load(job, report)
     except Stopped:
-        stuck = _note_stop(job, stop, report)
+        stuck = note_stop(plan.folder, job.shard, stop, report)
         return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
     started = time.perf_counter()
     with Claims(plan.folder) as claims, Manifest(plan.folder, job.shard) as manifest:
@@ -195,7 +196,9 @@ def render(
         seconds=time.perf_counter() - started,
     )
     fruitless = made.stopped and made.left and not (made.done or made.elsewhere)
-    return replace(made, stuck=_note_stop(job, stop, report)) if fruitless else made
+    if not fruitless:
+        return made
+    return replace(made, stuck=note_stop(plan.folder, job.shard, stop, report))
 
 
 def _note_failure(manifest: Manifest, item: PlanItem, error: str, report: Report) -> None:
@@ -205,18 +208,29 @@ def _note_failure(manifest: Manifest, item: PlanItem, error: str, report: Report
         report(f"cannot note in the manifest that {item.path.name} has failed: {problem}")
 
 
-def _note_stop(job: Job, stop: Stop, report: Report) -> bool:
-    """Note that a run was stopped without an image; whether the one before it was, too.
+def note_stop(folder: Path, part: Shard, stop: Stop, report: Report) -> bool:
+    """Note in a folder that a run was stopped without an image; whether the one before was, too.
 
     A person's Ctrl-C does not count, since no queue goes on after it. When two runs in a row have
     been noted, counting begins anew: whoever goes on then has probably changed something.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images; made if it is not there.
+    part : Shard
+        Which part of the work the run had.
+    stop : Stop
+        What stopped it.
+    report : callable
+        Hears why it could not be noted.
     """
     if stop.reason is None or stop.reason == "SIGINT":
         return False
-    folder = job.plan.folder
-    stuck = fruitless_stops(folder, job.shard) == 1
+    stuck = fruitless_stops(folder, part) == 1
     try:
-        with Manifest(folder, job.shard) as manifest:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Manifest(folder, part) as manifest:
             manifest.stopped(stop.reason, times=2 if stuck else 1)
     except OSError as error:
         report(f"cannot note in the manifest of {folder} that no image was finished: {error}")
