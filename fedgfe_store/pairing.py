@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fedgfe_store.records import RecordKey
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-def file_ids(records: pd.DataFrame) -> list[str]:
-    """Give what identifies each record's sample, empty where a store does not say."""
-    if "file_id" not in records:
-        return [""] * len(records)
-    return [str(value) for value in records["file_id"]]
 
 
 def sample_numbers(keys: Sequence[RecordKey], file_ids: Sequence[str]) -> list[int]:

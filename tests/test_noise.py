@@ -13,7 +13,6 @@ from PIL import Image
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation import plan as plan_module
 from fedgfe_store.generation.images import image_name, read_provenance
 from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.run import GenerationReport, generate
@@ -33,9 +32,8 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddingStore:
+def store(tmp_path: Path) -> EmbeddingStore:
     """Two rounds of three files, shuffled, and one record of which no file is known."""
-    monkeypatch.setattr(plan_module, "file_ids", lambda frame: frame["sample_id"].tolist())
     store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
     for round_, files in FILES.items():
         add(store, round_, range(3), list(files))
@@ -46,7 +44,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddingStore:
 def add(store: EmbeddingStore, round_: int, index: object, files: object, **options: str) -> None:
     tensors = values(len(index), round_)
     with store.append(node=0, round=round_, **options) as batch:
-        batch.add(split="train", class_name="dog", index=index, sample_id=files, **tensors)
+        batch.add(split="train", class_name="dog", index=index, file_id=files, **tensors)
 
 
 def make(store: EmbeddingStore, folder: Path, flux: Path, **options: object) -> GenerationReport:

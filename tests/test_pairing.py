@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import NEEDS_CHROMIUM, chromium, empty_page
+from conftest import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import expect
 
+from fedgfe_store import EmbeddingStore
+from fedgfe_store.analysis import centroids, drift
 from fedgfe_store.gallery import make_gallery
 from fedgfe_store.generation.images import image_name, key_json, write_png
 from fedgfe_store.pairing import sample_numbers
@@ -159,6 +162,31 @@ def test_a_picture_itself_says_what_file_it_is_of(tmp_path: Path) -> None:
     sample = draw(tmp_path, {key(1, 0): "a/b.wav", key(1, 1): ""})
     (tmp_path / "manifest.jsonl").unlink()
     assert {p.file.name: p.file_id for p in find_pictures(tmp_path)} == sample
+
+
+def test_drift_by_sample_compares_a_file_with_itself(tmp_path: Path) -> None:
+    store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
+    records = shuffled((1, 5))
+    for round_ in (1, 5):
+        own = {k: file for k, file in records.items() if k.round == round_}
+        clip = np.zeros((len(own), 4), np.float32)
+        clip[:, 0] = [10 * CLASSES.index(k.class_name) + int(f[4]) for k, f in own.items()]
+        with store.append(node=0, round=round_) as batch:
+            batch.add(
+                split="train",
+                class_name=[k.class_name for k in own],
+                index=[k.index for k in own],
+                file_id=list(own.values()),
+                t5=np.zeros((len(own), 3, 8), np.float32),
+                clip=clip + (0 if round_ == 1 else 0.5),
+            )
+    by = ("round", "class_name", "index")
+    moved = drift(centroids(store.select(), by, column="clip"))
+    assert moved["index"].tolist() == [*range(FILES)] * len(CLASSES)
+    np.testing.assert_allclose(moved["l2"], 1.0)
+    first = centroids(store.select(round=1), by, column="clip")["centroid"].to_numpy()
+    expected = store.select(round=1).read("clip")
+    assert sorted(map(tuple, first)) == sorted(map(tuple, expected))
 
 
 RECORDS = st.dictionaries(

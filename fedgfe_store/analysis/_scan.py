@@ -92,9 +92,8 @@ def with_values(selection: Selection, column: str) -> Selection:
 def key_frame(selection: Selection, columns: Sequence[str]) -> pd.DataFrame:
     """Return some columns of `Selection.records`, without all of it in memory at once."""
     starts = range(0, max(len(selection), 1), _KEYS_AT_ONCE)
-    parts = [selection.take(slice(s, s + _KEYS_AT_ONCE)).records for s in starts]
-    known = [name for name in columns if name in parts[0]]
-    return pd.concat([part[known] for part in parts], ignore_index=True)
+    parts = [selection.take(slice(s, s + _KEYS_AT_ONCE)).records[list(columns)] for s in starts]
+    return pd.concat(parts, ignore_index=True)
 
 
 def batches(selection: Selection, column: str) -> Iterator[slice]:

@@ -21,7 +21,7 @@ from fedgfe_store.analysis._scan import (
     with_values,
 )
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.pairing import file_ids, sample_numbers
+from fedgfe_store.pairing import sample_numbers
 from fedgfe_store.records import KEY_COLUMNS, RecordKey, check_keys, key_order
 from fedgfe_store.selection import Selection
 
@@ -171,7 +171,7 @@ def _sample_frame(selection: Selection, by: Sequence[str]) -> pd.DataFrame:
         return key_frame(selection, by)
     frame = key_frame(selection, (*KEY_COLUMNS, "file_id"))
     keys = [RecordKey(*row) for row in frame[list(KEY_COLUMNS)].itertuples(index=False)]
-    numbers = sample_numbers(keys, file_ids(frame))
+    numbers = sample_numbers(keys, frame["file_id"].tolist())
     return frame.assign(index=np.array(numbers, np.int64))[list(by)]
 
 

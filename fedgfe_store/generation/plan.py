@@ -23,7 +23,6 @@ from fedgfe_store.generation.settings import (
     settings_json,
 )
 from fedgfe_store.generation.shards import WHOLE, Shard, places_of
-from fedgfe_store.pairing import file_ids
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
@@ -381,7 +380,8 @@ def _list_items(
     keys = selection.key_columns()
     places = places_of(keys, shard)
     own = selection.take(places)
-    facts = zip(places.tolist(), record_digests(own, columns), file_ids(own.records), strict=True)
+    files = own.records["file_id"].tolist()
+    facts = zip(places.tolist(), record_digests(own, columns), files, strict=True)
     records = dict(zip(own.keys(), facts, strict=True))
     if _ignores_case(folder) and _differ_in_case(keys):
         _check_names(selection.keys(), folder)
