@@ -63,7 +63,7 @@ def command(
 
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
-    count = len({(key.node, key.round) for key in selection.keys()})
+    count = len(selection.by_node_and_round())
     with progress(count, "files", quiet=quiet) as advance:
         files = export_checkpoints(
             selection, output_dir, on_file=lambda file: advance(1), **options

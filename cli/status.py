@@ -48,9 +48,11 @@ _SHOWN_REASONS = 5
     help="Images that each record should have [as many as any has had].",
 )
 @click.option(
+    "--parts",
     "--shards",
+    "parts",
     type=click.IntRange(min=1),
-    help="Size of the array to be finished [that of the latest run].",
+    help="Parts that the work is shared out in [those of the latest run].",
 )
 @click.option("--failed", is_flag=True, help="List the failed images with their reasons.")
 @format_option(
@@ -64,7 +66,7 @@ def command(
     output_dir: Path | None,
     by: list[str] | None,
     images_per_record: int | None,
-    shards: int | None,
+    parts: int | None,
     failed: bool,
     form: str,
 ) -> None:
@@ -99,7 +101,7 @@ def command(
     _print_stale(status)
     if failed and status.totals["failed"]:
         _print_failures(status)
-    _print_rest(status, shards)
+    _print_rest(status, parts)
 
 
 def _failures(status: ImageStatus) -> pd.DataFrame:
@@ -119,7 +121,8 @@ def _print_head(selection: Selection, status: ImageStatus) -> None:
 def _print_settings(made_with: Mapping[str, Any]) -> None:
     first = ("model", "revision", "dtype", "steps", "height", "width")
     model, revision, dtype, steps, height, width = (made_with.get(name, "?") for name in first)
-    rest = {k: v for k, v in made_with.items() if k not in first and v is not None}
+    hidden = (*first, "noise")
+    rest = {k: v for k, v in made_with.items() if k not in hidden and v is not None}
     click.echo(f"model: {model} ({str(revision)[:12]}), {dtype}")
     shown = [f"{steps} steps", f"{width}x{height}", *(f"{k} {v}" for k, v in rest.items())]
     click.echo(f"settings: {', '.join(shown)}")
@@ -149,11 +152,11 @@ def _print_failures(status: ImageStatus) -> None:
     click.echo()
 
 
-def _print_rest(status: ImageStatus, shards: int | None) -> None:
+def _print_rest(status: ImageStatus, parts: int | None) -> None:
     from fedgfe_store.generation.manifest import shard_count
 
     unfinished = status.totals["all"] - status.totals["done"]
-    count = shards or shard_count(status.folder)
+    count = parts or shard_count(status.folder)
     if not unfinished:
         click.echo("nothing is missing")
     elif count is None:

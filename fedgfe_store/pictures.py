@@ -19,7 +19,7 @@ from fedgfe_store.generation.images import inspect_image
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
-_OWN = ("seed", "digests", "created", "seconds", "bytes")
+_OWN = ("file_id", "seed", "digests", "created", "seconds", "bytes")
 _READERS = 8
 _IDENTITY = ("file", "key", "image")
 
@@ -38,12 +38,15 @@ class Picture:
         Which image of the record it is, from 0.
     size : tuple of int
         Width and height in pixels.
+    file_id : str
+        What identifies its sample; empty where that is not known.
     """
 
     file: Path
     key: RecordKey
     number: int = 0
     size: tuple[int, int] = (1, 1)
+    file_id: str = ""
 
 
 def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any) -> list[Picture]:
@@ -107,7 +110,7 @@ def _all(folder: Path) -> Iterator[Picture]:
     for path, known in read_pictures(folder).items():
         size = None if isinstance(known, str) else _size(known.shared)
         if size is not None and not isinstance(known, str):
-            yield Picture(path, known.key, known.image, size)
+            yield Picture(path, known.key, known.image, size, known.file_id)
 
 
 @lru_cache(maxsize=64)
@@ -145,7 +148,7 @@ class ListedPicture:
     image : int
         Which image of the record, from 0.
     own : mapping
-        What differs from picture to picture: seed, digests, time, seconds, bytes.
+        What differs from picture to picture: ``file_id``, seed, digests, time, seconds, bytes.
     shared : str
         All else of its provenance, as JSON: the same for many pictures.
     """
@@ -155,6 +158,11 @@ class ListedPicture:
     image: int
     own: Mapping[str, Any]
     shared: str
+
+    @property
+    def file_id(self) -> str:
+        """What identifies its sample; empty where that is not known."""
+        return str(self.own.get("file_id") or "")
 
 
 def listed_pictures(folder: Path) -> dict[str, ListedPicture]:

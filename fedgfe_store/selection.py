@@ -191,6 +191,13 @@ class Selection:
         """Return the records' keys."""
         return self._snapshot.keys(self.rows)
 
+    def key_columns(self) -> dict[str, np.ndarray]:
+        """Return the key columns of the records as they stand, without an object for each.
+
+        That they belong together is checked where a record is used: by `keys`, `records`, `read`.
+        """
+        return {name: self._snapshot.column_at(name, self.rows) for name in KEY_COLUMNS}
+
     def by_node_and_round(self) -> dict[tuple[str, int], np.ndarray]:
         """Return the positions of the records, int64 ``[n]``, of each node and round."""
         import pandas as pd
