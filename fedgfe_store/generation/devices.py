@@ -28,6 +28,11 @@ def choose_device(device: str | None, *, local: int | None = None) -> str:
     local : int, optional
         Which GPU is this process's own, where several processes share a machine.
 
+    Returns
+    -------
+    str
+        The device; a GPU with its number, since torch does not take it without one everywhere.
+
     Raises
     ------
     SchemaMismatchError
@@ -38,17 +43,19 @@ def choose_device(device: str | None, *, local: int | None = None) -> str:
     if device == "cuda" and local is not None:
         device = f"cuda:{local}"
     try:
-        if torch.empty(0, device=device).is_meta:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise SchemaMismatchError(
             f"device: expected one of this machine, got {device!r} ({reason})"
         ) from None
-    if torch.device(device).type == "cuda":
-        # Streams, and what torch says of bfloat16, are the current device's.
-        torch.cuda.set_device(torch.device(device))
-    return device
+    if found.type != "cuda":
+        return device
+    # Streams, and what torch says of bfloat16, are the current device's.
+    torch.cuda.set_device(found)
+    return str(found)
 
 
 def choose_dtype(dtype: str | None, device: str) -> tuple[str, str | None]:
