@@ -132,3 +132,35 @@ def test_score(made: Made, cards: Cards, words: list[str]) -> None:
     for one, other in zip(expected, got, strict=True):
         assert other == {**one, "similarity": pytest.approx(one["similarity"], abs=1e-5)}
     assert cards.taken(0) > before
+
+
+def refused(store: Path, *words: object) -> str:
+    result = CliRunner().invoke(group, ["--store", str(store), *map(str, words)])
+    assert result.exit_code == 1, result.output
+    return result.stderr.splitlines()[-1]
+
+
+def test_weights_that_do_not_fit_are_told_in_a_line(
+    made: Made, cards: Cards, tmp_path: Path
+) -> None:
+    cards.limit(0, 1)
+    place = ("--offload", "none", "--output-dir", tmp_path)
+    said = refused(made.store, "generate", "--model", made.flux, *place)
+    assert said.startswith(
+        "error: out of memory loading the model flux in bfloat16 on cuda:0, offload none (CUDA"
+    )
+    assert said.endswith("--offload model or group or sequential may help")
+
+
+def test_encoders_and_clip_that_do_not_fit_are_told_in_a_line(
+    made: Made, cards: Cards, tmp_path: Path
+) -> None:
+    cards.limit(0, 1)
+    words = ("encode", "--model", made.flux, "--class", "dog", "--offload", "none")
+    said = refused(tmp_path / "texts.zarr", *words)
+    assert said.startswith("error: out of memory loading the text encoders of flux in bfloat16 on")
+    assert said.endswith("--offload model or sequential may help")
+    words = ("score", "--clip-model", made.clip, "--input-dir", made.pictures, "--quiet")
+    said = refused(made.store, *words)
+    assert said.startswith(f"error: out of memory loading the model {made.clip} onto cuda:0 (CUDA")
+    assert said.endswith("--device cpu may help")
