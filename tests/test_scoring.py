@@ -16,18 +16,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import fill
-from generation_fakes import letters, save_random_flux
+from generation_fakes import save_random_clip, save_random_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_gallery import SETTINGS, add
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-)
+from transformers import CLIPModel, CLIPProcessor
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
@@ -40,31 +33,7 @@ CLASSES = ["dog", "cat", "water_tap"]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """A CLIP of random weights for pictures of 16 x 16 and prompts of letters."""
-    folder = tmp_path_factory.mktemp("clip") / "model"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    text = CLIPTextConfig(
-        **sizes,
-        vocab_size=54,
-        num_hidden_layers=1,
-        max_position_embeddings=40,
-        bos_token_id=52,
-        eos_token_id=53,
-    )
-    vision = CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=16, patch_size=4)
-    model = CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
-    )
-    torch.manual_seed(4)
-    with torch.no_grad():
-        # Weights as small as those of training's start give nearly the same vector for all.
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5)
-    model.save_pretrained(folder)
-    crop = {"height": 16, "width": 16}
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=crop)
-    CLIPProcessor(images, letters(folder.parent, 40)).save_pretrained(folder)
-    return folder
+    return save_random_clip(tmp_path_factory.mktemp("clip") / "model")
 
 
 @pytest.fixture
