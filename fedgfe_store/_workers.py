@@ -12,6 +12,7 @@ from __future__ import annotations
 import _thread
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from functools import cache
 from queue import Empty, SimpleQueue
@@ -117,6 +118,57 @@ class Thread:
         finally:
             self._done = True
             self._ended.put(None)
+
+
+class Line:
+    """Calls that are made one after another, in a thread that begins with the first.
+
+    Every method may be interrupted anywhere, and called again.
+
+    Parameters
+    ----------
+    name : str
+        Name of the thread.
+    owner : object
+        Where nobody holds it any more, the thread ends after the calls that are there.
+    """
+
+    def __init__(self, name: str, owner: object) -> None:
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        # The queue's own method: an interruption in Python code that is called back would be lost.
+        self._owner = weakref.ref(owner, self._calls.put)
+        self._thread = Thread(self._work, name)
+
+    def submit(self, call: Callable[[], object]) -> None:
+        """Make `call`, which must not raise, after those that came before."""
+        self._calls.put(call)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until all calls that were submitted before this have been made."""
+        reached: SimpleQueue[None] = SimpleQueue()
+        self.submit(lambda: reached.put(None))
+        reached.get()
+
+    def close(self) -> None:
+        """Make the calls that are there, and end the thread; later ones need another `close`."""
+        self._calls.put(None)
+        self._thread.join()
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except Empty:
+                return
+            if call is not None:
+                call()
+
+    def _work(self) -> None:
+        while True:
+            call = self._calls.get()
+            if call is None or call is self._owner:
+                return
+            call()
+            del call
 
 
 class Pool:

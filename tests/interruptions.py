@@ -25,13 +25,13 @@ class Strike:
 
     Parameters
     ----------
-    files : str
+    files : str or tuple of str
         How their names end, for those of the package; Python's own of threads are added.
     step : int
         Which step; a step is what one instruction of Python's virtual machine does.
     """
 
-    def __init__(self, files: str, step: int) -> None:
+    def __init__(self, files: str | tuple[str, ...], step: int) -> None:
         self.place = ""
         self._files, self._step = files, step
 
@@ -52,7 +52,9 @@ class Strike:
         return self._within
 
 
-def strikes(call: Callable[[], object], files: str, *, every: int = 1) -> Iterator[str]:
+def strikes(
+    call: Callable[[], object], files: str | tuple[str, ...], *, every: int = 1
+) -> Iterator[str]:
     """Interrupt `call` at its first step in `files`, call it again, interrupt its second, ...
 
     Yields

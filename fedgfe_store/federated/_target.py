@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ class Target:
         self._precision: Precision = precision or "float32"
         self._metadata, self._if_exists, self._timeout = metadata, if_exists, timeout
         self._images_dir = images_dir
-        self._lock = threading.Lock()
+        self._first: dict[str, Schema] = {}
         self._store: EmbeddingStore | None
         try:
             self._store = EmbeddingStore.open(path)
@@ -66,11 +65,13 @@ class Target:
 
     def arrange(self, given: dict[str, Any]) -> tuple[Schema, dict[str, torch.Tensor]]:
         """Return the schema, that of the first records if the store is new, and `arranged`."""
-        with self._lock:
-            columns = arranged(given, self.schema)
-            if self.schema is None:
-                self.schema = schema_of(columns, self._precision, self._metadata)
-            schema = self.schema
+        schema = self.schema
+        columns = arranged(given, schema)
+        if schema is None:
+            made = schema_of(columns, self._precision, self._metadata)
+            schema = self.schema = self._first.setdefault("of any thread", made)
+            if schema is not made:
+                columns = arranged(given, schema)
         for column in schema.tensors:
             if column.name not in columns and not column.optional:
                 raise SchemaMismatchError(
