@@ -138,20 +138,26 @@ class Line:
         # The queue's own method: an interruption in Python code that is called back would be lost.
         self._owner = weakref.ref(owner, self._calls.put)
         self._thread = Thread(self._work, name)
+        self._begun = False
 
     def submit(self, call: Callable[[], object]) -> None:
         """Make `call`, which must not raise, after those that came before."""
+        self._begun = True
         self._calls.put(call)
         self._thread.start()
 
     def wait(self) -> None:
         """Wait until all calls that were submitted before this have been made."""
+        if not self._begun:
+            return
         reached: SimpleQueue[None] = SimpleQueue()
         self.submit(lambda: reached.put(None))
         reached.get()
 
     def close(self) -> None:
         """Make the calls that are there, and end the thread; later ones need another `close`."""
+        if not self._begun:
+            return
         self._calls.put(None)
         self._thread.join()
         while True:

@@ -28,7 +28,9 @@ class Target:
     precision : {"float32", "bfloat16"} or None
         How a new store keeps values; one that is there must keep them so, unless None.
     metadata : Metadata
-        Of a new store.
+        Of a new store; encoder and experiment are compared with those of one that is there.
+    other_experiment : bool
+        Whether it is meant that the store is of another experiment.
     if_exists : {"error", "replace", "skip"}
         See `EmbeddingStore.append`.
     timeout : float
@@ -43,6 +45,7 @@ class Target:
         *,
         precision: Precision | None,
         metadata: Metadata,
+        other_experiment: bool,
         if_exists: IfExists,
         timeout: float,
         images_dir: str | None,
@@ -50,7 +53,7 @@ class Target:
         self.path = path
         self._precision: Precision = precision or "float32"
         self._metadata, self._if_exists, self._timeout = metadata, if_exists, timeout
-        self._images_dir = images_dir
+        self._images_dir, self._other_experiment = images_dir, other_experiment
         self._first: dict[str, Schema] = {}
         self._store: EmbeddingStore | None
         try:
@@ -58,6 +61,8 @@ class Target:
             self.schema: Schema | None = self._store.schema
         except NotFoundError:
             self._store = self.schema = None
+        if self._store is not None:
+            self._check_known(self._store.schema.metadata)
         if precision and self.schema is not None and self.schema.precision != precision:
             raise SchemaMismatchError(
                 f"precision: expected {self.schema.precision!r} as in {path}, got {precision!r}"
@@ -109,7 +114,24 @@ class Target:
                 raise
             store = EmbeddingStore.open(self.path)  # made by another process meanwhile
         store.schema.check_fits(self.schema, f"recording to {self.path}")
+        self._check_known(store.schema.metadata)
         return store
+
+    def _check_known(self, known: Metadata) -> None:
+        """Refuse a store of another encoder or experiment; where a name is missing nothing is."""
+        encoder, experiment = self._metadata.encoder, self._metadata.experiment
+        if encoder and known.encoder and encoder != known.encoder:
+            raise SchemaMismatchError(
+                f"encoder: expected {known.encoder!r} as in {self.path}, got {encoder!r}"
+            )
+        if self._other_experiment or not (experiment and known.experiment):
+            return
+        if experiment != known.experiment:
+            raise SchemaMismatchError(
+                f"experiment: expected {known.experiment!r} as in {self.path}, got {experiment!r}: "
+                f"one would replace rounds of the other; record to another store, or say that it "
+                f"is meant by other_experiment=True (feda2v.embeddings_other_experiment)"
+            )
 
     def finished(self, records: RecordBatch) -> RecordBatch:
         """Fill in what follows from a record's key: the file name of its image."""

@@ -33,6 +33,10 @@ class EmbeddingSource:
         How a new store keeps values, see `Recorder`.
     embedding_on_error : {"raise", "warn"}
         Whether a problem of the store ends the training, see `Recorder`.
+    embedding_other_experiment : bool
+        Whether it is meant that the store is of an experiment of another name than
+        `embedding_metadata` gives, see `Recorder`; in a configuration
+        ``feda2v.embeddings_other_experiment``.
     missing_embeddings : tuple of Missing
         Under ``"warn"``: the rounds that could not be recorded, and have not been since. The
         server's has those of all nodes that `EmbeddingServerMixin.save_round_embeddings` records.
@@ -41,6 +45,7 @@ class EmbeddingSource:
     embedding_splits: tuple[str, ...] = ("train", "val", "test")
     embedding_precision: Precision | None = None
     embedding_on_error: OnError = "raise"
+    embedding_other_experiment: bool = False
     missing_embeddings: tuple[Missing, ...] = ()
 
     def iter_embeddings(self, split: str) -> Iterable[EmbeddingBatch | Mapping[str, Any]] | None:
@@ -78,7 +83,9 @@ class EmbeddingSource:
     def embedding_metadata(self, checkpoint_dir: Path) -> Metadata:
         """Return what a new store knows of the experiment.
 
-        By default it is named after the folder of checkpoints. Classes join as they are recorded.
+        By default it is named after the folder of checkpoints; that name is not compared with the
+        store's, which may have been moved or named otherwise. One that a host class gives is: a
+        store of an experiment of another name is refused. Classes join as they are recorded.
         """
         return Metadata(experiment=checkpoint_dir.resolve().name or None)
 
@@ -97,8 +104,9 @@ class EmbeddingSource:
         self._keep_missing(recorder, number, str(self.embedding_node))
         return path
 
-    def _recorder(self, path: Path, *, background: bool) -> Recorder:
+    def _recorder(self, path: Path, *, background: bool, other: bool = False) -> Recorder:
         metadata = self.embedding_metadata(path.parent)
+        by_folder = type(self).embedding_metadata is EmbeddingSource.embedding_metadata
         images = getattr(self, "images_output_dir", None) or "output_images"
         return Recorder(
             path,
@@ -106,6 +114,7 @@ class EmbeddingSource:
             on_error=self.embedding_on_error,
             precision=self.embedding_precision,
             metadata=metadata,
+            other_experiment=other or by_folder or self.embedding_other_experiment,
             images_dir=f"{images}/{metadata.experiment}" if metadata.experiment else str(images),
         )
 
@@ -222,7 +231,8 @@ class EmbeddingServerMixin(EmbeddingSource):
         Raises
         ------
         SchemaMismatchError
-            If a value does not fit, or a client lacks `EmbeddingClientMixin`.
+            If a value does not fit, a client lacks `EmbeddingClientMixin`, or the store that is
+            there is of another experiment, encoder or precision.
         """
         settings = RecordingSettings.read(self._feda2v())
         clients = self._embedding_clients()
@@ -233,6 +243,8 @@ class EmbeddingServerMixin(EmbeddingSource):
                     f"save_embeddings_to_checkpoint, got a {type(client).__name__} without; add "
                     f"EmbeddingClientMixin to its bases"
                 )
+        if settings.enabled:
+            self._round_recorder(settings).close()  # a store that does not fit is found here
         _log.info("%s", settings.describe(len(clients)))
         self._embedding_settings = settings
         return settings
@@ -263,7 +275,7 @@ class EmbeddingServerMixin(EmbeddingSource):
         if not any(due):
             return None
         clients = self._embedding_clients() if due[0] else []
-        with self._recorder(settings.store_path, background=True) as recorder:
+        with self._round_recorder(settings) as recorder:
             token = _of_this_round.set(recorder)
             try:
                 for client in clients:
@@ -278,6 +290,9 @@ class EmbeddingServerMixin(EmbeddingSource):
                 _of_this_round.reset(token)
         self._keep_missing(recorder, number)
         return settings.store_path
+
+    def _round_recorder(self, settings: RecordingSettings) -> Recorder:
+        return self._recorder(settings.store_path, background=True, other=settings.other_experiment)
 
     def _feda2v(self) -> Any:
         config = getattr(self, "config", None)

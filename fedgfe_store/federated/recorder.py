@@ -95,7 +95,10 @@ class Recorder:
         must keep them so.
     metadata : Metadata, optional
         What a store that is made here knows of the experiment. Classes join as they are
-        recorded. An encoder that differs from that of a store that is there is refused.
+        recorded. An encoder or an experiment's name that differs from that of a store that is
+        there is refused at once; where either has no name there is nothing to compare.
+    other_experiment : bool
+        Record to a store of an experiment of another name; what has the same keys is replaced.
     images_dir : str, optional
         Folder that ``image_path`` in the records' ``extra`` names, as FedGFE's checkpoints do.
     timeout : float
@@ -129,6 +132,7 @@ class Recorder:
         buffer_bytes: int = BUFFER_BYTES,
         precision: Precision | None = None,
         metadata: Metadata | None = None,
+        other_experiment: bool = False,
         images_dir: str | None = None,
         timeout: float = LOCK_TIMEOUT,
     ) -> None:
@@ -141,6 +145,7 @@ class Recorder:
             self.path,
             precision=precision,
             metadata=metadata or Metadata(),
+            other_experiment=other_experiment,
             if_exists=if_exists,
             timeout=timeout,
             images_dir=images_dir,
