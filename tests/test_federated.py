@@ -823,12 +823,16 @@ def test_a_recorder_that_nobody_holds_any_more_is_written(store):
 
 def test_a_forked_process_that_leaves_an_open_block_touches_nothing_of_its_parents(store):
     code = """
+import torch
+from torch.utils.data import DataLoader
 before = os.getpid()
 try:
     with recorder:
         put(1)
         with recorder.record(node=0, round=2) as batch:
             batch.add(split="train", class_name="dog", index=range(4), **values(4))
+            loader = DataLoader([1, 2, 3], num_workers=2, multiprocessing_context="fork", timeout=50)
+            print(torch.stack(list(loader)).sum().item(), flush=True)
             for way in ("raise", "leave", "exit"):
                 child = os.fork()
                 if child == 0:
@@ -852,6 +856,7 @@ if os.getpid() != before:
     done = run(store, code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
+        "6",
         "ConflictError",
         "raise 6",
         "ConflictError",

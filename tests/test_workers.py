@@ -213,17 +213,26 @@ FORK = """
 import os, sys
 from conftest import fill
 from fedgfe_store import EmbeddingStore
+from fedgfe_store.errors import ConflictError
 
 store = EmbeddingStore.open(sys.argv[1])
 store.select().read("t5")
+ahead = iter(store.select().batches(2))
+next(ahead)
 child = os.fork()
 if not child:
     code = 1
     try:
+        try:
+            next(ahead)
+        except ConflictError as error:
+            assert "are read ahead by a thread of process" in str(error)
+        del ahead
         fill(store, node=0, round=2)
         code = 0 if len(store.select().read("t5")) == 12 else 2
     finally:
         os._exit(code)
+list(ahead)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 

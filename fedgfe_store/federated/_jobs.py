@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fedgfe_store.federated._pages import Page, page_records
+from fedgfe_store.federated._runs import Run
 from fedgfe_store.federated._target import Target
 from fedgfe_store.records import RecordBatch, RecordKey
 from fedgfe_store.schema import Schema
@@ -100,19 +101,19 @@ class Job:
         How many there are so far.
     committed : bool
         Whether they are on the disk.
-    added, replaced, skipped : int
+    added, replaced, skipped, removed : int
         As of `AppendBatch`, once they are.
     left_out : list of LeftOut
         Records that were not written, once the others are.
     """
 
-    def __init__(self, node: str, round: int, pool: Pool) -> None:
+    def __init__(self, node: str, round: int, pool: Pool, run: Run) -> None:
         self.node, self.round = node, round
-        self.added = self.replaced = self.skipped = 0
+        self.added = self.replaced = self.skipped = self.removed = 0
         self.records = 0
         self.committed = False
         self.left_out: list[LeftOut] = []
-        self._pool = pool
+        self._pool, self._run = pool, run
         self._pages: SimpleQueue[Page | None] = SimpleQueue()
         self._dropped = self._over = False
         self._given = self._wanted = 0
@@ -138,17 +139,27 @@ class Job:
         self._pages.put(None)
 
     def write(self, target: Target) -> None:
-        """Commit the records as they come; nothing if the job is dropped."""
+        """Commit the records as they come; nothing if the job is dropped.
+
+        The first of this run take the place of what earlier runs left of their node, round and
+        split: after a restart the same samples may come under other indices.
+        """
+        splits: set[str] = set()
         try:
-            with target.append(self.node, self.round) as batch:
+            with target.append(self.node, self.round, self._run.source) as batch:
                 while (page := self._next()) is not None:
                     records = page.records()
                     self._pool.give_back(page)
+                    splits.update(records.columns["split"].tolist())
                     records = self._finite(target.finished(records), target.precision)
                     if len(records):
                         batch.add_records(records)
-            self.added, self.replaced = batch.added, batch.replaced
+                for split in sorted(splits) if target.supersedes else ():
+                    if self._run.is_new(self.node, self.round, split):
+                        batch.supersede(node=self.node, round=self.round, split=split)
+            self.added, self.replaced, self.removed = batch.added, batch.replaced, batch.removed
             self.skipped, self.committed = batch.skipped, True
+            self._run.keep(self.node, self.round, splits)
         except _Dropped:
             return
         finally:

@@ -33,6 +33,9 @@ class RoundBatch:
     added, replaced, skipped : int
         Once committed: records that are new, that took another's place, and that the store has
         already.
+    removed : int
+        Once committed: records that an earlier run left of this node, round and split, and that
+        did not come again.
     left_out : tuple of LeftOut
         Once committed: the records that were not written, as their values are not finite.
     """
@@ -63,6 +66,11 @@ class RoundBatch:
         return self._job.skipped
 
     @property
+    def removed(self) -> int:
+        """Records of an earlier run that are gone."""
+        return self._job.removed
+
+    @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """Records that were not written."""
         return tuple(self._job.left_out)
@@ -74,6 +82,7 @@ class RoundBatch:
         class_name: Any,
         index: Any = None,
         sample_id: Any = None,
+        file_id: Any = None,
         image_filename: Any = None,
         audio_path: Any = None,
         timestamp: Any = None,
@@ -89,8 +98,9 @@ class RoundBatch:
         index : int or sequence of int, optional
             Number of each sample within node, split and class. By default they are counted in
             the order in which they come in this block, which then must be the same each round.
-        sample_id, image_filename, audio_path : str or sequence of str, optional
-            What else is known; by default the guide's file name, ``node_0_train_dog_0_r5.png``.
+        sample_id, file_id, image_filename, audio_path : str or sequence of str, optional
+            What else is known: which sample it is, in the data set and as a file, whatever its
+            index; by default the guide's file name, ``node_0_train_dog_0_r5.png``.
         timestamp : datetime or sequence of datetime, optional
             By default when the block was opened; without a time zone it is UTC.
         extra : dict or sequence of dict, optional
@@ -115,6 +125,7 @@ class RoundBatch:
         keys |= {"class_name": class_name, "index": numbers}
         notes = {
             "sample_id": sample_id,
+            "file_id": file_id,
             "image_filename": image_filename,
             "audio_path": audio_path,
             "timestamp": self._started if timestamp is None else timestamp,

@@ -33,6 +33,8 @@ class Target:
         Whether it is meant that the store is of another experiment.
     if_exists : {"error", "replace", "skip"}
         See `EmbeddingStore.append`.
+    keep_earlier : bool
+        Whether what earlier runs left of a round stays, see `Recorder`.
     timeout : float
         Seconds to wait for another writer.
     images_dir : str or None
@@ -47,12 +49,14 @@ class Target:
         metadata: Metadata,
         other_experiment: bool,
         if_exists: IfExists,
+        keep_earlier: bool,
         timeout: float,
         images_dir: str | None,
     ) -> None:
         self.path = path
         self._precision: Precision = precision or "float32"
         self._metadata, self._if_exists, self._timeout = metadata, if_exists, timeout
+        self.supersedes = if_exists == "replace" and not keep_earlier
         self._images_dir, self._other_experiment = images_dir, other_experiment
         self._first: dict[str, Schema] = {}
         self._store: EmbeddingStore | None
@@ -92,7 +96,7 @@ class Target:
         """How the store keeps values."""
         return self._precision if self.schema is None else self.schema.precision
 
-    def append(self, node: str | int, round: int) -> AppendBatch:
+    def append(self, node: str | int, round: int, source: str) -> AppendBatch:
         """Open a commit of one node and round."""
         if self._store is None:
             self._store = self._made()
@@ -102,6 +106,7 @@ class Target:
             round=round,
             if_exists=self._if_exists,
             encoder=self._metadata.encoder,
+            source=source,
             timeout=self._timeout,
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedgfe_store.checkpoints.sources import STORE_NAME
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.federated._runs import Run
 from fedgfe_store.federated.batches import EmbeddingBatch, is_empty
 from fedgfe_store.federated.recorder import Missing, OnError, Recorder, RoundBatch
 from fedgfe_store.federated.settings import DEFAULT_DIR, RecordingSettings
@@ -33,6 +34,9 @@ class EmbeddingSource:
         How a new store keeps values, see `Recorder`.
     embedding_on_error : {"raise", "warn"}
         Whether a problem of the store ends the training, see `Recorder`.
+    embedding_keep_earlier : bool
+        Whether what earlier runs left of a node, round and split stays when it is recorded
+        again, see `Recorder`.
     embedding_other_experiment : bool
         Whether it is meant that the store is of an experiment of another name than
         `embedding_metadata` gives, see `Recorder`; in a configuration
@@ -45,6 +49,7 @@ class EmbeddingSource:
     embedding_splits: tuple[str, ...] = ("train", "val", "test")
     embedding_precision: Precision | None = None
     embedding_on_error: OnError = "raise"
+    embedding_keep_earlier: bool = False
     embedding_other_experiment: bool = False
     missing_embeddings: tuple[Missing, ...] = ()
 
@@ -111,6 +116,7 @@ class EmbeddingSource:
         return Recorder(
             path,
             background=background,
+            keep_earlier=self.embedding_keep_earlier,
             on_error=self.embedding_on_error,
             precision=self.embedding_precision,
             metadata=metadata,
@@ -119,7 +125,9 @@ class EmbeddingSource:
         )
 
     def _record(self, recorder: Recorder, splits: Iterable[str], number: int) -> None:
-        with recorder.record(node=self.embedding_node, round=number) as batch:
+        # A run is as long as the host lives, whichever recorder it comes to.
+        run: Run = vars(self).setdefault("_embeddings_run", Run())
+        with recorder._block(self.embedding_node, number, run) as batch:
             for split in splits:
                 self._add(batch, split)
 
@@ -159,7 +167,8 @@ class EmbeddingClientMixin(EmbeddingSource):
         """Record this node's embeddings, as one commit.
 
         Saving split by split adds to what is there. Saving again replaces the records that come
-        again.
+        again. What another host object, such as that of a run that was killed, left of this node,
+        round and split is replaced as a whole when it is saved for the first time.
 
         Parameters
         ----------

@@ -21,6 +21,7 @@ from fedgfe_store._append import IfExists
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
 from fedgfe_store.federated._jobs import Job, LeftOut, Pool
 from fedgfe_store.federated._round import RoundBatch
+from fedgfe_store.federated._runs import Run
 from fedgfe_store.federated._target import Target
 from fedgfe_store.federated.settings import whole_number
 from fedgfe_store.records import checked_keys
@@ -78,8 +79,15 @@ class Recorder:
     every : int
         Which rounds are `due`: those that it divides; 0 for none.
     if_exists : {"replace", "error", "skip"}
-        What to do with a record that the store has already, as after a restart. Records are
-        replaced one by one: those of the same node and round that do not come again stay.
+        What to do with a record that the store has already, as after a restart. With
+        ``"replace"`` the first block of this recorder for a node, round and split takes the place
+        of all that earlier runs left of it, in the same commit, and the log says how many records
+        went: training data comes shuffled, so the same samples may come under other indices.
+        Further blocks of this recorder add to it. With ``"skip"`` and ``"error"`` records are
+        compared by key alone, and what does not come again stays.
+    keep_earlier : bool
+        Under ``"replace"``, keep what does not come again, too: where several processes, each
+        with its recorder, record parts of one node, round and split.
     on_error : {"raise", "warn"}
         What a problem of the store, such as a full disk, does: ``"raise"`` raises it from the
         next call of `record`, `flush` or `close`; ``"warn"`` logs it, lists the round in
@@ -127,6 +135,7 @@ class Recorder:
         *,
         every: int = 1,
         if_exists: IfExists = "replace",
+        keep_earlier: bool = False,
         on_error: OnError = "raise",
         background: bool = True,
         buffer_bytes: int = BUFFER_BYTES,
@@ -147,9 +156,11 @@ class Recorder:
             metadata=metadata or Metadata(),
             other_experiment=other_experiment,
             if_exists=if_exists,
+            keep_earlier=keep_earlier,
             timeout=timeout,
             images_dir=images_dir,
         )
+        self._run = Run()
         self._pool = Pool(whole_number("buffer_bytes", buffer_bytes))
         self._line = _workers.Line("fedgfe-store-recorder", self)
         self._process = os.getpid()
@@ -198,11 +209,15 @@ class Recorder:
         FedgfeStoreError or OSError
             What became of an earlier block, under ``on_error="raise"``.
         """
+        return self._block(node, round, self._run)
+
+    def _block(self, node: str | int, round: int, run: Run) -> RoundBatch:
+        """As `record`, as a part of `run`."""
         self._check_usable()
         self._raise_errors()
         key = {"node": node, "round": round, "split": "-", "class_name": "-", "index": 0}
         columns = checked_keys(key, 1)
-        job = Job(str(columns["node"][0]), int(columns["round"][0]), self._pool)
+        job = Job(str(columns["node"][0]), int(columns["round"][0]), self._pool, run)
         return RoundBatch(self, job, self._target, self._pool)
 
     def flush(self) -> None:
@@ -326,6 +341,13 @@ class Recorder:
     def _keep_success(self, job: Job) -> None:
         self._missing.pop((job.node, job.round), None)
         self._left_out += job.left_out
+        if job.removed:
+            _log.warning(
+                "%s: %s: recorded anew; %d records that an earlier run left of it are gone",
+                self.path,
+                job,
+                job.removed,
+            )
         if job.left_out:
             left = [str(each) for each in job.left_out]
             _log.warning("%s: left out of %s: %s", self.path, job, _listed(left))
