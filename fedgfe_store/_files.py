@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from fedgfe_store import _workers
 
-_TEMPORARY = (".partial", ".tmp")
+TEMPORARY = ".tmp"
+"""How the names of files end that are not in place yet."""
+_LEFT_HALF_WRITTEN = (".partial", TEMPORARY)
 
 
 def sync_file(path: Path) -> None:
@@ -29,6 +31,9 @@ def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:
         os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(handle)
 
@@ -41,12 +46,12 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
 
 @contextmanager
 def flushed(path: str | Path, *, name: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a new file that is on the disk when the block ends.
+    """Open a file that is not there yet; it is on the disk when the block ends.
 
     What the system refuses names `name`, or the file: writing and flushing do not say which.
     """
     try:
-        with open(path, "wb") as file:
+        with open(path, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -70,34 +75,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Put several files in place of others; the disk gathers the flushes of all of them.
-
-    After a crash each file is the old one or the new one.
-    """
-    pool = _workers.writers()
-    temporaries = {path: temporary_of(path) for path in contents}
-    try:
-        _workers.run(
-            pool, _write_flushed, zip(temporaries.values(), contents.values(), strict=True)
-        )
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    except BaseException:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folders(contents)
-
-
 def temporary_of(path: Path) -> Path:
     """Return a name beside `path` for a file that takes its place when it is whole."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with flushed(path) as file:
-        file.write(data)
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def sync_folders(files: Iterable[Path]) -> None:
@@ -125,7 +105,7 @@ def make_folders(path: Path) -> None:
 
 def is_temporary(path: Path) -> bool:
     """Whether `path` is a file that a killed writer left half written."""
-    return path.name.endswith(_TEMPORARY) and path.is_file()
+    return path.name.endswith(_LEFT_HALF_WRITTEN) and path.is_file()
 
 
 def remove_temporary(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numcodecs import blosc
 
-from fedgfe_store import _checksums, _files
+from fedgfe_store import _checksums
 from fedgfe_store._checksums import UnreadableError, checksum, unsealed
 
 _ABSENT = 2**64 - 1
@@ -67,26 +67,25 @@ class TensorFiles:
         """Bytes of the float32 values of an inner chunk."""
         return 4 * self.chunk * prod(self.shape)
 
-    def write(self, number: int, values: np.ndarray, present: np.ndarray | None) -> None:
-        r"""Write a file and flush it to the disk.
+    def write(self, file: BinaryIO, values: np.ndarray, present: np.ndarray | None) -> None:
+        r"""Write the contents of a file.
 
         Parameters
         ----------
-        number : int
-            Which file.
+        file : binary file
+            Where to, from its beginning.
         values : ndarray of float32, shape [n, \*shape]
             Its first records, at most a granule.
         present : ndarray of bool, shape [n], optional
             Which records have a value; chunks without any are left out.
         """
         index = np.full((self.granule // self.chunk, 2), _ABSENT, "<u8")
-        with _files.flushed(self.file(number)) as file:
-            for place, start in enumerate(range(0, len(values), self.chunk)):
-                part = slice(start, start + self.chunk)
-                if present is None or present[part].any():
-                    index[place] = file.tell(), self._write_chunk(file, values[part])
-            entries = index.tobytes()
-            file.write(entries + checksum(entries))
+        for place, start in enumerate(range(0, len(values), self.chunk)):
+            part = slice(start, start + self.chunk)
+            if present is None or present[part].any():
+                index[place] = file.tell(), self._write_chunk(file, values[part])
+        entries = index.tobytes()
+        file.write(entries + checksum(entries))
 
     def _write_chunk(self, file: BinaryIO, values: np.ndarray) -> int:
         if len(values) < self.chunk:

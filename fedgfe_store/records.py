@@ -20,8 +20,11 @@ from fedgfe_store.schema import Schema, TensorColumn
 KEY_COLUMNS = ("node", "round", "split", "class_name", "index")
 """The columns that together identify a record, in the order in which they are shown."""
 
-NOTE_COLUMNS = ("sample_id", "image_filename", "audio_path", "timestamp", "extra")
+NOTE_COLUMNS = ("sample_id", "file_id", "image_filename", "audio_path", "timestamp", "extra")
 """What is kept of a record besides its key and its tensors."""
+
+_DIGESTED = tuple(name for name in (*KEY_COLUMNS, *NOTE_COLUMNS) if name != "file_id")
+"""What a row's digest covers, in this order: the columns of format version 1."""
 
 SERVER = "server"
 """Node of the federation's server."""
@@ -269,7 +272,7 @@ def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
 def checked_notes(notes: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
     """Return `NOTE_COLUMNS` of `n` records from what a caller gave, as in `RecordBatch.check`."""
     columns = {}
-    for name in ("sample_id", "image_filename", "audio_path"):
+    for name in ("sample_id", "file_id", "image_filename", "audio_path"):
         values = ["" if v is None else v for v in _spread(name, notes.get(name), n)]
         columns[name] = _strings(name, values)
     moments = [_moment(v) for v in _spread("timestamp", notes.get("timestamp"), n)]
@@ -278,6 +281,11 @@ def checked_notes(notes: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
         "extra", [_json(v) for v in _spread("extra", notes.get("extra"), n)]
     )
     return columns
+
+
+def checked_source(value: str | None) -> str:
+    """Return where a commit comes from, as a commit column keeps it; empty for None."""
+    return str(_strings("source", ["" if value is None else value])[0])
 
 
 def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
@@ -448,7 +456,7 @@ def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     It ties the columns together: each has checksums of its own, which a file that took another
     column's place passes.
     """
-    rows = zip(*(columns[name].tolist() for name in (*KEY_COLUMNS, *NOTE_COLUMNS)), strict=True)
+    rows = zip(*(columns[name].tolist() for name in _DIGESTED), strict=True)
     digests = [xxhash.xxh3_64_intdigest("\0".join(map(str, row)).encode()) for row in rows]
     return np.array(digests, np.uint64)
 

@@ -12,7 +12,8 @@ from fedgfe_store.errors import SchemaMismatchError
 Kind = Literal["flux", "sd"]
 Precision = Literal["float32", "bfloat16"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What new stores are written in; version 1 is read, and written on unchanged."""
 _CHUNK_BYTES = 0.3 * 2**20
 _LARGE_RECORD_BYTES = 4 * 2**20
 

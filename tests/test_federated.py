@@ -545,7 +545,7 @@ def test_under_warn_training_goes_on_and_the_round_is_listed(store, monkeypatch,
         mend()
         put(recorder, 0, 3)
         recorder.flush()
-        full_disk = f"[Errno 28] No space left on device: '{store.path / 'pending'}'"
+        full_disk = f"[Errno 28] No space left on device: '{store.path / 'claim.2.0'}'"
         assert [str(each) for each in recorder.missing] == [
             f"node 0, round 2 ({full_disk})",
             f"node server, round 2 ({full_disk})",
