@@ -45,6 +45,8 @@ class Verification:
         What no reader needs: files of dead writers, and of records that were compacted away, and
         damaged bytes where no live record lies. The next writer or `EmbeddingStore.compact`
         clears the files.
+    mended : tuple of str
+        Damage by an earlier release that a repair has undone.
     """
 
     commit: int
@@ -52,6 +54,7 @@ class Verification:
     damaged: tuple[DamagedRecord, ...]
     problems: tuple[str, ...]
     leftovers: tuple[str, ...]
+    mended: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -161,9 +164,11 @@ def _leftovers(snapshot: Snapshot) -> Iterator[str]:
     if (snapshot.path / PENDING).exists():
         begun.append(snapshot.path / PENDING)
     yield from (f"{file}: a writer is at work, or died" for file in begun)
-    if snapshot.strays:
-        chunks = ", ".join(f"deleted_in/c.{number}" for number in sorted(snapshot.strays))
-        yield f"{chunks}: marks of a commit that was never published (the next commit clears them)"
+    for name, number in sorted(snapshot.stale):
+        yield (
+            f"{snapshot.path / name}/c.{number}: marks of a commit that was never published "
+            f"(the next commit clears them)"
+        )
     for folder in (snapshot.path, *folders):
         yield from (str(file) for file in sorted(folder.iterdir()) if _files.is_temporary(file))
     unneeded = _unneeded(snapshot)
