@@ -323,11 +323,11 @@ class Selection:
 
         return to_dataset(self)
 
-    def key_columns(self) -> dict[str, np.ndarray]:
+    def known_columns(self) -> dict[str, np.ndarray]:
         """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
-        return self._key_columns(self.rows)
+        return self._known_columns(self.rows)
 
-    def _key_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _known_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         names = self._snapshot.group.key_names
         return {name: self._snapshot.column_at(name, rows) for name in names}
 
@@ -337,7 +337,7 @@ class Selection:
         for start in range(0, len(self), step):
             rows = self.rows[start : start + step]
             self._snapshot.notes(rows)
-            columns = self._key_columns(rows)
+            columns = self._known_columns(rows)
             tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
             yield RecordBatch(columns, tensors)
 

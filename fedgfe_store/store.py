@@ -463,7 +463,7 @@ class EmbeddingStore:
         origin = f"merge of {source.schema.metadata.experiment or source.path.name}"
         with self.append(if_exists=if_exists, source=origin, timeout=timeout) as batch:
             if same_bits or if_exists == "skip":
-                fresh = batch.unknown(selection.key_columns())
+                fresh = batch.unknown(selection.known_columns())
                 progress(len(selection) - len(fresh))
                 selection = selection.take(fresh)
             for records in selection.pieces():

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
-import queue
-import threading
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store import _workers
+from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.records import is_whole
 
 if TYPE_CHECKING:
@@ -147,34 +148,52 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     object
         The items, in order. Closing the iterator ends the thread.
     """
-    waiting: queue.Queue[object] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    room: SimpleQueue[None] = SimpleQueue()
+    ready: SimpleQueue[object] = SimpleQueue()
+    stopped = False
+    for _ in range(depth):
+        room.put(None)
 
     def work() -> None:
         try:
             for item in items:
-                if not put(item):
+                room.get()
+                if stopped:
                     return
-            put(_END)
+                ready.put(item)
+            ready.put(_END)
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
-            put(_Failed(error))
+            ready.put(_Failed(error))
 
-    thread = threading.Thread(target=work, name="fedgfe-store-prefetch", daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not _END:
-            if isinstance(item, _Failed):
-                raise item.error
-            yield item  # type: ignore[misc]
-    finally:
-        stopped.set()
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        room.put(None)
         thread.join()
+
+    thread = _workers.Thread(work, "fedgfe-store-prefetch")
+    try:
+        try:
+            thread.start()
+            while (item := _next(thread, ready)) is not _END:
+                room.put(None)
+                yield item  # type: ignore[misc]
+        finally:
+            stop()
+    finally:  # where the first was interrupted
+        stop()
+
+
+def _next(thread: _workers.Thread, ready: SimpleQueue[object]) -> object:
+    if thread.process is not None:
+        raise ConflictError(
+            f"these batches are read ahead by a thread of process {thread.process}: iterate anew "
+            f"in process {os.getpid()}"
+        )
+    item = ready.get()
+    if isinstance(item, _Failed):
+        try:
+            raise item.error
+        finally:
+            del item  # it holds this frame
+    return item
