@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .main import Context
 
 _MOST_SHOWN = 6
+_MOST_NAMED = 3
 
 
 @click.command("import")
@@ -44,6 +45,16 @@ _MOST_SHOWN = 6
     show_default=True,
     help="What becomes of records that the store has with other tensors.",
 )
+@click.option(
+    "--round-from",
+    type=click.Choice(["name", "content"]),
+    help="Which round counts where a file's name and its content differ; without it, refuse.",
+)
+@click.option(
+    "--fail-fast",
+    is_flag=True,
+    help="Stop at the first file that fails or of which a record cannot be taken.",
+)
 @wait_option
 @quiet_option
 @click.pass_context
@@ -61,7 +72,7 @@ def command(
     fedgfe-store import checkpoints/embeddings/ --pattern "node_[0-4]*.pt" --dry-run
     fedgfe-store --store run1.zarr import node_0_embeddings_r5.pt --precision bfloat16
 
-    Exit code: 0 all files imported, 3 some failed, 1 all failed.
+    Exit code: 0 all imported, 3 some files failed or records were left out, 1 all files failed.
     """
     from fedgfe_store.checkpoints import find_checkpoints, import_checkpoints
 
@@ -72,7 +83,9 @@ def command(
             obj.store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
         )
     show_report(report, dry_run=options["dry_run"])
-    if report.failed:
+    if len(report.files) < count:
+        click.echo(f"stopped: {counted(count - len(report.files), 'file')} not read", err=True)
+    if report.failed or report.incomplete:
         ctx.exit(1 if len(report.failed) == len(report.files) else SOME_FAILED)
 
 
@@ -83,9 +96,16 @@ def show_report(report: ImportReport, *, dry_run: bool = False, quiet: bool = Fa
         headers = ("file", "node", "round", "records", "unchanged", "classes", "splits", "skipped")
         right = ("round", "records", "unchanged")
         print_table(headers, [_row(file) for file in good], right=right)
-    for file in good:
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    for file in [*good, *report.failed]:
         for note in file.notes:
             click.echo(f"note: {file.path.name}: {note}")
+    for file in report.incomplete:
+        for reason, samples in file.left_out.items():
+            more = f" and {len(samples) - _MOST_NAMED:,} more" * (len(samples) > _MOST_NAMED)
+            named = "; ".join(samples[:_MOST_NAMED])
+            click.echo(f"left out: {file.path}: {reason}: {named}{more}", err=True)
     for file in report.failed:
         click.echo(f"failed: {file.path}: {file.error}", err=True)
     if not quiet:
@@ -125,6 +145,8 @@ def _total(report: ImportReport, *, dry_run: bool) -> str:
         f"{skipped:,} skipped" if skipped else "",
         f"{len(report.failed):,} failed" if report.failed else "",
     ]
-    where = "dry run, nothing written" if dry_run else f"store {report.store_path}"
-    bytes_read = size(sum(file.bytes for file in done))
+    there = report.store_path.exists()
+    where = f"store {report.store_path}" if there else f"no store at {report.store_path}"
+    where = "dry run, nothing written" if dry_run else where
+    bytes_read = size(sum(file.bytes for file in read))
     return f"{counted(len(read), 'file')}, {bytes_read}: {', '.join(filter(None, parts))}; {where}"
