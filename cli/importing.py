@@ -55,6 +55,11 @@ _MOST_NAMED = 3
     is_flag=True,
     help="Stop at the first file that fails or of which a record cannot be taken.",
 )
+@click.option(
+    "--any-experiment",
+    is_flag=True,
+    help="Take files of another experiment than the store's, too.",
+)
 @wait_option
 @quiet_option
 @click.pass_context

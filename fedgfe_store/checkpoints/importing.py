@@ -20,6 +20,7 @@ from fedgfe_store._append import IfExists
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.checkpoints._deleted import DeletedRecords
 from fedgfe_store.checkpoints._entries import Skipped
+from fedgfe_store.checkpoints._experiments import Experiment
 from fedgfe_store.checkpoints._header import RoundFrom, is_a_time
 from fedgfe_store.checkpoints.ledger import Ledger, content_digest
 from fedgfe_store.checkpoints.reading import (
@@ -38,6 +39,7 @@ from fedgfe_store.errors import (
     NotFoundError,
     SchemaMismatchError,
 )
+from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.schema import Precision, Schema
 from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
 
@@ -231,6 +233,7 @@ def import_checkpoints(
     new_only: bool = False,
     round_from: RoundFrom | None = None,
     fail_fast: bool = False,
+    any_experiment: bool = False,
     timeout: float = LOCK_TIMEOUT,
     on_file: Callable[[FileReport], None] | None = None,
 ) -> ImportReport:
@@ -262,6 +265,9 @@ def import_checkpoints(
         such a file is refused.
     fail_fast : bool
         Stop at the first file that fails, and let a file fail of which a sample cannot be taken.
+    any_experiment : bool
+        Take files of another experiment than the store's, too. A file is of the experiment that
+        the folder of its images names, or its own folder.
     timeout : float
         Seconds that each file waits for another writer.
     on_file : callable, optional
@@ -277,6 +283,8 @@ def import_checkpoints(
     ------
     NotFoundError
         If no file is found.
+    ConflictError
+        If files are of another experiment than the store or one another; nothing is written then.
     SchemaMismatchError
         If `audio` is asked for and the store has no column for it.
     BusyError
@@ -285,8 +293,19 @@ def import_checkpoints(
     # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
     given = _paths(paths)
     files = sorted(find_checkpoints(given, pattern=pattern), key=is_named_as_text_cache)
-    wishes = _Wishes(audio, precision, if_exists, dry_run, new_only, round_from, fail_fast, timeout)
+    wishes = _Wishes(
+        audio,
+        precision,
+        if_exists,
+        dry_run,
+        new_only,
+        round_from,
+        fail_fast,
+        any_experiment,
+        timeout,
+    )
     target = _Target(Path(store_path), files, wishes)
+    target.check_experiments()
     reports: list[FileReport] = []
     for path in files:
         reports.append(target.take(path))
@@ -312,6 +331,7 @@ class _Wishes:
     new_only: bool
     round_from: RoundFrom | None
     fail_fast: bool
+    any_experiment: bool
     timeout: float
 
 
@@ -323,11 +343,19 @@ class _Target:
         self._ledger = Ledger(path)
         self._store = _open_if_there(path)
         self._schema = self._store.schema if self._store is not None else None
+        name = self._schema.metadata.experiment if self._schema is not None else None
+        self._experiment = Experiment(path, name, self._ledger, new=self._store is None)
         if wishes.audio and self._schema is not None and "audio" not in self._schema.columns:
             raise SchemaMismatchError(
                 f"audio: expected a store with a column for it, got {path} with"
                 f" {self._schema.describe()}"
             )
+
+    def check_experiments(self) -> None:
+        """Refuse files of another experiment, as far as one of each folder tells."""
+        if not self._wishes.any_experiment:
+            checkpoints = [path for path in self._files if not is_named_as_text_cache(path)]
+            self._experiment.check_folders(checkpoints, new_only=self._wishes.new_only)
 
     def take(self, path: Path) -> FileReport:
         """Import one file, or report why not."""
@@ -374,6 +402,8 @@ class _Target:
         return read_text_cache(path, kind=self._schema.kind, classes=known)
 
     def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
+        if not self._wishes.any_experiment and checkpoint.node != TEXT_NODE:
+            self._experiment.check(checkpoint)
         schema = self._schema
         if schema is None and own_shapes(checkpoint):
             schema = self._new_schema(checkpoint)

@@ -250,14 +250,18 @@ def experiment_name(checkpoint: Checkpoint) -> str | None:
 
     Images that lie in ``output_images`` itself name no experiment.
     """
+    return images_folder(checkpoint) or _clean(checkpoint.path.resolve().parent.name)
+
+
+def images_folder(checkpoint: Checkpoint) -> str | None:
+    """Return the name of the folder of the checkpoint's images, None where it tells none."""
     for slot in checkpoint._found:
         path = slot.extra.get("image_path") if isinstance(slot, Slot) else None
         if isinstance(path, str):
             folders = path.replace("\\", "/").split("/")[:-1]
-            if folders and folders[-1] not in ("", ".", "..", "output_images"):
-                return _clean(folders[-1])
-            break
-    return _clean(checkpoint.path.resolve().parent.name)
+            named = bool(folders) and folders[-1] not in ("", ".", "..", "output_images")
+            return _clean(folders[-1]) if named else None
+    return None
 
 
 def _clean(name: str) -> str | None:
