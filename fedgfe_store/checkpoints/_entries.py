@@ -21,7 +21,8 @@ _AUDIO_KEYS = ("audio_embeddings", "audio_embedding")
 _SAMPLE_KEYS = ("index", "image_filename", "image_path")
 _NAMED_KEYS = {"split", "class_name", "index", "sample_metadata", "image_filename", "node_id"}
 
-_MOST_VALUES, _DEEPEST = 20_000, 32
+_MOST_VALUES, _DEEPEST = 200_000, 32
+_MOST_OF_A_FILE = 20_000_000
 _LONGEST_NOTE = 60_000
 _LARGEST_BITS = 1024
 _LEAST_BOUND = 64 << 20
@@ -99,9 +100,10 @@ def survey(entries: Sequence[Any], node: str, kind: str) -> tuple[list[Slot | Sk
     found: list[Slot | Skipped] = []
     oddities: Counter[str] = Counter()
     numbers: Counter[tuple[str, str]] = Counter()
+    values = _Plain(_MOST_OF_A_FILE)
     for position, entry in enumerate(entries):
         try:
-            found.extend(_slots(position, entry, node, kind, numbers, oddities))
+            found.extend(_slots(position, entry, node, kind, numbers, oddities, values))
         except Unusable as reason:
             found.append(Skipped(str(reason), position, _describe(entry)))
     return found, [
@@ -116,18 +118,28 @@ def plain(value: Any) -> Any:
     That is: tensors of several values, integers of hundreds of digits, and what is nested without
     end. An object of an unknown class becomes its name.
     """
-    return _Plain().of(value, 0)
+    return _Plain().of(value)
 
 
 class _Plain:
-    """One conversion, which counts what it makes: a value can stand in a file once and be many."""
+    """Conversions that count what they make: a value can stand in a file once and be many."""
 
-    def __init__(self) -> None:
-        self._left = _MOST_VALUES
+    def __init__(self, left: int = _MOST_VALUES) -> None:
+        self._left = left
+        self._left_of_this = 0
 
-    def of(self, value: Any, depth: int) -> Any:
-        self._left -= 1
-        if self._left < 0 or depth > _DEEPEST:
+    def of(self, value: Any) -> Any:
+        self._left_of_this = min(self._left, _MOST_VALUES)
+        before = self._left_of_this
+        try:
+            return self._of(value, 0)
+        finally:
+            self._left -= before - self._left_of_this
+
+    def _of(self, value: Any, depth: int) -> Any:
+        self._left_of_this -= 1
+        size = value.size if isinstance(value, np.ndarray) else 0
+        if self._left_of_this < size or depth > _DEEPEST:
             raise Unusable("nested too deep, or too large")
         if isinstance(value, np.ndarray) and value.ndim == 1:
             value = value.tolist()
@@ -138,11 +150,11 @@ class _Plain:
         if isinstance(value, Placeholder) and not value:
             return str(value)
         if isinstance(value, Mapping):
-            return {_label(key): self.of(item, depth + 1) for key, item in value.items()}
+            return {_label(key): self._of(item, depth + 1) for key, item in value.items()}
         if isinstance(value, (set, frozenset)):
-            return sorted((self.of(item, depth + 1) for item in value), key=repr)
+            return sorted((self._of(item, depth + 1) for item in value), key=repr)
         if isinstance(value, (list, tuple)):
-            return [self.of(item, depth + 1) for item in value]
+            return [self._of(item, depth + 1) for item in value]
         return _scalar(value)
 
 
@@ -196,6 +208,7 @@ def _slots(
     kind: str,
     numbers: Counter[tuple[str, str]],
     oddities: Counter[str],
+    values: _Plain,
 ) -> Iterator[Slot]:
     if mapping(entry) is None:
         raise Unusable(f"entry is {_what(entry)}, not a dict")
@@ -211,7 +224,7 @@ def _slots(
         oddities["t5 and clip under each other's name"] += 1
     if any(tensor.dtype is torch.float64 for _, tensor in _tensors(entry)):
         oddities["float64 rounded to float32"] += 1
-    rest = _rest(entry, node, oddities)
+    rest = _rest(entry, node, oddities, values)
     for row in range(count):
         details = rest if rows is None else {k: _of_row(v, row, rows) for k, v in rest.items()}
         details = _shortened(details, oddities)
@@ -371,7 +384,9 @@ def column_of(key: str, shape: Shape) -> tuple[str, Shape]:
     )
 
 
-def _rest(entry: Mapping[Any, Any], node: str, oddities: Counter[str]) -> dict[str, Any]:
+def _rest(
+    entry: Mapping[Any, Any], node: str, oddities: Counter[str], values: _Plain
+) -> dict[str, Any]:
     """Return all other metadata, the sample's own on top, without tensors."""
     known = {*_NAMED_KEYS, *_TENSOR_KEYS, *_AUDIO_KEYS}
     found = {key: value for key, value in entry.items() if key not in known}
@@ -383,7 +398,7 @@ def _rest(entry: Mapping[Any, Any], node: str, oddities: Counter[str]) -> dict[s
     kept = {}
     for key, value in found.items():
         try:
-            kept[_label(key)] = plain(value)
+            kept[_label(key)] = values.of(value)
         except Unusable as reason:
             oddities[f"{_label(key)} left out ({reason})"] += 1
     return kept

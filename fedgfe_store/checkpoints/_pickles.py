@@ -111,7 +111,9 @@ def inspect(path: Path) -> Source:
         with path.open("rb") as file:
             head = file.read(64)
     except FileNotFoundError:
-        what = "a link to a file that is not there" if path.is_symlink() else "no such checkpoint"
+        what = (
+            "a link to a file that is not there" if path.is_symlink() else "no such checkpoint file"
+        )
         raise NotFoundError(f"{path}: {what}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
