@@ -329,7 +329,11 @@ class Transaction:
                 chunks |= _numbered(name, first, np.concatenate([kept, rows[name]]))
         # Read whole, so that marks of commits that were never published are seen and cleared.
         self.snapshot.column("deleted_in")
-        self._mark(chunks, marked)
+        for name, number in self.snapshot.stale:
+            self._chunk(chunks, name, number)
+        for number in np.unique(marked // KEY_CHUNK).tolist():
+            here = marked[marked // KEY_CHUNK == number] - number * KEY_CHUNK
+            self._chunk(chunks, "deleted_in", number)[here] = self.commit
         return chunks
 
     def _upgraded_column(self, name: str, rows: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -339,17 +343,15 @@ class Transaction:
         added = rows.get(name, np.empty(0, values.dtype))
         return np.concatenate([values, added])
 
-    def _mark(self, chunks: dict[tuple[str, int], np.ndarray], rows: np.ndarray) -> None:
-        """Set ``deleted_in`` of `rows` to this commit, in `chunks` or in those that lie there."""
-        numbers = rows // KEY_CHUNK
-        for number in sorted({*numbers.tolist(), *self.snapshot.strays}):
-            place = ("deleted_in", number)
-            if place not in chunks:
-                start = number * KEY_CHUNK
-                total = self.snapshot.group.rows("deleted_in")
-                there = np.arange(start, min(start + KEY_CHUNK, total))
-                chunks[place] = self.snapshot.column_at("deleted_in", there)
-            chunks[place][rows[numbers == number] - number * KEY_CHUNK] = self.commit
+    def _chunk(
+        self, chunks: dict[tuple[str, int], np.ndarray], name: str, number: int
+    ) -> np.ndarray:
+        """Return a chunk of those that change, as it lies there if it is not among them yet."""
+        if (name, number) not in chunks:
+            start, total = number * KEY_CHUNK, self.snapshot.group.rows(name)
+            there = np.arange(start, min(start + KEY_CHUNK, total))
+            chunks[name, number] = self.snapshot.column_at(name, there).copy()
+        return chunks[name, number]
 
     def _encoded_keys(
         self, group: Group, chunks: Mapping[tuple[str, int], np.ndarray]

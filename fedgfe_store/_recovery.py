@@ -95,8 +95,6 @@ def _unmarked(path: Path, group: Group) -> dict[Path, bytes]:
     chunks = key_chunks(snapshot.column("deleted_in"))
     column = group.key_columns["deleted_in"]
     return {
-        _key_files.key_file(path, "deleted_in", number): _key_files.encode(
-            column, chunks[number]
-        ).contents
-        for number in snapshot.strays
+        _key_files.key_file(path, name, number): _key_files.encode(column, chunks[number]).contents
+        for name, number in snapshot.stale
     }

@@ -46,8 +46,8 @@ class Snapshot:
         self._columns = key_columns(group.schema)
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
-        self.strays: set[int] = set()
-        """Chunks of ``deleted_in`` found with marks of commits that were never published."""
+        self.stale: set[tuple[str, int]] = set()
+        """Key chunks whose files do not hold what is shown here: the next commit writes them."""
         self.tensor_files = {
             name: TensorFiles.of(path / name, group.arrays[name]) for name in group.schema.columns
         }
@@ -142,7 +142,7 @@ class Snapshot:
         except (ValueError, RuntimeError) as error:
             raise DamagedDataError(f"{where} is damaged: {error}") from error
         if name == "deleted_in" and (beyond := values > self.point.commit).any():
-            self.strays.add(chunk)
+            self.stale.add((name, chunk))
             values[beyond] = 0
         if self.group.version > 1:
             if _key_files.digest(column, values) != self.group.digests[name][chunk]:
@@ -181,6 +181,14 @@ class Snapshot:
         for chunk in np.unique(marked // KEY_CHUNK):
             new._chunks.pop(("deleted_in", int(chunk)), None)
         return new
+
+    def mend(self, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
+        """Show `chunks` of key columns in place of what their files hold."""
+        for name, number in chunks:
+            self._whole.pop(name, None)
+            self.stale.add((name, number))
+        self._chunks.update(chunks)
+        self.__dict__.pop("visible", None)
 
     def keys(self, rows: np.ndarray) -> list[RecordKey]:
         """Return the keys of the records at `rows`."""

@@ -161,9 +161,11 @@ def _leftovers(snapshot: Snapshot) -> Iterator[str]:
     if (snapshot.path / PENDING).exists():
         begun.append(snapshot.path / PENDING)
     yield from (f"{file}: a writer is at work, or died" for file in begun)
-    if snapshot.strays:
-        chunks = ", ".join(f"deleted_in/c.{number}" for number in sorted(snapshot.strays))
-        yield f"{chunks}: marks of a commit that was never published (the next commit clears them)"
+    for name, number in sorted(snapshot.stale):
+        yield (
+            f"{snapshot.path / name}/c.{number}: marks of a commit that was never published "
+            f"(the next commit clears them)"
+        )
     for folder in (snapshot.path, *folders):
         yield from (str(file) for file in sorted(folder.iterdir()) if _files.is_temporary(file))
     unneeded = _unneeded(snapshot)
