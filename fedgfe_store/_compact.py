@@ -95,4 +95,4 @@ def _died_since_the_last_compaction(snapshot: Snapshot, files: list[Path]) -> bo
 
 def tensor_bytes(path: Path, schema: Schema) -> int:
     """Return the bytes that the tensor files of the store at `path` take."""
-    return sum(file.stat().st_size for name in schema.columns for file in (path / name).glob("c.*"))
+    return sum(size for name in schema.columns for _, size in _files.chunk_sizes(path / name))

@@ -326,7 +326,7 @@ def test_what_does_not_fit_is_refused_at_once_and_adds_nothing(recorder, more, m
     ("key", "message"),
     [
         ({"node": 0, "round": -1}, "round: expected a whole number from 0"),
-        ({"node": 0, "round": 1.5}, "round: 1.5"),
+        ({"node": 0, "round": 1.5}, "round: expected a whole number from 0"),
         ({"node": "", "round": 1}, "node: expected text that is not empty"),
     ],
 )
