@@ -93,6 +93,11 @@ class EmbeddingStore:
         return self._snapshot.schema
 
     @property
+    def id(self) -> str | None:
+        """What tells this store from every other one; None in format version 1."""
+        return self._snapshot.group.id
+
+    @property
     def commit(self) -> int:
         """Number of the commit that is seen; 0 for a new store."""
         return self._snapshot.commit
@@ -126,6 +131,7 @@ class EmbeddingStore:
         round: int | None = None,
         if_exists: IfExists = "error",
         encoder: str | None = None,
+        source: str | None = None,
         timeout: float = LOCK_TIMEOUT,
     ) -> AppendBatch:
         """Open a batch of records that becomes one commit when its block ends.
@@ -140,6 +146,9 @@ class EmbeddingStore:
         encoder : str, optional
             Fingerprint of the text encoders that these embeddings imitate; one that differs from
             the store's is refused.
+        source : str, optional
+            Where the records come from, which `history` shows; a store of format version 1 does
+            not keep it.
         timeout : float
             Seconds to wait for another writer.
 
@@ -172,6 +181,7 @@ class EmbeddingStore:
             node=node,
             round=round,
             if_exists=if_exists,
+            source=source,
             timeout=timeout,
             done=self._see,
         )
@@ -188,13 +198,14 @@ class EmbeddingStore:
         class_name: Any = None,
         index: Any = None,
         sample_id: Any = None,
+        file_id: Any = None,
         per_class: int | None = None,
     ) -> Selection:
         """Return the records that meet every filter; no tensor is read.
 
         Parameters
         ----------
-        node, round, split, class_name, index, sample_id : scalar, list or range, optional
+        node, round, split, class_name, index, sample_id, file_id : scalar, list or range, optional
             Wanted values; by default all. An empty list wants nothing.
         per_class : int, optional
             Keep only this many records, those of the lowest index, for each node, round, split
@@ -217,6 +228,7 @@ class EmbeddingStore:
             "class_name": class_name,
             "index": index,
             "sample_id": sample_id,
+            "file_id": file_id,
         }
         wanted = {name: value for name, value in filters.items() if value is not None}
         return Selection.of(self._snapshot, wanted, per_class=per_class)
@@ -374,10 +386,10 @@ class EmbeddingStore:
         Returns
         -------
         DataFrame
-            ``commit``, ``time`` (UTC), ``kind``, ``nodes`` and ``rounds`` that it touched,
-            records ``added`` and ``deleted`` (a replaced record counts in both, one that a
-            compaction moved in neither), ``records`` live after it, and ``bytes`` on disk of
-            the tensor files that it wrote and that are still there.
+            ``commit``, ``time`` (UTC), ``kind``, ``source`` (where it came from), ``nodes`` and
+            ``rounds`` that it touched, records ``added`` and ``deleted`` (a replaced record counts
+            in both, one that a compaction moved in neither), ``records`` live after it, and
+            ``bytes`` on disk of the tensor files that it wrote and that are still there.
         """
         from fedgfe_store._history import history
 
