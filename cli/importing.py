@@ -43,7 +43,8 @@ _MOST_NAMED = 3
     type=click.Choice(["error", "replace", "skip"]),
     default="error",
     show_default=True,
-    help="What becomes of records that the store has with other tensors.",
+    help="What becomes of records that the store has with other tensors; replace: also delete what"
+    " it has besides of a file's node, round and splits.",
 )
 @click.option(
     "--round-from",
@@ -106,6 +107,10 @@ def show_report(report: ImportReport, *, dry_run: bool = False, quiet: bool = Fa
     for file in [*good, *report.failed]:
         for note in file.notes:
             click.echo(f"note: {file.path.name}: {note}")
+    for file in good:
+        if file.removed:
+            what = counted(file.removed, "record")
+            click.echo(f"removed: {file.path.name}: {what} that it does not hold")
     for file in report.incomplete:
         for reason, samples in file.left_out.items():
             more = f" and {len(samples) - _MOST_NAMED:,} more" * (len(samples) > _MOST_NAMED)
@@ -142,10 +147,12 @@ def _total(report: ImportReport, *, dry_run: bool) -> str:
     read = [file for file in report.files if not file.known]
     done = [file for file in read if file.error is None]
     replaced = sum(file.replaced for file in done)
+    removed = sum(file.removed for file in done)
     skipped = sum(sum(file.skipped.values()) for file in done)
     parts = [
         f"{report.records:,} {'records found' if dry_run else 'new records'}",
         f"{replaced:,} replaced" if replaced else "",
+        f"{removed:,} removed" if removed else "",
         f"{report.unchanged:,} unchanged" if report.unchanged else "",
         f"{skipped:,} skipped" if skipped else "",
         f"{len(report.failed):,} failed" if report.failed else "",

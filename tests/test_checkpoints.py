@@ -86,7 +86,8 @@ def test_node_file_metadata(tmp_path: Path) -> None:
     assert row["image_filename"] == "node_0_train_dog_1_r5.png"
     assert row["timestamp"].to_pydatetime() == datetime(2026, 1, 22, 12, tzinfo=UTC)
     image = f"{legacy.IMAGES}/node_0_train_dog_1_r5.png"
-    assert json.loads(row["extra"]) == {"file_id": "f1", "image_path": image}
+    assert row["file_id"] == "f1"
+    assert json.loads(row["extra"]) == {"image_path": image}
     assert store.schema.metadata.experiment == "vegas"
     assert store.schema.metadata.classes == ("dog", "drum")
     assert store.schema.metadata.diffusion_type == "flux"

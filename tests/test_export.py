@@ -63,10 +63,8 @@ def notes(n: int, split: str) -> dict[str, Any]:
         "sample_id": [f"{split}_{i}" for i in range(n)],
         "audio_path": [f"/data/{split}/{i}.wav" for i in range(n)],
         "image_filename": [f"picture {i}.png" for i in range(n)],
-        "extra": [
-            {"image_path": f"/a/vegas/picture {i}.png", "file_id": i, "tags": [1, 2]}
-            for i in range(n)
-        ],
+        "extra": [{"image_path": f"/a/vegas/picture {i}.png", "tags": [1, 2]} for i in range(n)],
+        "file_id": [f"f{i}" for i in range(n)],
         "timestamp": WHEN,
     }
 
@@ -99,7 +97,7 @@ def vegas(made, tmp_path) -> EmbeddingStore:
 @pytest.mark.parametrize("layout", ["guide", "upstream"])
 def test_importing_an_export_gives_the_same_records(vegas, tmp_path, layout):
     back = there_and_back(vegas, tmp_path, layout)
-    known = ("sample_id", "audio_path", "image_filename", "extra", "timestamp")
+    known = ("sample_id", "file_id", "audio_path", "image_filename", "extra", "timestamp")
     assert described(back, *known) == described(vegas, *known)
     assert back.schema.metadata.experiment == "vegas"
     assert back.schema.columns == vegas.schema.columns
@@ -182,7 +180,7 @@ def test_the_guides_layout(vegas, tmp_path):
         "sample_metadata": {
             "sample_id": "train_0",
             "audio_path": "/data/train/0.wav",
-            "file_id": 0,
+            "file_id": "f0",
             "tags": [1, 2],
         },
     }

@@ -18,6 +18,7 @@ T5_WIDTH = 4096
 CLIP_WIDTH = 768
 _TENSOR_KEYS = ("t5_embedding", "clip_embedding", "t5", "clip")
 _AUDIO_KEYS = ("audio_embeddings", "audio_embedding")
+_NOTES = ("sample_id", "file_id", "image_filename", "audio_path")
 _SAMPLE_KEYS = ("index", "image_filename", "image_path")
 _NAMED_KEYS = {"split", "class_name", "index", "sample_metadata", "image_filename", "node_id"}
 
@@ -68,6 +69,7 @@ class Slot:
     index: int
     places: Mapping[str, tuple[str, Shape]]
     sample_id: str | None = None
+    file_id: str | None = None
     image_filename: str | None = None
     audio_path: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -430,7 +432,7 @@ def _of_row(value: Any, row: int, rows: int | None) -> Any:
 
 def _identity(entry: Mapping[Any, Any], details: Mapping[str, Any]) -> dict[str, Any]:
     extra = {key: value for key, value in details.items() if value is not None}
-    names = {key: extra.pop(key, None) for key in ("sample_id", "image_filename", "audio_path")}
+    names = {key: extra.pop(key, None) for key in _NOTES}
     path = extra.get("image_path")
     if names["image_filename"] is None and isinstance(path, str):
         names["image_filename"] = path.replace("\\", "/").rsplit("/", 1)[-1]

@@ -30,6 +30,7 @@ Layout = Literal["guide", "upstream"]
 _PLAIN_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _NAMED = ("sample_id", "audio_path")
+_NOTES = (*_NAMED, "file_id", "image_filename")
 _AUDIO = "and optional audio [frames, width]"
 _PLACES = {
     "flux": f"t5 [tokens, 4096], clip [768] or [tokens, 768] (of two tokens or more), {_AUDIO}",
@@ -258,7 +259,7 @@ def _tensors(records: RecordBatch, position: int, schema: Schema) -> dict[str, t
 
 def _notes(records: RecordBatch, position: int, schema: Schema) -> dict[str, Any]:
     """Return what is known of a record besides key and tensors, under the checkpoint's keys."""
-    columns = {name: str(records.columns[name][position]) for name in (*_NAMED, "image_filename")}
+    columns = {name: str(records.columns[name][position]) for name in _NOTES}
     text = str(records.columns["extra"][position])
     extra = json.loads(text) if text else {}
     if not isinstance(extra, Mapping):
@@ -266,6 +267,8 @@ def _notes(records: RecordBatch, position: int, schema: Schema) -> dict[str, Any
     name = columns["image_filename"] or image_name(records.key(position))
     folder = f"output_images/{schema.metadata.experiment or ''}".rstrip("/")
     named: dict[str, Any] = {key: columns[key] or None for key in _NAMED}
+    if columns["file_id"]:
+        named["file_id"] = columns["file_id"]
     return {**named, "image_path": f"{folder}/{name}", "image_filename": name, **extra}
 
 

@@ -22,6 +22,7 @@ from fedgfe_store.checkpoints._deleted import DeletedRecords
 from fedgfe_store.checkpoints._entries import Skipped
 from fedgfe_store.checkpoints._experiments import Experiment
 from fedgfe_store.checkpoints._header import RoundFrom, is_a_time
+from fedgfe_store.checkpoints._identity import Identities
 from fedgfe_store.checkpoints.ledger import Ledger, content_digest
 from fedgfe_store.checkpoints.reading import (
     Checkpoint,
@@ -65,6 +66,9 @@ class FileReport:
         Records that are new in the store (in a dry run: all records found).
     replaced : int
         Records that took the place of others with the same key.
+    removed : int
+        Records that were deleted with ``if_exists="replace"``, since the file does not hold them:
+        what the store had besides of its node, round and splits.
     unchanged : int
         Records that the store had already.
     classes, splits : mapping of str to int
@@ -89,6 +93,7 @@ class FileReport:
     round: int | None = None
     records: int = 0
     replaced: int = 0
+    removed: int = 0
     unchanged: int = 0
     classes: Mapping[str, int] = field(default_factory=dict)
     splits: Mapping[str, int] = field(default_factory=dict)
@@ -254,7 +259,9 @@ def import_checkpoints(
     precision : {"float32", "bfloat16"}
         How a store that is made here keeps values. float64 values are rounded to float32.
     if_exists : {"error", "replace", "skip"}
-        What becomes of records whose key the store has with other tensors.
+        What becomes of records whose key the store has with other tensors. With ``"replace"`` a
+        file stands for all of its node, round and splits: other records of those, as an earlier
+        run left them, are deleted in the same commit.
     dry_run : bool
         Read and report, write nothing.
     new_only : bool
@@ -341,6 +348,7 @@ class _Target:
     def __init__(self, path: Path, files: Iterable[Path], wishes: _Wishes) -> None:
         self._path, self._files, self._wishes = path, files, wishes
         self._ledger = Ledger(path)
+        self._groups: set[tuple[str, int, str]] = set()
         self._store = _open_if_there(path)
         self._schema = self._store.schema if self._store is not None else None
         name = self._schema.metadata.experiment if self._schema is not None else None
@@ -420,7 +428,8 @@ class _Target:
             snapshot = Snapshot.latest(self._path)
             deleted = DeletedRecords(snapshot, checkpoint.node, checkpoint.round)
         tally = _Tally(schema, deleted, fail_fast=self._wishes.fail_fast)
-        samples = tally.watch(checkpoint.read(schema.columns))
+        identities = Identities(checkpoint.node, checkpoint.round)
+        samples = identities.watch(tally.watch(checkpoint.read(schema.columns)))
         if self._store is None or self._wishes.dry_run:
             self._schema = schema
             records = sum(1 for _ in samples)
@@ -431,12 +440,27 @@ class _Target:
             round=checkpoint.round,
             if_exists=self._wishes.if_exists,
             timeout=self._wishes.timeout,
+            source=_source(checkpoint.path),
         ) as batch:
             for group in _groups(samples):
-                batch.add(timestamp=moment, **_columns(group))
+                batch.add(timestamp=moment, **_columns(group, old=self._store.id is None))
+            if self._wishes.if_exists == "replace" and checkpoint.node != TEXT_NODE:
+                for split in self._begun(checkpoint, tally.splits):
+                    batch.supersede(node=checkpoint.node, round=checkpoint.round, split=split)
         self._schema = self._store.schema  # with the classes that the file brought
-        report = replace(report, records=batch.added, replaced=batch.replaced)
+        report = replace(
+            report, records=batch.added, replaced=batch.replaced, removed=batch.removed
+        )
+        report = replace(report, notes=(*report.notes, *identities.notes(self._store)))
         return tally.on(replace(report, unchanged=batch.skipped))
+
+    def _begun(self, checkpoint: Checkpoint, splits: Iterable[str]) -> Iterator[str]:
+        """Yield the splits of which this is the first file; another one adds to it."""
+        for split in splits:
+            group = checkpoint.node, checkpoint.round, split
+            if group not in self._groups:
+                self._groups.add(group)
+                yield split
 
     def _new_schema(self, checkpoint: Checkpoint) -> Schema:
         audio = None
@@ -484,6 +508,11 @@ class _Tally:
                 self._splits[item.split] += 1
                 yield item
 
+    @property
+    def splits(self) -> list[str]:
+        """Splits of which samples were taken."""
+        return list(self._splits)
+
     def _leave(self, what: str, reason: str) -> None:
         if self._fail_fast:
             raise SchemaMismatchError(f"{what}: {reason}")
@@ -498,6 +527,11 @@ class _Tally:
             skipped=dict(self._skipped),
             left_out={reason: tuple(what) for reason, what in self._left_out.items()},
         )
+
+
+def _source(path: Path) -> str:
+    name = path.name if path.name.isprintable() else ascii(path.name)
+    return f"import {name}"
 
 
 def _size(path: Path) -> int:
@@ -579,9 +613,15 @@ def _groups(samples: Iterable[Entry]) -> Iterator[list[Entry]]:
             yield group
 
 
-def _columns(group: list[Entry]) -> dict[str, Any]:
-    names = ("split", "class_name", "index", "sample_id", "image_filename", "audio_path", "extra")
+def _columns(group: list[Entry], *, old: bool) -> dict[str, Any]:
+    """Return what `AppendBatch.add` takes; `old` stores have no column of their own for file_id."""
+    names = ["split", "class_name", "index", "sample_id", "image_filename", "audio_path"]
+    names += [] if old else ["file_id"]
     columns: dict[str, Any] = {name: [getattr(entry, name) for entry in group] for name in names}
+    columns["extra"] = [
+        {**entry.extra, "file_id": entry.file_id} if old and entry.file_id else entry.extra
+        for entry in group
+    ]
     for name in ("t5", "clip", "audio"):
         tensors = [getattr(entry, name) for entry in group]
         given = tensors[0] is not None

@@ -55,7 +55,7 @@ class Entry:
         float32 ``[768]`` or ``[tokens, 768]`` on the CPU, contiguous.
     audio : Tensor or None
         float32 ``[frames, 768]`` where it was asked for and is there.
-    sample_id, image_filename, audio_path : str or None
+    sample_id, file_id, image_filename, audio_path : str or None
         The sample's metadata.
     extra : mapping
         All other metadata of the sample, ``image_path`` included, as JSON values.
@@ -68,6 +68,7 @@ class Entry:
     clip: torch.Tensor
     audio: torch.Tensor | None
     sample_id: str | None
+    file_id: str | None
     image_filename: str | None
     audio_path: str | None
     extra: Mapping[str, Any]
@@ -387,6 +388,7 @@ def _entry(slot: Slot, raw: Mapping[Any, Any], columns: list[str]) -> Entry:
         clip=values["clip"],
         audio=values.get("audio"),
         sample_id=slot.sample_id,
+        file_id=slot.file_id,
         image_filename=slot.image_filename,
         audio_path=slot.audio_path,
         extra=slot.extra,
