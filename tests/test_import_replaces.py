@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,23 @@ def test_samples_without_names_are_not_compared(tmp_path: Path) -> None:
         )
     report = import_checkpoints(tmp_path / "s.zarr", tmp_path)
     assert [file.notes for file in report.files] == [(), ()]
+
+
+def test_a_store_of_the_older_format_stays_one(tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    shutil.copytree(Path(__file__).parent / "data" / "federation_v1.zarr", store)
+    t5, clip = legacy.tensors(2, 1, tokens=2)
+    entries = [legacy.entry(t5[i], clip[i], i) for i in range(2)]
+    entries[0]["sample_metadata"] = {"file_id": "file 7-0", "sample_id": "other"}
+    path = legacy.save(tmp_path, legacy.content(entries, round=2), "node_0_embeddings_r2.pt")
+    for records in (2, 0):
+        report = import_checkpoints(store, path, if_exists="replace", any_experiment=True).files[0]
+        assert (report.error, report.records) == (None, records)
+        assert report.notes == (
+            "1 of 2 indices mean another sample than in round 1, such as split train, class dog, "
+            "index 1: file f1 here, file 7-1 there",
+        )
+    opened = EmbeddingStore.open(store)
+    assert (opened.id, opened.commit, opened.verify().sound) == (None, 12, True)
+    extra = [json.loads(text) for text in opened.select(round=2).records["extra"]]
+    assert [found["file_id"] for found in extra] == ["file 7-0", "f1"]

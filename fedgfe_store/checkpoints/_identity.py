@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from fedgfe_store._upgrade import identities
 from fedgfe_store.checkpoints.reading import Entry
 from fedgfe_store.store import EmbeddingStore
 
@@ -71,17 +71,11 @@ def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> tuple[str,
 
 
 def _known(records: pd.DataFrame) -> dict[Place, Mapping[str, str]]:
-    found: dict[Place, Mapping[str, str]] = {}
-    for row in records.to_dict("records"):
-        place = row["split"], row["class_name"], row["index"]
-        found[place] = {"file": _file_id(row), "sample": row["sample_id"]}
-    return found
-
-
-def _file_id(row: Mapping[Any, Any]) -> str:
-    """Return the column's value; stores of format version 1 have it among the other metadata."""
-    if row["file_id"] or not row["extra"]:
-        return str(row["file_id"])
-    extra = json.loads(row["extra"])
-    value = extra.get("file_id") if isinstance(extra, Mapping) else None
-    return "" if value is None else str(value)
+    """Return who the records of a round are; old stores have ``file_id`` in ``extra``."""
+    columns = ["split", "class_name", "index", "sample_id", "file_id"]
+    inside = identities(np.array(records["extra"].tolist(), np.dtypes.StringDType())).tolist()
+    rows = records[columns].itertuples(index=False, name=None)
+    return {
+        (split, class_name, index): {"file": file_id or other, "sample": sample_id}
+        for (split, class_name, index, sample_id, file_id), other in zip(rows, inside, strict=True)
+    }
