@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,23 @@ class Snapshot:
             picked: np.ndarray = self._whole[name][rows]
             return picked
         values = np.empty(len(rows), self._columns[name].dtype)
-        chunks = rows // KEY_CHUNK
-        for chunk in np.unique(chunks):
-            here = chunks == chunk
-            values[here] = self._chunk(name, int(chunk))[rows[here] - chunk * KEY_CHUNK]
+        if not len(rows):
+            return values
+        # Rows of a selection ascend, which is seen sooner than sorted.
+        order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows, kind="stable")
+        ascending = rows if order is None else rows[order]
+        single = bool((ascending[1:] > ascending[:-1]).all())
+        first, last = ascending[[0, -1]] // KEY_CHUNK
+        bounds = np.searchsorted(ascending, np.arange(first, last + 2) * KEY_CHUNK)
+        for chunk, (start, stop) in enumerate(pairwise(bounds.tolist()), int(first)):
+            if start == stop:
+                continue
+            here = slice(start, stop) if order is None else order[start:stop]
+            places: Any = ascending[start:stop] - chunk * KEY_CHUNK
+            if single and places[-1] - places[0] == stop - start - 1:
+                # numpy copies a run of text 20 times faster than as many single rows.
+                places = slice(places[0], places[-1] + 1)
+            values[here] = self._chunk(name, chunk)[places]
         return values
 
     def unfinished(self, name: str) -> np.ndarray:

@@ -400,7 +400,7 @@ def test_command_as_of_and_layout(vegas, tmp_path):
 
 
 def test_command_with_nothing_to_export(vegas, tmp_path):
-    result = run(vegas, "--round", "99", "--output-dir", tmp_path / "out")
+    result = run(vegas, "--round", 99, "--allow-empty", "--output-dir", tmp_path / "out")
     assert (result.exit_code, result.output) == (
         0,
         f"0 files, 0 B: 0 records; {tmp_path / 'out'}\n",

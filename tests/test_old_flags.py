@@ -78,7 +78,14 @@ def test_several_files_and_filters():
     result = generate(*files, "--class", "drum", "--node", 0)
     assert (result.exit_code, result.output.splitlines()[-1]) == (
         1,
-        "error: selection: expected at least one record, got none",
+        "error: no record in checkpoints/embeddings.zarr, commit 2, meets all filters: "
+        "node 0; class drum (2 do without node, 2 do without class)",
+    )
+    result = generate(*DIR, "--pattern", "node_2*", "--node", 0)
+    assert (result.exit_code, result.output.splitlines()[-1]) == (
+        1,
+        "error: no record of those files meets the filters, others of "
+        "checkpoints/embeddings.zarr do",
     )
 
 
