@@ -57,7 +57,7 @@ _MOST_NAMED = 3
     help="Stop at the first file that fails or of which a record cannot be taken.",
 )
 @click.option(
-    "--any-experiment",
+    "--other-experiment",
     is_flag=True,
     help="Take files of another experiment than the store's, too.",
 )

@@ -54,9 +54,9 @@ def test_another_experiment_is_refused_with_both_names(tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
     assert "of the experiment 'esc50', by the folder of its images, but" in result.stderr
     assert "holds 'vegas'" in result.stderr
-    assert "--any-experiment" in result.stderr
+    assert "--other-experiment" in result.stderr
     assert (EmbeddingStore.open(store).commit, len(EmbeddingStore.open(store))) == (1, 1)
-    assert CliRunner().invoke(group, [*words, "--any-experiment"]).exit_code == 0
+    assert CliRunner().invoke(group, [*words, "--other-experiment"]).exit_code == 0
     assert len(EmbeddingStore.open(store)) == 3
 
 
@@ -69,7 +69,7 @@ def test_two_experiments_in_one_command_are_refused_before_anything_is_written(
     with pytest.raises(ConflictError, match="'experiment2', by the folder of its checkpoints"):
         import_checkpoints(tmp_path / "s.zarr", folders)
     assert not (tmp_path / "s.zarr").exists()
-    assert taken(tmp_path / "s.zarr", *folders, any_experiment=True) == 2
+    assert taken(tmp_path / "s.zarr", *folders, other_experiment=True) == 2
 
 
 def test_one_odd_file_of_a_folder_fails_alone(tmp_path: Path) -> None:

@@ -174,7 +174,9 @@ def test_a_store_of_the_older_format_stays_one(tmp_path: Path) -> None:
     entries[0]["sample_metadata"] = {"file_id": "file 7-0", "sample_id": "other"}
     path = legacy.save(tmp_path, legacy.content(entries, round=2), "node_0_embeddings_r2.pt")
     for records in (2, 0):
-        report = import_checkpoints(store, path, if_exists="replace", any_experiment=True).files[0]
+        report = import_checkpoints(store, path, if_exists="replace", other_experiment=True).files[
+            0
+        ]
         assert (report.error, report.records) == (None, records)
         assert report.notes == (
             "1 of 2 indices mean another sample than in round 1, such as split train, class dog, "

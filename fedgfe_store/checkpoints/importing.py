@@ -238,7 +238,7 @@ def import_checkpoints(
     new_only: bool = False,
     round_from: RoundFrom | None = None,
     fail_fast: bool = False,
-    any_experiment: bool = False,
+    other_experiment: bool = False,
     timeout: float = LOCK_TIMEOUT,
     on_file: Callable[[FileReport], None] | None = None,
 ) -> ImportReport:
@@ -272,7 +272,7 @@ def import_checkpoints(
         such a file is refused.
     fail_fast : bool
         Stop at the first file that fails, and let a file fail of which a sample cannot be taken.
-    any_experiment : bool
+    other_experiment : bool
         Take files of another experiment than the store's, too. A file is of the experiment that
         the folder of its images names, or its own folder.
     timeout : float
@@ -308,7 +308,7 @@ def import_checkpoints(
         new_only,
         round_from,
         fail_fast,
-        any_experiment,
+        other_experiment,
         timeout,
     )
     target = _Target(Path(store_path), files, wishes)
@@ -338,7 +338,7 @@ class _Wishes:
     new_only: bool
     round_from: RoundFrom | None
     fail_fast: bool
-    any_experiment: bool
+    other_experiment: bool
     timeout: float
 
 
@@ -361,7 +361,7 @@ class _Target:
 
     def check_experiments(self) -> None:
         """Refuse files of another experiment, as far as one of each folder tells."""
-        if not self._wishes.any_experiment:
+        if not self._wishes.other_experiment:
             checkpoints = [path for path in self._files if not is_named_as_text_cache(path)]
             self._experiment.check_folders(checkpoints, new_only=self._wishes.new_only)
 
@@ -410,7 +410,7 @@ class _Target:
         return read_text_cache(path, kind=self._schema.kind, classes=known)
 
     def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
-        if not self._wishes.any_experiment and checkpoint.node != TEXT_NODE:
+        if not self._wishes.other_experiment and checkpoint.node != TEXT_NODE:
             self._experiment.check(checkpoint)
         schema = self._schema
         if schema is None and own_shapes(checkpoint):
