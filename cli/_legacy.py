@@ -170,7 +170,7 @@ def _announce(new: Sequence[Path], path: Path) -> None:
     if new:
         shown = ", ".join(file.name for file in new[:_MOST_SHOWN])
         more = f" and {len(new) - _MOST_SHOWN} more" if len(new) > _MOST_SHOWN else ""
-        total = size(sum(file.stat().st_size for file in new))
+        total = size(sum(file.lstat().st_size for file in new))
         click.echo(
             f"would first import {counted(len(new), 'file')}, {total}, into {path}: {shown}{more}"
         )

@@ -19,6 +19,7 @@ _COMMANDS = {
     "init": ("stores", "init", "Make an empty store."),
     "import": ("importing", "command", "Import FedGFE .pt checkpoints."),
     "encode": ("encode", "command", "Encode prompts about classes, to compare with."),
+    "adopt": ("adopt", "command", "Let the old script's job scripts call this command."),
     "export": ("export", "command", "Write records as FedGFE .pt checkpoints."),
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),

@@ -140,7 +140,7 @@ def test_a_file_that_fails_leaves_the_others_and_exits_with_3():
     assert "2 images rendered" in result.output
     again = generate(*DIR)
     assert again.exit_code == 3
-    assert "1 file, 0 B: 0 new records, 1 failed; " in again.output
+    assert "1 file, 564.9 kB: 0 new records, 1 failed; " in again.output
 
 
 def test_a_changed_file_is_a_conflict_and_its_old_records_are_not_rendered():
