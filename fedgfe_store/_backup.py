@@ -46,7 +46,7 @@ class Backup:
 
 def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance) -> Backup:
     """Bring the store that `known` shows to `target`; see `EmbeddingStore.backup`."""
-    source = known.path.resolve()
+    source = known.root.resolve()
     _check_place(source, target)
     _files.make_folders(target.resolve().parent)
     lock = WriterLock(target, timeout)
@@ -56,7 +56,7 @@ def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance)
         copying.folders(known.group)
         # Committed tensor files never change: training goes on while they are brought.
         copying.tensor_files(known.group)
-        with Transaction(source, timeout=timeout, known=known) as transaction:
+        with Transaction(known, timeout=timeout) as transaction:
             group = transaction.snapshot.group
             _check_earlier(transaction.snapshot, target)
             copying.folders(group)
