@@ -83,6 +83,9 @@ _FILTERS = [
         "--sample-id", "sample_id", multiple=True, metavar="NAMES", help="Sample ids: train_0."
     ),
     click.option(
+        "--file-id", "file_id", multiple=True, metavar="NAMES", help="Files, as they were recorded."
+    ),
+    click.option(
         "--per-class",
         type=click.IntRange(min=1),
         help="Only the first N samples of each node, round, split and class.",
@@ -95,7 +98,7 @@ _FILTERS = [
 ]
 
 
-FILTERS = ("node", "round", "split", "class_name", "index", "sample_id", "per_class")
+FILTERS = ("node", "round", "split", "class_name", "index", "sample_id", "file_id", "per_class")
 """Names of the filters, as `EmbeddingStore.select` takes them."""
 
 

@@ -120,8 +120,6 @@ def test_pipelines_may_allow_what_is_empty(filled, tmp_path):
     assert queried(filled, *options) == []
     status = run(filled, "status", *options, "--output-dir", tmp_path)
     assert (status.exit_code, "records: 0" in status.output) == (0, True)
-    exported = run(filled, "export", *options, "--output-dir", tmp_path)
-    assert (exported.exit_code, exported.output[:7]) == (0, "0 files")
     assert len(queried(filled, "--class", "dgo,dog", "--allow-empty")) == 27
 
 
@@ -203,6 +201,17 @@ def test_a_node_that_is_no_plain_number_stands_beside_the_number(store, name):
     listed = run(store, "info").output
     assert f"0-2, 7, {name if name == '007' else json.dumps(name)}\n" in listed
     assert {record["node"] for record in queried(store, "--node", name)} == {name}
+
+
+def test_files_are_named_like_samples(store):
+    with store.append(node=0, round=0) as batch:
+        for place, name in enumerate(["a,b", "clip-7"]):
+            keys = {"split": "train", "class_name": "dog", "index": place, "file_id": name}
+            batch.add(**keys, **values(1))
+    assert [record["index"] for record in queried(store, "--file-id", "a,b")] == [0]
+    output = run(store, "query", "--file-id", "clip-8").output
+    assert "no file id clip-8 in" in output
+    assert output.endswith('the nearest: clip-7; there are "a,b", clip-7\n')
 
 
 def test_sheets_go_by_the_pictures_that_there_are(filled, tmp_path):
