@@ -142,7 +142,9 @@ def _listed(values: tuple[str | int, ...]) -> str:
 
 @click.command()
 @click.option(
-    "--repair", is_flag=True, help="Mark damaged records as deleted, so that they can come back."
+    "--repair",
+    is_flag=True,
+    help="Mark damaged records as deleted, so that they can come back; undo old releases' damage.",
 )
 @wait_option
 @quiet_option
@@ -203,6 +205,8 @@ def _print_damage(found: Verification) -> None:
         ]
         print_table(headers, rows, right=("round", "index"))
         click.echo()
+    for mended in found.mended:
+        click.echo(f"mended: {mended}")
     for problem in found.problems:
         click.echo(f"problem: {problem}")
     more = len(found.leftovers) - _SHOWN_LEFTOVERS
@@ -333,12 +337,13 @@ def backup(obj: Context, /, target: Path, timeout: float, quiet: bool) -> None:
     store = EmbeddingStore.open(obj.store)
     with progress(0, "bytes", quiet=quiet) as advance:
         done = store.backup(target, timeout=timeout, progress=advance)
-    brought = [counted(done.copied, "file") + f" copied ({size(done.nbytes)})"]
-    brought += [counted(done.linked, "file") + " linked"] if done.linked else []
-    brought += [counted(done.removed, "file") + " removed"] if done.removed else []
-    click.echo(
-        f"{target}: {counted(done.records, 'record')}, commit {done.commit}; {', '.join(brought)}"
-    )
+    brought = [
+        f"{counted(done.copied, 'file')} copied ({size(done.nbytes)})" if done.copied else "",
+        f"{counted(done.linked, 'file')} linked" if done.linked else "",
+        f"{counted(done.removed, 'file')} removed" if done.removed else "",
+    ]
+    told = ", ".join(filter(None, brought)) or "nothing new"
+    click.echo(f"{target}: {counted(done.records, 'record')}, commit {done.commit}; {told}")
 
 
 @click.command()

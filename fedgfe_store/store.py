@@ -15,6 +15,7 @@ from fedgfe_store import _commit
 from fedgfe_store._append import AppendBatch, IfExists
 from fedgfe_store._compact import Compaction, compact
 from fedgfe_store._filters import check_names
+from fedgfe_store._group import Group
 from fedgfe_store._mending import find_mending
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._verify import Verification, verify
@@ -136,7 +137,7 @@ class EmbeddingStore:
 
     def refresh(self) -> None:
         """See the latest commit."""
-        self._snapshot = Snapshot.latest(self.path)
+        self._snapshot = self._snapshot.at(Group.read(self._snapshot.root))
 
     def append(
         self,
@@ -190,7 +191,6 @@ class EmbeddingStore:
                 f"encoder: expected {schema.metadata.encoder!r} as in {self.path}, got {encoder!r}"
             )
         return AppendBatch(
-            self.path,
             self._snapshot,
             node=node,
             round=round,
@@ -473,7 +473,7 @@ class EmbeddingStore:
 
     def _transaction(self, timeout: float) -> _commit.Transaction:
         self._refuse_past()
-        return _commit.Transaction(self.path, timeout=timeout, known=self._snapshot)
+        return _commit.Transaction(self._snapshot, timeout=timeout)
 
     def _refuse_past(self) -> None:
         if self._snapshot.as_of is not None:
