@@ -13,6 +13,7 @@ from ._codes import SOME_FAILED, STOPPED, ends_other_processes
 from ._legacy import OldFlags, old_flags
 from ._options import (
     FILTERS,
+    Filters,
     as_of_option,
     default_folder,
     filter_options,
@@ -75,7 +76,7 @@ _DECIDED_BY_IMAGE = {
 def command(
     ctx: click.Context,
     /,
-    filters: dict[str, Any],
+    filters: Filters,
     as_of: int | None,
     old: OldFlags,
     output_dir: Path | None,

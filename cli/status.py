@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._options import (
+    Filters,
     KeyList,
     as_of_option,
     default_folder,
@@ -17,7 +18,7 @@ from ._options import (
     format_option,
 )
 from ._progress import progress
-from ._tables import counted, numbers, print_table
+from ._tables import counted, numbers, print_data, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +61,7 @@ _SHOWN_REASONS = 5
 @click.pass_obj
 def command(
     obj: Context,
-    filters: dict[str, Any],
+    filters: Filters,
     as_of: int | None,
     output_dir: Path | None,
     by: list[str] | None,
@@ -82,7 +83,7 @@ def command(
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.generation.status import image_status
 
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     folder = output_dir or default_folder(selection)
     with progress(len(selection), "records") as advance:
         status = image_status(
@@ -92,7 +93,7 @@ def command(
         table = (
             _failures(status) if failed else status.counts(by or ["node", "round", "class_name"])
         )
-        _print_lines(table, form)
+        print_data(table, form)
         return
     _print_head(selection, status)
     for groups in [by] if by else [["node", "round"], ["class_name"]]:
@@ -106,13 +107,6 @@ def command(
 def _failures(status: ImageStatus) -> pd.DataFrame:
     frame = status.frame
     return frame[frame["status"] == "failed"].drop(columns="status")
-
-
-def _print_lines(table: pd.DataFrame, form: str) -> None:
-    if form == "csv":
-        click.echo(table.to_csv(index=False), nl=False)
-    else:
-        click.echo(table.to_json(orient="records", lines=True, force_ascii=False), nl=False)
 
 
 def _print_head(selection: Selection, status: ImageStatus) -> None:

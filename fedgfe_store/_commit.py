@@ -113,23 +113,21 @@ class Transaction:
 
     Parameters
     ----------
-    path : Path
-        The store.
-    timeout : float
-        Seconds to wait for another writer.
     known : Snapshot
         What the caller has read of the store; used on if no one wrote in the meantime.
+    timeout : float
+        Seconds to wait for another writer.
     """
 
-    def __init__(self, path: Path, *, timeout: float, known: Snapshot) -> None:
-        self.path, self._process = path, os.getpid()
+    def __init__(self, known: Snapshot, *, timeout: float) -> None:
+        self.path, self._process = known.root, os.getpid()
         self._encoded = b""
         self._rows: list[Mapping[str, np.ndarray]] = []
         self._begun = self._upgrading = self._published = False
         try:
             self._open(timeout, known)
         except Exception as error:
-            _add_outcome(error, path, None)
+            _add_outcome(error, self.path, None)
             raise
 
     def _open(self, timeout: float, known: Snapshot) -> None:
@@ -154,7 +152,7 @@ class Transaction:
             self._lock.release()
             raise
         same = known.as_of is None and known.group.raw == group.raw
-        self.snapshot = known if same else Snapshot(self.path, group)
+        self.snapshot = known if same else known.at(group)
         self._skip(self._tail - group.point.records)
 
     def _skip(self, rows: int) -> None:
@@ -278,7 +276,7 @@ class Transaction:
         self._remove_pending()
         if self._upgrading:
             self._tell_of_the_upgrade()
-            return Snapshot(self.path, Group.read(self.path))
+            return self.snapshot.at(Group.read(self.path))
         return self.snapshot.extended(Group.read(self.path), rows, marked)
 
     def _place(self) -> None:
@@ -329,7 +327,11 @@ class Transaction:
                 chunks |= _numbered(name, first, np.concatenate([kept, rows[name]]))
         # Read whole, so that marks of commits that were never published are seen and cleared.
         self.snapshot.column("deleted_in")
-        self._mark(chunks, marked)
+        for name, number in self.snapshot.stale:
+            self._chunk(chunks, name, number)
+        for number in np.unique(marked // KEY_CHUNK).tolist():
+            here = marked[marked // KEY_CHUNK == number] - number * KEY_CHUNK
+            self._chunk(chunks, "deleted_in", number)[here] = self.commit
         return chunks
 
     def _upgraded_column(self, name: str, rows: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -339,17 +341,15 @@ class Transaction:
         added = rows.get(name, np.empty(0, values.dtype))
         return np.concatenate([values, added])
 
-    def _mark(self, chunks: dict[tuple[str, int], np.ndarray], rows: np.ndarray) -> None:
-        """Set ``deleted_in`` of `rows` to this commit, in `chunks` or in those that lie there."""
-        numbers = rows // KEY_CHUNK
-        for number in sorted({*numbers.tolist(), *self.snapshot.strays}):
-            place = ("deleted_in", number)
-            if place not in chunks:
-                start = number * KEY_CHUNK
-                total = self.snapshot.group.rows("deleted_in")
-                there = np.arange(start, min(start + KEY_CHUNK, total))
-                chunks[place] = self.snapshot.column_at("deleted_in", there)
-            chunks[place][rows[numbers == number] - number * KEY_CHUNK] = self.commit
+    def _chunk(
+        self, chunks: dict[tuple[str, int], np.ndarray], name: str, number: int
+    ) -> np.ndarray:
+        """Return a chunk of those that change, as it lies there if it is not among them yet."""
+        if (name, number) not in chunks:
+            start, total = number * KEY_CHUNK, self.snapshot.group.rows(name)
+            there = np.arange(start, min(start + KEY_CHUNK, total))
+            chunks[name, number] = self.snapshot.column_at(name, there).copy()
+        return chunks[name, number]
 
     def _encoded_keys(
         self, group: Group, chunks: Mapping[tuple[str, int], np.ndarray]

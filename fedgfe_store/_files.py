@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedgfe_store import _workers
+from fedgfe_store._checksums import UnreadableError
 
 TEMPORARY = ".tmp"
 """How the names of files end that are not in place yet."""
@@ -42,6 +45,59 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Put `data` in place of `path` in one step: also after a crash it is the old or the new."""
     with replacing(path) as file:
         file.write(data)
+
+
+def open_regular(path: str | Path) -> int:
+    """Open `path` for reading if it is an ordinary file, or a link to one; return its handle.
+
+    What is none would keep a reader waiting, as a pipe does, or never end, as a device.
+
+    Raises
+    ------
+    UnreadableError
+        If something else is there.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket; links that lead nowhere
+            raise UnreadableError("it is no ordinary file") from error
+        raise
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise UnreadableError("it is no ordinary file")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Return the contents of the ordinary file `path`, which is at most `most` bytes long.
+
+    Raises
+    ------
+    UnreadableError
+        If something else is there, it is longer, or the disk cannot read it.
+    OSError
+        What the system refuses else; names the file.
+    """
+    handle = open_regular(path)
+    try:
+        size = os.fstat(handle).st_size
+        if size > most:
+            raise UnreadableError(f"expected at most {most:,} bytes, got {size:,}")
+        with open(handle, "rb", buffering=0, closefd=False) as file:
+            return file.readall()
+    except OSError as error:
+        raise named_or_unreadable(error, path) from error
+    finally:
+        os.close(handle)
+
+
+def named_or_unreadable(error: OSError, path: str | Path) -> Exception:
+    """Return `error` with the file's name; where a sector is bad, what lies there is damaged."""
+    if error.errno == errno.EIO:
+        return UnreadableError(f"the disk cannot read it: {error}")
+    error.filename = str(path)
+    return error
 
 
 @contextmanager
@@ -125,3 +181,13 @@ def usage(folder: Path) -> tuple[int, int]:
                 nbytes += os.lstat(os.path.join(where, name)).st_size
                 count += 1
     return nbytes, count
+
+
+def chunk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the chunk files in the folder of an array, with their bytes.
+
+    One that a compaction removes meanwhile is left out.
+    """
+    for path in folder.glob("c.*"):
+        with contextlib.suppress(FileNotFoundError):
+            yield path, path.stat().st_size

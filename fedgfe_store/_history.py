@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from fedgfe_store import _files
 from fedgfe_store._recovery import granule_of
 from fedgfe_store._snapshot import Snapshot
 
@@ -54,8 +55,8 @@ def _bytes(snapshot: Snapshot) -> np.ndarray:
     writer = snapshot.column("created_in")[::granule]
     sizes = np.zeros(snapshot.point.commit + 1, np.int64)
     for name in snapshot.schema.columns:
-        for file in (snapshot.path / name).glob("c.*"):
+        for file, nbytes in _files.chunk_sizes(snapshot.root / name):
             number = granule_of(file.name)
             if 0 <= number < len(writer):
-                sizes[writer[number]] += file.stat().st_size
+                sizes[writer[number]] += nbytes
     return sizes[1 : snapshot.commit + 1]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fedgfe_store._filters import NUMBERS, is_wanted, wanted_values
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import inspect_image
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
-from fedgfe_store.selection import wanted_values
 
 _OWN = ("file_id", "seed", "digests", "created", "seconds", "bytes")
 _READERS = 8
@@ -86,12 +88,22 @@ def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any)
     found = {picture.file.name: picture for picture in _all(folder)}.values()
     if not found:
         raise NotFoundError(f"no pictures of ours in {folder}: expected PNG files of generate")
-    kept = [p for p in found if all(getattr(p.key, n) in values for n, values in wanted.items())]
+    kept = [
+        p
+        for p in found
+        if all(is_wanted(getattr(p.key, n), values) for n, values in wanted.items())
+    ]
     if per_class is not None:
         kept = list(_lowest(kept, per_class))
     if not kept:
         raise NotFoundError(f"none of the {len(found):,} pictures in {folder} meets the filters")
     return sorted(kept, key=lambda p: (p.key, p.number))
+
+
+def key_values(pictures: Iterable[Picture], name: str) -> np.ndarray:
+    """Return the values of a key column of `pictures`, as those of a store."""
+    kind = np.int64 if name in NUMBERS else np.dtypes.StringDType()
+    return np.array([getattr(picture.key, name) for picture in pictures], kind)
 
 
 def _all(folder: Path) -> Iterator[Picture]:

@@ -16,6 +16,7 @@ from fedgfe_store.analysis._scan import (
     Tokens,
     Vectors,
     batches,
+    check_selection,
     key_frame,
     squares,
     with_values,
@@ -102,6 +103,7 @@ def centroids(
     DamagedDataError
         If a record is not what was committed; names it.
     """
+    check_selection("centroids", selection)
     check_keys("by", by)
     features = Features.of(selection, column, tokens)
     found = with_values(selection, column)
@@ -153,6 +155,11 @@ def group_keys(groups: xr.Dataset, what: str, *needed: str) -> pd.DataFrame:
     SchemaMismatchError
         If it is none, or one of the columns `needed` by the function `what` is missing.
     """
+    if not isinstance(groups, xr.Dataset):
+        raise SchemaMismatchError(
+            f"{what}: expected a result of centroids, such as centroids(store.select()), "
+            f"got {type(groups).__name__}"
+        )
     if "group" not in groups.dims or "centroid" not in groups:
         got = ", ".join(map(str, groups)) or "nothing"
         raise SchemaMismatchError(f"{what}: expected a result of centroids, got a dataset of {got}")

@@ -251,7 +251,7 @@ def prepare(
         if remark:
             report(remark)
     chosen.check_schema(schema)
-    _check_speed_options(compiled, quantize, device, offload)
+    _check_speed_options(compiled, quantize, device, dtype, offload)
     guidance = _choose_guidance(guidance, chosen, report)
     found = _find_negative(chosen, guidance, negative, selection, keep=keep_negative, report=report)
     settings = Settings(
@@ -303,9 +303,11 @@ def _choose_model(name: str | None, diffusion_type: Kind | None, schema: Schema)
     return resolve_model(name, kind=kind, stored=stored)
 
 
-def _check_speed_options(compiled: bool, quantize: str | None, device: str, offload: str) -> None:
+def _check_speed_options(
+    compiled: bool, quantize: str | None, device: str, dtype: str, offload: str
+) -> None:
     if quantize is not None:
-        check_quantization(quantize, device=device, compiled=compiled)
+        check_quantization(quantize, device=device, dtype=dtype, compiled=compiled)
     possible = ("auto", *_offloads(compiled, quantize))
     if offload not in possible and offload in get_args(Offload):
         name = "quantize" if quantize else "compile"
