@@ -230,13 +230,20 @@ class Claim:
             If someone has.
         """
         epoch = int(self._made[-1].name.split(".")[2])
-        if not self._make(epoch + 1):
+        if not self._make(epoch + 1) or not self._touch():
             raise ConflictError(
                 f"{self._path}: another writer came in between while commit {self.number} was "
                 f"written: it took this one for dead, which had not been heard of for "
                 f"{TAKEOVER_SECONDS:g} s; nothing of it was published"
             )
-        os.utime(self._made[-1])
+
+    def _touch(self) -> bool:
+        """Renew the claim; False where it is gone, as once another writer has published."""
+        try:
+            os.utime(self._made[-1])
+        except FileNotFoundError:
+            return False
+        return True
 
     def forget_others(self) -> None:
         """Remove the claims of other writers on this commit, where none of them is at work."""
