@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -128,6 +128,7 @@ class Claim:
         self._made: list[Path] = []
         # No `threading.Event`: an interruption within its lock would let `release` wait for ever.
         self._stop: SimpleQueue[None] = SimpleQueue()
+        self._abandoned = False
 
     @classmethod
     def take(
@@ -166,28 +167,24 @@ class Claim:
                 waiting.wait(rivals[max(rivals)])
                 continue
             claim = cls(path, number, Owner.this())
-            if not claim._make(max(rivals, default=-1) + 1):
-                continue
-            claim.after_others, claim.alone = bool(rivals), dead
-            if claim._is_next(published) and (not rivals or claim._cleared(clear, published)):
-                return claim
+            try:
+                if not claim._make(max(rivals, default=-1) + 1):
+                    continue
+                claim.after_others, claim.alone = bool(rivals), dead
+                if claim._is_next(published) and (not rivals or claim._cleared(clear, published)):
+                    return claim
+            except BaseException:
+                claim.release()
+                raise
             claim.release()
 
     def _is_next(self, published: Callable[[], int]) -> bool:
         """Whether the commit has not been published meanwhile, before its claims were removed."""
-        try:
-            return published() + 1 == self.number
-        except BaseException:
-            self.release()
-            raise
+        return published() + 1 == self.number
 
     def _cleared(self, clear: Callable[[], None], published: Callable[[], int]) -> bool:
         """Take from a late owner what it could still put in place, then look whether it has."""
-        try:
-            clear()
-        except BaseException:
-            self.release()
-            raise
+        clear()
         return self._is_next(published)
 
     def _make(self, epoch: int) -> bool:
@@ -213,7 +210,9 @@ class Claim:
         if made:
             _files.sync_folder(self._path)
             _held.add(self.token)
-            _workers.Thread(self._renew, "fedgfe-store-claim").start()
+            # Not holding the claim: one that an interruption lost is abandoned, see `__del__`.
+            renew = partial(_renew, self._stop, self._made)
+            _workers.Thread(renew, "fedgfe-store-claim").start()
         return made
 
     def _link(self, target: Path) -> bool:
@@ -221,16 +220,6 @@ class Claim:
             return _exclusive_link(self._made[-1], target, self.token)
         except FileNotFoundError:
             return False
-
-    def _renew(self) -> None:
-        while True:
-            try:
-                return self._stop.get(timeout=RENEWAL_SECONDS)
-            except Empty:
-                pass
-            # Gone if it was taken over, which the owner learns from its next `fence`.
-            with contextlib.suppress(OSError):
-                os.utime(self._made[-1])
 
     def fence(self) -> None:
         """Make sure that no one has taken this claim over: from now on that takes a minute again.
@@ -266,8 +255,7 @@ class Claim:
 
     def release(self, *, published: bool = False) -> None:
         """Give the claim back; once its commit is `published`, all claims up to it are removed."""
-        self._stop.put(None)
-        _held.discard(self.token)
+        self.abandon()
         spent = set(self._made)
         if published:
             for number, files in claims(self._path).items():
@@ -279,6 +267,21 @@ class Claim:
         """Hold the claim no longer; what is left of it is one of a writer that died."""
         self._stop.put(None)
         _held.discard(self.token)
+        self._abandoned = True
+
+    def __del__(self) -> None:
+        if not self._abandoned and self._owner.pid == os.getpid():
+            self.abandon()
+
+
+def _renew(stop: SimpleQueue[None], made: list[Path]) -> None:
+    while True:
+        try:
+            return stop.get(timeout=RENEWAL_SECONDS)
+        except Empty:
+            # Gone if it was taken over, which the owner learns from its next `fence`.
+            with contextlib.suppress(OSError, IndexError):
+                os.utime(made[-1])
 
 
 class _Waiting:
