@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.images import inspect_image
+from fedgfe_store.generation.images import inspect_image, read_key
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 from fedgfe_store.selection import wanted_values
@@ -204,7 +204,7 @@ def inspect_picture(path: Path) -> ListedPicture | str:
 
 
 def _listed(facts: Mapping[str, Any], texts: dict[str, str]) -> ListedPicture | None:
-    key, image = _key(facts.get("key")), facts.get("image")
+    key, image = read_key(facts.get("key")), facts.get("image")
     if key is None or not isinstance(image, int):
         return None
     own = {name: facts[name] for name in _OWN if name in facts}
@@ -212,11 +212,3 @@ def _listed(facts: Mapping[str, Any], texts: dict[str, str]) -> ListedPicture | 
     text = json.dumps(rest)
     # Thousands of pictures then hold one text.
     return ListedPicture(facts["file"], key, image, own, texts.setdefault(text, text))
-
-
-def _key(fields: Any) -> RecordKey | None:
-    kinds = {"node": str, "round": int, "split": str, "class_name": str, "index": int}
-    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
-        return None
-    fits = all(isinstance(fields[name], kind) for name, kind in kinds.items())
-    return RecordKey(**fields) if fits else None

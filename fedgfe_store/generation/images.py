@@ -86,6 +86,15 @@ def key_json(key: RecordKey) -> dict[str, Any]:
     }
 
 
+def read_key(fields: Any) -> RecordKey | None:
+    """Read a key back from what `key_json` gave; None if it is anything else."""
+    kinds = {"node": str, "round": int, "split": str, "class_name": str, "index": int}
+    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
+        return None
+    fits = all(isinstance(fields[name], kind) for name, kind in kinds.items())
+    return RecordKey(**fields) if fits else None
+
+
 def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> int:
     """Write a picture under its name at once: it is there whole, or not at all.
 

@@ -133,7 +133,10 @@ class Plan:
     def summary(self, batch_size: int) -> str:
         """Describe the plan in a few lines: counts, batches, disk and time."""
         counts, todo = self.counts, len(self.todo)
-        stale = f", {counts['stale']} out of date" if counts["stale"] else ""
+        again = sum(item.reason == AGAIN for item in self.items)
+        outdated = counts["stale"] - again
+        stale = f", {outdated} out of date" if outdated else ""
+        stale += f", {again} to be made again" if again else ""
         kept = f" ({self.kept} kept as they are)" if self.kept else ""
         waiting = f" ({self.waiting} left for another run)" if self.waiting else ""
         lines = [
