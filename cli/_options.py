@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from fedgfe_store import EmbeddingStore
     from fedgfe_store.selection import Selection
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
@@ -183,6 +184,26 @@ def image_folder(store: Path) -> Path:
     except NotFoundError as error:
         error.add_note("without a store, --input-dir names the folder of the images")
         raise
+
+
+def store_in_reach(path: Path) -> EmbeddingStore | None:
+    """Open the store that pictures are compared with; where there is none they are not."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import FedgfeStoreError, NotFoundError
+
+    try:
+        return EmbeddingStore.open(path)
+    except NotFoundError:
+        return None
+    except FedgfeStoreError as error:
+        click.echo(f"note: the pictures are not compared with the store: {error}", err=True)
+        return None
+
+
+def outdated_line(marks: Mapping[str, int]) -> str:
+    """Say how many pictures are marked as out of date, and as what."""
+    parts = [f"{number:,} {mark}" for mark, number in sorted(marks.items())]
+    return f"out of date: {', '.join(parts)}"
 
 
 def print_left_out(left_out: Mapping[str, str], *, most: int = 10) -> None:

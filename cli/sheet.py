@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import KeyList, filter_options, folder_option, image_folder, quiet_option
+from ._options import (
+    KeyList,
+    filter_options,
+    folder_option,
+    image_folder,
+    outdated_line,
+    quiet_option,
+    store_in_reach,
+)
 from ._progress import progress
 from ._tables import counted
 
@@ -61,7 +71,8 @@ def command(
     """Draw contact sheets of rendered images, or one sample over the rounds.
 
     Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
-    larger than 4096 pixels goes into several files.
+    larger than 4096 pixels goes into several files. Pictures whose record is deleted or has another
+    embedding now are marked, where the store is in reach.
 
     \b
     fedgfe-store sheet --node server --split test
@@ -77,6 +88,7 @@ def command(
         shown = sheets.animate(pictures, output, thumbnail=thumbnail or 256)
         rounds = ", ".join(str(picture.key.round) for picture in shown)
         click.echo(f"{output}: {shown[0].key.class_name}, rounds {rounds}")
+        _tell_outdated(shown)
         return
     sheet = sheets.arrange(pictures, rows=rows, columns=columns)
     with progress(len(sheet.cells), "pictures", quiet=quiet) as advance:
@@ -90,6 +102,13 @@ def command(
         )
     for line in _told(sheet, len(pictures), files):
         click.echo(line)
+    _tell_outdated(sheet.cells.values())
+
+
+def _tell_outdated(pictures: Iterable[Picture]) -> None:
+    marks = Counter(picture.mark for picture in pictures if picture.mark)
+    if marks:
+        click.echo(outdated_line(marks))
 
 
 def _pictures(obj: Context, folder: Path, filters: dict[str, Any]) -> list[Picture]:
@@ -98,7 +117,7 @@ def _pictures(obj: Context, folder: Path, filters: dict[str, Any]) -> list[Pictu
     from fedgfe_store.pictures import find_pictures
 
     sample_ids = filters.pop("sample_id", None)
-    pictures = find_pictures(folder, **filters)
+    pictures = find_pictures(folder, store=store_in_reach(obj.store), **filters)
     if sample_ids is None:
         return pictures
     keys = set(EmbeddingStore.open(obj.store).select(sample_id=sample_ids).keys())

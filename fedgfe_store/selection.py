@@ -81,6 +81,15 @@ class Selection:
         """Number of the commit that is seen."""
         return self._snapshot.commit
 
+    @property
+    def as_of(self) -> int | None:
+        """The commit that was asked for; None where the store was seen as it is."""
+        return self._snapshot.as_of
+
+    def others(self, **filters: Any) -> Selection:
+        """Return other records of the same store and commit; see `EmbeddingStore.select`."""
+        return Selection.of(self._snapshot, filters)
+
     def __len__(self) -> int:
         """Return the number of records."""
         return len(self.rows)

@@ -63,10 +63,10 @@ class Sheet:
         return label_of(self.common.values(), self.common)
 
     def caption(self, picture: Picture) -> str:
-        """Return in words what a picture's row and column and the title do not say of it."""
+        """Return in words what row, column and title do not say of a picture, its mark included."""
         told = {*self.by_row, *self.by_column, *self.common}
         rest = {name: value for name, value in _facts(picture).items() if name not in told}
-        return label_of(rest.values(), rest)
+        return ", ".join(filter(None, [label_of(rest.values(), rest), picture.mark]))
 
 
 def arrange(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,6 +15,13 @@ from fedgfe_store.generation.images import image_name, inspect_image, key_json, 
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.generation.plan import PlanItem, compare_image, record_digests, seed_of
 from fedgfe_store.generation.shards import shard_of
+from fedgfe_store.pictures import (
+    DELETED,
+    ListedPicture,
+    inspect_picture,
+    listed_picture,
+    mark_outdated,
+)
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
 if TYPE_CHECKING:
@@ -42,12 +50,15 @@ class ImageStatus:
         What the folder's images are made with; None where there are none.
     images_per_record : int
         Images that each record should have.
+    deleted : tuple of ListedPicture
+        Images in the folder whose record the store does not have any more, by file name.
     """
 
     frame: pd.DataFrame
     folder: Path
     settings: Mapping[str, Any] | None
     images_per_record: int
+    deleted: tuple[ListedPicture, ...] = ()
 
     @property
     def totals(self) -> dict[str, int]:
@@ -139,7 +150,15 @@ def image_status(
             findings.append(finding)
             if progress is not None and done % number == 0:
                 progress(1)
-    return ImageStatus(_frame(items, findings), folder, state.settings, number)
+    frame, deleted = _frame(items, findings), _deleted(state, selection)
+    return ImageStatus(frame, folder, state.settings, number, deleted)
+
+
+def _deleted(state: _FolderState, selection: Selection) -> tuple[ListedPicture, ...]:
+    others = state.others()
+    marks = mark_outdated(others, selection)
+    found = [picture for picture, mark in zip(others, marks, strict=True) if mark == DELETED]
+    return tuple(sorted(found, key=lambda picture: picture.file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +169,7 @@ class _Line:
     number: int | None
     error: str | None
     fingerprint: str | None
+    other: ListedPicture | None
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,7 @@ class _FolderState:
     @classmethod
     def read(cls, folder: Path, selected: Set[RecordKey]) -> _FolderState:
         settings: dict[str, Mapping[str, Any]] = {}
+        texts: dict[str, str] = {}
 
         def pick(line: dict[str, Any]) -> _Line:
             made_with = line.get("fingerprint")
@@ -173,7 +194,8 @@ class _FolderState:
                 settings.setdefault(made_with, line["settings"])
             error = line.get("error")
             number = _number_of(line, selected)
-            return _Line(str(line.get("created", "")), number, error, made_with)
+            other = listed_picture(line, texts) if number is None else None
+            return _Line(str(line.get("created", "")), number, error, made_with, other)
 
         lines = latest(folder, pick)
         present = {path.name for path in folder.glob("*.png")}
@@ -187,15 +209,29 @@ class _FolderState:
 
     def highest_number(self) -> int:
         """Give the highest image number that any of the records has had, at least 0."""
-        first = {image_name(key) for key in self.selected}
-        unlisted = [self.folder / name for name in self.present - self.lines.keys() - first]
         numbers = [line.number for line in self.lines.values()]
-        numbers += [_number_of(read_provenance(path) or {}, self.selected) for path in unlisted]
+        numbers += [p.image for p in self._unlisted.values() if p.key in self.selected]
         return max((number for number in numbers if number is not None), default=0)
+
+    def others(self) -> list[ListedPicture]:
+        """Give the pictures that are there and of other records than the selected ones."""
+        listed = [self.lines[name].other for name in self.present & self.lines.keys()]
+        unlisted = [p for p in self._unlisted.values() if p.key not in self.selected]
+        return [picture for picture in (*listed, *unlisted) if picture is not None]
+
+    @cached_property
+    def _unlisted(self) -> dict[str, ListedPicture]:
+        """Pictures of which neither a line nor their name as a record's first image tells."""
+        first = {image_name(key) for key in self.selected}
+        names = sorted(self.present - self.lines.keys() - first)
+        with ThreadPoolExecutor(_CHECKERS) as pool:
+            found = pool.map(lambda name: inspect_picture(self.folder / name), names)
+            pictures = zip(names, found, strict=True)
+            return {name: each for name, each in pictures if not isinstance(each, str)}
 
 
 def _number_of(facts: Mapping[str, Any], selected: Set[RecordKey]) -> int | None:
-    """Give the image number in a manifest line or provenance of a selected record."""
+    """Give the image number in a manifest line of a selected record."""
     try:
         number = int(facts["image"])
         return number if RecordKey(**facts["key"]) in selected else None
