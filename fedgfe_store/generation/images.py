@@ -119,7 +119,7 @@ def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) ->
     """
     info = PngImagePlugin.PngInfo()
     info.add_text(TEXT_KEY, json.dumps(text))
-    temp = path.parent / f".fedgfe-{_writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
+    temp = path.parent / f".fedgfe-{writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
     try:
         with temp.open("xb") as file:
             Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
@@ -196,7 +196,7 @@ def remove_stale_temps(folder: Path) -> int:
     removed = 0
     for path in folder.glob(".fedgfe-*.tmp"):
         match = _TEMP.fullmatch(path.name)
-        if match and (_writer_is_gone(match[1], int(match[2])) or _is_old(path)):
+        if match and (writer_is_gone(match[1], int(match[2])) or _is_old(path)):
             path.unlink(missing_ok=True)
             removed += 1
     return removed
@@ -209,8 +209,9 @@ def _is_old(path: Path) -> bool:
         return False
 
 
-def _writer_is_gone(token: str, pid: int) -> bool:
-    if token != _writer_token() or os.name != "posix":
+def writer_is_gone(token: str, pid: int) -> bool:
+    """Whether a process is known to run no more: one of this machine, by its `writer_token`."""
+    if token != writer_token() or os.name != "posix":
         return False
     try:
         os.kill(pid, 0)
@@ -222,7 +223,7 @@ def _writer_is_gone(token: str, pid: int) -> bool:
 
 
 @cache
-def _writer_token() -> str:
+def writer_token() -> str:
     """Identify the machine and, where there are such, the process namespace."""
     namespace = Path("/proc/self/ns/pid")
     place = os.readlink(namespace) if namespace.is_symlink() else ""

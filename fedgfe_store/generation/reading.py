@@ -71,7 +71,7 @@ def _claimed(
     made: list[PlanItem] = []
     for last_try, items in ((False, job.plan.todo), (True, held)):
         for item in items:
-            if not claims.take(item.path.name):
+            if not claims.take(item.path.name, wait=last_try):
                 (made if last_try else held).append(item)
             elif made_meanwhile(item, job.plan.settings):
                 claims.release(item.path.name)

@@ -162,7 +162,10 @@ def render(
     except Stopped:
         return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason)
     started = time.perf_counter()
-    with Claims(plan.folder) as claims, Manifest(plan.folder, job.shard) as manifest:
+    with (
+        Claims(plan.folder, report=report, ended=lambda: stop.requested) as claims,
+        Manifest(plan.folder, job.shard) as manifest,
+    ):
 
         def settle(item: PlanItem, error: str | None) -> None:
             if error is not None:
