@@ -72,6 +72,9 @@ _DECIDED_BY_IMAGE = {
     show_default=True,
     help="What to do about images made with other settings.",
 )
+@click.option(
+    "--replace-others", is_flag=True, help="Replace images of other experiments in the folder, too."
+)
 @quiet_option
 @click.pass_context
 def command(

@@ -262,7 +262,7 @@ function gridKey(event) {
 /* Viewer */
 
 const GROUPS = ["Record", "Picture", "Settings", "Embeddings", "Made with"];
-const EMBEDDINGS = new Set(["store", "commit"]);
+const EMBEDDINGS = new Set(["store", "experiment", "store_id", "commit"]);
 
 function* flat(name, content) {
   if (content === null || content === undefined || content === "") return;

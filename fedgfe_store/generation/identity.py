@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from fedgfe_store.generation.manifest import read_manifest
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
+
+_TAIL_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,10 @@ class Identity:
         if self.experiment:
             return f"experiment {self.experiment}"
         return f"store {self.store_id}" if self.store_id else "a store without a name"
+
+
+def others_in(folder: Path, own: Identity) -> list[Identity]:
+    """Give the other stores whose images the latest lines of a folder's manifests list."""
+    lines = read_manifest(folder, tail_bytes=_TAIL_BYTES)
+    found = dict.fromkeys(Identity.of_image(line) for line in lines)
+    return [identity for identity in found if own.is_another(identity)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.generation.identity import Identity
 from fedgfe_store.generation.images import FileState, image_name, inspect_image, key_json
 from fedgfe_store.generation.manifest import seconds_per_image
 from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
@@ -86,12 +87,19 @@ class Plan:
         Where they go.
     limit : int or None
         Images to render at most in this run.
+    identity : Identity
+        The store that they are of.
+    on_stale, replace_others
+        What may be replaced, as for `plan_images`.
     """
 
     items: tuple[PlanItem, ...]
     settings: Settings
     folder: Path
     limit: int | None = None
+    identity: Identity = field(default_factory=Identity)
+    on_stale: OnStale = "error"
+    replace_others: bool = False
 
     @property
     def todo(self) -> tuple[PlanItem, ...]:
@@ -125,6 +133,14 @@ class Plan:
         """Seconds of rendering; None until images were made here with these settings."""
         each = seconds_per_image(self.folder, fingerprint(self.settings))
         return None if each is None else each * len(self.todo)
+
+    def refuses(self, finding: Finding) -> bool:
+        """Whether the file that was found is not to be replaced."""
+        if finding.of_another:
+            return not self.replace_others
+        if self.on_stale == "keep":
+            return finding.keepable
+        return bool(finding.conflict) and self.on_stale == "error"
 
     @property
     def _unfinished(self) -> tuple[PlanItem, ...]:
@@ -162,6 +178,7 @@ def plan_images(
     shard: Shard = WHOLE,
     limit: int | None = None,
     on_stale: OnStale = "error",
+    replace_others: bool = False,
     again: bool = False,
 ) -> Plan:
     """Compare the images of a selection with those in a folder.
@@ -187,6 +204,8 @@ def plan_images(
         Render at most so many images, the first ones that are not done.
     on_stale : {"error", "regenerate", "keep"}
         What to do about sound images made with other settings, or not by this package.
+    replace_others : bool
+        Replace images of other stores, too.
     again : bool
         Render images that are done, too.
 
@@ -198,7 +217,8 @@ def plan_images(
     Raises
     ------
     ConflictError
-        If there are such images and `on_stale` is ``"error"``: what differs, in how many files.
+        If there are such images and `on_stale` is ``"error"``, or images of another store whose
+        place is not given to this one: what differs, in how many files.
     SchemaMismatchError
         If `on_stale` is none of the three.
     """
@@ -206,20 +226,23 @@ def plan_images(
         raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
     items = _list_items(selection, settings, output_dir, columns, numbers, shard)
     present = {path.name for path in output_dir.glob("*.png")}
+    identity = Identity.of_store(selection)
     with ThreadPoolExecutor(_CHECKERS) as pool:
-        findings = list(pool.map(lambda item: _check(item, settings, present), items))
-    conflicts = Counter(finding.conflict for finding in findings if finding.conflict)
-    if conflicts and on_stale == "error":
-        raise ConflictError(_conflict_message(conflicts, output_dir))
+        findings = list(pool.map(lambda item: _check(item, settings, present, identity), items))
+    plan = Plan((), settings, output_dir, limit, identity, on_stale, replace_others)
+    refused = [f for f in findings if plan.refuses(f)]
+    if refused and on_stale != "keep":
+        raise ConflictError(_conflict_message(refused, output_dir))
     settled = (
-        replace(f.item, keep=True) if f.keepable and on_stale == "keep" else f.item
+        # With "keep" there may be some; else the run is refused.
+        replace(f.item, keep=True) if plan.refuses(f) else f.item
         for f in findings
     )
     if again:
         settled = (
             replace(i, status="stale", reason=AGAIN) if i.status == "done" else i for i in settled
         )
-    return Plan(tuple(settled), settings, output_dir, limit)
+    return replace(plan, items=tuple(settled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +252,7 @@ class Finding:
     item: PlanItem
     conflict: str = ""
     keepable: bool = False
+    of_another: bool = False
 
 
 def file_stamp(path: Path) -> tuple[int, ...] | None:
@@ -240,19 +264,20 @@ def file_stamp(path: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def made_meanwhile(item: PlanItem, settings: Settings) -> bool:
-    """Whether an image that was not done has been made since, by another process."""
+def look_again(item: PlanItem, plan: Plan) -> Finding | None:
+    """Look at the file of an image to render: None if it is still what it was when planned."""
     if file_stamp(item.path) == item.seen:
-        return False
-    return _check(item, settings, {item.path.name}).item.status == "done"
+        return None
+    return _check(item, plan.settings, {item.path.name}, plan.identity)
 
 
-def _check(item: PlanItem, settings: Settings, present: Set[str]) -> Finding:
+def _check(item: PlanItem, settings: Settings, present: Set[str], identity: Identity) -> Finding:
     if item.path.name not in present:
         return Finding(item)
     item = replace(item, seen=file_stamp(item.path))
     state, provenance = inspect_image(item.path)
-    return compare_image(item, state, provenance, asdict(settings), fingerprint(settings))
+    made_with = asdict(settings), fingerprint(settings)
+    return compare_image(item, state, provenance, *made_with, identity=identity)
 
 
 def compare_image(
@@ -261,6 +286,8 @@ def compare_image(
     provenance: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
     expected: str,
+    *,
+    identity: Identity,
 ) -> Finding:
     """Compare what an image file says about itself with what it should be.
 
@@ -274,6 +301,8 @@ def compare_image(
         What it should be made with.
     expected : str
         Their fingerprint.
+    identity : Identity
+        The store that it should be of.
 
     Returns
     -------
@@ -284,6 +313,10 @@ def compare_image(
         return Finding(replace(item, reason="damaged file"))
     if provenance is None:
         return _conflict(item, "not made by fedgfe-store")
+    theirs = Identity.of_image(provenance)
+    if identity.is_another(theirs):
+        found = _conflict(item, f"images of {theirs}, not of {identity}")
+        return replace(found, of_another=True)
     if (provenance.get("key"), provenance.get("image")) != (key_json(item.key), item.number):
         return _conflict(item, "image of another record")
     conflict = ""
@@ -298,14 +331,16 @@ def _conflict(item: PlanItem, reason: str) -> Finding:
     return Finding(replace(item, status="stale", reason=reason), reason, keepable=True)
 
 
-def _conflict_message(conflicts: Counter[str], folder: Path) -> str:
+def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
+    conflicts = Counter(finding.conflict for finding in refused)
     lines = [f"  {count} files: {reason}" for reason, count in conflicts.most_common(5)]
     if len(conflicts) > 5:
         lines.append(f"  and {len(conflicts) - 5} other differences")
-    return (
-        f"{folder} holds {conflicts.total()} images that this run would replace:\n"
-        + "\n".join(lines)
-        + "\nSet on-stale to regenerate or keep, or use another output folder."
+    advice = "Set on-stale to regenerate or keep, or use another output folder."
+    if any(finding.of_another for finding in refused):
+        advice += " Images of others are replaced with --replace-others only."
+    return "\n".join(
+        [f"{folder} holds {len(refused)} images that this run would replace:", *lines, advice]
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.identity import Identity
 from fedgfe_store.generation.images import image_name, inspect_image, key_json, read_provenance
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.generation.plan import PlanItem, compare_image, record_digests, seed_of
@@ -129,7 +130,8 @@ def image_status(
     -------
     ImageStatus
         ``"done"`` is a sound file of the record's present embedding and the folder's settings;
-        ``"stale"`` a sound one of another embedding or record, of other settings, or not ours;
+        ``"stale"`` a sound one of another embedding, record or store, of other settings, or not
+        ours;
         ``"failed"`` one that is not there since it could not be made; ``"missing"`` any other.
 
     Raises
@@ -268,6 +270,7 @@ class _Checker:
     def __init__(self, selection: Selection, state: _FolderState) -> None:
         self._state = state
         self._digests = record_digests(selection, selection.schema.columns)
+        self._identity = Identity.of_store(selection)
 
     def __call__(self, item: PlanItem) -> tuple[str, str]:
         name = item.path.name
@@ -277,7 +280,9 @@ class _Checker:
         state, provenance = inspect_image(item.path)
         item = replace(item, digests=self._expected(item, provenance or {}))
         settings, fingerprint = self._state.settings or {}, self._state.fingerprint
-        found = compare_image(item, state, provenance, settings, fingerprint).item
+        found = compare_image(
+            item, state, provenance, settings, fingerprint, identity=self._identity
+        ).item
         return found.status, found.reason
 
     def _expected(self, item: PlanItem, provenance: Mapping[str, Any]) -> dict[str, str]:
