@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +29,9 @@ TEXT_KEY = "fedgfe_store"
 _END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _MAX_NAME_BYTES = 200
 _PLAIN = re.compile(
-    r"(?:server|node_[A-Za-z0-9.-]+)_[A-Za-z0-9.-]+_[A-Za-z0-9._-]+_[0-9]+_r[0-9]+(?:_i[0-9]+)?"
+    r"(?:server|node_[a-z0-9.-]+)_[a-z0-9.-]+_[a-z0-9._-]+_[0-9]+_r[0-9]+(?:_i[0-9]+)?"
 )
+_HASHED = re.compile(r"_h[0-9a-f]{32}\.png$")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _TEMP = re.compile(r"\.fedgfe-([0-9a-f]{8})-([0-9]+)-[0-9]+\.tmp")
 _STALE_TEMP_SECONDS = 24 * 3600
@@ -50,15 +52,30 @@ def image_name(key: RecordKey, number: int = 0) -> str:
     -------
     str
         ``node_0_train_dog_0_r5.png`` or ``server_train_dog_0_r5.png``, with ``_i1`` before the
-        dot for image number 1. A key that cannot be read back from such a name gets its parts
-        with unsafe characters replaced and a hash of the key at the end, so that two keys never
-        share a name and every file system takes it.
+        dot for image number 1. A key that cannot be read back from such a name, or has capital
+        letters, gets its parts with unsafe characters replaced and a hash of the key at the end,
+        so that two keys never share a name, every file system takes it, and one that ignores
+        case or folds Unicode takes no two for one.
     """
     name = _plain_name(key, number)
     parts_are_plain = "_" not in key.node + key.split and _PLAIN.fullmatch(name)
     if parts_are_plain and len(name) <= _MAX_NAME_BYTES - 4:
         return f"{name}.png"
     return f"{_hashed_name(key, number)}.png"
+
+
+def older_name(key: RecordKey, number: int = 0) -> str | None:
+    """Give the name that an image with capital letters had before; None if it is the same.
+
+    Files of such names are still found, but only where they say themselves what they show: a
+    file system that ignores case may have taken two of them for one.
+    """
+    if not re.search("[A-Z]", key.node + key.split + key.class_name):
+        return None
+    lower = {n: getattr(key, n).lower() for n in ("node", "split", "class_name")}
+    would_be = image_name(replace(key, **lower), number)
+    # The hash alone tells the two kinds apart: letters of the readable part stay as they are.
+    return f"{_plain_name(key, number)}.png" if not _HASHED.search(would_be) else None
 
 
 def _plain_name(key: RecordKey, number: int) -> str:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.identity import Identity
-from fedgfe_store.generation.images import FileState, image_name, inspect_image, key_json
+from fedgfe_store.generation.images import (
+    FileState,
+    image_name,
+    inspect_image,
+    key_json,
+    older_name,
+    read_provenance,
+)
 from fedgfe_store.generation.manifest import seconds_per_image
 from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
 from fedgfe_store.generation.shards import WHOLE, Shard
@@ -271,7 +278,19 @@ def look_again(item: PlanItem, plan: Plan) -> Finding | None:
     return _check(item, plan.settings, {item.path.name}, plan.identity)
 
 
+def locate(item: PlanItem, present: Set[str]) -> PlanItem:
+    """Give an image the place where it is, of the names in the folder: an older name counts."""
+    older = older_name(item.key, item.number)
+    if item.path.name in present or older is None or older not in present:
+        return item
+    path = item.path.with_name(older)
+    facts = read_provenance(path) or {}
+    same = (facts.get("key"), facts.get("image")) == (key_json(item.key), item.number)
+    return replace(item, path=path) if same else item
+
+
 def _check(item: PlanItem, settings: Settings, present: Set[str], identity: Identity) -> Finding:
+    item = locate(item, present)
     if item.path.name not in present:
         return Finding(item)
     item = replace(item, seen=file_stamp(item.path))
@@ -374,7 +393,7 @@ def _list_items(
         key: (position, of_record)
         for position, (key, of_record) in enumerate(zip(selection.keys(), digests, strict=True))
     }
-    items = [
+    return [
         PlanItem(
             position=position,
             key=key,
@@ -384,29 +403,9 @@ def _list_items(
             digests=of_record,
         )
         for key, (position, of_record) in records.items()
+        if shard.holds(key)
         for number in numbers
     ]
-    _check_names(items, folder)
-    return [item for item in items if shard.holds(item.key)]
-
-
-def _check_names(items: Collection[PlanItem], folder: Path) -> None:
-    """Refuse names that differ in case only where the file system takes them for one."""
-    count = Counter(item.path.name.lower() for item in items)
-    if len(count) == len(items) or not _ignores_case(folder):
-        return
-    name = count.most_common(1)[0][0]
-    same = [str(item.key) for item in items if item.path.name.lower() == name]
-    raise ConflictError(
-        f"{folder} is on a file system that ignores case: expected one record for the name "
-        f"{name}, got {len(same)} ({'; '.join(same)})"
-    )
-
-
-def _ignores_case(folder: Path) -> bool:
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    swapped = existing.with_name(existing.name.swapcase())
-    return existing.name != swapped.name and swapped.exists() and swapped.samefile(existing)
 
 
 def _megabytes(size: int) -> str:

@@ -14,7 +14,7 @@ from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.identity import Identity
 from fedgfe_store.generation.images import image_name, inspect_image, key_json, read_provenance
 from fedgfe_store.generation.manifest import latest
-from fedgfe_store.generation.plan import PlanItem, compare_image, record_digests, seed_of
+from fedgfe_store.generation.plan import PlanItem, compare_image, locate, record_digests, seed_of
 from fedgfe_store.generation.shards import shard_of
 from fedgfe_store.pictures import (
     DELETED,
@@ -272,18 +272,21 @@ class _Checker:
         self._digests = record_digests(selection, selection.schema.columns)
         self._identity = Identity.of_store(selection)
 
-    def __call__(self, item: PlanItem) -> tuple[str, str]:
+    def __call__(self, item: PlanItem) -> tuple[str, str, str]:
+        item = locate(item, self._state.present)
         name = item.path.name
         if name not in self._state.present:
             line = self._state.lines.get(name)
-            return ("failed", line.error) if line and line.error is not None else ("missing", "")
+            if line is None or line.error is None:
+                return name, "missing", ""
+            return name, "failed", line.error
         state, provenance = inspect_image(item.path)
         item = replace(item, digests=self._expected(item, provenance or {}))
         settings, fingerprint = self._state.settings or {}, self._state.fingerprint
         found = compare_image(
             item, state, provenance, settings, fingerprint, identity=self._identity
         ).item
-        return found.status, found.reason
+        return name, found.status, found.reason
 
     def _expected(self, item: PlanItem, provenance: Mapping[str, Any]) -> dict[str, str]:
         """Give the digests of the tensors that the image was made from, and of no others."""
@@ -293,13 +296,13 @@ class _Checker:
         return {name: own[name] for name in names if name in own}
 
 
-def _frame(items: Sequence[PlanItem], findings: Sequence[tuple[str, str]]) -> pd.DataFrame:
+def _frame(items: Sequence[PlanItem], findings: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
     import pandas as pd
 
     columns = [*KEY_COLUMNS, "image", "file", "status", "reason"]
     rows = [
-        [*key_json(item.key).values(), item.number, item.path.name, status, reason]
-        for item, (status, reason) in zip(items, findings, strict=True)
+        [*key_json(item.key).values(), item.number, *finding]
+        for item, finding in zip(items, findings, strict=True)
     ]
     frame = pd.DataFrame(rows, columns=columns)
     return frame.astype({"round": "int64", "index": "int64", "image": "int64"})
