@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from fedgfe_store._labels import Label, label_of
 from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.generation.images import UNREADABLE
 
 if TYPE_CHECKING:
     from fedgfe_store.pictures import Picture
@@ -145,7 +146,7 @@ def _load(picture: Picture | None, size: int) -> Image.Image | None:
     try:
         with Image.open(picture.file) as image:
             return _fitted(image, size)
-    except (OSError, SyntaxError, ValueError):
+    except (*UNREADABLE, ValueError):
         return None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.identity import Identity
-from fedgfe_store.generation.images import inspect_image, read_key
+from fedgfe_store.generation.images import inspect_image, png_names, read_key
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.generation.plan import record_digests
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _OWN = ("seed", "digests", "created", "seconds", "bytes")
 _READERS = 8
+_LARGEST = 2**20
 _IDENTITY = ("file", "key", "image")
 
 
@@ -123,9 +124,11 @@ def _size(shared: str) -> tuple[int, int] | None:
     """Give width and height from the part of a provenance that many pictures have in common."""
     try:
         settings = json.loads(shared)["settings"]
-        return settings["width"], settings["height"]
+        size = settings["width"], settings["height"]
     except (KeyError, TypeError):
         return None
+    fits = all(isinstance(pixels, int) and 1 <= pixels <= _LARGEST for pixels in size)
+    return size if fits else None
 
 
 def _lowest(pictures: list[Picture], n: int) -> Iterator[Picture]:
@@ -200,7 +203,7 @@ def read_pictures(folder: Path) -> dict[Path, ListedPicture | str]:
         By file, in the order of their names: the picture; where there is none, why.
     """
     listed = listed_pictures(folder)
-    paths = sorted(path for path in folder.glob("*.png") if path.is_file())
+    paths = [folder / name for name in png_names(folder)]
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda path: listed.get(path.name) or inspect_picture(path), paths)
         return dict(zip(paths, found, strict=True))

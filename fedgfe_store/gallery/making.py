@@ -15,6 +15,7 @@ from fedgfe_store._files import write_file
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.gallery.page import render_page
 from fedgfe_store.gallery.thumbnails import thumbnail_name, update_thumbnail
+from fedgfe_store.generation.images import UNREADABLE, png_names
 from fedgfe_store.pictures import (
     ListedPicture,
     inspect_picture,
@@ -79,7 +80,7 @@ def picture_names(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise NotFoundError(f"no folder of pictures at {folder}")
-    names = sorted(path.name for path in folder.glob("*.png") if path.is_file())
+    names = png_names(folder)
     if not names:
         raise NotFoundError(f"no pictures in {folder}: expected PNG files that generate made")
     return names
@@ -164,7 +165,7 @@ class _Preparing:
         thumbnail = self._thumbnails / thumbnail_name(name)
         try:
             return found, update_thumbnail(path, thumbnail)
-        except (OSError, SyntaxError) as error:
+        except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             return "damaged"

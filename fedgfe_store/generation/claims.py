@@ -14,6 +14,7 @@ from typing import Self
 
 import xxhash
 
+from fedgfe_store._files import NOT_THROUGH_LINKS
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claim_files import EXPIRES_AFTER, ClaimFiles
 
@@ -71,7 +72,9 @@ class Claims:
         with _opening:
             if path.exists() and _identity(os.stat(path)) in _open:
                 raise ConflictError(f"{folder}: claims are open in this process already")
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if path.is_symlink():
+                raise ConflictError(f"{path}: expected a file, got a link; remove it")
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | NOT_THROUGH_LINKS, 0o666)
             self._identity = _identity(os.fstat(self._file))
             _open.add(self._identity)
         self._lock = threading.Lock()

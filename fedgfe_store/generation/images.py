@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from fedgfe_store.records import SERVER, RecordKey
 
@@ -25,6 +25,9 @@ FileState = Literal["ours", "foreign", "damaged"]
 
 TEXT_KEY = "fedgfe_store"
 """Keyword of the PNG text chunk that holds the provenance."""
+
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no sound picture; an `OSError` may be the disk's, too."""
 
 _END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _MAX_NAME_BYTES = 200
@@ -90,6 +93,19 @@ def _hashed_name(key: RecordKey, number: int) -> str:
     # The full digest: a name shared by two records would hide one of them.
     identity = json.dumps([*key_json(key).values(), number]).encode("ascii")
     return f"{readable}_h{xxhash.xxh3_128_hexdigest(identity)}"
+
+
+def png_names(folder: Path) -> list[str]:
+    """Name the PNG files of a folder, sorted; without a folder there are none.
+
+    Hidden ones are none of ours: macOS keeps what else it knows of ``x.png`` in ``._x.png``.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = (e.name for e in entries if e.name.endswith(".png") and e.is_file())
+            return sorted(name for name in found if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def key_json(key: RecordKey) -> dict[str, Any]:
@@ -179,13 +195,15 @@ def inspect_image(path: Path) -> tuple[FileState, dict[str, Any] | None]:
     provenance : dict or None
         None unless the image is ours.
     """
+    if not path.is_file():  # to open a pipe would wait for ever
+        return "damaged", None
     try:
         with path.open("rb") as file, Image.open(file, formats=["PNG"]) as image:
             size, text = image.size, image.info.get(TEXT_KEY)
             image.verify()
             file.seek(-len(_END_CHUNK), os.SEEK_END)
             ended = file.read() == _END_CHUNK
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except (*UNREADABLE, ValueError):
         return "damaged", None
     if not ended:
         return "damaged", None
@@ -194,7 +212,7 @@ def inspect_image(path: Path) -> tuple[FileState, dict[str, Any] | None]:
     try:
         provenance = json.loads(text)
         expected = provenance["settings"]["width"], provenance["settings"]["height"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "damaged", None
     return ("ours", provenance) if size == expected else ("damaged", None)
 

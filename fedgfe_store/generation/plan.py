@@ -18,6 +18,7 @@ from fedgfe_store.generation.images import (
     inspect_image,
     key_json,
     older_name,
+    png_names,
     read_provenance,
 )
 from fedgfe_store.generation.manifest import seconds_per_image
@@ -232,7 +233,7 @@ def plan_images(
     if on_stale not in get_args(OnStale):
         raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
     items = _list_items(selection, settings, output_dir, columns, numbers, shard)
-    present = {path.name for path in output_dir.glob("*.png")}
+    present = set(png_names(output_dir))
     identity = Identity.of_store(selection)
     with ThreadPoolExecutor(_CHECKERS) as pool:
         findings = list(pool.map(lambda item: _check(item, settings, present, identity), items))

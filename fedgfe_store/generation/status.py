@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.identity import Identity
-from fedgfe_store.generation.images import image_name, inspect_image, key_json, read_provenance
+from fedgfe_store.generation.images import (
+    image_name,
+    inspect_image,
+    key_json,
+    png_names,
+    read_provenance,
+)
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.generation.plan import PlanItem, compare_image, locate, record_digests, seed_of
 from fedgfe_store.generation.shards import shard_of
@@ -200,7 +206,7 @@ class _FolderState:
             return _Line(str(line.get("created", "")), number, error, made_with, other)
 
         lines = latest(folder, pick)
-        present = {path.name for path in folder.glob("*.png")}
+        present = set(png_names(folder))
         finished = [line for line in lines.values() if line.fingerprint in settings]
         if finished:
             newest = max(finished, key=lambda line: line.created).fingerprint or ""
@@ -242,7 +248,8 @@ def _number_of(facts: Mapping[str, Any], selected: Set[RecordKey]) -> int | None
 
 
 def _newest_provenance(folder: Path) -> dict[str, Any] | None:
-    newest_first = sorted(folder.glob("*.png"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    paths = [folder / name for name in png_names(folder)]
+    newest_first = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next(filter(None, map(read_provenance, newest_first)), None)
 
 
