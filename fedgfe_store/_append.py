@@ -19,6 +19,7 @@ from fedgfe_store.records import (
     checked_keys,
     checked_source,
     key_at,
+    keys_of,
 )
 
 IfExists = Literal["error", "replace", "skip"]
@@ -148,6 +149,24 @@ class AppendBatch:
         if sum(batch.nbytes for batch in self._waiting) >= _BUFFER_BYTES:
             self._write(rest=False)
 
+    def unknown(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the positions of those records whose tensors must be read for `add_records`.
+
+        The others are in the store as they would come, and are counted as skipped here; digests
+        tell, so `columns` must be of tensors in this store's precision.
+        """
+        self._check_open()
+        self._begin()
+        fresh = []
+        for position, key in enumerate(keys_of(columns)):
+            row = self._row_of(key)
+            if row is None or not self._stays(columns, position, row):
+                fresh.append(position)
+            else:
+                self.skipped += 1
+                self._kept.add(row)
+        return np.array(fresh, np.int64)
+
     def supersede(self, *, node: str | int, round: int, split: str) -> None:
         """Delete what the store has of a node, round and split, in this same commit.
 
@@ -230,8 +249,8 @@ class AppendBatch:
         """Write what waits, granule by granule; without `rest` keep an unfinished granule."""
         if not (self._waiting or self._ready or (rest and self._superseded)):
             return
-        if self._transaction is None:
-            self._transaction = Transaction(self._path, timeout=self._timeout, known=self._known)
+        self._begin()
+        assert self._transaction is not None
         granule = self._transaction.schema.granule
         while self._waiting:
             self._ready.append(self._sifted(self._waiting.pop(0)))
@@ -240,6 +259,10 @@ class AppendBatch:
                 self._transaction.write(self._pop(whole))
         if rest and any(map(len, self._ready)):
             self._transaction.write(self._pop(sum(map(len, self._ready))))
+
+    def _begin(self) -> None:
+        if self._transaction is None:
+            self._transaction = Transaction(self._path, timeout=self._timeout, known=self._known)
 
     def _pop(self, n: int) -> RecordBatch:
         """Take the first `n` records of those that are ready."""
@@ -280,7 +303,7 @@ class AppendBatch:
             row = self._row_of(key)
             if row is None:
                 self.added += 1
-            elif self._if_exists == "skip" or self._is_same(records, position, row):
+            elif self._stays(records.columns, position, row):
                 self.skipped += 1
                 self._kept.add(row)
                 continue
@@ -309,14 +332,16 @@ class AppendBatch:
             self._stored[number, node] = dict(zip(keys, rows.tolist(), strict=True))
         return self._stored[number, node]
 
-    def _is_same(self, records: RecordBatch, position: int, row: int) -> bool:
-        """Whether the store's record in `row` has every tensor that the new one brings."""
+    def _stays(self, columns: Mapping[str, np.ndarray], position: int, row: int) -> bool:
+        """Whether the store's record in `row` stays, as when it has all that the new one brings."""
+        if self._if_exists == "skip":
+            return True
         at = np.array([row])
         return all(
-            records.columns[f"{t.name}_digest"][position]
+            columns[f"{t.name}_digest"][position]
             == self._snapshot.column_at(f"{t.name}_digest", at)[0]
             for t in self._snapshot.schema.tensors
-            if not t.optional or records.columns[f"has_{t.name}"][position]
+            if not t.optional or (f"has_{t.name}" in columns and columns[f"has_{t.name}"][position])
         )
 
     @property

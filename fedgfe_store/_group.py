@@ -11,6 +11,9 @@ from typing import Any, Self
 
 import xxhash
 
+from fedgfe_store._bounds import GROUP_BYTES, check_group_values, parsed_group
+from fedgfe_store._checksums import UnreadableError
+from fedgfe_store._files import read_regular
 from fedgfe_store._layout import (
     DIGEST_DIGITS,
     KEY_CHUNK,
@@ -77,7 +80,9 @@ class Group:
             If it does not parse or its checksum does not fit.
         """
         try:
-            raw = (path / GROUP_FILE).read_bytes()
+            raw = read_regular(path / GROUP_FILE, GROUP_BYTES)
+        except UnreadableError as error:
+            raise DamagedDataError(f"{path / GROUP_FILE} is damaged: {error}") from error
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(
                 f"no embedding store at {path}: expected a folder with a {GROUP_FILE} "
@@ -89,7 +94,7 @@ class Group:
     def _parse(cls, path: Path, raw: bytes) -> Self:
         where = path / GROUP_FILE
         try:
-            document = json.loads(raw)
+            document = parsed_group(raw)
             attributes = document["attributes"]
             others = document["node_type"] == "group" and ATTRIBUTE not in attributes
         except (ValueError, KeyError, TypeError) as error:
@@ -106,17 +111,21 @@ class Group:
             names = array_metadata(schema, version)
             consolidated = document["consolidated_metadata"]["metadata"]
             arrays = {name: consolidated[name] for name in names}
+            check_group_values(schema, ours["commit_point"], arrays, names)
+            point = CommitPoint(**ours["commit_point"])
+            sound = ours["checksum"] == _checksum(ours, arrays)
+            check_group_values(schema, ours["commit_point"], arrays, names)
             point = CommitPoint(**ours["commit_point"])
             sound = ours["checksum"] == _checksum(ours, arrays)
             group = cls(schema, point, arrays, document, raw, version)
             if version > 1:
                 group = replace(
                     group,
-                    id=ours["id"],
+                    id=str(ours["id"]),
                     features=tuple(ours["features"]),
                     digests=_digests(group, ours["key_digests"]),
                 )
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise _damaged(where, error) from error
         if not sound:
             raise DamagedDataError(f"{where} is damaged: its checksum does not fit")
@@ -182,7 +191,7 @@ class Group:
 def is_store(path: Path) -> bool:
     """Tell whether the folder `path` is a Zarr group of ours, sound or not."""
     try:
-        attributes = json.loads((path / GROUP_FILE).read_bytes())["attributes"]
+        attributes = parsed_group(read_regular(path / GROUP_FILE, GROUP_BYTES))["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(attributes, dict) and ATTRIBUTE in attributes

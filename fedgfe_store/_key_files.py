@@ -11,7 +11,9 @@ import xxhash
 from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
 
+from fedgfe_store._bounds import KEY_FILE_BYTES, unpacked
 from fedgfe_store._checksums import checksum, unsealed
+from fedgfe_store._files import read_regular
 from fedgfe_store._layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn
 
 _COUNT = struct.Struct("<I")
@@ -59,8 +61,8 @@ def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
     OSError
         If there is no file, or it cannot be read.
     """
-    data = Zstd().decode(unsealed(key_file(path, column.name, chunk).read_bytes()))
-    return _decoded(column, data, n)
+    data = read_regular(key_file(path, column.name, chunk), KEY_FILE_BYTES)
+    return _decoded(column, unpacked(column, unsealed(data)), n)
 
 
 def _packed(column: KeyColumn, values: np.ndarray) -> bytes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgfe_store import _key_files
+from fedgfe_store._entry import FIRST_ENTRY, LAST_ENTRY
 from fedgfe_store._layout import KEY_CHUNK
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._text import counted
@@ -69,7 +70,8 @@ def _mend_times(
     columns["timestamp"] = times
     digests[outside] = row_digests(columns)[outside]
     chunks |= {("timestamp", number): times, ("row_digest", number): digests}
-    return [f"{key_at(columns, int(row))}: its time was one that no reader takes" for row in outside]
+    keys = (key_at(columns, row) for row in outside.tolist())
+    return [f"{key}: its time was one that no reader takes" for key in keys]
 
 
 def _mend_marks(snapshot: Snapshot, chunks: dict[tuple[str, int], np.ndarray]) -> list[str]:

@@ -18,7 +18,7 @@ ARRAYS = frozenset(
 """Other arrays of a store, those of later formats too."""
 _AXES = ("record", "commit")
 
-_UNSAFE = re.compile(r"[/\\:\0-\x1f\x7f]|^\.|^zarr\.json$|^pending(\.|$)|^$")
+_UNSAFE = re.compile(r"[/\\:\0-\x1f\x7f]|^\.|^zarr\.json$|^pending(\.|$)|^claim\.|^$")
 """What leads out of the store's folder, or is no folder's name, or is that of a file of ours."""
 _PLAIN = re.compile(r"\w([\w .+-]*\w)?")
 _OURS = re.compile(r"has_.*|.*_digest|commit_.*|record|commit", re.IGNORECASE)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numcodecs import blosc
 
-from fedgfe_store import _checksums
+from fedgfe_store import _checksums, _files
 from fedgfe_store._checksums import UnreadableError, checksum, unsealed
 from fedgfe_store.schema import LARGEST_CHUNK
 

@@ -17,7 +17,10 @@ def identities(extra: np.ndarray) -> np.ndarray:
 
 
 def _identity(text: str) -> str:
-    known = json.loads(text)
+    try:
+        known = json.loads(text)
+    except (ValueError, RecursionError):  # a note that a reader of it could not take either
+        return ""
     value = known.get("file_id") if isinstance(known, dict) else None
     is_name = isinstance(value, str | int) and not isinstance(value, bool)
     name = str(value) if is_name else ""

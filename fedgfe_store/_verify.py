@@ -45,6 +45,8 @@ class Verification:
         What no reader needs: files of dead writers, and of records that were compacted away, and
         damaged bytes where no live record lies. The next writer or `EmbeddingStore.compact`
         clears the files.
+    mended : tuple of str
+        Damage by an earlier release that a repair has undone.
     """
 
     commit: int
@@ -52,6 +54,7 @@ class Verification:
     damaged: tuple[DamagedRecord, ...]
     problems: tuple[str, ...]
     leftovers: tuple[str, ...]
+    mended: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:

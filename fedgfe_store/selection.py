@@ -245,13 +245,21 @@ class Selection:
 
         return to_dataset(self)
 
+    def key_columns(self) -> dict[str, np.ndarray]:
+        """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
+        return self._key_columns(self.rows)
+
+    def _key_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        names = self._snapshot.group.key_names
+        return {name: self._snapshot.column_at(name, rows) for name in names}
+
     def pieces(self) -> Iterator[RecordBatch]:
         """Yield the records with all that is known of them, a few tensor files at a time."""
         step = self.schema.granule * 4
         for start in range(0, len(self), step):
             rows = self.rows[start : start + step]
             self._snapshot.notes(rows)
-            columns = {n: self._snapshot.column_at(n, rows) for n in self._snapshot.group.key_names}
+            columns = self._key_columns(rows)
             tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
             yield RecordBatch(columns, tensors)
 
