@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from fedgfe_store import _key_files
 from fedgfe_store._checksums import UnreadableError
 from fedgfe_store._gather import gather
 from fedgfe_store._group import CommitPoint, Group
-from fedgfe_store._key_files import read_chunk
 from fedgfe_store._layout import KEY_CHUNK, KeyColumn, key_columns
 from fedgfe_store._tensor_files import OpenFile, TensorFiles
 from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
@@ -46,6 +46,8 @@ class Snapshot:
         self._columns = key_columns(group.schema)
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        self.stale: set[tuple[str, int]] = set()
+        """Key chunks whose files do not hold what is shown here: the next commit writes them."""
         self.tensor_files = {
             name: TensorFiles.of(path / name, group.arrays[name]) for name in group.schema.columns
         }
@@ -130,27 +132,31 @@ class Snapshot:
     def _read_chunk(self, name: str, chunk: int) -> np.ndarray:
         total, column = self.group.rows(name), self._columns[name]
         start, stop = chunk * KEY_CHUNK, min((chunk + 1) * KEY_CHUNK, total)
+        if name not in self.group.arrays:  # the store is of a version that did not have it
+            return np.full(stop - start, column.skipped, column.dtype)
         where = f"{self.path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
         try:
-            values = read_chunk(self.path, column, chunk, stop - start)
+            values = _key_files.read_chunk(self.path, column, chunk, stop - start)
         except FileNotFoundError:
             raise DamagedDataError(f"{where} is missing") from None
         except (ValueError, RuntimeError) as error:
             raise DamagedDataError(f"{where} is damaged: {error}") from error
-        if self._has_gaps(column, chunk, values):
-            raise DamagedDataError(f"{where} is missing or damaged")
-        if name == "deleted_in":  # marks beyond the commit point are those of a writer that died
-            values[values > self.point.commit] = 0
+        if name == "deleted_in" and (beyond := values > self.point.commit).any():
+            self.stale.add((name, chunk))
+            values[beyond] = 0
+        if self.group.version > 1:
+            if _key_files.digest(column, values) != self.group.digests[name][chunk]:
+                raise DamagedDataError(f"{where} is damaged: not what was committed there")
+        elif wrong := self._gap(column, chunk, values):
+            raise DamagedDataError(f"{where} is missing or damaged: {wrong}")
         return values
 
-    def _has_gaps(self, column: KeyColumn, chunk: int, values: np.ndarray) -> bool:
-        """Whether `values` are not those that a writer left, as where their file is missing."""
+    def _gap(self, column: KeyColumn, chunk: int, values: np.ndarray) -> str | None:
+        """Return what no writer leaves among `values`, as where their file is missing."""
+        has = None
         if column.data_type == "bool":  # has no value to spare; a record without one has digest 0
-            digests = self._chunk(f"{column.name.removeprefix('has_')}_digest", chunk)
-            return bool((values != (digests != 0)).any())
-        if column.attributes and ((values < EARLIEST) | (values > LATEST)).any():
-            return True
-        return bool((values == column.dtype.type(column.fill)).any())
+            has = self._chunk(f"{column.name.removeprefix('has_')}_digest", chunk) != 0
+        return gap(column, values, has)
 
     def extended(
         self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray
@@ -175,6 +181,14 @@ class Snapshot:
         for chunk in np.unique(marked // KEY_CHUNK):
             new._chunks.pop(("deleted_in", int(chunk)), None)
         return new
+
+    def mend(self, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
+        """Show `chunks` of key columns in place of what their files hold."""
+        for name, number in chunks:
+            self._whole.pop(name, None)
+            self.stale.add((name, number))
+        self._chunks.update(chunks)
+        self.__dict__.pop("visible", None)
 
     def keys(self, rows: np.ndarray) -> list[RecordKey]:
         """Return the keys of the records at `rows`."""
@@ -263,6 +277,20 @@ class Snapshot:
         file = Path(self.tensor_files[name].file(int(row) // self.schema.granule))
         state = "is damaged" if file.exists() else "is missing"
         return DamagedDataError(f"{name} of {key} is not what was committed: {file} {state}")
+
+
+def gap(column: KeyColumn, values: np.ndarray, has: np.ndarray | None) -> str | None:
+    """Return what is wrong with `values` of a key column, None where a reader takes them.
+
+    A writer asks it of what it is about to publish; `has` is what a bool column must be.
+    """
+    if has is not None:
+        return None if (values == has).all() else "it differs from the digests"
+    wrong = values == column.dtype.type(column.fill)
+    if column.attributes:
+        wrong = wrong | (values < EARLIEST) | (values > LATEST)
+    places = np.flatnonzero(wrong)
+    return f"{values[places[0]]!r} at row {places[0]} of the chunk" if len(places) else None
 
 
 def _at(snapshot: Snapshot, commit: int) -> np.ndarray:

@@ -43,6 +43,15 @@ def names(values: Iterable[str], *, most: int = 12) -> str:
     return ", ".join(shown + more)
 
 
+def shown(value: object, *, most: int = 120) -> str:
+    """Return `value` as code in one short line, for messages; also what cannot show itself."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - a caller's object may raise anything, and so do long numbers
+        return f"a value of type {type(value).__name__} that cannot be shown"
+    return shortened(text, most)
+
+
 def numbers_first(name: str) -> tuple[bool, int, str]:
     """Return the place of a name in a list: ``0, 2, 10, server``; a key for `sorted`."""
     return (not name.isdecimal(), len(name) if name.isdecimal() else 0, name)

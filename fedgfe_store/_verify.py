@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgfe_store import _files
-from fedgfe_store._commit import PENDING
-from fedgfe_store._compact import granule_of, live_per_granule
+from fedgfe_store._claim import claims
+from fedgfe_store._compact import live_per_granule
 from fedgfe_store._group import GROUP_FILE
-from fedgfe_store._layout import KEY_CHUNK, key_columns
+from fedgfe_store._layout import KEY_CHUNK
+from fedgfe_store._recovery import PENDING, granule_of
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import RecordKey
@@ -44,6 +45,8 @@ class Verification:
         What no reader needs: files of dead writers, and of records that were compacted away, and
         damaged bytes where no live record lies. The next writer or `EmbeddingStore.compact`
         clears the files.
+    mended : tuple of str
+        Damage by an earlier release that a repair has undone.
     """
 
     commit: int
@@ -51,6 +54,7 @@ class Verification:
     damaged: tuple[DamagedRecord, ...]
     problems: tuple[str, ...]
     leftovers: tuple[str, ...]
+    mended: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -75,7 +79,7 @@ def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verifica
 
 def _broken_columns(snapshot: Snapshot) -> dict[str, str]:
     broken = {}
-    for name in key_columns(snapshot.schema):
+    for name in snapshot.group.key_columns:
         try:
             snapshot.column(name)
         except (DamagedDataError, OSError) as error:
@@ -156,8 +160,15 @@ def _damaged_rows(
 
 def _leftovers(snapshot: Snapshot) -> Iterator[str]:
     folders = [snapshot.path / name for name in snapshot.group.arrays]
+    begun = [file for files in claims(snapshot.path).values() for file in files.values()]
     if (snapshot.path / PENDING).exists():
-        yield f"{snapshot.path / PENDING}: a writer is at work, or died"
+        begun.append(snapshot.path / PENDING)
+    yield from (f"{file}: a writer is at work, or died" for file in begun)
+    for name, number in sorted(snapshot.stale):
+        yield (
+            f"{snapshot.path / name}/c.{number}: marks of a commit that was never published "
+            f"(the next commit clears them)"
+        )
     for folder in (snapshot.path, *folders):
         yield from (str(file) for file in sorted(folder.iterdir()) if _files.is_temporary(file))
     unneeded = _unneeded(snapshot)
@@ -165,7 +176,7 @@ def _leftovers(snapshot: Snapshot) -> Iterator[str]:
         tensor = name in snapshot.schema.columns
         last = len(unneeded) if tensor else -(-snapshot.group.rows(name) // KEY_CHUNK)
         for file in sorted((snapshot.path / name).glob("c.*")):
-            number = granule_of(file)
+            number = granule_of(file.name)
             if number >= last or (tensor and number >= 0 and unneeded[number]):
                 yield f"{file}: no record that a reader can reach"
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fedgfe_store.torch_data import Batches
 
 _NUMBERS = ("round", "index")
+_FEW = 20
+"""Texts up to which one comparison after another is fastest."""
 
 
 class Selection:
@@ -80,6 +82,11 @@ class Selection:
     def commit(self) -> int:
         """Number of the commit that is seen."""
         return self._snapshot.commit
+
+    @property
+    def store_id(self) -> str | None:
+        """Identity of the store; None for one of format version 1."""
+        return self._snapshot.group.id
 
     @property
     def as_of(self) -> int | None:
@@ -252,13 +259,21 @@ class Selection:
 
         return to_dataset(self)
 
+    def key_columns(self) -> dict[str, np.ndarray]:
+        """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
+        return self._key_columns(self.rows)
+
+    def _key_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        names = self._snapshot.group.key_names
+        return {name: self._snapshot.column_at(name, rows) for name in names}
+
     def pieces(self) -> Iterator[RecordBatch]:
         """Yield the records with all that is known of them, a few tensor files at a time."""
         step = self.schema.granule * 4
         for start in range(0, len(self), step):
             rows = self.rows[start : start + step]
             self._snapshot.notes(rows)
-            columns = {n: self._snapshot.column_at(n, rows) for n in self._snapshot.group.key_names}
+            columns = self._key_columns(rows)
             tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
             yield RecordBatch(columns, tensors)
 
@@ -339,8 +354,21 @@ def _matches(values: np.ndarray, wanted: range | list[Any]) -> np.ndarray:
         wide = values.astype(np.int64)
         mask: np.ndarray = (wide >= low) & (wide <= high) & ((wide - low) % abs(wanted.step) == 0)
         return mask
+    if values.dtype.kind == "T":
+        return _is_among(values, wanted)
     if len(wanted) == 1:
         return np.asarray(values == wanted[0])
-    if values.dtype.kind == "T":
-        return np.isin(values, np.array(wanted, values.dtype))
     return np.isin(values, np.array(wanted, np.int64))
+
+
+def _is_among(values: np.ndarray, texts: list[Any]) -> np.ndarray:
+    """Return which of `values` are one of `texts`, to the last character.
+
+    Compared with plain text, also by `np.isin`, numpy overlooks U+0000 at its end.
+    """
+    if len(texts) > _FEW:
+        return np.fromiter(map(set(texts).__contains__, values.tolist()), bool, len(values))
+    mask = np.zeros(len(values), bool)
+    for text in texts:
+        mask |= values == np.array(text, values.dtype)
+    return mask

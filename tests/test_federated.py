@@ -326,7 +326,7 @@ def test_what_does_not_fit_is_refused_at_once_and_adds_nothing(recorder, more, m
     ("key", "message"),
     [
         ({"node": 0, "round": -1}, "round: expected a whole number from 0"),
-        ({"node": 0, "round": 1.5}, "round: 1.5"),
+        ({"node": 0, "round": 1.5}, "round: expected a whole number from 0"),
         ({"node": "", "round": 1}, "node: expected text that is not empty"),
     ],
 )
@@ -544,7 +544,7 @@ def test_under_warn_training_goes_on_and_the_round_is_listed(store, monkeypatch,
         mend()
         put(recorder, 0, 3)
         recorder.flush()
-        full_disk = f"[Errno 28] No space left on device: '{store.path / 'pending'}'"
+        full_disk = f"[Errno 28] No space left on device: '{store.path / 'claim.2.0'}'"
         assert [str(each) for each in recorder.missing] == [
             f"node 0, round 2 ({full_disk})",
             f"node server, round 2 ({full_disk})",

@@ -163,8 +163,9 @@ def test_scattered_selection_of_a_large_store_stays_small(tmp_path):  # cases.md
 def test_records_is_a_frame_of_everything_but_tensors(filled):
     frame = filled[0].select(round=1, node="0").records
     assert list(frame.columns) == [
-        "node", "round", "split", "class_name", "index", "sample_id", "image_filename",
-        "audio_path", "timestamp", "extra", "t5_digest", "clip_digest", "recorded_in",
+        "node", "round", "split", "class_name", "index", "sample_id", "file_id",
+        "image_filename", "audio_path", "timestamp", "extra", "t5_digest", "clip_digest",
+        "recorded_in",
     ]  # fmt: skip
     assert frame.index.tolist() == list(range(9))
     assert frame.groupby("class_name").size().to_dict() == {"bird": 3, "cat": 3, "dog": 3}

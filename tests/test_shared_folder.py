@@ -120,12 +120,34 @@ def test_a_folder_with_others_images_beside_is_noticed(
 
 
 @pytest.mark.parametrize("names", [("first", None), (None, "second"), (None, None)])
-def test_a_store_without_a_name_is_as_before(
+def test_stores_without_a_name_are_told_apart_by_their_ids(
     flux: Path, tmp_path: Path, names: tuple[str | None, str | None]
 ) -> None:
     one, other = (make_store(tmp_path / f"{n}.zarr", name) for n, name in enumerate(names))
     render(one, flux, tmp_path / "out")
-    assert render(other, flux, tmp_path / "out").done == 4
+    before = contents(tmp_path / "out")
+    with pytest.raises(ConflictError, match="--replace-others") as refused:
+        render(other, flux, tmp_path / "out")
+    for store, name in zip((one, other), names, strict=True):
+        named = f"of experiment {name}" if name else f"of store {(store.id or '')[:12]}"
+        assert named in str(refused.value)
+    assert contents(tmp_path / "out") == before
+    # The same records in a store that was made again: the images are what they should be.
+    (tmp_path / "again").mkdir()
+    again = make_store(tmp_path / "again" / "0.zarr", names[0])
+    assert again.id != one.id
+    assert render(again, flux, tmp_path / "out").skipped == 4
+
+
+def test_a_store_that_moved_is_the_same(flux: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "0.zarr", None)
+    render(store, flux, tmp_path / "out")
+    store.path.rename(tmp_path / "moved.zarr")
+    moved = EmbeddingStore.open(tmp_path / "moved.zarr")
+    with moved.append(node=0, round=5, if_exists="replace") as batch:
+        tensors = {name: array[0] for name, array in values(1, seed=7).items()}
+        batch.add(split="train", class_name="dog", index=0, **tensors)
+    assert render(moved, flux, tmp_path / "out").done == 1
 
 
 def test_images_of_before_are_as_before(flux: Path, ours: EmbeddingStore, tmp_path: Path) -> None:
@@ -138,6 +160,8 @@ def test_images_of_before_are_as_before(flux: Path, ours: EmbeddingStore, tmp_pa
         older = {k: v for k, v in facts.items() if k not in ("experiment", "store_id")}
         write_png(folder / line["file"], PIXELS, older)
     assert render(ours, flux, folder).skipped == 4
+    other = make_store(tmp_path / "other.zarr", "second")
+    assert render(other, flux, folder).done == 4
 
 
 def test_stores_are_told_apart_by_name_else_by_id() -> None:

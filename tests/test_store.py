@@ -121,9 +121,8 @@ LONG = [
     "black-footed ferret",
     "x" * 300,
     "🦊 fox",
-    "a\tb\nc",
     "a/b:c",
-    "a\x00b",
+    "\u2028 \x85",
 ]
 
 

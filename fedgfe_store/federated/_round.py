@@ -17,7 +17,7 @@ from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.federated._jobs import Job, LeftOut, Pool
 from fedgfe_store.federated._pages import Page
 from fedgfe_store.federated._target import Target
-from fedgfe_store.records import checked_keys, checked_notes
+from fedgfe_store.records import checked_columns
 from fedgfe_store.schema import Schema
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class RoundBatch:
             "timestamp": self._started if timestamp is None else timestamp,
             "extra": extra,
         }
-        known = checked_keys(keys, n) | checked_notes(notes, n)
+        known = checked_columns(keys, notes, n)
         self._recorder._say_rounded(columns)
         self._numbers += counted
         self._copy(schema, known, columns)

@@ -33,7 +33,7 @@ class Identity:
     @classmethod
     def of_store(cls, selection: Selection) -> Self:
         """Give the identity of the store that records are from."""
-        return cls(selection.schema.metadata.experiment or None)
+        return cls(selection.schema.metadata.experiment or None, selection.store_id)
 
     @classmethod
     def of_image(cls, facts: Mapping[str, Any]) -> Self:
@@ -50,6 +50,10 @@ class Identity:
             return self.experiment != other.experiment
         return bool(self.store_id and other.store_id) and self.store_id != other.store_id
 
+    def is_unnamed_beside(self, other: Identity) -> bool:
+        """Whether one of the two has no experiment's name, so that only their ids can differ."""
+        return not (self.experiment and other.experiment)
+
     def to_json(self) -> dict[str, str | None]:
         """Return it as images and manifests have it."""
         return {"experiment": self.experiment, "store_id": self.store_id}
@@ -57,7 +61,7 @@ class Identity:
     def __str__(self) -> str:
         if self.experiment:
             return f"experiment {self.experiment}"
-        return f"store {self.store_id}" if self.store_id else "a store without a name"
+        return f"store {self.store_id[:12]}" if self.store_id else "a store without a name"
 
 
 def others_in(folder: Path, own: Identity) -> list[Identity]:

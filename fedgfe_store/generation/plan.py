@@ -334,7 +334,9 @@ def compare_image(
     if provenance is None:
         return _conflict(item, "not made by fedgfe-store")
     theirs = Identity.of_image(provenance)
-    if identity.is_another(theirs):
+    same = (provenance.get("fingerprint"), provenance.get("digests")) == (expected, item.digests)
+    # A store without a name that was made again from the same files has another id only.
+    if identity.is_another(theirs) and not (same and identity.is_unnamed_beside(theirs)):
         found = _conflict(item, f"images of {theirs}, not of {identity}")
         return replace(found, of_another=True)
     if (provenance.get("key"), provenance.get("image")) != (key_json(item.key), item.number):
