@@ -83,10 +83,12 @@ def _claimed(job: Job, claims: Claims) -> Iterator[_Part]:
                 (part.made if last_try else held).append(item)
                 continue
             found = look_again(item, job.plan)
-            if found is not None and found.item.status == "done":
+            refused = found is not None and job.plan.refuses(found)
+            kept = refused and job.plan.on_stale == "keep"
+            if found is not None and (kept or found.item.status == "done"):
                 claims.release(item.path.name)
                 part.made.append(item)
-            elif found is not None and job.plan.refuses(found):
+            elif found is not None and refused:
                 part.refused[item] = f"{found.conflict}: made meanwhile by another run"
             else:
                 part.taken.append(item)
