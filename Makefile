@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo notebook test lint bench bench-quick clean
+.PHONY: demo notebook test test-gpu lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -15,8 +15,12 @@ notebook: $(VENV)/installed-notebooks | demo/contact_sheet.png
 demo/contact_sheet.png: | $(VENV)/installed
 	$(BIN)/fedgfe-store demo
 
-test: lint
+test: lint test-gpu
 	$(BIN)/python -m pytest
+
+# The commands on a simulated GPU, in a process of its own: the device has to be there before torch.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/virtual_gpu
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

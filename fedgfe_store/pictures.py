@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from fedgfe_store._filters import NUMBERS, is_wanted, wanted_values
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.identity import Identity
 from fedgfe_store.generation.images import inspect_image, png_names, read_key
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.generation.plan import record_digests
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
-from fedgfe_store.selection import Selection, wanted_values
+from fedgfe_store.selection import Selection
 
 if TYPE_CHECKING:
     from fedgfe_store.store import EmbeddingStore
 
-_OWN = ("seed", "digests", "created", "seconds", "bytes")
+_OWN = ("file_id", "seed", "digests", "created", "seconds", "bytes")
 _READERS = 8
 _LARGEST = 2**20
 _IDENTITY = ("file", "key", "image")
@@ -42,6 +45,8 @@ class Picture:
         Which image of the record it is, from 0.
     size : tuple of int
         Width and height in pixels.
+    file_id : str
+        What identifies its sample; empty where that is not known.
     mark : str
         Why it is out of date, as `Records.mark` says.
     """
@@ -50,6 +55,7 @@ class Picture:
     key: RecordKey
     number: int = 0
     size: tuple[int, int] = (1, 1)
+    file_id: str = ""
     mark: str = ""
 
 
@@ -100,12 +106,22 @@ def find_pictures(
     found = {picture.file.name: picture for picture in _all(folder, store)}.values()
     if not found:
         raise NotFoundError(f"no pictures of ours in {folder}: expected PNG files of generate")
-    kept = [p for p in found if all(getattr(p.key, n) in values for n, values in wanted.items())]
+    kept = [
+        p
+        for p in found
+        if all(is_wanted(getattr(p.key, n), values) for n, values in wanted.items())
+    ]
     if per_class is not None:
         kept = list(_lowest(kept, per_class))
     if not kept:
         raise NotFoundError(f"none of the {len(found):,} pictures in {folder} meets the filters")
     return sorted(kept, key=lambda p: (p.key, p.number))
+
+
+def key_values(pictures: Iterable[Picture], name: str) -> np.ndarray:
+    """Return the values of a key column of `pictures`, as those of a store."""
+    kind = np.int64 if name in NUMBERS else np.dtypes.StringDType()
+    return np.array([getattr(picture.key, name) for picture in pictures], kind)
 
 
 def _all(folder: Path, store: EmbeddingStore | None) -> Iterator[Picture]:
@@ -116,7 +132,7 @@ def _all(folder: Path, store: EmbeddingStore | None) -> Iterator[Picture]:
     }
     marks = mark_outdated([known for known, _ in found.values()], store)
     for (path, (known, size)), mark in zip(found.items(), marks, strict=True):
-        yield Picture(path, known.key, known.image, size, mark)
+        yield Picture(path, known.key, known.image, size, known.file_id, mark)
 
 
 @lru_cache(maxsize=64)
@@ -156,7 +172,7 @@ class ListedPicture:
     image : int
         Which image of the record, from 0.
     own : mapping
-        What differs from picture to picture: seed, digests, time, seconds, bytes.
+        What differs from picture to picture: ``file_id``, seed, digests, time, seconds, bytes.
     shared : str
         All else of its provenance, as JSON: the same for many pictures.
     mark : str
@@ -169,6 +185,11 @@ class ListedPicture:
     own: Mapping[str, Any]
     shared: str
     mark: str = ""
+
+    @property
+    def file_id(self) -> str:
+        """What identifies its sample; empty where that is not known."""
+        return str(self.own.get("file_id") or "")
 
 
 def listed_pictures(folder: Path) -> dict[str, ListedPicture]:

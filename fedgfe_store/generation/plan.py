@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,8 +23,14 @@ from fedgfe_store.generation.images import (
     read_provenance,
 )
 from fedgfe_store.generation.manifest import seconds_per_image
-from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
-from fedgfe_store.generation.shards import WHOLE, Shard
+from fedgfe_store.generation.settings import (
+    Settings,
+    difference,
+    fingerprint,
+    seed_of,
+    settings_json,
+)
+from fedgfe_store.generation.shards import WHOLE, Shard, places_of
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
@@ -67,6 +74,8 @@ class PlanItem:
         True for a stale image that is to stay as it is.
     seen : tuple of int or None
         Which file was there when it was planned, see `file_stamp`.
+    file_id : str
+        What identifies the record's sample; empty where that is not known.
     """
 
     position: int
@@ -79,6 +88,7 @@ class PlanItem:
     reason: str = ""
     keep: bool = False
     seen: tuple[int, ...] | None = None
+    file_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class Plan:
     on_stale: OnStale = "error"
     replace_others: bool = False
 
-    @property
+    @cached_property
     def todo(self) -> tuple[PlanItem, ...]:
         """Images to render in this run."""
         return self._unfinished[: self.limit]
@@ -136,11 +146,15 @@ class Plan:
         pixels = self.settings.height * self.settings.width
         return int(len(self.todo) * pixels * _BYTES_PER_PIXEL)
 
+    @cached_property
+    def seconds_each(self) -> float | None:
+        """Seconds of rendering an image; None until some were made here with these settings."""
+        return seconds_per_image(self.folder, fingerprint(self.settings))
+
     @property
     def seconds_expected(self) -> float | None:
         """Seconds of rendering; None until images were made here with these settings."""
-        each = seconds_per_image(self.folder, fingerprint(self.settings))
-        return None if each is None else each * len(self.todo)
+        return None if self.seconds_each is None else self.seconds_each * len(self.todo)
 
     def refuses(self, finding: Finding) -> bool:
         """Whether the file that was found is not to be replaced."""
@@ -150,7 +164,22 @@ class Plan:
             return finding.keepable
         return bool(finding.conflict) and self.on_stale == "error"
 
-    @property
+    def shortage(self, batch_size: int, seconds_left: float | None) -> str | None:
+        """Say that a batch takes longer than there is time, and what would help; None otherwise.
+
+        Parameters
+        ----------
+        batch_size : int
+            Images of a batch.
+        seconds_left : float or None
+            Seconds until the run has to stop; None where that is not known.
+        """
+        size = min(batch_size, len(self.todo))
+        if self.seconds_each is None or seconds_left is None:
+            return None
+        return shortage(size, self.seconds_each * size, seconds_left)
+
+    @cached_property
     def _unfinished(self) -> tuple[PlanItem, ...]:
         return tuple(i for i in self.items if i.status != "done" and not i.keep)
 
@@ -174,6 +203,19 @@ class Plan:
         if seconds is not None and todo:
             lines.append(f"time: about {_duration(seconds)}, going by the images made so far")
         return "\n".join(lines)
+
+
+def shortage(size: int, seconds: float, seconds_left: float) -> str | None:
+    """Say that a batch of `size` images takes longer than is left, and what would help, or None."""
+    if seconds <= seconds_left:
+        return None
+    fitting = int(size * seconds_left / seconds)
+    remedy = f"--batch-size {fitting} or " if fitting else ""
+    return (
+        f"a batch of {size} takes about {_duration(seconds)}, and it is "
+        f"{_duration(seconds_left)} until this run has to stop: nothing of it would be finished; "
+        f"{remedy}a longer time limit helps"
+    )
 
 
 def plan_images(
@@ -296,7 +338,7 @@ def _check(item: PlanItem, settings: Settings, present: Set[str], identity: Iden
         return Finding(item)
     item = replace(item, seen=file_stamp(item.path))
     state, provenance = inspect_image(item.path)
-    made_with = asdict(settings), fingerprint(settings)
+    made_with = settings_json(settings), fingerprint(settings)
     return compare_image(item, state, provenance, *made_with, identity=identity)
 
 
@@ -391,22 +433,25 @@ def _list_items(
     numbers: Sequence[int],
     shard: Shard,
 ) -> list[PlanItem]:
-    digests = record_digests(selection, columns)
-    records = {
-        key: (position, of_record)
-        for position, (key, of_record) in enumerate(zip(selection.keys(), digests, strict=True))
-    }
+    """List the images of the records that a shard holds; nothing is made for the others."""
+    keys = selection.key_columns()
+    places = places_of(keys, shard)
+    own = selection.take(places)
+    files = own.records["file_id"].tolist()
+    facts = zip(places.tolist(), record_digests(own, columns), files, strict=True)
+    records = dict(zip(own.keys(), facts, strict=True))
+    by_file = settings.noise == "file_id"
     return [
         PlanItem(
             position=position,
             key=key,
             number=number,
             path=folder / image_name(key, number),
-            seed=seed_of(settings.seed, key, number),
-            digests=of_record,
+            seed=seed_of(settings.seed, key, number, file_id if by_file else ""),
+            digests=digests,
+            file_id=file_id,
         )
-        for key, (position, of_record) in records.items()
-        if shard.holds(key)
+        for key, (position, digests, file_id) in records.items()
         for number in numbers
     ]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from fedgfe_store.errors import (
     ConflictError,
@@ -16,18 +16,19 @@ from fedgfe_store.errors import (
 from fedgfe_store.generation.images import inspect_image, read_key
 from fedgfe_store.generation.job import Job, Options, Report
 from fedgfe_store.generation.plan import AGAIN, record_digests
-from fedgfe_store.generation.settings import difference, fingerprint
+from fedgfe_store.generation.settings import difference, fingerprint, noise_rule, settings_json
 from fedgfe_store.records import RecordKey
 from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
+    from fedgfe_store.generation.settings import Noise
     from fedgfe_store.selection import Selection
 
 AGAIN_FOLDER = "again"
 """Where a picture that is made again goes unless told otherwise: a folder beside the first one."""
 
 _TEXT, _NUMBER, _MAYBE_TEXT = (str,), (int,), (str, type(None))
-_NEEDED = {"fingerprint": _TEXT, "digests": (dict,), "commit": _NUMBER}
+_NEEDED = {"fingerprint": _TEXT, "digests": (dict,), "commit": _NUMBER, "seed": _NUMBER}
 _NEEDED_SETTINGS = {
     **dict.fromkeys(("model", "revision", "dtype"), _TEXT),
     **dict.fromkeys(("steps", "height", "width", "seed"), _NUMBER),
@@ -103,6 +104,7 @@ class Recipe:
             "height": settings["height"],
             "width": settings["width"],
             "seed": settings["seed"],
+            "noise": cast("Noise", noise_rule(settings)),
             "dtype": settings["dtype"],
             "pool": settings["pool"] or "last",
             "quantize": settings["quantization"],
@@ -186,6 +188,13 @@ class Recipe:
         digests: dict[str, str] = self.provenance["digests"]
         return record_digests(selection, digests)[0] == digests
 
+    def with_its_noise(self, job: Job) -> Job:
+        """Return a job with the picture's own seed: its record's ``file_id`` may have changed."""
+        facts = self.provenance
+        own = {"seed": facts["seed"], "file_id": facts.get("file_id", "")}
+        items = tuple(replace(item, **own) for item in job.plan.items)
+        return replace(job, plan=replace(job.plan, items=items))
+
     def check(self, job: Job) -> None:
         """Make sure that a job has the picture's settings and takes no picture's place unasked.
 
@@ -196,7 +205,7 @@ class Recipe:
         """
         settings = job.plan.settings
         if fingerprint(settings) != self.provenance["fingerprint"]:
-            changed = difference(self.provenance["settings"], asdict(settings))
+            changed = difference(self.provenance["settings"], settings_json(settings))
             raise ConflictError(f"{self.path} cannot be made again: {changed}")
         for item in job.plan.items:
             if item.status == "done":
