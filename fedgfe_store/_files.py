@@ -15,6 +15,9 @@ from typing import BinaryIO
 from fedgfe_store import _workers
 from fedgfe_store._checksums import UnreadableError
 
+NOT_THROUGH_LINKS: int = os.O_NOFOLLOW if os.name == "posix" else 0
+"""Flag of `os.open` that refuses a link in place of the file."""
+
 TEMPORARY = ".tmp"
 """How the names of files end that are not in place yet."""
 _LEFT_HALF_WRITTEN = (".partial", TEMPORARY)
@@ -106,14 +109,20 @@ def flushed(path: str | Path, *, name: Path | None = None) -> Iterator[BinaryIO]
 
     What the system refuses names `name`, or the file: writing and flushing do not say which.
     """
+    with naming(name or path), open(path, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let what the system refuses name `path`, where it names no file, as a full disk does."""
     try:
-        with open(path, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(name or path)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 

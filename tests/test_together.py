@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
+from fedgfe_store.generation import claims as claims_module
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.manifest import read_manifest
@@ -82,6 +84,20 @@ def test_two_processes_share_the_work(flux: Path, selection: Selection, tmp_path
     outputs = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
     check_whole(selection, folder)
+
+
+def test_where_locks_are_refused_a_run_says_so_once_and_leaves_no_claims(
+    flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(claims_module.fcntl, "lockf", refuse)
+    part, remarks = selection.take(range(8)), []
+    options = {**SETTINGS, "pipeline": FakePipeline(flux), "report": remarks.append}
+    assert generate(part, tmp_path / "out", **options).done == 8
+    assert ["no file locks in" in remark for remark in remarks] == [True]
+    assert not list((tmp_path / "out").glob(".fedgfe-claim-*"))
 
 
 def test_what_another_process_holds_or_has_made_is_left_to_it(
