@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ._options import Filters
+
 if TYPE_CHECKING:
     from .main import Context
 
@@ -39,11 +41,13 @@ def _long_options(ctx: click.Context, param: click.Parameter, values: Sequence[s
 
 @click.command("slurm")
 @click.option(
+    "--parts",
     "--shards",
+    "parts",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Tasks of the array, each with a GPU.",
+    help="Parts of the work: tasks of an array, each with a GPU.",
 )
 @click.option("--time", "limit", default="24:00:00", show_default=True, callback=_one_line)
 @click.option("--partition", callback=_one_line, help="Partition [the cluster's default].")
@@ -64,7 +68,7 @@ def _long_options(ctx: click.Context, param: click.Parameter, values: Sequence[s
 def command(
     ctx: click.Context,
     /,
-    shards: int,
+    parts: int,
     limit: str,
     partition: str | None,
     gres: str,
@@ -79,37 +83,55 @@ def command(
     that its time limit stops is queued again and goes on where it stopped.
 
     \b
-    fedgfe-store slurm --shards 8 --setup "conda activate flvit" -- --round 5 > job.sh
+    fedgfe-store slurm --parts 8 --setup "conda activate flvit" -- --round 5 > job.sh
     sbatch job.sh
     fedgfe-store status --round 5
     """
     from ._legacy import OldFlags
     from .generate import command as generate
 
-    if any(word == "--shard" or word.startswith("--shard=") for word in arguments):
-        raise click.UsageError("--shard: the script itself gives each task of the array its own")
+    for name in ("--part", "--shard"):
+        if any(word == name or word.startswith(f"{name}=") for word in arguments):
+            raise click.UsageError(f"{name}: the script itself gives each task its own part")
     with generate.make_context("generate", list(arguments), parent=ctx.parent) as checked:
         names = (checked.params[name] for name in ("checkpoint", "checkpoint_dir", "pattern"))
         old = OldFlags(*names)
+        filters = Filters.of(checked.params)
     obj: Context = ctx.obj
+    if not old.given:
+        _remark_on(filters, obj.store)
     # Checkpoints have a store of their own, which goes after one that is named.
     store = ["--store", str(obj.store)] if obj.store_given or not old.given else []
     options = {
         "job-name": job_name,
-        "array": f"0-{shards - 1}" if shards > 1 else None,
+        "array": f"0-{parts - 1}" if parts > 1 else None,
         "time": limit,
         "partition": partition,
         "gres": gres,
     }
     directives = [f"--{name}={value}" for name, value in options.items() if value]
-    click.echo(
-        job_script([*directives, *_always(shards), *sbatch], setup, store, arguments, shards)
-    )
+    click.echo(job_script([*directives, *_always(parts), *sbatch], setup, store, arguments, parts))
 
 
-def _always(shards: int) -> list[str]:
-    log = "%x-%A_%a.out" if shards > 1 else "%x-%j.out"
-    return ["--requeue", "--signal=USR1@120", "--open-mode=append", f"--output={log}"]
+def _remark_on(filters: Filters, path: Path) -> None:
+    """Say which names are not in the store yet; by the time that the job runs they may be."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import NotFoundError
+
+    if not filters or not path.exists():
+        return
+    try:
+        filters.resolved(EmbeddingStore.open(path))
+    except NotFoundError as error:
+        for line in str(error).splitlines():
+            click.echo(f"note: {line}", err=True)
+
+
+def _always(parts: int) -> list[str]:
+    from fedgfe_store.generation.stopping import SIGNAL_LEAD
+
+    log = "%x-%A_%a.out" if parts > 1 else "%x-%j.out"
+    return ["--requeue", f"--signal=USR1@{SIGNAL_LEAD}", "--open-mode=append", f"--output={log}"]
 
 
 def job_script(
@@ -117,7 +139,7 @@ def job_script(
     setup: Sequence[str],
     store: Sequence[str],
     arguments: Sequence[str],
-    shards: int,
+    parts: int,
 ) -> str:
     """Return a batch script that runs ``generate`` in the present folder.
 
@@ -131,16 +153,17 @@ def job_script(
         Options that name the embedding store.
     arguments : sequence of str
         Arguments of ``generate``.
-    shards : int
+    parts : int
         Tasks of the array; without one for 1.
     """
     words = ["fedgfe-store", *store, "generate", *arguments]
     run, job = shlex.join(words), '"$SLURM_JOB_ID"'
-    if shards == 1:
+    if parts == 1:
         # Said here too, since sbatch hands on the environment that it is called in.
-        run += " --shard 0/1"
+        run += " --part 0/1"
     else:
-        run += f' --shard "$SLURM_ARRAY_TASK_ID/{shards}"'
+        # With their number, since only some of the tasks may be submitted again.
+        run += f" --part auto/{parts}"
         # The id of an array's first task names the whole array.
         job = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'
     lines = [

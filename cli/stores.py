@@ -84,8 +84,10 @@ def info(obj: Context, as_of: int | None) -> None:
 
 
 def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, str]]:
+    from fedgfe_store import _files
+
     schema, metadata = store.schema, store.schema.metadata
-    files = [file.stat().st_size for file in store.path.rglob("*") if file.is_file()]
+    nbytes, files = _files.usage(store.path)
     history = store.history()
     last = f", {history['time'].iloc[-1]:%Y-%m-%d %H:%M} UTC" if len(history) else ""
     return [
@@ -95,7 +97,7 @@ def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, st
         ("precision", schema.precision),
         ("commit", f"{store.commit}{last}"),
         ("records", f"{len(records):,}"),
-        ("on disk", f"{size(sum(files))} in {len(files):,} files"
+        ("on disk", f"{size(nbytes)} in {files:,} files"
          f" ({size(len(records) * schema.record_nbytes)} of float32)"),
         ("nodes", names(records["node"].unique()) or "-"),
         ("rounds", numbers(records["round"].unique().tolist()) or "-"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -12,7 +12,14 @@ import numpy as np
 from fedgfe_store._commit import CommitKind, Transaction
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.records import RecordBatch, RecordKey
+from fedgfe_store.records import (
+    RecordBatch,
+    RecordKey,
+    checked_keys,
+    checked_source,
+    key_at,
+    keys_of,
+)
 
 IfExists = Literal["error", "replace", "skip"]
 _BUFFER_BYTES = 256 * 2**20
@@ -27,19 +34,20 @@ class AppendBatch:
 
     Attributes
     ----------
-    added, replaced, skipped : int
-        After the block: records that are new, that took another's place, and that were left
-        out because the store has their key (with ``if_exists="error"``: and the same tensors).
+    added, replaced, skipped, removed : int
+        After the block: records that are new, that took another's place, that were left out
+        because the store has their key (with ``if_exists="error"``: and the same tensors), and
+        that `supersede` deleted.
     """
 
     def __init__(
         self,
-        path: Path,
         known: Snapshot,
         *,
         node: str | int | None,
         round: int | None,
         if_exists: IfExists,
+        source: str | None,
         timeout: float,
         done: Callable[[Snapshot], None],
     ) -> None:
@@ -47,8 +55,9 @@ class AppendBatch:
             raise SchemaMismatchError(
                 f"if_exists: expected error, replace or skip, got {if_exists!r}"
             )
-        self.added = self.replaced = self.skipped = 0
-        self._path, self._known, self._done = path, known, done
+        self.added = self.replaced = self.skipped = self.removed = 0
+        self._known, self._done = known, done
+        self._source, self._process = checked_source(source), os.getpid()
         self._defaults = {"node": node, "round": round}
         self._if_exists, self._timeout = if_exists, timeout
         self._waiting: list[RecordBatch] = []
@@ -56,6 +65,8 @@ class AppendBatch:
         self._seen: dict[RecordKey, tuple[int, ...]] = {}
         self._stored: dict[tuple[int, str], dict[RecordKey, int]] = {}
         self._deleted: list[int] = []
+        self._kept: set[int] = set()
+        self._superseded: set[tuple[str, int, str]] = set()
         self._transaction: Transaction | None = None
         self._open = True
 
@@ -68,6 +79,7 @@ class AppendBatch:
         node: Any = None,
         round: Any = None,
         sample_id: Any = None,
+        file_id: Any = None,
         image_filename: Any = None,
         audio_path: Any = None,
         timestamp: Any = None,
@@ -86,6 +98,9 @@ class AppendBatch:
             As in `EmbeddingStore.append`, for those not given there.
         sample_id, image_filename, audio_path : str or sequence of str, optional
             What else is known of the records.
+        file_id : str or sequence of str, optional
+            What tells the sample from every other one, in whatever order a round saw them. A
+            store of format version 1 is upgraded to keep it.
         timestamp : datetime or sequence of datetime, optional
             When the embeddings were made, by default now; without a time zone it is UTC.
         extra : dict or sequence of dict, optional
@@ -106,6 +121,7 @@ class AppendBatch:
         keys = {k: self._defaults.get(k) if v is None else v for k, v in given.items()}
         notes = {
             "sample_id": sample_id,
+            "file_id": file_id,
             "image_filename": image_filename,
             "audio_path": audio_path,
             "timestamp": timestamp,
@@ -126,11 +142,61 @@ class AppendBatch:
         self._take(records.conformed(self._known.schema))
 
     def _take(self, records: RecordBatch) -> None:
-        if not self._open:
-            raise ConflictError("this batch is closed: open another one with store.append()")
+        self._check_open()
         self._wait(records)
         if sum(batch.nbytes for batch in self._waiting) >= _BUFFER_BYTES:
             self._write(rest=False)
+
+    def unknown(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the positions of those records whose tensors must be read for `add_records`.
+
+        The others are in the store as they would come, and are counted as skipped here; digests
+        tell, so `columns` must be of tensors in this store's precision.
+        """
+        self._check_open()
+        self._begin()
+        fresh = []
+        for position, key in enumerate(keys_of(columns)):
+            row = self._row_of(key)
+            if row is None or not self._stays(columns, position, row):
+                fresh.append(position)
+            else:
+                self.skipped += 1
+                self._kept.add(row)
+        return np.array(fresh, np.int64)
+
+    def supersede(self, *, node: str | int, round: int, split: str) -> None:
+        """Delete what the store has of a node, round and split, in this same commit.
+
+        What this batch adds stays; a record added again with the same tensors is not touched.
+
+        Parameters
+        ----------
+        node : str or int
+            Federated node.
+        round : int
+            Federated round.
+        split : str
+            Split.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If one of them is not what a key can hold.
+        """
+        self._check_open()
+        given = {"node": node, "round": round, "split": split, "class_name": "any", "index": 0}
+        key = key_at(checked_keys(given, 1), 0)
+        self._superseded.add((key.node, key.round, key.split))
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ConflictError("this batch is closed: open another one with store.append()")
+        if os.getpid() != self._process:
+            raise ConflictError(
+                f"this batch was opened by process {self._process}, and this is a fork of it: "
+                f"open another one with store.append()"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -141,6 +207,8 @@ class AppendBatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if os.getpid() != self._process:
+            return  # a forked copy leaves the commit to its parent
         self._open = False
         if error is None:
             try:
@@ -177,10 +245,10 @@ class AppendBatch:
 
     def _write(self, *, rest: bool) -> None:
         """Write what waits, granule by granule; without `rest` keep an unfinished granule."""
-        if not (self._waiting or self._ready):
+        if not (self._waiting or self._ready or (rest and self._superseded)):
             return
-        if self._transaction is None:
-            self._transaction = Transaction(self._path, timeout=self._timeout, known=self._known)
+        self._begin()
+        assert self._transaction is not None
         granule = self._transaction.schema.granule
         while self._waiting:
             self._ready.append(self._sifted(self._waiting.pop(0)))
@@ -189,6 +257,10 @@ class AppendBatch:
                 self._transaction.write(self._pop(whole))
         if rest and any(map(len, self._ready)):
             self._transaction.write(self._pop(sum(map(len, self._ready))))
+
+    def _begin(self) -> None:
+        if self._transaction is None:
+            self._transaction = Transaction(self._known, timeout=self._timeout)
 
     def _pop(self, n: int) -> RecordBatch:
         """Take the first `n` records of those that are ready."""
@@ -202,11 +274,25 @@ class AppendBatch:
         return RecordBatch.concatenate(parts)
 
     def _publish(self) -> None:
-        if self._transaction is None or not (self.added or self.replaced):
+        if self._transaction is None:
             return
-        deleted = np.array(sorted(self._deleted), np.int64)
-        kind: CommitKind = "replace" if self.replaced else "append"
-        self._done(self._transaction.publish(kind, deleted=deleted))
+        removed = self._rows_left_over()
+        self.removed = len(removed)
+        if not (self.added or self.replaced or self.removed):
+            return
+        deleted = np.array(sorted(self._deleted + removed), np.int64)
+        kind: CommitKind = "replace" if len(deleted) else "append"
+        self._done(self._transaction.publish(kind, deleted=deleted, source=self._source))
+
+    def _rows_left_over(self) -> list[int]:
+        """Return the rows of what is superseded that were neither added again nor replaced."""
+        known = self._kept.union(self._deleted)
+        found: list[int] = []
+        for node, number, split in sorted(self._superseded):
+            for key, row in self._rows_of(number, node).items():
+                if key.split == split and row not in known:
+                    found.append(row)
+        return found
 
     def _sifted(self, records: RecordBatch) -> RecordBatch:
         """Return those of `records` that are to be written, seen what the store holds."""
@@ -215,39 +301,46 @@ class AppendBatch:
             row = self._row_of(key)
             if row is None:
                 self.added += 1
-            elif self._if_exists == "skip" or self._is_same(records, position, row):
+            elif self._stays(records.columns, position, row):
                 self.skipped += 1
+                self._kept.add(row)
                 continue
             elif self._if_exists == "replace":
                 self._deleted.append(row)
                 self.replaced += 1
             else:
                 raise ConflictError(
-                    f"{key} is in {self._path} already, with other tensors (if_exists='replace' "
-                    f"puts these in its place, 'skip' keeps the old ones); nothing was committed"
+                    f"{key} is in {self._known.path} already, with other tensors "
+                    f"(if_exists='replace' puts these in its place, 'skip' keeps the old ones); "
+                    f"nothing was committed"
                 )
             fresh.append(position)
         return records if len(fresh) == len(records) else records.take(np.array(fresh, np.int64))
 
     def _row_of(self, key: RecordKey) -> int | None:
         """Return the row that holds the live record `key`, looked for by round and node first."""
-        group = (key.round, key.node)
-        if group not in self._stored:
-            snapshot = self._snapshot
-            rows = np.flatnonzero(snapshot.visible & (snapshot.column("round") == key.round))
-            rows = rows[snapshot.column_at("node", rows) == key.node]
-            keys = snapshot.keys(rows)
-            self._stored[group] = dict(zip(keys, rows.tolist(), strict=True))
-        return self._stored[group].get(key)
+        return self._rows_of(key.round, key.node).get(key)
 
-    def _is_same(self, records: RecordBatch, position: int, row: int) -> bool:
-        """Whether the store's record in `row` has every tensor that the new one brings."""
+    def _rows_of(self, number: int, node: str) -> dict[RecordKey, int]:
+        """Return the rows of the live records of a round and node."""
+        if (number, node) not in self._stored:
+            snapshot = self._snapshot
+            rows = np.flatnonzero(snapshot.visible & (snapshot.column("round") == number))
+            rows = rows[snapshot.column_at("node", rows) == node]
+            keys = snapshot.keys(rows)
+            self._stored[number, node] = dict(zip(keys, rows.tolist(), strict=True))
+        return self._stored[number, node]
+
+    def _stays(self, columns: Mapping[str, np.ndarray], position: int, row: int) -> bool:
+        """Whether the store's record in `row` stays, as when it has all that the new one brings."""
+        if self._if_exists == "skip":
+            return True
         at = np.array([row])
         return all(
-            records.columns[f"{t.name}_digest"][position]
+            columns[f"{t.name}_digest"][position]
             == self._snapshot.column_at(f"{t.name}_digest", at)[0]
             for t in self._snapshot.schema.tensors
-            if not t.optional or records.columns[f"has_{t.name}"][position]
+            if not t.optional or (f"has_{t.name}" in columns and columns[f"has_{t.name}"][position])
         )
 
     @property

@@ -1,9 +1,10 @@
 """The write protocol: every change of a store is one commit, and one rename publishes it.
 
-Order of a commit: take the writer's lock; roll back what a dead writer left; write ``pending``;
-write tensor files, whole granules that nothing refers to yet; rewrite key columns, and the arrays'
-own metadata with their new shapes; publish ``zarr.json``; remove ``pending``. Everything is flushed
-to the disk before the next step begins.
+Order of a commit: take the writer's lock; claim the commit's number; clear what a dead writer left;
+write tensor files, whole granules that nothing refers to yet, under temporary names; write key
+columns, and the arrays' own metadata with their new shapes, in the same way; make sure of the
+claim and rename them into place; make sure of it again and rename ``zarr.json`` into place, which
+publishes. Everything is flushed to the disk before the next step begins.
 """
 
 from __future__ import annotations
@@ -12,106 +13,81 @@ import json
 import logging
 import os
 import socket
-import uuid
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from fedgfe_store import _files, _key_files, _workers
+from fedgfe_store._claim import Claim
 from fedgfe_store._group import GROUP_FILE, CommitPoint, Group
-from fedgfe_store._layout import KEY_CHUNK, key_columns
-from fedgfe_store._snapshot import Snapshot
-from fedgfe_store.errors import BusyError, ConflictError, FedgfeStoreError
+from fedgfe_store._layout import KEY_CHUNK, KeyColumn, key_columns
+from fedgfe_store._lock import WriterLock
+from fedgfe_store._recovery import (
+    PENDING,
+    clear,
+    key_chunks,
+    recover,
+    remove_temporary,
+    shape_files,
+)
+from fedgfe_store._snapshot import Snapshot, gap
+from fedgfe_store._staging import Staging
+from fedgfe_store._upgrade import identities
+from fedgfe_store.errors import ConflictError, DamagedDataError, FedgfeStoreError
 from fedgfe_store.records import RecordBatch, to_milliseconds
-from fedgfe_store.schema import Schema
+from fedgfe_store.schema import FORMAT_VERSION, Schema
 
-PENDING = "pending"
-Stamp = tuple[int, ...]
-"""What changes when someone else writes a file."""
-CommitKind = Literal["append", "replace", "delete", "compact"]
-_PATIENCE = 1.0
-"""Seconds of waiting for another writer that go without saying."""
+CommitKind = Literal["append", "replace", "delete", "compact", "upgrade", "repair"]
 
 _log = logging.getLogger("fedgfe_store")
 
 
-class WriterLock:
-    """The lock of a store: one writer at a time, over threads and processes.
-
-    A dead process's lock is free at once. Beside the lock lies a note on who holds it.
-
-    Parameters
-    ----------
-    path : Path
-        The store; two names of one folder share one lock.
-    timeout : float
-        Seconds to wait for another writer.
-
-    Raises
-    ------
-    BusyError
-        If another writer still holds it then; says which process, where and since when.
-    """
-
-    def __init__(self, path: Path, timeout: float) -> None:
-        real = path.resolve()
-        self._lock = FileLock(real.with_name(f".{real.name}.lock"))
-        self._note = real.with_name(f".{real.name}.writer")
-        try:
-            self._lock.acquire(timeout=min(timeout, _PATIENCE))
-        except Timeout:
-            self._wait(path, timeout)
-        try:
-            self._note.write_text(_signature())
-        except OSError:
-            self._lock.release()
-            raise
-
-    def _wait(self, path: Path, timeout: float) -> None:
-        if timeout > _PATIENCE:
-            _log.warning("%s: waiting up to %g s for %s", path, timeout, self._holder())
-        try:
-            self._lock.acquire(timeout=max(0, timeout - _PATIENCE))
-        except Timeout:
-            raise BusyError(
-                f"{path} is being written by {self._holder()}: gave up after {timeout:g} s"
-            ) from None
-
-    def _holder(self) -> str:
-        try:
-            return self._note.read_text() or "another writer"
-        except FileNotFoundError:
-            return "another writer"
-
-    def release(self) -> None:
-        """Let the next writer in."""
-        self._note.unlink(missing_ok=True)
-        self._lock.release()
-
-
-def _signature() -> str:
-    since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    return f"process {os.getpid()} on {socket.gethostname()} since {since}"
-
-
 def create(path: Path, schema: Schema, *, timeout: float) -> None:
     """Make an empty store at `path`, on the disk up to the folder's name."""
+    started = time.monotonic()
     _files.make_folders(path.resolve().parent)
     lock = WriterLock(path, timeout)
     try:
         group = Group.new(schema)
         _refuse_occupied(path, group.arrays)
-        for name in group.arrays:
-            _files.make_folders(path / name)
-        _files.write_files(_shape_files(path, group))
-        _files.write_file(path / GROUP_FILE, group.encode())
+        _files.make_folders(path)
+        claim = Claim.take(
+            path, timeout=timeout, since=started, published=lambda: _before(path), clear=_nothing
+        )
+        try:
+            _publish_empty(path, group, claim)
+        finally:
+            claim.release(published=True)
     finally:
         lock.release()
+
+
+def _before(path: Path) -> int:
+    """Return the commit before the one that makes the store at `path`, which is number 0."""
+    if (path / GROUP_FILE).exists():
+        raise ConflictError(f"cannot make a store at {path}: a Zarr group is there already")
+    return -1
+
+
+def _nothing() -> None:
+    pass
+
+
+def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
+    for name in group.arrays:
+        _files.make_folders(path / name)
+    remove_temporary(path, group)
+    staging = Staging(claim.token)
+    for contents in (shape_files(path, group), {path / GROUP_FILE: group.encode()}):
+        staging.write(contents)
+        claim.fence()
+        staging.place()
 
 
 def _refuse_occupied(path: Path, names: Iterable[str]) -> None:
@@ -125,7 +101,8 @@ def _refuse_occupied(path: Path, names: Iterable[str]) -> None:
     expected = {path / name for name in names}
     expected |= {folder / GROUP_FILE for folder in expected}
     for entry in path.rglob("*"):
-        if entry not in expected and not _files.is_temporary(entry):
+        claim = entry.parent == path and entry.name.startswith("claim.")
+        if entry not in expected and not claim and not _files.is_temporary(entry):
             raise ConflictError(
                 f"cannot make a store at {path}: the folder holds something else ({entry})"
             )
@@ -136,37 +113,53 @@ class Transaction:
 
     Parameters
     ----------
-    path : Path
-        The store.
-    timeout : float
-        Seconds to wait for another writer.
     known : Snapshot
         What the caller has read of the store; used on if no one wrote in the meantime.
+    timeout : float
+        Seconds to wait for another writer.
     """
 
-    def __init__(self, path: Path, *, timeout: float, known: Snapshot) -> None:
-        self.path = path
-        try:
-            self._lock = WriterLock(path, timeout)
-            group = self._recovered()
-        except Exception as error:
-            _add_outcome(error, path, None)
-            raise
-        same = known.as_of is None and known.group.raw == group.raw
-        self.snapshot = known if same else Snapshot(path, group)
-        self._token, self._encoded = "", b""
-        self._tail = group.point.records
+    def __init__(self, known: Snapshot, *, timeout: float) -> None:
+        self.path, self._process = known.root, os.getpid()
+        self._encoded = b""
         self._rows: list[Mapping[str, np.ndarray]] = []
-        self._written: dict[Path, Stamp] = {}
-        self._published = False
-
-    def _recovered(self) -> Group:
+        self._begun = self._upgrading = self._published = False
         try:
-            roll_back(self.path)
-            return Group.read(self.path)
+            self._open(timeout, known)
+        except Exception as error:
+            _add_outcome(error, self.path, None)
+            raise
+
+    def _open(self, timeout: float, known: Snapshot) -> None:
+        started = time.monotonic()
+        self._lock = WriterLock(self.path, timeout)
+        try:
+            self._claim = Claim.take(
+                self.path,
+                timeout=timeout,
+                since=started,
+                published=lambda: Group.read(self.path).point.commit,
+                clear=lambda: remove_temporary(self.path, Group.read(self.path)),
+            )
+            self._staging = Staging(self._claim.token)
+            try:
+                group = Group.read(self.path)
+                self._tail = recover(self.path, group, self._claim)
+            except BaseException:
+                self._claim.release()
+                raise
         except BaseException:
             self._lock.release()
             raise
+        same = known.as_of is None and known.group.raw == group.raw
+        self.snapshot = known if same else known.at(group)
+        self._skip(self._tail - group.point.records)
+
+    def _skip(self, rows: int) -> None:
+        """Leave `rows` empty: tensor files of theirs may still be unlinked by a late writer."""
+        if rows:
+            nothing = {c.name: np.empty(0, c.dtype) for c in key_columns(self.schema).values()}
+            self._rows = [_padded(self.schema, nothing, self.commit, rows)]
 
     def __enter__(self) -> Self:
         return self
@@ -177,13 +170,18 @@ class Transaction:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if os.getpid() != self._process:
+            return  # a forked copy: the commit is its parent's
         try:
             published = self._published or (error is not None and self._is_published())
-            if self._token and not published:
+            if published:
+                self._claim.release(published=True)
+            else:
                 self._abort(error)
-            if error is not None and self._token:
+            if error is not None and self._begun:
                 _add_outcome(error, self.path, self.commit if published else None)
         finally:
+            self._claim.abandon()
             self._lock.release()
 
     def _is_published(self) -> bool:
@@ -203,6 +201,8 @@ class Transaction:
     def write(self, records: RecordBatch) -> None:
         """Write `records` as the next granules; all but the last one of a commit are whole."""
         self._begin()
+        if (records.columns["file_id"] != "").any():
+            self.upgrade()
         granule, n = self.schema.granule, len(records)
         starts = range(0, n, granule)
         work = (
@@ -210,18 +210,19 @@ class Transaction:
             for start in starts
             for name in self.schema.columns
         )
-        for stamps in _workers.run(_workers.writers(), self._write_file, work):
-            self._written.update(stamps)
+        _workers.run(_workers.writers(), self._write_file, work)
         skipped = -n % granule
         self._rows.append(_padded(self.schema, records.columns, self.commit, skipped))
         self._tail += n + skipped
 
     def _begin(self) -> None:
-        if self._token:
+        if self._begun:
             return
-        self._token = uuid.uuid4().hex
+        self._begun = True
+        if self.snapshot.group.version > 1:
+            return
         note = {
-            "token": self._token,
+            "token": self._claim.token,
             "commit": self.commit,
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -229,43 +230,70 @@ class Transaction:
         }
         _files.write_file(self.path / PENDING, json.dumps(note).encode())
 
-    def _write_file(self, name: str, first: int, records: RecordBatch) -> dict[Path, Stamp]:
+    def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
         values, column = records.tensors.get(name), self.schema.column(name)
         if values is None:
-            return {}
+            return
         present = records.columns[f"has_{name}"] if column.optional else None
         if present is not None and not present.any():
-            return {}
+            return
         files = self.snapshot.tensor_files[name]
-        number = first // files.granule
-        files.write(number, values, present)
-        file = Path(files.file(number))
-        return {file: _stamp(file)}
+        with self._staging.open(Path(files.file(first // files.granule))) as file:
+            files.write(file, values, present)
 
-    def publish(self, kind: CommitKind, *, deleted: np.ndarray | None = None) -> Snapshot:
+    def upgrade(self) -> None:
+        """Let this commit bring the store to the format version that new stores have."""
+        self._upgrading = self.snapshot.group.version < FORMAT_VERSION
+
+    def publish(
+        self, kind: CommitKind, *, deleted: np.ndarray | None = None, source: str | None = None
+    ) -> Snapshot:
         """Commit what was written, and mark the rows `deleted` as deleted, in one step.
+
+        `source` says where it came from; a store of version 1 does not keep that.
 
         Raises
         ------
         ConflictError
-            If another writer came in between, as it can where the disk does not honour locks.
+            If another writer came in between.
         """
         self._begin()
         marked = np.empty(0, np.int64) if deleted is None else deleted
-        rows = self._gathered() | _commit_row(kind)
+        rows = self._gathered() | _commit_row(kind, source or "")
         group = self._next_group(kind, rows, len(marked))
-        self._check_untouched()
-        _files.sync_folders(self._written)
-        keys = self._key_contents(group, rows, marked)
-        _files.write_files(_shape_files(self.path, group) | keys)
-        self._written.update({file: _stamp(file) for file in keys})
-        self._check_untouched()
+        for name in group.arrays.keys() - self.snapshot.group.arrays.keys():
+            _files.make_folders(self.path / name)
+        chunks = self._key_chunks(group, rows, marked)
+        contents, digests = self._encoded_keys(group, chunks)
+        group = replace(group, digests=digests)
+        self._staging.write(shape_files(self.path, group) | contents)
+        self._place()
         self._encoded = group.encode()
-        _files.write_file(self.path / GROUP_FILE, self._encoded)
+        self._staging.write({self.path / GROUP_FILE: self._encoded})
+        self._place()
         self._published = True
         self._remove_pending()
+        if self._upgrading:
+            self._tell_of_the_upgrade()
+            return self.snapshot.at(Group.read(self.path))
         return self.snapshot.extended(Group.read(self.path), rows, marked)
+
+    def _place(self) -> None:
+        self._claim.fence()
+        if (self.path / GROUP_FILE).read_bytes() != self.snapshot.group.raw:
+            raise ConflictError(
+                f"{self.path}: another writer came in between while commit {self.commit} was "
+                f"written; nothing of it was published"
+            )
+        self._staging.place()
+
+    def _tell_of_the_upgrade(self) -> None:
+        _log.warning(
+            "%s is of format version %d now: releases before 0.2 cannot open it any more",
+            self.path,
+            FORMAT_VERSION,
+        )
 
     def _gathered(self) -> dict[str, np.ndarray]:
         if not self._rows:
@@ -282,69 +310,98 @@ class Transaction:
             compacted=self.commit if kind == "compact" else old.point.compacted,
         )
         names = rows["class_name"][created].tolist() if created.any() else []
-        return old.at(point, old.schema.with_classes(names))
+        group = old.upgraded() if self._upgrading else old
+        return group.at(point, old.schema.with_classes(names))
 
-    def _key_contents(
+    def _key_chunks(
         self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray
-    ) -> dict[Path, bytes]:
-        """Return the files of key columns with `rows` behind the old ones, and those `marked`."""
+    ) -> dict[tuple[str, int], np.ndarray]:
+        """Return the chunks of key columns that change, by `rows` at the end or by marks."""
+        chunks: dict[tuple[str, int], np.ndarray] = {}
+        for name in group.key_columns:
+            if self._upgrading:
+                chunks |= _numbered(name, 0, self._upgraded_column(name, rows))
+            elif name in rows:
+                first = self.snapshot.group.rows(name) // KEY_CHUNK
+                kept = self.snapshot.unfinished(name)
+                chunks |= _numbered(name, first, np.concatenate([kept, rows[name]]))
+        # Read whole, so that marks of commits that were never published are seen and cleared.
+        self.snapshot.column("deleted_in")
+        for name, number in self.snapshot.stale:
+            self._chunk(chunks, name, number)
+        for number in np.unique(marked // KEY_CHUNK).tolist():
+            here = marked[marked // KEY_CHUNK == number] - number * KEY_CHUNK
+            self._chunk(chunks, "deleted_in", number)[here] = self.commit
+        return chunks
+
+    def _upgraded_column(self, name: str, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        values = self.snapshot.column(name)
+        if name == "file_id":
+            values = identities(self.snapshot.column("extra"))
+        added = rows.get(name, np.empty(0, values.dtype))
+        return np.concatenate([values, added])
+
+    def _chunk(
+        self, chunks: dict[tuple[str, int], np.ndarray], name: str, number: int
+    ) -> np.ndarray:
+        """Return a chunk of those that change, as it lies there if it is not among them yet."""
+        if (name, number) not in chunks:
+            start, total = number * KEY_CHUNK, self.snapshot.group.rows(name)
+            there = np.arange(start, min(start + KEY_CHUNK, total))
+            chunks[name, number] = self.snapshot.column_at(name, there).copy()
+        return chunks[name, number]
+
+    def _encoded_keys(
+        self, group: Group, chunks: Mapping[tuple[str, int], np.ndarray]
+    ) -> tuple[dict[Path, bytes], dict[str, tuple[str, ...]]]:
+        """Return the files of `chunks`, and the digests of all chunks of the store."""
         contents = {}
-        for name, column in key_columns(group.schema).items():
-            chunks = self._key_chunks(name, rows[name]) if name in rows else {}
-            if name == "deleted_in":
-                self._mark(chunks, marked)
-            for number, values in chunks.items():
-                file = _key_files.key_file(self.path, name, number)
-                contents[file] = _key_files.encode(column, values)
-        return contents
+        digests = {name: list(group.digests.get(name, ())) for name in group.key_columns}
+        for (name, number), values in chunks.items():
+            column = group.key_columns[name]
+            self._check_readable(column, number, values, chunks)
+            encoded = _key_files.encode(column, values)
+            contents[_key_files.key_file(self.path, name, number)] = encoded.contents
+            digests[name][number : number + 1] = [encoded.digest]
+        if group.version == 1:
+            return contents, {}
+        return contents, {name: tuple(each) for name, each in digests.items()}
 
-    def _key_chunks(self, name: str, values: np.ndarray) -> dict[int, np.ndarray]:
-        """Return the chunks that `values` fall into, with the rows before them as read."""
-        first = self.snapshot.group.rows(name) // KEY_CHUNK
-        kept = self.snapshot.unfinished(name)
-        return dict(enumerate(_chunks(np.concatenate([kept, values])), first))
-
-    def _mark(self, chunks: dict[int, np.ndarray], rows: np.ndarray) -> None:
-        """Set ``deleted_in`` of `rows` to this commit, in `chunks` or in those that lie there."""
-        total = self.snapshot.group.rows("deleted_in")
-        for number in np.unique(rows // KEY_CHUNK).tolist():
-            start = number * KEY_CHUNK
-            if number not in chunks:
-                there = np.arange(start, min(start + KEY_CHUNK, total))
-                chunks[number] = self.snapshot.column_at("deleted_in", there)
-            chunks[number][rows[rows // KEY_CHUNK == number] - start] = self.commit
-
-    def _check_untouched(self) -> None:
-        """Fail where someone else wrote: the lock narrows this to what it does not cover."""
-        try:
-            published = (self.path / GROUP_FILE).read_bytes()
-            pending = json.loads((self.path / PENDING).read_bytes())
-            same = published == self.snapshot.group.raw and pending["token"] == self._token
-            same = same and all(_stamp(file) == stamp for file, stamp in self._written.items())
-        except (FileNotFoundError, ValueError):
-            same = False
-        if not same:
-            raise ConflictError(
-                f"{self.path}: another writer came in between while commit {self.commit} was "
-                f"written (does this disk honour file locks?); nothing of it was published"
+    def _check_readable(
+        self,
+        column: KeyColumn,
+        number: int,
+        values: np.ndarray,
+        chunks: Mapping[tuple[str, int], np.ndarray],
+    ) -> None:
+        """Ask of what is about to be published what its readers will ask."""
+        has = None
+        if column.data_type == "bool":
+            has = chunks[f"{column.name.removeprefix('has_')}_digest", number] != 0
+        if wrong := gap(column, values, has):
+            raise DamagedDataError(
+                f"{self.path}: {column.name} cannot be published, no reader would take it: {wrong}"
             )
 
     def _remove_pending(self) -> None:
-        (self.path / PENDING).unlink()
-        _files.sync_folder(self.path)
+        if self.snapshot.group.version == 1:
+            (self.path / PENDING).unlink()
+            _files.sync_folder(self.path)
 
     def _abort(self, error: BaseException | None) -> None:
         try:
-            pending = json.loads((self.path / PENDING).read_bytes())
-            if pending["token"] == self._token:
-                roll_back(self.path)
-        except FileNotFoundError:  # who came in between has cleared it
+            self._staging.discard()
+            if self._staging.placed or (self._begun and self.snapshot.group.version == 1):
+                clear(self.path, self.snapshot.group, self._claim)
+            self._claim.release()
+        except ConflictError:  # who took over clears it
             return
-        except (OSError, ValueError) as failure:
-            note = f"the next writer will clear what this commit left in {self.path}: {failure}"
+        except OSError as failure:
             if error is None:
                 raise
-            error.add_note(note)
+            error.add_note(
+                f"the next writer will clear what this commit left in {self.path}: {failure}"
+            )
 
 
 def _add_outcome(error: BaseException, path: Path, published: int | None) -> None:
@@ -356,52 +413,6 @@ def _add_outcome(error: BaseException, path: Path, published: int | None) -> Non
         return
     commit = Group.read(path).point.commit
     error.add_note(f"nothing of this commit was published: {path} is at commit {commit}")
-
-
-def roll_back(path: Path) -> None:
-    """Clear what a writer that died, or gave up, left beyond the commit point of `path`."""
-    if not (path / PENDING).exists():
-        for begun in path.glob(f"{PENDING}.*"):  # of a writer that died before it wrote anything
-            begun.unlink(missing_ok=True)
-        return
-    group = Group.read(path)
-    schema, point = group.schema, group.point
-    for tensor in schema.tensors:
-        _drop_chunks(path / tensor.name, point.records // schema.granule)
-    for name in key_columns(schema):
-        _drop_chunks(path / name, -(-group.rows(name) // KEY_CHUNK))
-    for name in group.arrays:
-        _files.remove_temporary(path / name)
-    _files.remove_temporary(path)
-    # A file for each array: this flushes the folders in which files were unlinked, too.
-    _files.write_files(_shape_files(path, group) | _unmarked(path, group))
-    (path / PENDING).unlink()
-    _files.sync_folder(path)
-
-
-def _unmarked(path: Path, group: Group) -> dict[Path, bytes]:
-    """Return the files of ``deleted_in`` that hold marks beyond the commit point, without them."""
-    column = key_columns(group.schema)["deleted_in"]
-    contents = {}
-    for number, kept in enumerate(_chunks(Snapshot(path, group).column("deleted_in"))):
-        there = _key_files.read_chunk(path, column, number, len(kept))
-        if (kept != there).any():
-            file = _key_files.key_file(path, "deleted_in", number)
-            contents[file] = _key_files.encode(column, kept)
-    return contents
-
-
-def _drop_chunks(folder: Path, first: int) -> None:
-    """Unlink the chunk files of `folder` from number `first` of the record axis on."""
-    for entry in os.scandir(folder):
-        parts = entry.name.split(".")
-        if parts[0] == "c" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) >= first:
-            Path(entry.path).unlink()
-
-
-def _shape_files(path: Path, group: Group) -> dict[Path, bytes]:
-    """Return the arrays' own metadata, which other Zarr readers use, with committed shapes."""
-    return {path / name / GROUP_FILE: json.dumps(m).encode() for name, m in group.shaped().items()}
 
 
 def _padded(
@@ -422,18 +433,13 @@ def _padded(
     }
 
 
-def _commit_row(kind: CommitKind) -> dict[str, np.ndarray]:
+def _commit_row(kind: CommitKind, source: str) -> dict[str, np.ndarray]:
     return {
         "commit_time": np.array([to_milliseconds(datetime.now(UTC))], np.int64),
         "commit_kind": np.array([kind], np.dtypes.StringDType()),
+        "commit_source": np.array([source], np.dtypes.StringDType()),
     }
 
 
-def _stamp(file: Path) -> Stamp:
-    stat = file.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _chunks(values: np.ndarray) -> list[np.ndarray]:
-    """Cut a key column that begins with a chunk into its chunks."""
-    return [values[start : start + KEY_CHUNK] for start in range(0, len(values), KEY_CHUNK)]
+def _numbered(name: str, first: int, values: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+    return {(name, first + i): chunk for i, chunk in enumerate(key_chunks(values))}

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedgfe_store import _files
 from fedgfe_store._commit import Transaction
+from fedgfe_store._recovery import granule_of
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Schema
@@ -33,7 +34,7 @@ def compact(transaction: Transaction) -> tuple[Compaction, Snapshot]:
     Nothing is committed when no file would be freed by it.
     """
     snapshot = transaction.snapshot
-    before = tensor_bytes(snapshot.path, snapshot.schema)
+    before = tensor_bytes(snapshot.root, snapshot.schema)
     rows, useless = _rows_to_move(snapshot), _files_of_the_dead(snapshot)
     if not (len(rows) or useless):
         return Compaction(0, 0, before, before), snapshot
@@ -45,8 +46,8 @@ def compact(transaction: Transaction) -> tuple[Compaction, Snapshot]:
     for file in freed:
         file.unlink()
     for name in snapshot.schema.columns:
-        _files.sync_folder(snapshot.path / name)
-    after = tensor_bytes(snapshot.path, snapshot.schema)
+        _files.sync_folder(snapshot.root / name)
+    after = tensor_bytes(snapshot.root, snapshot.schema)
     return Compaction(len(rows), len(freed), before, after), snapshot
 
 
@@ -80,19 +81,13 @@ def _files_of_the_dead(snapshot: Snapshot) -> list[Path]:
     return [
         file
         for name in snapshot.schema.columns
-        for file in (snapshot.path / name).glob("c.*")
-        if granule_of(file) in dead
+        for file in (snapshot.root / name).glob("c.*")
+        if granule_of(file.name) in dead
     ]
 
 
-def granule_of(file: Path) -> int:
-    """Return the granule that a tensor file holds, -1 for a file that is none."""
-    parts = file.name.split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[0] == "c" and parts[1].isdigit() else -1
-
-
 def _died_since_the_last_compaction(snapshot: Snapshot, files: list[Path]) -> bool:
-    granules = {granule_of(file) for file in files}
+    granules = {granule_of(file.name) for file in files}
     within = np.isin(np.arange(snapshot.point.records) // snapshot.schema.granule, list(granules))
     deaths = snapshot.column("deleted_in")[within]
     return bool(deaths.max(initial=0) > snapshot.point.compacted)
@@ -100,4 +95,4 @@ def _died_since_the_last_compaction(snapshot: Snapshot, files: list[Path]) -> bo
 
 def tensor_bytes(path: Path, schema: Schema) -> int:
     """Return the bytes that the tensor files of the store at `path` take."""
-    return sum(file.stat().st_size for name in schema.columns for file in (path / name).glob("c.*"))
+    return sum(size for name in schema.columns for _, size in _files.chunk_sizes(path / name))

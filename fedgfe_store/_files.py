@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from fedgfe_store import _workers
+from fedgfe_store._checksums import UnreadableError
 
-_TEMPORARY = (".partial", ".tmp")
+TEMPORARY = ".tmp"
+"""How the names of files end that are not in place yet."""
+_LEFT_HALF_WRITTEN = (".partial", TEMPORARY)
 
 
 def sync_file(path: Path) -> None:
@@ -29,6 +34,9 @@ def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:
         os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(handle)
 
@@ -39,14 +47,67 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
         file.write(data)
 
 
+def open_regular(path: str | Path) -> int:
+    """Open `path` for reading if it is an ordinary file, or a link to one; return its handle.
+
+    What is none would keep a reader waiting, as a pipe does, or never end, as a device.
+
+    Raises
+    ------
+    UnreadableError
+        If something else is there.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket; links that lead nowhere
+            raise UnreadableError("it is no ordinary file") from error
+        raise
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise UnreadableError("it is no ordinary file")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Return the contents of the ordinary file `path`, which is at most `most` bytes long.
+
+    Raises
+    ------
+    UnreadableError
+        If something else is there, it is longer, or the disk cannot read it.
+    OSError
+        What the system refuses else; names the file.
+    """
+    handle = open_regular(path)
+    try:
+        size = os.fstat(handle).st_size
+        if size > most:
+            raise UnreadableError(f"expected at most {most:,} bytes, got {size:,}")
+        with open(handle, "rb", buffering=0, closefd=False) as file:
+            return file.readall()
+    except OSError as error:
+        raise named_or_unreadable(error, path) from error
+    finally:
+        os.close(handle)
+
+
+def named_or_unreadable(error: OSError, path: str | Path) -> Exception:
+    """Return `error` with the file's name; where a sector is bad, what lies there is damaged."""
+    if error.errno == errno.EIO:
+        return UnreadableError(f"the disk cannot read it: {error}")
+    error.filename = str(path)
+    return error
+
+
 @contextmanager
 def flushed(path: str | Path, *, name: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a new file that is on the disk when the block ends.
+    """Open a file that is not there yet; it is on the disk when the block ends.
 
     What the system refuses names `name`, or the file: writing and flushing do not say which.
     """
     try:
-        with open(path, "wb") as file:
+        with open(path, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -70,34 +131,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Put several files in place of others; the disk gathers the flushes of all of them.
-
-    After a crash each file is the old one or the new one.
-    """
-    pool = _workers.writers()
-    temporaries = {path: temporary_of(path) for path in contents}
-    try:
-        _workers.run(
-            pool, _write_flushed, zip(temporaries.values(), contents.values(), strict=True)
-        )
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    except BaseException:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folders(contents)
-
-
 def temporary_of(path: Path) -> Path:
     """Return a name beside `path` for a file that takes its place when it is whole."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with flushed(path) as file:
-        file.write(data)
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def sync_folders(files: Iterable[Path]) -> None:
@@ -125,14 +161,21 @@ def make_folders(path: Path) -> None:
 
 def is_temporary(path: Path) -> bool:
     """Whether `path` is a file that a killed writer left half written."""
-    return path.name.endswith(_TEMPORARY) and path.is_file()
+    return path.name.endswith(_LEFT_HALF_WRITTEN) and path.is_file()
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """Return what a killed writer left half written in `folder`; nothing where there is none."""
+    found: list[Path] = []
+    with _absent_ignored():
+        found += folder.iterdir()
+    return sorted(filter(is_temporary, found))
 
 
 def remove_temporary(folder: Path) -> None:
     """Remove what a killed writer left half written in `folder`."""
-    for path in folder.iterdir():
-        if is_temporary(path):
-            path.unlink(missing_ok=True)
+    for path in temporaries(folder):
+        path.unlink(missing_ok=True)
 
 
 def usage(folder: Path) -> tuple[int, int]:
@@ -145,3 +188,26 @@ def usage(folder: Path) -> tuple[int, int]:
                 nbytes += os.lstat(os.path.join(where, name)).st_size
                 count += 1
     return nbytes, count
+
+
+def chunk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the chunk files in the folder of an array, with their bytes.
+
+    One that a compaction removes meanwhile is left out.
+    """
+    for path in folder.glob("c.*"):
+        size = None
+        with _absent_ignored():
+            size = path.stat().st_size
+        if size is not None:
+            yield path, size
+
+
+@contextmanager
+def _absent_ignored() -> Iterator[None]:
+    """End the block where something is not there, or its folder or the link to it leads nowhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise

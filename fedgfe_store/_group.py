@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import xxhash
 
-from fedgfe_store._layout import array_metadata, key_columns
+from fedgfe_store._bounds import GROUP_BYTES, check_group_values, parsed_group
+from fedgfe_store._checksums import UnreadableError
+from fedgfe_store._files import read_regular
+from fedgfe_store._layout import (
+    DIGEST_DIGITS,
+    KEY_CHUNK,
+    KeyColumn,
+    array_metadata,
+    key_columns,
+)
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "fedgfe_store"
+FEATURES: frozenset[str] = frozenset()
+"""What a store may ask of its readers beyond format version 2; this release knows no such thing."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,8 @@ class Group:
     """A parsed and checked ``zarr.json``.
 
     `raw` holds the bytes as read, empty for a group that was never written; `document` holds
-    other people's attributes and arrays, which publishing keeps.
+    other people's attributes and arrays, which publishing keeps. From version 2 on `id` tells one
+    store from another, and `digests` holds one digest for each chunk of each key column.
     """
 
     schema: Schema
@@ -41,11 +54,17 @@ class Group:
     arrays: Mapping[str, Mapping[str, Any]]
     document: Mapping[str, Any]
     raw: bytes = b""
+    version: int = FORMAT_VERSION
+    id: str | None = None
+    features: tuple[str, ...] = ()
+    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def new(cls, schema: Schema) -> Self:
         """Return the group of a store without records."""
-        return cls(schema, CommitPoint(), array_metadata(schema), {})
+        digests = {name: () for name in key_columns(schema)}
+        arrays = array_metadata(schema)
+        return cls(schema, CommitPoint(), arrays, {}, id=uuid.uuid4().hex, digests=digests)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -61,7 +80,9 @@ class Group:
             If it does not parse or its checksum does not fit.
         """
         try:
-            raw = (path / GROUP_FILE).read_bytes()
+            raw = read_regular(path / GROUP_FILE, GROUP_BYTES)
+        except UnreadableError as error:
+            raise DamagedDataError(f"{path / GROUP_FILE} is damaged: {error}") from error
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(
                 f"no embedding store at {path}: expected a folder with a {GROUP_FILE} "
@@ -73,7 +94,7 @@ class Group:
     def _parse(cls, path: Path, raw: bytes) -> Self:
         where = path / GROUP_FILE
         try:
-            document = json.loads(raw)
+            document = parsed_group(raw)
             attributes = document["attributes"]
             others = document["node_type"] == "group" and ATTRIBUTE not in attributes
         except (ValueError, KeyError, TypeError) as error:
@@ -82,30 +103,44 @@ class Group:
             raise NotFoundError(f"{path} is a Zarr group, but not an embedding store of ours")
         try:
             ours = attributes[ATTRIBUTE]
-            version = ours["version"]
-            if version != FORMAT_VERSION:
-                raise SchemaMismatchError(
-                    f"{path} has format version {version!r}, and this release reads version "
-                    f"{FORMAT_VERSION}: install a newer fedgfe-store"
-                )
+            version = _known_version(path, ours)
         except (KeyError, TypeError) as error:
             raise _damaged(where, error) from error
         try:
             schema = Schema.from_json(ours)
-            names = array_metadata(schema)
+            names = array_metadata(schema, version)
             consolidated = document["consolidated_metadata"]["metadata"]
             arrays = {name: consolidated[name] for name in names}
+            check_group_values(schema, ours["commit_point"], arrays, names)
             point = CommitPoint(**ours["commit_point"])
             sound = ours["checksum"] == _checksum(ours, arrays)
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            check_group_values(schema, ours["commit_point"], arrays, names)
+            point = CommitPoint(**ours["commit_point"])
+            sound = ours["checksum"] == _checksum(ours, arrays)
+            group = cls(schema, point, arrays, document, raw, version)
+            if version > 1:
+                group = replace(
+                    group,
+                    id=str(ours["id"]),
+                    features=tuple(ours["features"]),
+                    digests=_digests(group, ours["key_digests"]),
+                )
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise _damaged(where, error) from error
         if not sound:
             raise DamagedDataError(f"{where} is damaged: its checksum does not fit")
-        return cls(schema, point, arrays, document, raw)
+        return group
+
+    @property
+    def key_columns(self) -> dict[str, KeyColumn]:
+        """The key columns that the store has on the disk."""
+        return key_columns(self.schema, self.version)
 
     def rows(self, name: str) -> int:
         """Return the committed length of the array `name`."""
-        dim = self.arrays[name]["dimension_names"][0]
+        if name in self.schema.columns:
+            return self.point.records
+        dim = key_columns(self.schema)[name].dim
         return self.point.commit if dim == "commit" else self.point.records
 
     def shaped(self) -> dict[str, dict[str, Any]]:
@@ -117,12 +152,21 @@ class Group:
 
     def at(self, point: CommitPoint, schema: Schema) -> Group:
         """Return this group with another commit point, and `schema` where its classes grew."""
-        return Group(schema, point, self.arrays, self.document, self.raw)
+        return replace(self, point=point, schema=schema)
+
+    def upgraded(self) -> Group:
+        """Return this group in the format version that new stores have, still without digests."""
+        arrays = array_metadata(self.schema)
+        return replace(self, arrays=arrays, version=FORMAT_VERSION, id=uuid.uuid4().hex)
 
     def encode(self) -> bytes:
         """Return the ``zarr.json`` that publishes this group."""
-        ours: dict[str, Any] = {"version": FORMAT_VERSION, **self.schema.to_json()}
+        ours: dict[str, Any] = {"version": self.version, **self.schema.to_json()}
         ours["commit_point"] = asdict(self.point)
+        if self.version > 1:
+            ours["features"] = list(self.features)
+            ours["id"] = self.id
+            ours["key_digests"] = {name: "".join(each) for name, each in self.digests.items()}
         ours["checksum"] = _checksum(ours, self.arrays)
         kept = self.document.get("consolidated_metadata") or {}
         document = {
@@ -140,17 +184,46 @@ class Group:
 
     @property
     def key_names(self) -> list[str]:
-        """Names of the key columns with one row per record."""
+        """Names of the key columns with one row per record, those of newer formats included."""
         return [c.name for c in key_columns(self.schema).values() if c.dim == "record"]
 
 
 def is_store(path: Path) -> bool:
     """Tell whether the folder `path` is a Zarr group of ours, sound or not."""
     try:
-        attributes = json.loads((path / GROUP_FILE).read_bytes())["attributes"]
+        attributes = parsed_group(read_regular(path / GROUP_FILE, GROUP_BYTES))["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(attributes, dict) and ATTRIBUTE in attributes
+
+
+def _known_version(path: Path, ours: Mapping[str, Any]) -> int:
+    """Return the format version of the store at `path`, if this release reads it."""
+    version = ours["version"]
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise SchemaMismatchError(
+            f"{path} has format version {version!r}, and this release reads versions 1 to "
+            f"{FORMAT_VERSION}: install a newer fedgfe-store"
+        )
+    unknown = sorted(set(ours["features"]) - FEATURES) if version > 1 else []
+    if unknown:
+        raise SchemaMismatchError(
+            f"{path} needs what this release does not know ({', '.join(map(str, unknown))}): "
+            f"install a newer fedgfe-store"
+        )
+    return version
+
+
+def _digests(group: Group, found: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return the digests of the chunks of every key column of `group` from its attributes."""
+    digests = {}
+    for name in group.key_columns:
+        text, chunks = found[name], -(-group.rows(name) // KEY_CHUNK)
+        if len(text) != chunks * DIGEST_DIGITS:
+            raise ValueError(f"key_digests: expected {chunks} of {name}")
+        starts = range(0, len(text), DIGEST_DIGITS)
+        digests[name] = tuple(text[start : start + DIGEST_DIGITS] for start in starts)
+    return digests
 
 
 def _damaged(where: Path, error: Exception) -> DamagedDataError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from fedgfe_store._compact import granule_of
+from fedgfe_store import _files
+from fedgfe_store._recovery import granule_of
 from fedgfe_store._snapshot import Snapshot
 
 
@@ -25,6 +26,7 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
             "commit": numbers,
             "time": pd.to_datetime(times, unit="ms", utc=True),
             "kind": kinds,
+            "source": snapshot.column("commit_source")[:count].astype(object),
             "nodes": _touched(snapshot, "node"),
             "rounds": _touched(snapshot, "round"),
             "added": np.where(moved, 0, created),
@@ -53,8 +55,8 @@ def _bytes(snapshot: Snapshot) -> np.ndarray:
     writer = snapshot.column("created_in")[::granule]
     sizes = np.zeros(snapshot.point.commit + 1, np.int64)
     for name in snapshot.schema.columns:
-        for file in (snapshot.path / name).glob("c.*"):
-            number = granule_of(file)
+        for file, nbytes in _files.chunk_sizes(snapshot.root / name):
+            number = granule_of(file.name)
             if 0 <= number < len(writer):
-                sizes[writer[number]] += file.stat().st_size
+                sizes[writer[number]] += nbytes
     return sizes[1 : snapshot.commit + 1]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
 
-from fedgfe_store._checksums import checksum, unsealed
+from fedgfe_store._bounds import KEY_FILE_BYTES, unpacked
+from fedgfe_store._checksums import UnreadableError, checksum, unsealed
+from fedgfe_store._files import read_regular
 from fedgfe_store._layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn
 
 _COUNT = struct.Struct("<I")
@@ -20,10 +24,31 @@ def key_file(path: Path, name: str, chunk: int) -> Path:
     return path / name / f"c.{chunk}"
 
 
-def encode(column: KeyColumn, values: np.ndarray) -> bytes:
-    """Return the contents of a file that holds `values`, up to a chunk of them."""
-    compressed: bytes = Zstd(level=ZSTD_LEVEL).encode(_padded(column, values))
-    return compressed + checksum(compressed)
+@dataclass(frozen=True)
+class EncodedChunk:
+    """The contents of a key file, and the digest of the values in it."""
+
+    contents: bytes
+    digest: str
+
+
+def encode(column: KeyColumn, values: np.ndarray) -> EncodedChunk:
+    """Return the file that holds `values`, up to a chunk of them, and fill values behind."""
+    packed = _packed(column, values)
+    padded = packed + column.padding * (KEY_CHUNK - len(values))
+    if column.data_type == "string":
+        padded = _COUNT.pack(KEY_CHUNK) + padded[_COUNT.size :]
+    compressed: bytes = Zstd(level=ZSTD_LEVEL).encode(padded)
+    return EncodedChunk(compressed + checksum(compressed), _hex(packed))
+
+
+def digest(column: KeyColumn, values: np.ndarray) -> str:
+    """Return the digest of `values`: 16 hex digits."""
+    return _hex(_packed(column, values))
+
+
+def _hex(packed: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(packed)
 
 
 def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
@@ -36,17 +61,18 @@ def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
     OSError
         If there is no file, or it cannot be read.
     """
-    data = Zstd().decode(unsealed(key_file(path, column.name, chunk).read_bytes()))
-    return _decoded(column, data, n)
+    try:
+        data = read_regular(key_file(path, column.name, chunk), KEY_FILE_BYTES)
+    except NotADirectoryError as error:
+        raise UnreadableError("its folder is none") from error
+    return _decoded(column, unpacked(column, unsealed(data)), n)
 
 
-def _padded(column: KeyColumn, values: np.ndarray) -> bytes:
-    """Return `values` and fill values up to a whole chunk, as the codec before zstd leaves them."""
-    missing = KEY_CHUNK - len(values)
+def _packed(column: KeyColumn, values: np.ndarray) -> bytes:
+    """Return `values` as the codec before zstd leaves them."""
     if column.data_type != "string":
-        return b"".join((values.astype(column.stored).tobytes(), column.padding * missing))
-    texts = VLenUTF8().encode(np.array(values.tolist(), object))
-    return b"".join((_COUNT.pack(KEY_CHUNK), texts[_COUNT.size :], column.padding * missing))
+        return values.astype(column.stored).tobytes()
+    return bytes(VLenUTF8().encode(np.array(values.tolist(), object)))
 
 
 def _decoded(column: KeyColumn, data: bytes, n: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The arrays of a store in format version 1, and their Zarr metadata."""
+"""The arrays of a store in format versions 1 and 2, and their Zarr metadata."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.schema import Schema, TensorColumn
+from fedgfe_store.schema import FORMAT_VERSION, Schema, TensorColumn
 
 KEY_CHUNK = 16384
 """Rows per chunk of a key column."""
+
+DIGEST_DIGITS = 16
+"""Hex digits of the digest of a key chunk, an xxh3 of 64 bits."""
 
 _CRC32C = {"name": "crc32c"}
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -40,6 +43,8 @@ class KeyColumn:
     skipped: Any
     dim: str = "record"
     attributes: Mapping[str, str] = field(default_factory=dict)
+    since: int = 1
+    """First format version that has the column; in older stores it reads as skipped values."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -70,7 +75,7 @@ def _integer(name: str, data_type: str, skipped: int, **options: Any) -> KeyColu
     return KeyColumn(name, data_type, int(np.iinfo(data_type).min), skipped, **options)
 
 
-def key_columns(schema: Schema) -> dict[str, KeyColumn]:
+def key_columns(schema: Schema, version: int = FORMAT_VERSION) -> dict[str, KeyColumn]:
     """Return the columns of `schema` that are not tensors, those of commits included."""
     columns = [
         _text("node"),
@@ -79,6 +84,7 @@ def key_columns(schema: Schema) -> dict[str, KeyColumn]:
         _text("class_name"),
         _integer("index", "int64", -1),
         _text("sample_id"),
+        _text("file_id", since=2),
         _text("image_filename"),
         _text("audio_path"),
         _integer("timestamp", "int64", 0, attributes=_TIME),
@@ -90,8 +96,9 @@ def key_columns(schema: Schema) -> dict[str, KeyColumn]:
         KeyColumn("recorded_in", "int32", -1, 0),
         _integer("commit_time", "int64", 0, dim="commit", attributes=_TIME),
         _text("commit_kind", dim="commit"),
+        _text("commit_source", dim="commit", since=2),
     ]
-    return {column.name: column for column in columns}
+    return {column.name: column for column in columns if column.since <= version}
 
 
 def _tensor_keys(schema: Schema) -> Iterator[KeyColumn]:
@@ -101,10 +108,10 @@ def _tensor_keys(schema: Schema) -> Iterator[KeyColumn]:
             yield KeyColumn(f"has_{tensor.name}", "bool", False, False)
 
 
-def array_metadata(schema: Schema) -> dict[str, dict[str, Any]]:
+def array_metadata(schema: Schema, version: int = FORMAT_VERSION) -> dict[str, dict[str, Any]]:
     """Return the Zarr v3 metadata of every array of a store, without rows."""
     metadata = {t.name: _tensor_metadata(schema, t) for t in schema.tensors}
-    return metadata | {c.name: _key_metadata(c) for c in key_columns(schema).values()}
+    return metadata | {c.name: _key_metadata(c) for c in key_columns(schema, version).values()}
 
 
 def _tensor_metadata(schema: Schema, column: TensorColumn) -> dict[str, Any]:

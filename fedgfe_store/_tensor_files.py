@@ -6,7 +6,6 @@ places. Each chunk is compressed by blosc and followed by its crc32c, and so is 
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +18,15 @@ from numcodecs import blosc
 
 from fedgfe_store import _checksums, _files
 from fedgfe_store._checksums import UnreadableError, checksum, unsealed
+from fedgfe_store.schema import LARGEST_CHUNK
 
 _ABSENT = 2**64 - 1
 """Place and size of a chunk that a shard does not hold."""
 _HEADER = 16
 """Bytes of blosc before the data: at 4 the size that they become, at 12 theirs with the header."""
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+_CODERS = ("blosclz", "lz4", "lz4hc", "snappy", "zlib", "zstd")
+_MOST_RECORDS = 16384
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,27 @@ class TensorFiles:
 
     @classmethod
     def of(cls, folder: Path, metadata: Mapping[str, Any]) -> TensorFiles:
-        """Return the files of the array at `folder`, whose Zarr metadata is `metadata`."""
+        """Return the files of the array at `folder`, whose Zarr metadata is `metadata`.
+
+        Raises
+        ------
+        ValueError, TypeError, KeyError or IndexError
+            If these are not files that this package writes.
+        """
         granule, *shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         sharding = metadata["codecs"][0]["configuration"]
+        chunk, *inner = sharding["chunk_shape"]
         codec = sharding["codecs"][1]["configuration"]
+        sizes = [granule, chunk, *shape]
+        if not all(type(size) is int and size > 0 for size in sizes) or inner != shape:
+            raise ValueError(f"expected files of chunks of whole records, got {sizes} and {inner}")
+        if granule > _MOST_RECORDS or granule % chunk or 4 * chunk * prod(shape) > LARGEST_CHUNK:
+            raise ValueError(f"expected files of chunks that blosc can code, got {sizes}")
+        _check_coder(codec)
         return cls(
             folder,
             granule,
-            sharding["chunk_shape"][0],
+            chunk,
             tuple(shape),
             blosc.Blosc(
                 cname=codec["cname"],
@@ -67,26 +82,25 @@ class TensorFiles:
         """Bytes of the float32 values of an inner chunk."""
         return 4 * self.chunk * prod(self.shape)
 
-    def write(self, number: int, values: np.ndarray, present: np.ndarray | None) -> None:
-        r"""Write a file and flush it to the disk.
+    def write(self, file: BinaryIO, values: np.ndarray, present: np.ndarray | None) -> None:
+        r"""Write the contents of a file.
 
         Parameters
         ----------
-        number : int
-            Which file.
+        file : binary file
+            Where to, from its beginning.
         values : ndarray of float32, shape [n, \*shape]
             Its first records, at most a granule.
         present : ndarray of bool, shape [n], optional
             Which records have a value; chunks without any are left out.
         """
         index = np.full((self.granule // self.chunk, 2), _ABSENT, "<u8")
-        with _files.flushed(self.file(number)) as file:
-            for place, start in enumerate(range(0, len(values), self.chunk)):
-                part = slice(start, start + self.chunk)
-                if present is None or present[part].any():
-                    index[place] = file.tell(), self._write_chunk(file, values[part])
-            entries = index.tobytes()
-            file.write(entries + checksum(entries))
+        for place, start in enumerate(range(0, len(values), self.chunk)):
+            part = slice(start, start + self.chunk)
+            if present is None or present[part].any():
+                index[place] = file.tell(), self._write_chunk(file, values[part])
+        entries = index.tobytes()
+        file.write(entries + checksum(entries))
 
     def _write_chunk(self, file: BinaryIO, values: np.ndarray) -> int:
         if len(values) < self.chunk:
@@ -96,6 +110,15 @@ class TensorFiles:
         file.write(encoded)
         file.write(checksum(encoded))
         return len(encoded) + _checksums.SIZE
+
+
+def _check_coder(codec: Mapping[str, Any]) -> None:
+    bounds = {"clevel": 9, "blocksize": 2**31 - 1, "typesize": 255}
+    for name, most in bounds.items():
+        if type(codec[name]) is not int or not 0 <= codec[name] <= most:
+            raise ValueError(f"{name}: expected 0 to {most}, got {codec[name]!r}")
+    if codec["cname"] not in _CODERS or codec["shuffle"] not in [*_SHUFFLES]:
+        raise ValueError(f"expected a codec of blosc, got {codec['cname']!r}, {codec['shuffle']!r}")
 
 
 class OpenFile:
@@ -111,14 +134,14 @@ class OpenFile:
     Raises
     ------
     UnreadableError
-        If its index is damaged.
+        If its index is damaged, or it is no ordinary file.
     FileNotFoundError
         If there is no such file.
     """
 
     def __init__(self, files: TensorFiles, number: int) -> None:
         self._files, self._number = files, number
-        self._handle = os.open(files.file(number), os.O_RDONLY)
+        self._handle = _opened(files.file(number))
         try:
             self._index_at, self._index = self._read_index()
         except BaseException:
@@ -144,10 +167,8 @@ class OpenFile:
             try:
                 more = os.pread(self._handle, size - len(data), offset + len(data))
             except OSError as error:
-                if error.errno == errno.EIO:  # a bad sector is damage, and only of what lies there
-                    raise UnreadableError(f"the disk cannot read it: {error}") from error
-                error.filename = self._files.file(self._number)
-                raise
+                file = self._files.file(self._number)
+                raise _files.named_or_unreadable(error, file) from error
             if not more:
                 raise UnreadableError("it is too short")
             data = data + more if data else more
@@ -174,6 +195,8 @@ class OpenFile:
             return
         if offset + size > self._index_at:
             raise UnreadableError("its index points beyond it")
+        if size > out.nbytes + _HEADER + _checksums.SIZE:  # blosc adds no more than its header
+            raise UnreadableError("it holds a chunk of another size")
         encoded = unsealed(self._pread(size, offset))
         sizes = encoded[4:_HEADER].view("<u4").tolist() if len(encoded) >= _HEADER else []
         if sizes[::2] != [out.nbytes, len(encoded)]:
@@ -182,3 +205,10 @@ class OpenFile:
             blosc.decompress(encoded, out)
         except RuntimeError as error:
             raise UnreadableError(str(error)) from error
+
+
+def _opened(file: str) -> int:
+    try:
+        return _files.open_regular(file)
+    except NotADirectoryError as error:
+        raise UnreadableError("its folder is none") from error

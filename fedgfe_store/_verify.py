@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgfe_store import _files
-from fedgfe_store._commit import PENDING
-from fedgfe_store._compact import granule_of, live_per_granule
+from fedgfe_store._bounds import GROUP_BYTES, parsed_group
+from fedgfe_store._claim import claims
+from fedgfe_store._compact import live_per_granule
 from fedgfe_store._group import GROUP_FILE
-from fedgfe_store._layout import KEY_CHUNK, key_columns
+from fedgfe_store._layout import KEY_CHUNK
+from fedgfe_store._recovery import PENDING, granule_of
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import RecordKey
@@ -44,6 +45,8 @@ class Verification:
         What no reader needs: files of dead writers, and of records that were compacted away, and
         damaged bytes where no live record lies. The next writer or `EmbeddingStore.compact`
         clears the files.
+    mended : tuple of str
+        Damage by an earlier release that a repair has undone.
     """
 
     commit: int
@@ -51,6 +54,7 @@ class Verification:
     damaged: tuple[DamagedRecord, ...]
     problems: tuple[str, ...]
     leftovers: tuple[str, ...]
+    mended: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -75,7 +79,7 @@ def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verifica
 
 def _broken_columns(snapshot: Snapshot) -> dict[str, str]:
     broken = {}
-    for name in key_columns(snapshot.schema):
+    for name in snapshot.group.key_columns:
         try:
             snapshot.column(name)
         except (DamagedDataError, OSError) as error:
@@ -91,9 +95,9 @@ def _broken_columns(snapshot: Snapshot) -> dict[str, str]:
 def _metadata_problems(snapshot: Snapshot) -> Iterator[str]:
     """Compare each array's own metadata, which other Zarr readers use, with the group's."""
     for name, committed in snapshot.group.arrays.items():
-        file = snapshot.path / name / GROUP_FILE
+        file = snapshot.root / name / GROUP_FILE
         try:
-            found = json.loads(file.read_bytes())
+            found = parsed_group(_files.read_regular(file, GROUP_BYTES))
             same = {**found, "shape": found["shape"][1:]} == {
                 **committed,
                 "shape": committed["shape"][1:],
@@ -155,17 +159,24 @@ def _damaged_rows(
 
 
 def _leftovers(snapshot: Snapshot) -> Iterator[str]:
-    folders = [snapshot.path / name for name in snapshot.group.arrays]
-    if (snapshot.path / PENDING).exists():
-        yield f"{snapshot.path / PENDING}: a writer is at work, or died"
-    for folder in (snapshot.path, *folders):
-        yield from (str(file) for file in sorted(folder.iterdir()) if _files.is_temporary(file))
+    folders = [snapshot.root / name for name in snapshot.group.arrays]
+    begun = [file for files in claims(snapshot.root).values() for file in files.values()]
+    if (snapshot.root / PENDING).exists():
+        begun.append(snapshot.root / PENDING)
+    yield from (f"{file}: a writer is at work, or died" for file in begun)
+    for name, number in sorted(snapshot.stale):
+        yield (
+            f"{snapshot.root / name}/c.{number}: marks of a commit that was never published "
+            f"(the next commit clears them)"
+        )
+    for folder in (snapshot.root, *folders):
+        yield from map(str, _files.temporaries(folder))
     unneeded = _unneeded(snapshot)
     for name in snapshot.group.arrays:
         tensor = name in snapshot.schema.columns
         last = len(unneeded) if tensor else -(-snapshot.group.rows(name) // KEY_CHUNK)
-        for file in sorted((snapshot.path / name).glob("c.*")):
-            number = granule_of(file)
+        for file in sorted((snapshot.root / name).glob("c.*")):
+            number = granule_of(file.name)
             if number >= last or (tensor and number >= 0 and unneeded[number]):
                 yield f"{file}: no record that a reader can reach"
 

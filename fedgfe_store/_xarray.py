@@ -10,6 +10,8 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from fedgfe_store._names import check_axes
+from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
@@ -49,6 +51,16 @@ def _chunks(schema: Schema) -> dict[str, dict[str, int]]:
     return {"preferred_chunks": {"record": schema.granule * files}}
 
 
+def _axes(schema: Schema) -> dict[str, tuple[str, ...]]:
+    """Return the names of each column's axes; those of some old stores no dataset can have."""
+    axes = {t.name: t.dims for t in schema.tensors}
+    try:
+        check_axes({t.name: list(zip(t.dims, t.shape, strict=True)) for t in schema.tensors})
+    except SchemaMismatchError:
+        return {name: tuple(f"{name}_axis_{i}" for i in range(len(d))) for name, d in axes.items()}
+    return axes
+
+
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     """Return `frame` with text as Python's own: xarray takes no strings of pyarrow."""
     texts = frame.columns[[isinstance(dtype, pd.StringDtype) for dtype in frame.dtypes]]
@@ -60,10 +72,10 @@ def to_dataset(selection: Selection) -> xr.Dataset:
     frame = _plain(selection.records)
     # Arrays go to other processes with what they hold: the rows, but not the frame.
     rows = selection.take(slice(None))
-    chunks = _chunks(selection.schema)
+    chunks, axes = _chunks(selection.schema), _axes(selection.schema)
     variables = {
         t.name: xr.Variable(
-            ("record", *t.dims),
+            ("record", *axes[t.name]),
             indexing.LazilyIndexedArray(_TensorArray(rows, t.name)),
             encoding=chunks,
         )

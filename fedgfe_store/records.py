@@ -13,15 +13,29 @@ import numpy as np
 import xxhash
 
 from fedgfe_store import _workers
-from fedgfe_store._text import numbers_first
+from fedgfe_store._entry import (
+    ENTRY_MOMENTS,
+    EXTRA_DEPTH,
+    FIRST_ENTRY,
+    LAST_ENTRY,
+    Record,
+    check_entry,
+    is_nested_deeper,
+    milliseconds,
+    named,
+)
+from fedgfe_store._text import numbers_first, shown
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema, TensorColumn
 
 KEY_COLUMNS = ("node", "round", "split", "class_name", "index")
 """The columns that together identify a record, in the order in which they are shown."""
 
-NOTE_COLUMNS = ("sample_id", "image_filename", "audio_path", "timestamp", "extra")
+NOTE_COLUMNS = ("sample_id", "file_id", "image_filename", "audio_path", "timestamp", "extra")
 """What is kept of a record besides its key and its tensors."""
+
+_DIGESTED = tuple(name for name in (*KEY_COLUMNS, *NOTE_COLUMNS) if name != "file_id")
+"""What a row's digest covers, in this order: the columns of format version 1."""
 
 SERVER = "server"
 """Node of the federation's server."""
@@ -30,7 +44,8 @@ TEXT_NODE, TEXT_ROUND, TEXT_SPLIT = "text", 0, "reference"
 """Where reference text embeddings are kept: what adapters are trained towards."""
 
 EARLIEST, LATEST = -62_135_596_800_000, 253_402_300_799_999
-"""The moments that a record can have, years 1 to 9999, in milliseconds since 1970 UTC."""
+"""The moments that a stored record can have, years 1 to 9999, in milliseconds since 1970 UTC. New
+ones come in within narrower bounds: see `_entry.FIRST_ENTRY`."""
 
 _GROUP_BYTES = 2**22
 """Bytes of records that are worked on at once: they stay in the processor's cache."""
@@ -123,7 +138,7 @@ class RecordBatch:
                 f"expected the tensor columns {', '.join(schema.columns)}, got also "
                 f"{', '.join(sorted(unknown))}"
             )
-        columns = checked_keys(keys, n) | checked_notes(notes, n)
+        columns = checked_columns(keys, notes, n)
         given = {name: array for name, array in arrays.items() if array is not None}
         return cls(columns, given).conformed(schema)
 
@@ -135,9 +150,11 @@ class RecordBatch:
         Raises
         ------
         SchemaMismatchError
-            If a value is not finite in the schema's precision; names the record.
+            If a value is not finite in the schema's precision, or a key or note is one that does
+            not come into a store any more; names the record.
         """
         columns = {name: self.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
+        check_entry(columns, lambda position: named(self.key(position)))
         tensors = {}
         for tensor in schema.tensors:
             given = self.tensors.get(tensor.name)
@@ -206,11 +223,12 @@ def check_keys(name: str, columns: Sequence[str]) -> None:
     SchemaMismatchError
         If they are not.
     """
-    known = len(set(columns)) == len(columns) and set(columns) <= set(KEY_COLUMNS)
-    if not columns or not known:
+    listed = isinstance(columns, Sequence) and not isinstance(columns, str)
+    known = listed and all(each in KEY_COLUMNS for each in columns)
+    if not known or not columns or len(set(columns)) < len(columns):
+        got = ", ".join(map(str, columns)) if listed else f"{type(columns).__name__} {columns!r}"
         raise SchemaMismatchError(
-            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, "
-            f"got {', '.join(map(str, columns)) or 'none'}"
+            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, got {got or 'none'}"
         )
 
 
@@ -241,7 +259,7 @@ def keys_of(columns: Mapping[str, np.ndarray]) -> list[RecordKey]:
 
 def to_milliseconds(moment: datetime) -> int:
     """Return `moment` in milliseconds since 1970 UTC; one without a time zone is taken as UTC."""
-    if moment.tzinfo is None:
+    if moment.utcoffset() is None:
         moment = moment.replace(tzinfo=UTC)
     return round(moment.timestamp() * 1000)
 
@@ -251,101 +269,168 @@ def from_milliseconds(value: int) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=value)
 
 
+def checked_columns(
+    keys: Mapping[str, Any], notes: Mapping[str, Any], n: int
+) -> dict[str, np.ndarray]:
+    """Return keys and notes of `n` records from what a caller gave, as in `RecordBatch.check`."""
+    columns = checked_keys(keys, n)
+
+    def record(position: int) -> str:
+        return named(key_at(columns, position))
+
+    columns |= checked_notes(notes, n, record)
+    check_entry(columns, record)
+    return columns
+
+
 def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
     """Return `KEY_COLUMNS` of `n` records from what a caller gave, as in `RecordBatch.check`."""
     missing = [name for name in KEY_COLUMNS if keys.get(name) is None]
     if missing:
         raise SchemaMismatchError(f"expected a value for {', '.join(missing)}, got None")
-    node = [str(v) if is_whole(v) else v for v in _spread("node", keys["node"], n)]
     return {
-        "node": _strings("node", node, empty=False),
+        "node": _strings("node", _nodes(_spread("node", keys["node"], n)), empty=False),
         "round": _integers("round", keys["round"], n, np.dtype(np.int32)),
         "split": _strings("split", _spread("split", keys["split"], n), empty=False),
-        "class_name": _strings("class_name", _spread("class_name", keys["class_name"], n)),
+        "class_name": _strings(
+            "class_name", _spread("class_name", keys["class_name"], n), empty=False
+        ),
         "index": _integers("index", keys["index"], n, np.dtype(np.int64)),
     }
 
 
-def checked_notes(notes: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+def checked_notes(
+    notes: Mapping[str, Any], n: int, record: Record | None = None
+) -> dict[str, np.ndarray]:
     """Return `NOTE_COLUMNS` of `n` records from what a caller gave, as in `RecordBatch.check`."""
+    record = record or _numbered(n)
     columns = {}
-    for name in ("sample_id", "image_filename", "audio_path"):
+    for name in ("sample_id", "file_id", "image_filename", "audio_path"):
         values = ["" if v is None else v for v in _spread(name, notes.get(name), n)]
-        columns[name] = _strings(name, values)
-    moments = [_moment(v) for v in _spread("timestamp", notes.get("timestamp"), n)]
-    columns["timestamp"] = np.array(moments, np.int64)
-    columns["extra"] = _strings(
-        "extra", [_json(v) for v in _spread("extra", notes.get("extra"), n)]
-    )
+        columns[name] = _strings(name, values, record)
+    moments = enumerate(_spread("timestamp", notes.get("timestamp"), n))
+    columns["timestamp"] = np.array([_moment(v, i, record) for i, v in moments], np.int64)
+    extra = enumerate(_spread("extra", notes.get("extra"), n))
+    columns["extra"] = _strings("extra", [_json(v, i, record) for i, v in extra], record)
     return columns
 
 
+def checked_source(value: str | None) -> str:
+    """Return where a commit comes from, as a commit column keeps it; empty for None."""
+    return str(_strings("source", ["" if value is None else value])[0])
+
+
 def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
+    """Return `n` values: those of a sequence, or as often `value`, of any type."""
+    value = _plain(value)
     if value is None or isinstance(value, str | bytes | Mapping | datetime) or is_whole(value):
         return [value] * n
     if isinstance(value, np.datetime64):
         return [value] * n
+    if isinstance(value, set | frozenset):
+        raise _unfit(name, "values in an order", value)
     try:
-        values = list(value)
+        values = value if isinstance(value, range) else list(value)
+        count = len(values)
     except TypeError:
-        raise SchemaMismatchError(f"{name}: {value!r} is of no use here") from None
-    if len(values) != n:
-        raise SchemaMismatchError(f"{name}: expected {n} values, one per record, got {len(values)}")
+        return [value] * n
+    except OverflowError:  # a range longer than any list
+        raise _unfit(name, f"{n} values, one per record", value) from None
+    if count != n:
+        raise SchemaMismatchError(f"{name}: expected {n} values, one per record, got {count}")
     return values
+
+
+def _plain(value: Any) -> Any:
+    """Return what a tensor holds as Python's own values, and all else as it is."""
+    return value.tolist() if _is_tensor(value) and _is_dense(value) else value
 
 
 def is_whole(value: Any) -> bool:
     """Whether `value` is a whole number, of Python's or of numpy's."""
-    # What isinstance(value, SupportsIndex) asks, which takes 10 us a value.
-    return hasattr(type(value), "__index__") and not isinstance(value, bool | np.ndarray)
+    # What isinstance(value, SupportsIndex) asks, which takes 10 us a value. Arrays and tensors
+    # have an __index__ too, whatever they hold.
+    whole = hasattr(type(value), "__index__") and not hasattr(value, "__len__")
+    return whole and not isinstance(value, bool)
 
 
-def _strings(name: str, values: Sequence[Any], *, empty: bool = True) -> np.ndarray:
-    for value in values:
+def _unfit(name: str, wanted: str, value: Any, record: object = "") -> SchemaMismatchError:
+    where = f" ({record})" if record else ""
+    return SchemaMismatchError(f"{name}: expected {wanted}, got {shown(value)}{where}")
+
+
+def _numbered(n: int) -> Record:
+    """Return what names `n` records by position, a single one not at all."""
+    return lambda position: f"record {position} of {n}" if n > 1 else ""
+
+
+def _nodes(values: Sequence[Any]) -> list[Any]:
+    """Return `values` with whole numbers as text."""
+    texts, record = [], _numbered(len(values))
+    for position, value in enumerate(map(_plain, values)):
+        try:
+            texts.append(str(operator.index(value)) if is_whole(value) else value)
+        except ValueError:  # of more digits than Python prints
+            raise _unfit("node", "text or a whole number", value, record(position)) from None
+    return texts
+
+
+def _strings(
+    name: str, values: Sequence[Any], record: Record | None = None, *, empty: bool = True
+) -> np.ndarray:
+    record = record or _numbered(len(values))
+    wanted = "text" if empty else "text that is not empty"
+    for position, value in enumerate(values):
         if not isinstance(value, str) or value == "\ufffd" or not (value or empty):
-            wanted = "text" if empty else "text that is not empty"
-            raise SchemaMismatchError(f"{name}: expected {wanted}, got {value!r}")
+            raise _unfit(name, wanted, value, record(position))
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise SchemaMismatchError(f"{name}: {value!r} is not valid UTF-8: {error}") from None
-    return np.array(values, np.dtypes.StringDType())
+            raise SchemaMismatchError(
+                f"{name}: {shown(value)} is not valid UTF-8: {error.reason} ({record(position)})"
+            ) from None
+    # numpy asks a subclass, such as an Enum, what it is called.
+    return np.array([str.__str__(value) for value in values], np.dtypes.StringDType())
 
 
 def _integers(name: str, value: Any, n: int, dtype: np.dtype[Any]) -> np.ndarray:
-    if _is_tensor(value):
-        value = value.tolist()
-    values = _spread(name, value, n)
-    largest = np.iinfo(dtype).max
-    for number in values:
-        if not is_whole(number) or not 0 <= operator.index(number) <= largest:
-            raise SchemaMismatchError(
-                f"{name}: expected a whole number from 0 to {largest}, got {number!r}"
-            )
-    return np.array(values, dtype)
+    largest = int(np.iinfo(dtype).max)
+    numbers = []
+    for position, each in enumerate(map(_plain, _spread(name, value, n))):
+        number = operator.index(each) if is_whole(each) else -1
+        if not 0 <= number <= largest:
+            wanted = f"a whole number from 0 to {largest}"
+            raise _unfit(name, wanted, each, _numbered(n)(position))
+        numbers.append(number)
+    return np.array(numbers, dtype)
 
 
-def _moment(value: Any) -> int:
+def _moment(value: Any, position: int, record: Record) -> int:
     if value is None:
         return to_milliseconds(datetime.now(UTC))
-    if isinstance(value, datetime):
-        return to_milliseconds(value)
-    if isinstance(value, np.datetime64) and not np.isnat(value):
-        moment = int(value.astype("datetime64[ms]").astype(np.int64))
-        if EARLIEST <= moment <= LATEST:
-            return moment
-    raise SchemaMismatchError(
-        f"timestamp: expected a datetime of the years 1 to 9999, got {value!r}"
-    )
+    if isinstance(value, datetime) and value == value:  # pandas' NaT is a datetime, too
+        moment = to_milliseconds(value)
+    elif isinstance(value, np.datetime64) and not np.isnat(value):
+        moment = milliseconds(value)
+    else:
+        raise _unfit("timestamp", "a datetime", value, record(position))
+    if not FIRST_ENTRY <= moment <= LAST_ENTRY:
+        raise _unfit("timestamp", ENTRY_MOMENTS, value, record(position))
+    return moment
 
 
-def _json(value: Any) -> str:
+def _json(value: Any, position: int, record: Record) -> str:
     if value is None:
         return ""
+    if is_nested_deeper(value, EXTRA_DEPTH):
+        wanted = f"at most {EXTRA_DEPTH} levels of dicts and lists"
+        raise _unfit("extra", wanted, value, record(position))
     try:
-        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise SchemaMismatchError(f"extra: {value!r} cannot be kept as JSON: {error}") from None
+        raise SchemaMismatchError(
+            f"extra: {shown(value)} cannot be kept as JSON: {error} ({record(position)})"
+        ) from None
 
 
 def _is_tensor(value: Any) -> bool:
@@ -360,12 +445,7 @@ def _tensor(schema: Schema, column: TensorColumn, value: Any) -> np.ndarray | No
         raise SchemaMismatchError(
             f"{column.name}: expected a tensor {list(column.shape)}, got None"
         )
-    dtype = str(value.dtype).removeprefix("torch.") if hasattr(value, "dtype") else type(value)
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise SchemaMismatchError(
-            f"{column.name}: expected float32, float16 or bfloat16, got {dtype}; "
-            f"convert it first, so that what is lost is your choice"
-        )
+    _check_values(column, value)
     shape = tuple(value.shape)
     if shape == column.shape:
         shape = (1, *shape)
@@ -374,9 +454,51 @@ def _tensor(schema: Schema, column: TensorColumn, value: Any) -> np.ndarray | No
             f"{column.name}: expected [n, {', '.join(map(str, column.shape))}] as in the store "
             f"({schema.describe()}), got {list(value.shape)}"
         )
-    if _is_tensor(value):
-        value = value.detach().cpu().float().numpy()
-    return np.asarray(value, np.float32).reshape(shape)
+    try:
+        plain = value.detach().cpu().float().resolve_neg().numpy() if _is_tensor(value) else value
+        return np.asarray(plain, np.float32).reshape(shape)
+    except (TypeError, ValueError) as error:  # of a kind that has its values elsewhere
+        raise SchemaMismatchError(
+            f"{column.name}: expected values in memory, got {_kind(value)}: {error}"
+        ) from None
+
+
+def _check_values(column: TensorColumn, value: Any) -> None:
+    """Refuse what is no tensor of floating-point values, or one of which some are not there."""
+    dtype = getattr(value, "dtype", None)
+    name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        got = type(value).__name__ if dtype is None else name
+        raise SchemaMismatchError(
+            f"{column.name}: expected float32, float16 or bfloat16, got {got}; "
+            f"convert it first, so that what is lost is your choice"
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        raise SchemaMismatchError(
+            f"{column.name}: expected an array without a mask, which a store cannot keep, got a "
+            f"masked array; fill it first"
+        )
+    if _is_tensor(value) and not _is_dense(value):
+        raise SchemaMismatchError(
+            f"{column.name}: expected a dense tensor with its values in memory, got {_kind(value)}"
+        )
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Whether torch has the values of `tensor`, one after another."""
+    names = {kind.__name__ for kind in type(tensor).__mro__}
+    return (
+        str(tensor.layout) == "torch.strided"
+        and not (tensor.is_nested or tensor.is_meta)
+        and not names & {"FakeTensor", "FunctionalTensor"}
+    )
+
+
+def _kind(value: Any) -> str:
+    """Return what sort of tensor `value` is."""
+    if not _is_tensor(value):
+        return type(value).__name__
+    return f"a {type(value).__name__} of layout {value.layout} on device {value.device}"
 
 
 @dataclass(frozen=True)
@@ -448,7 +570,7 @@ def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     It ties the columns together: each has checksums of its own, which a file that took another
     column's place passes.
     """
-    rows = zip(*(columns[name].tolist() for name in (*KEY_COLUMNS, *NOTE_COLUMNS)), strict=True)
+    rows = zip(*(columns[name].tolist() for name in _DIGESTED), strict=True)
     digests = [xxhash.xxh3_64_intdigest("\0".join(map(str, row)).encode()) for row in rows]
     return np.array(digests, np.uint64)
 

@@ -7,14 +7,20 @@ from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Literal, Self
 
+from fedgfe_store._names import check_axes, check_columns, check_new_columns
+from fedgfe_store._text import shown
 from fedgfe_store.errors import SchemaMismatchError
 
 Kind = Literal["flux", "sd"]
 Precision = Literal["float32", "bfloat16"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What new stores are written in; version 1 is read, and written on unchanged."""
 _CHUNK_BYTES = 0.3 * 2**20
 _LARGE_RECORD_BYTES = 4 * 2**20
+LARGEST_CHUNK = 2**31 - 17
+"""Bytes of float32 that blosc, which codes a record or several as one chunk, takes at most."""
+_MOST_AXES = 31
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Metadata:
         for name, value in asdict(self).items():
             for text in value if isinstance(value, tuple) else (value,):
                 if text is not None and not (isinstance(text, str) and _is_utf8(text)):
-                    raise SchemaMismatchError(f"{name}: expected text, got {text!r}")
+                    raise SchemaMismatchError(f"{name}: expected text, got {shown(text)}")
 
 
 @dataclass(frozen=True)
@@ -97,20 +103,37 @@ class Schema:
     precision: Precision = "float32"
     granule: int = 32
     metadata: Metadata = field(default_factory=Metadata)
+    _stored: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in ("flux", "sd"):
-            raise SchemaMismatchError(f"kind: expected 'flux' or 'sd', got {self.kind!r}")
+            raise SchemaMismatchError(f"kind: expected 'flux' or 'sd', got {shown(self.kind)}")
         if self.precision not in ("float32", "bfloat16"):
             raise SchemaMismatchError(
-                f"precision: expected 'float32' or 'bfloat16', got {self.precision!r}"
+                f"precision: expected 'float32' or 'bfloat16', got {shown(self.precision)}"
             )
-        if not isinstance(self.granule, int) or not 1 <= self.granule <= 16384:
-            raise SchemaMismatchError(f"granule: expected 1 to 16384 records, got {self.granule!r}")
+        if not _is_int(self.granule) or not 1 <= self.granule <= 16384:
+            raise SchemaMismatchError(
+                f"granule: expected 1 to 16384 records, got {shown(self.granule)}"
+            )
         if not self.tensors:
             raise SchemaMismatchError("tensors: expected at least one tensor column, got none")
         for column in self.tensors:
             _check_column(column)
+        check_columns([column.name for column in self.tensors])
+        if not self._stored:
+            self.check_new()
+
+    def check_new(self) -> None:
+        """Refuse what stores of earlier releases may have, and new ones may not.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a column's name is not plain, or an axis has two lengths or a column's name.
+        """
+        check_new_columns([column.name for column in self.tensors])
+        check_axes({t.name: list(zip(t.dims, t.shape, strict=True)) for t in self.tensors})
 
     @classmethod
     def flux(
@@ -255,14 +278,21 @@ class Schema:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the schema that `to_json` wrote."""
+        """Return the schema that `to_json` wrote.
+
+        Raises
+        ------
+        SchemaMismatchError, TypeError or KeyError
+            If it is not one that `to_json` wrote; names that only a new schema may not have are
+            taken, see `check_new`.
+        """
         tensors = tuple(
-            TensorColumn(name, tuple(t["shape"]), tuple(t["dims"]), t["optional"])
-            for name, t in data["tensors"].items()
+            TensorColumn(name, tuple(_list(t["shape"])), tuple(_list(t["dims"])), t["optional"])
+            for name, t in _dict(data["tensors"]).items()
         )
-        known = data["metadata"]
-        metadata = Metadata(**{**known, "classes": tuple(known["classes"])})
-        return cls(data["kind"], tensors, data["precision"], data["granule"], metadata)
+        known = _dict(data["metadata"])
+        metadata = Metadata(**{**known, "classes": tuple(_list(known["classes"]))})
+        return cls(data["kind"], tensors, data["precision"], data["granule"], metadata, True)
 
     def describe(self) -> str:
         """Return kind and shapes in one line, for messages."""
@@ -280,12 +310,41 @@ def _clip_column(shape: tuple[int, ...]) -> TensorColumn:
 
 
 def _check_column(column: TensorColumn) -> None:
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in column.shape)
-    if not whole or not column.shape or len(column.shape) != len(column.dims):
+    name = shown(column.name) if not isinstance(column.name, str) else column.name
+    shape, dims = column.shape, column.dims
+    fits = isinstance(shape, tuple) and isinstance(dims, tuple)
+    fits = fits and all(_is_int(n) and n > 0 for n in shape)
+    fits = fits and all(isinstance(axis, str) and _is_utf8(axis) for axis in dims)
+    if not fits or not 0 < len(shape) == len(dims) <= _MOST_AXES:
         raise SchemaMismatchError(
-            f"{column.name}: expected a shape of positive whole numbers with one name for each "
-            f"axis, got shape {column.shape!r} and axes {column.dims!r}"
+            f"{name}: expected a shape of positive whole numbers with one name for each "
+            f"axis, got shape {shown(shape)} and axes {shown(dims)}"
         )
+    if column.nbytes > LARGEST_CHUNK:
+        raise SchemaMismatchError(
+            f"{name}: expected a record of at most {LARGEST_CHUNK:,} bytes of float32, got the "
+            f"shape {shown(shape)}"
+        )
+    if not isinstance(column.optional, bool):
+        raise SchemaMismatchError(
+            f"{name}: expected optional to be true or false, got {shown(column.optional)}"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, got {shown(value)}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, got {shown(value)}")
+    return value
 
 
 def _is_utf8(text: str) -> bool:

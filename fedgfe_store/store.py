@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +14,20 @@ import numpy as np
 from fedgfe_store import _commit
 from fedgfe_store._append import AppendBatch, IfExists
 from fedgfe_store._compact import Compaction, compact
+from fedgfe_store._filters import check_names
+from fedgfe_store._group import Group
+from fedgfe_store._mending import find_mending
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._verify import Verification, verify
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.schema import Schema
+from fedgfe_store.records import is_whole
+from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.selection import Selection
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from fedgfe_store._backup import Backup
 
 LOCK_TIMEOUT = 600.0
 """Seconds that a writer waits for another one by default."""
@@ -33,6 +41,11 @@ class EmbeddingStore:
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
+        if not isinstance(snapshot, Snapshot):
+            raise SchemaMismatchError(
+                f"expected EmbeddingStore.open(path) or EmbeddingStore.create(path, schema), "
+                f"got EmbeddingStore({snapshot!r})"
+            )
         self._snapshot = snapshot
 
     @classmethod
@@ -76,10 +89,12 @@ class EmbeddingStore:
         NotFoundError
             If there is no store, or no such commit.
         SchemaMismatchError
-            If the store is of a newer format.
+            If the store is of a newer format, or `as_of` is no whole number.
         DamagedDataError
             If its ``zarr.json`` is damaged.
         """
+        if as_of is not None and not is_whole(as_of):
+            raise SchemaMismatchError(f"as_of: expected the number of a commit, got {as_of!r}")
         return cls(Snapshot.latest(Path(path), as_of))
 
     @property
@@ -91,6 +106,11 @@ class EmbeddingStore:
     def schema(self) -> Schema:
         """What the records look like."""
         return self._snapshot.schema
+
+    @property
+    def id(self) -> str | None:
+        """What tells this store from every other one; None in format version 1."""
+        return self._snapshot.group.id
 
     @property
     def commit(self) -> int:
@@ -117,7 +137,7 @@ class EmbeddingStore:
 
     def refresh(self) -> None:
         """See the latest commit."""
-        self._snapshot = Snapshot.latest(self.path)
+        self._snapshot = self._snapshot.at(Group.read(self._snapshot.root))
 
     def append(
         self,
@@ -126,6 +146,7 @@ class EmbeddingStore:
         round: int | None = None,
         if_exists: IfExists = "error",
         encoder: str | None = None,
+        source: str | None = None,
         timeout: float = LOCK_TIMEOUT,
     ) -> AppendBatch:
         """Open a batch of records that becomes one commit when its block ends.
@@ -140,6 +161,9 @@ class EmbeddingStore:
         encoder : str, optional
             Fingerprint of the text encoders that these embeddings imitate; one that differs from
             the store's is refused.
+        source : str, optional
+            Where the records come from, which `history` shows; a store of format version 1 does
+            not keep it.
         timeout : float
             Seconds to wait for another writer.
 
@@ -167,11 +191,11 @@ class EmbeddingStore:
                 f"encoder: expected {schema.metadata.encoder!r} as in {self.path}, got {encoder!r}"
             )
         return AppendBatch(
-            self.path,
             self._snapshot,
             node=node,
             round=round,
             if_exists=if_exists,
+            source=source,
             timeout=timeout,
             done=self._see,
         )
@@ -188,13 +212,14 @@ class EmbeddingStore:
         class_name: Any = None,
         index: Any = None,
         sample_id: Any = None,
+        file_id: Any = None,
         per_class: int | None = None,
     ) -> Selection:
         """Return the records that meet every filter; no tensor is read.
 
         Parameters
         ----------
-        node, round, split, class_name, index, sample_id : scalar, list or range, optional
+        node, round, split, class_name, index, sample_id, file_id : scalar, list or range, optional
             Wanted values; by default all. An empty list wants nothing.
         per_class : int, optional
             Keep only this many records, those of the lowest index, for each node, round, split
@@ -217,6 +242,7 @@ class EmbeddingStore:
             "class_name": class_name,
             "index": index,
             "sample_id": sample_id,
+            "file_id": file_id,
         }
         wanted = {name: value for name, value in filters.items() if value is not None}
         return Selection.of(self._snapshot, wanted, per_class=per_class)
@@ -241,10 +267,11 @@ class EmbeddingStore:
         Raises
         ------
         SchemaMismatchError
-            If no filter is given, or one is of the wrong type.
+            If no filter is given, or there is none of that name, or one is of the wrong type.
         BusyError
             If another writer holds the store for longer than `timeout`.
         """
+        check_names(filters, signature(self.select).parameters)
         wanted = {name: value for name, value in filters.items() if value is not None}
         if not wanted:
             raise SchemaMismatchError("delete: expected at least one filter, got none")
@@ -269,7 +296,9 @@ class EmbeddingStore:
         ----------
         repair : bool
             Mark damaged records as deleted, in one commit, so that importing or appending them
-            again puts them back. Nothing else can be mended from within.
+            again puts them back, and undo what releases before format version 2 could do: times
+            that no reader takes, and marks of a commit that was never made. Nothing else can be
+            mended from within.
         timeout : float
             Seconds to wait for another writer, under `repair`.
         progress : callable
@@ -283,12 +312,85 @@ class EmbeddingStore:
         if not repair:
             return verify(self._snapshot, progress=progress)
         with self._transaction(timeout) as transaction:
-            found = verify(transaction.snapshot, progress=progress)
             self._snapshot = transaction.snapshot
-            if found.damaged:
-                rows = np.array([record.row for record in found.damaged], np.int64)
-                self._snapshot = transaction.publish("delete", deleted=rows)
-        return found
+            mending = find_mending(self._snapshot)
+            self._snapshot.mend(mending.chunks)
+            found = verify(self._snapshot, progress=progress)
+            rows = np.array([record.row for record in found.damaged], np.int64)
+            if len(rows) or mending.chunks:
+                kind: _commit.CommitKind = "repair" if mending.chunks else "delete"
+                self._snapshot = transaction.publish(kind, deleted=rows, source="verify --repair")
+        return replace(found, mended=mending.told)
+
+    def backup(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        timeout: float = LOCK_TIMEOUT,
+        progress: Callable[[int], object] = lambda nbytes: None,
+    ) -> Backup:
+        """Bring a copy of the store, at its latest commit, to `target`.
+
+        The copy is a store: it opens, and is sound, at any moment once the first backup is done.
+        Run again, a backup brings what is new. Tensor files are linked where `target` is on the
+        same file system, and copied elsewhere; writers wait only while the rest is copied.
+
+        Parameters
+        ----------
+        target : path-like
+            A new folder, or one that an earlier backup of this store was brought to.
+        timeout : float
+            Seconds to wait for another writer, or another backup.
+        progress : callable
+            Called with the number of bytes just copied.
+
+        Returns
+        -------
+        Backup
+            The commit that is in it, and what was brought.
+
+        Raises
+        ------
+        ConflictError
+            If something else lies at `target`, or a copy that has commits of its own.
+        BusyError
+            If another writer holds the store for longer than `timeout`.
+        """
+        from fedgfe_store._backup import back_up
+
+        self._refuse_past()
+        return back_up(self._snapshot, Path(target), timeout=timeout, progress=progress)
+
+    def upgrade(self, *, timeout: float = LOCK_TIMEOUT) -> bool:
+        """Bring the store to the format version that new stores have, in one commit.
+
+        Releases that do not know it refuse the store from then on, in one line. Records keep
+        their bits; a ``file_id`` among a record's `extra` becomes the column's.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds to wait for another writer.
+
+        Returns
+        -------
+        bool
+            Whether there was anything to do.
+
+        Raises
+        ------
+        DamagedDataError
+            If a key column is damaged; nothing is changed.
+        BusyError
+            If another writer holds the store for longer than `timeout`.
+        """
+        with self._transaction(timeout) as transaction:
+            self._snapshot = transaction.snapshot
+            if self._snapshot.group.version == FORMAT_VERSION:
+                return False
+            transaction.upgrade()
+            self._snapshot = transaction.publish("upgrade")
+        return True
 
     def compact(self, *, timeout: float = LOCK_TIMEOUT) -> Compaction:
         """Gather the records of thinly filled files and unlink files without a live record.
@@ -350,16 +452,28 @@ class EmbeddingStore:
         ConflictError
             If a record conflicts; nothing is committed.
         """
+        if not isinstance(source, EmbeddingStore):
+            raise SchemaMismatchError(
+                f"merge: expected an EmbeddingStore, such as EmbeddingStore.open(path), "
+                f"got {source!r}"
+            )
         self.schema.check_fits(source.schema, f"{source.path}")
-        with self.append(if_exists=if_exists, timeout=timeout) as batch:
-            for records in source.select().pieces():
+        selection = source.select()
+        same_bits = self.schema.precision == source.schema.precision
+        origin = f"merge of {source.schema.metadata.experiment or source.path.name}"
+        with self.append(if_exists=if_exists, source=origin, timeout=timeout) as batch:
+            if same_bits or if_exists == "skip":
+                fresh = batch.unknown(selection.known_columns())
+                progress(len(selection) - len(fresh))
+                selection = selection.take(fresh)
+            for records in selection.pieces():
                 batch.add_records(records)
                 progress(len(records))
         return batch
 
     def _transaction(self, timeout: float) -> _commit.Transaction:
         self._refuse_past()
-        return _commit.Transaction(self.path, timeout=timeout, known=self._snapshot)
+        return _commit.Transaction(self._snapshot, timeout=timeout)
 
     def _refuse_past(self) -> None:
         if self._snapshot.as_of is not None:
@@ -374,10 +488,10 @@ class EmbeddingStore:
         Returns
         -------
         DataFrame
-            ``commit``, ``time`` (UTC), ``kind``, ``nodes`` and ``rounds`` that it touched,
-            records ``added`` and ``deleted`` (a replaced record counts in both, one that a
-            compaction moved in neither), ``records`` live after it, and ``bytes`` on disk of
-            the tensor files that it wrote and that are still there.
+            ``commit``, ``time`` (UTC), ``kind``, ``source`` (where it came from), ``nodes`` and
+            ``rounds`` that it touched, records ``added`` and ``deleted`` (a replaced record counts
+            in both, one that a compaction moved in neither), ``records`` live after it, and
+            ``bytes`` on disk of the tensor files that it wrote and that are still there.
         """
         from fedgfe_store._history import history
 

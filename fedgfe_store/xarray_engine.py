@@ -43,19 +43,25 @@ class FedgfeBackendEntrypoint(BackendEntrypoint):
         ------
         NotFoundError
             If there is no store, or no such commit.
+        SchemaMismatchError
+            If an argument is of the wrong type.
         DamagedDataError
             If its ``zarr.json`` or key columns are damaged.
         """
+        from fedgfe_store.records import is_whole
         from fedgfe_store.store import EmbeddingStore
 
+        if as_of is not None and not is_whole(as_of):
+            raise SchemaMismatchError(f"as_of: expected the number of a commit, got {as_of!r}")
         store = EmbeddingStore.open(_path(filename_or_obj), as_of=as_of)
         return _without(store.select().to_xarray(), drop_variables)
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Tell whether `filename_or_obj` names a Zarr group that is an embedding store."""
-        if not isinstance(filename_or_obj, str | os.PathLike):
+        try:
+            path = _path(filename_or_obj)
+        except SchemaMismatchError:
             return False
-        path = _path(filename_or_obj)
         if not path.is_dir():
             return False
         from fedgfe_store._group import is_store
@@ -64,15 +70,24 @@ class FedgfeBackendEntrypoint(BackendEntrypoint):
 
 
 def _path(name: Any) -> Path:
-    if not isinstance(name, str | os.PathLike):
+    text = os.fspath(name) if isinstance(name, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
         raise SchemaMismatchError(f"engine fedgfe: expected the path of a store, got {name!r}")
-    return Path(name).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # of someone who has no home here
+        raise SchemaMismatchError(f"engine fedgfe: {text}: {error}") from None
 
 
 def _without(dataset: xr.Dataset, names: str | Iterable[str] | None) -> xr.Dataset:
     from fedgfe_store.records import KEY_COLUMNS
 
-    dropped = {names} if isinstance(names, str) else set(names or ())
+    try:
+        dropped = {names} if isinstance(names, str) else set(names or ())
+    except TypeError:
+        raise SchemaMismatchError(
+            f"drop_variables: expected a name, or several, got {names!r}"
+        ) from None
     if dropped & {"record", *KEY_COLUMNS}:
         dataset = dataset.reset_index("record")
     return dataset.drop_vars(dropped, errors="ignore")

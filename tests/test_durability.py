@@ -18,19 +18,22 @@ sys.path.insert(0, {tests!r})
 from conftest import SMALL, fill, values
 from fedgfe_store import EmbeddingStore
 path, out = {path!r}, open({log!r}, "w")
-real = dict(fsync=os.fsync, replace=os.replace, unlink=os.unlink)
+real = dict(fsync=os.fsync, link=os.link, replace=os.replace, unlink=os.unlink)
 def note(*words):
     print(*words, file=out, flush=True, sep="\t")
 def fsync(handle):
     real["fsync"](handle)
     note("fsync", os.readlink(f"/proc/self/fd/{{handle}}"))
+def link(old, new):
+    real["link"](old, new)
+    note("link", old, new)
 def replace(old, new):
     note("replace", old, new)
     real["replace"](old, new)
 def unlink(file, **options):
     note("unlink", file)
     real["unlink"](file, **options)
-os.fsync, os.replace, os.unlink = fsync, replace, unlink
+os.fsync, os.link, os.replace, os.unlink = fsync, link, replace, unlink
 """
 
 
@@ -48,9 +51,12 @@ def trace(tmp_path):
 
 
 def check_renames(calls: list[list[str]]) -> None:
-    """Every file is flushed before it takes its name, and its folder after that."""
+    """Every file is flushed before it takes its name, and its folder after that.
+
+    But for the note on who holds the lock, which means nothing after a crash.
+    """
     for i, call in enumerate(calls):
-        if call[0] == "replace":
+        if call[0] == "replace" and not call[2].endswith(".writer"):
             assert ["fsync", call[1]] in calls[:i], f"{call[2]} was named before it was flushed"
             assert ["fsync", os.path.dirname(call[2])] in calls[i:], (
                 f"{call[2]}: folder not flushed"
@@ -83,14 +89,20 @@ def test_everything_is_on_the_disk_before_the_commit_point(store, trace, kind):
     calls = trace(store.path, CHANGES[kind])
     check_renames(calls)
     published = position(calls, "replace", str(store.path / "zarr.json"))
-    begun = position(calls, "replace", str(store.path / "pending"))
-    assert begun < published < position(calls, "unlink", str(store.path / "pending"))
+    begun = position(calls, "link", str(store.path / "claim.5.0"))
+    made_sure = [position(calls, "link", str(store.path / f"claim.5.{n}")) for n in (1, 2)]
+    in_place = [i for i, c in enumerate(calls) if c[0] == "replace" and begun < i < published]
+    assert ["fsync", calls[begun][1]] in calls[:begun]
+    assert ["fsync", str(store.path)] in calls[begun : made_sure[0]]
+    assert begun < made_sure[0] < in_place[0] <= in_place[-1] < made_sure[1] < published
+    assert published < position(calls, "unlink", str(store.path / "claim.5.0"))
     renamed = {c[2] for c in calls[published + 1 :] if c[0] == "replace"}
     assert renamed == set(), "something was written after the commit point"
     synced = {c[1] for c in calls[:published] if c[0] == "fsync"}
     after = {file for name in SMALL.columns for file in (store.path / name).glob("c.*")}
+    named = {c[2]: c[1] for c in calls if c[0] == "replace"}
     for file in after - before:
-        assert {str(file), str(file.parent)} <= synced
+        assert {named[str(file)], str(file.parent)} <= synced
     freed = [c for c in calls if c[0] == "unlink" and "/c." in c[1] and not c[1].endswith(".tmp")]
     assert (len(freed) > 0) == (kind == "compact")
     assert all(calls.index(c) > published for c in freed), "unlinked before the commit point"
@@ -119,12 +131,12 @@ with EmbeddingStore.open(path).append(node=1, round=1) as batch:
     os._exit(0)
 """
     trace(store.path, died)
-    torn = [file for name in SMALL.columns for file in (store.path / name).glob("c.[2-9]*")]
+    torn = [file for name in SMALL.columns for file in (store.path / name).glob("c.[2-9]*.tmp")]
     assert torn
-    assert (store.path / "pending").exists()
+    assert (store.path / "claim.2.0").exists()
     calls = trace(store.path, "assert EmbeddingStore.open(path).delete(round=99) == 0")
     check_renames(calls)
-    forgotten = position(calls, "unlink", str(store.path / "pending"))
+    forgotten = position(calls, "unlink", str(store.path / "claim.2.0"))
     for file in torn:
         removed = position(calls, "unlink", str(file))
         assert ["fsync", str(file.parent)] in calls[removed:forgotten]

@@ -558,18 +558,18 @@ def test_a_checkpoint_changed_in_place_is_a_conflict(tmp_path):  # cases.md d2
 
 DIE_BEFORE_PUBLISHING = """
 import os, sys
-from fedgfe_store import EmbeddingStore, _files
+from fedgfe_store import EmbeddingStore
 
-write = _files.write_file
+rename = os.replace
 
 
-def write_file(path, data):
-    if path.name == "zarr.json":
+def replace(old, new):
+    if str(new) == os.path.join(sys.argv[1], "zarr.json"):
         os._exit(9)
-    write(path, data)
+    rename(old, new)
 
 
-_files.write_file = write_file
+os.replace = replace
 EmbeddingStore.open(sys.argv[1]).delete(round=1)
 """
 

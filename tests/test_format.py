@@ -19,7 +19,12 @@ import zarr
 from conftest import SMALL, fill, values
 
 from fedgfe_store import EmbeddingStore, Schema
-from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
+from fedgfe_store.errors import (
+    BusyError,
+    ConflictError,
+    DamagedDataError,
+    SchemaMismatchError,
+)
 
 
 def plain(path: Path) -> xr.Dataset:
@@ -289,21 +294,42 @@ for round in range(5): fill(store, node={node}, round=round)
     opened.select().read("t5")
 
 
-def test_without_locks_an_interleaved_writer_is_a_conflict(store, monkeypatch):
+@pytest.fixture
+def no_locks(monkeypatch):
     class NoLock:
         def release(self):
             pass
 
     monkeypatch.setattr("fedgfe_store._commit.WriterLock", lambda path, timeout: NoLock())
+
+
+def test_without_locks_a_writer_still_waits_for_the_other(store, no_locks):
+    other = EmbeddingStore.open(store.path)
+    with store.append(node=0, round=1) as batch:
+        batch.add(split="train", class_name="dog", index=range(9), **values(9))
+        batch._write(rest=True)
+        with pytest.raises(BusyError, match="is being written by process .*: gave up after 0.1 s"):
+            other.delete(node=0, timeout=0.1)
+    fill(other, node=1, round=1)
+    assert {k.node for k in other.select().keys()} == {"0", "1"}
+    assert other.verify().sound
+
+
+def test_a_writer_taken_for_dead_finds_out_and_hurts_nothing(store, no_locks, monkeypatch):
+    fill(store, node=5, round=1, n=1)
     other = EmbeddingStore.open(store.path)
     with pytest.raises(ConflictError, match="another writer came in between"):
         with store.append(node=0, round=1) as batch:
             batch.add(split="train", class_name="dog", index=range(9), **values(9))
             batch._write(rest=True)
+            monkeypatch.setattr("fedgfe_store._claim.TAKEOVER_SECONDS", -1)
             fill(other, node=1, round=1)
     opened = EmbeddingStore.open(store.path)
-    assert {k.node for k in opened.select().keys()} == {"1"}
-    opened.select().read("t5")
+    assert {k.node for k in opened.select().keys()} == {"1", "5"}
+    found = opened.verify()
+    assert (found.sound, found.leftovers) == (True, ())
+    fill(opened, node=2, round=1)
+    assert opened.verify().sound
 
 
 def damage(path: Path, name: str, offset: int) -> None:
@@ -378,9 +404,9 @@ def test_a_damaged_group_file_is_never_a_raw_error(store):
 
 def test_a_newer_format_is_refused_by_number(store):
     document = json.loads((store.path / "zarr.json").read_text())
-    document["attributes"]["fedgfe_store"]["version"] = 2
+    document["attributes"]["fedgfe_store"]["version"] = 3
     (store.path / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(SchemaMismatchError, match="format version 2, and this release reads"):
+    with pytest.raises(SchemaMismatchError, match="format version 3, and this release reads"):
         EmbeddingStore.open(store.path)
 
 

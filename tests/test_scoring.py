@@ -126,6 +126,40 @@ def test_filters_change_no_score(store, folder, clip):
     assert merged["closest"].tolist() == merged["closest_all"].tolist()
 
 
+def test_what_else_lies_in_the_folder_changes_no_score(store, folder, clip, tmp_path):
+    every = score(store, folder, clip, filters={"class_name": "water_tap"}).frame
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for file in every["file"]:
+        shutil.copy(folder / file, alone)
+    pd.testing.assert_frame_equal(score(store, alone, clip).frame, every)
+
+
+def test_the_classes_to_choose_from_may_be_named(store, folder, clip):
+    others = ["a_bird", "cat", "dog", "water_tap"]
+    scores = score(store, folder, clip, among=[*reversed(others), "cat"])
+    assert list(scores.prompts) == others
+    files = [folder / name for name in scores.frame["file"]]
+    best = reference(clip, files, list(scores.prompts.values())).argmax(axis=1)
+    assert scores.frame["closest"].tolist() == [others[place] for place in best]
+    with pytest.raises(SchemaMismatchError, match="among: expected the classes .* none of cat, w"):
+        score(store, folder, clip, among=["dog", "a_bird"])
+    with pytest.raises(SchemaMismatchError, match="among: expected a list"):
+        score(store, folder, clip, among="dog")
+    result = run(store, folder, clip, "--among", "cat,dog", "--among", "water_tap,a_bird")
+    assert "among 4 classes" in result.output
+
+
+def test_with_one_class_there_is_no_agreement(store, folder, clip):
+    filters = {"class_name": "dog"}
+    scores = score(store, folder, clip, filters=filters, among=["dog"])
+    assert scores.table(["class_name"])["agreement"].isna().all()
+    result = run(store, folder, clip, "--class", "dog", "--among", "dog", "--by", "class")
+    assert "note: dog is the only class to choose from" in result.stderr
+    assert "100" not in result.stdout
+    assert result.stdout.splitlines()[2].split()[3] == "-"
+
+
 def test_damaged_pictures_are_reported_and_left_out(store, folder, clip):
     keys = EmbeddingStore.open(store.path).select().keys()
     torn, unlisted = (image_name(key) for key in keys[1:3])

@@ -13,8 +13,9 @@ import zarr
 import zarr.storage
 from conftest import SMALL, fill, values
 
-from fedgfe_store import EmbeddingStore
+from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
+from fedgfe_store.schema import TensorColumn
 from fedgfe_store.xarray_engine import FedgfeBackendEntrypoint
 
 
@@ -150,3 +151,51 @@ def test_looking_for_engines_imports_little():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+class Somewhere:
+    def __fspath__(self):
+        return b"embeddings.zarr"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x.zarr", "a\0b", Somewhere(), 5])
+def test_names_that_are_no_path_are_no_store(name):
+    assert not FedgfeBackendEntrypoint().guess_can_open(name)
+    with pytest.raises(SchemaMismatchError, match="engine fedgfe: "):
+        xr.open_dataset(name, engine="fedgfe")
+
+
+@pytest.mark.parametrize(
+    "options", [{"as_of": "1"}, {"as_of": 1.5}, {"as_of": [1]}, {"drop_variables": 5}], ids=str
+)
+def test_options_of_another_type_are_refused(store, options):
+    with pytest.raises(SchemaMismatchError, match="^(as_of|drop_variables): expected a?"):
+        xr.open_dataset(store.path, engine="fedgfe", **options)
+
+
+@pytest.mark.parametrize(
+    "column", [("a", (5,), ("token",)), ("a", (4, 4), ("x", "x")), ("a", (5,), ("record",))]
+)
+def test_old_stores_whose_axes_no_dataset_can_have_are_shown(tmp_path, monkeypatch, column):
+    with monkeypatch.context() as patch:
+        patch.setattr(Schema, "check_new", lambda self: None)
+        tensors = (TensorColumn("t5", (3, 8), ("token", "width")), TensorColumn(*column))
+        store = EmbeddingStore.create(tmp_path / "s.zarr", Schema("flux", tensors, granule=4))
+        fill(store, node=0, round=1)
+    dataset = xr.open_dataset(store.path, engine="fedgfe")
+    assert dataset["t5"].dims == ("record", "t5_axis_0", "t5_axis_1")
+    assert np.array_equal(dataset["a"].to_numpy(), store.select().read("a"))
+
+
+def test_times_and_names_of_old_stores_are_shown(store, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("fedgfe_store.records.check_entry", lambda columns, record: None)
+        patch.setattr("fedgfe_store.records.FIRST_ENTRY", -(2**63))
+        with store.append(node=0, round=1) as batch:
+            tensors, moment = values(2, schema=SMALL), np.datetime64("1500-01-01", "ms")
+            batch.add(
+                split="a", class_name=["a\0", "a\tb"], index=[0, 0], timestamp=moment, **tensors
+            )
+    dataset = xr.open_dataset(store.path, engine="fedgfe").load()
+    assert dataset["timestamp"].dt.year.to_numpy().tolist() == [1500, 1500]
+    assert dataset["class_name"].to_numpy().tolist() == ["a\0", "a\tb"]

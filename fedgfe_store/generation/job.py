@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, get_args
+from typing import TYPE_CHECKING, TypedDict, cast, get_args
 
 import torch
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.devices import DTYPES, choose_device, choose_dtype, free_bytes
+from fedgfe_store.generation.manifest import settings_of
 from fedgfe_store.generation.models import Model, resolve_model
 from fedgfe_store.generation.negative import Negative, find_negative
 from fedgfe_store.generation.offload import (
@@ -24,7 +25,7 @@ from fedgfe_store.generation.offload import (
 from fedgfe_store.generation.pipelines import ImagePipeline, Placement
 from fedgfe_store.generation.plan import OnStale, Plan, plan_images
 from fedgfe_store.generation.quantization import WEIGHT_SHARE, Quantization, check_quantization
-from fedgfe_store.generation.settings import Settings
+from fedgfe_store.generation.settings import Noise, Settings, noise_rule
 from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.schema import Kind, Schema
 
@@ -54,6 +55,7 @@ class Options(TypedDict, total=False):
     width: int | None
     pool: str
     seed: int
+    noise: Noise | None
     images_per_record: int
     only_image: int | None
     device: str | None
@@ -140,6 +142,7 @@ def prepare(
     width: int | None = None,
     pool: str = "last",
     seed: int = 0,
+    noise: Noise | None = None,
     images_per_record: int = 1,
     only_image: int | None = None,
     device: str | None = None,
@@ -180,6 +183,9 @@ def prepare(
         How a CLIP sequence becomes a vector, in a store that holds sequences.
     seed : int
         Base seed.
+    noise : {"index", "file_id"}, optional
+        What tells a sample from the others in its seed, see `Settings`. By default the rule of
+        the folder's images, and ``"file_id"`` in a new folder.
     images_per_record : int
         Images of each record.
     only_image : int, optional
@@ -260,6 +266,7 @@ def prepare(
         pool=_choose_pool(pool, chosen, schema, report),
         quantization=quantize,
         negative=found.digest if found else None,
+        noise=noise or _noise_of(Path(output_dir)),
     )
     if batch_size is None:
         batch_size = _choose_batch_size(chosen, settings, schema, device)
@@ -355,6 +362,13 @@ def _choose_size(name: str, pixels: int | None, model: Model) -> int:
             f"{model.name}, got {pixels}"
         )
     return pixels
+
+
+def _noise_of(folder: Path) -> Noise:
+    """Give the rule of a folder's images, whose noise stays as it is, or the one for new ones."""
+    settings = settings_of(folder)
+    # What no rule is, as one of a later version, is refused by `Settings`.
+    return "file_id" if settings is None else cast("Noise", noise_rule(settings))
 
 
 def _choose_pool(pool: str, model: Model, schema: Schema, report: Report) -> str | None:

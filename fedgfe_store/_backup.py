@@ -1,0 +1,238 @@
+"""A copy of a store that is sound at any moment, and brought up to date by repeating."""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgfe_store import _files
+from fedgfe_store._commit import Transaction
+from fedgfe_store._group import GROUP_FILE, Group
+from fedgfe_store._layout import KEY_CHUNK
+from fedgfe_store._lock import WriterLock
+from fedgfe_store._recovery import granule_of
+from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.errors import ConflictError, NotFoundError
+
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Backup:
+    """What a backup did: the commit that it holds, its records, and what had to be brought.
+
+    Parameters
+    ----------
+    commit, records : int
+        The commit of the store, and its live records.
+    copied, linked, removed : int
+        Files copied, files linked since the copy lies on the same file system, and files removed
+        since the store has none of that name any more.
+    nbytes : int
+        Bytes copied.
+    """
+
+    commit: int
+    records: int
+    copied: int
+    linked: int
+    removed: int
+    nbytes: int
+
+
+def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance) -> Backup:
+    """Bring the store that `known` shows to `target`; see `EmbeddingStore.backup`."""
+    source = known.root.resolve()
+    _check_place(source, target)
+    _files.make_folders(target.resolve().parent)
+    lock = WriterLock(target, timeout)
+    try:
+        _check_earlier(known, target)
+        copying = _Copying(source, target, progress)
+        copying.folders(known.group)
+        # Committed tensor files never change: training goes on while they are brought.
+        copying.tensor_files(known.group)
+        with Transaction(known, timeout=timeout) as transaction:
+            group = transaction.snapshot.group
+            _check_earlier(transaction.snapshot, target)
+            copying.folders(group)
+            copying.tensor_files(group)
+            copying.small_files(group)
+            copying.publish(group)
+            removed = copying.remove_others(group)
+    finally:
+        lock.release()
+    point = group.point
+    done = copying.done
+    return Backup(point.commit, point.live, done.copied, done.linked, removed, done.nbytes)
+
+
+def _check_place(source: Path, target: Path) -> None:
+    real = target.resolve()
+    if real == source or source in real.parents or real in source.parents:
+        raise ConflictError(f"a backup of {source} cannot lie at {target}: one is in the other")
+
+
+def _check_earlier(snapshot: Snapshot, target: Path) -> None:
+    """Refuse a `target` that holds anything but an earlier state of the store, or part of it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConflictError(f"cannot back up to {target}: a file is there")
+    try:
+        there = Snapshot.latest(target)
+    except NotFoundError:
+        _check_unfinished(snapshot.group, target)
+        return
+    if there.group.id not in (None, snapshot.group.id):
+        raise ConflictError(f"{target} is another store than {snapshot.path}: give another folder")
+    commits = there.commit
+    same = commits <= snapshot.commit and all(
+        there.column(name).tolist() == snapshot.column(name)[:commits].tolist()
+        for name in ("commit_time", "commit_kind")
+    )
+    if not same:
+        raise ConflictError(
+            f"{target} is no earlier state of {snapshot.path}: it has commits of its own, which a "
+            f"backup would take away; give another folder"
+        )
+
+
+def _check_unfinished(group: Group, target: Path) -> None:
+    """Allow an empty folder, and what a first backup left that was broken off."""
+    for entry in target.rglob("*"):
+        parts = entry.relative_to(target).parts
+        ours = parts[0] in group.arrays and (len(parts) == 1 or _is_ours(entry))
+        if not ours and not _files.is_temporary(entry):
+            raise ConflictError(f"cannot back up to {target}: it holds something else ({entry})")
+
+
+def _is_ours(file: Path) -> bool:
+    return file.name == GROUP_FILE or file.name.startswith("c.")
+
+
+@dataclass
+class _Done:
+    copied: int = 0
+    linked: int = 0
+    nbytes: int = 0
+
+
+class _Copying:
+    """Files of a store on their way to where its copy lies."""
+
+    def __init__(self, source: Path, target: Path, progress: Advance) -> None:
+        self._source, self._target, self._progress = source, target, progress
+        self.done = _Done()
+
+    def folders(self, group: Group) -> None:
+        """Make the folders of all arrays."""
+        for name in group.arrays:
+            _files.make_folders(self._target / name)
+
+    def tensor_files(self, group: Group) -> None:
+        """Bring the tensor files of all committed rows that are not there yet."""
+        for name in group.schema.columns:
+            folder = self._source / name
+            for file in _committed(folder, group.point.records // group.schema.granule):
+                # A compaction removes files without a word while no lock is held.
+                if file.exists():
+                    self._bring(file, may_link=True)
+            _files.sync_folder(self._target / name)
+
+    def small_files(self, group: Group) -> None:
+        """Bring key columns and the arrays' own metadata."""
+        for name in group.arrays:
+            if name not in group.schema.columns:
+                for file in _committed(self._source / name, -(-group.rows(name) // KEY_CHUNK)):
+                    self._bring(file, may_link=False)
+            self._bring(self._source / name / GROUP_FILE, may_link=False)
+            _files.sync_folder(self._target / name)
+
+    def publish(self, group: Group) -> None:
+        """Let the copy show what `group` shows, once all that it refers to is there."""
+        _files.write_file(self._target / GROUP_FILE, group.raw)
+
+    def remove_others(self, group: Group) -> int:
+        """Remove chunk files that the store does not have; return how many."""
+        removed = 0
+        for name in group.arrays:
+            _files.remove_temporary(self._target / name)
+            for file in sorted((self._target / name).glob("c.*")):
+                if not (self._source / name / file.name).exists():
+                    file.unlink()
+                    removed += 1
+        _files.remove_temporary(self._target)
+        return removed
+
+    def _bring(self, file: Path, *, may_link: bool) -> None:
+        place = self._target / file.relative_to(self._source)
+        try:
+            if _is_same(file, place, by_contents=not may_link):
+                return
+            temporary = _files.temporary_of(place)
+            try:
+                if may_link and _linked(file, temporary):
+                    self.done.linked += 1
+                else:
+                    self._copy(file, temporary)
+                os.replace(temporary, place)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        except FileNotFoundError:
+            if may_link and not file.exists():
+                return
+            raise
+
+    def _copy(self, file: Path, temporary: Path) -> None:
+        with open(file, "rb") as source, _files.flushed(temporary, name=temporary) as out:
+            shutil.copyfileobj(source, out, 2**20)
+            size = out.tell()
+        shutil.copystat(file, temporary)
+        self.done.copied += 1
+        self.done.nbytes += size
+        self._progress(size)
+
+
+def _committed(folder: Path, count: int) -> Iterator[Path]:
+    """Yield the chunk files in `folder` whose number is below `count`."""
+    for entry in sorted(os.listdir(folder)):
+        if 0 <= granule_of(entry) < count:
+            yield folder / entry
+
+
+def _is_same(file: Path, place: Path, *, by_contents: bool) -> bool:
+    """Whether `place` holds a copy of `file`.
+
+    Tensor files of one number are written once, so that size and time tell. Key files are written
+    anew by each commit, which may be faster than the times of some file systems.
+    """
+    try:
+        there = place.stat()
+    except FileNotFoundError:
+        return False
+    here = file.stat()
+    if here.st_size != there.st_size:
+        return False
+    return filecmp.cmp(file, place, shallow=False) if by_contents else _same_time(here, there)
+
+
+def _same_time(here: os.stat_result, there: os.stat_result) -> bool:
+    # Where a copy lies on a file system that keeps times to two seconds.
+    return abs(here.st_mtime_ns - there.st_mtime_ns) <= 2 * 10**9
+
+
+def _linked(file: Path, temporary: Path) -> bool:
+    try:
+        os.link(file, temporary)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+            return False
+        raise
+    return True

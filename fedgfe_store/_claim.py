@@ -1,0 +1,393 @@
+"""The right to make a store's next commit, safe where a lock is granted to everyone.
+
+Whoever is to make commit n makes a file ``claim.n.0`` that no one else can make. Its owner touches
+it while it lives; one that has not been touched for a minute, by the clock of its file system, is
+taken over by making ``claim.n.1``, and so on. Before an owner puts files in place it makes the
+next one itself (`Claim.fence`): a late owner finds that it exists, and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from fedgfe_store import _files, _workers
+from fedgfe_store._checksums import UnreadableError
+from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError, NotFoundError
+
+RENEWAL_SECONDS = 10.0
+"""How often a living owner touches its claim."""
+TAKEOVER_SECONDS = 60.0
+"""Age at which a claim may be taken over: several renewals may be late on a busy network disk."""
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.5
+_LOOK_SECONDS = 1.0
+"""How often a waiting writer asks whether the owner lives, which makes a file."""
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+_LONGEST = 2**16
+"""Bytes of a claim, at most."""
+_NAME = re.compile(r"claim\.(\d+)\.(\d+)")
+
+_log = logging.getLogger("fedgfe_store")
+_held: set[str] = set()
+"""Tokens of the claims that this process holds."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a claim, as it stands in its file."""
+
+    token: str
+    pid: int
+    started: float
+    machine: str
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+    @classmethod
+    def this(cls) -> Owner:
+        """Return this process, under a new token."""
+        since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+        pid = os.getpid()
+        return cls(uuid.uuid4().hex, pid, _started(pid), _machine(), socket.gethostname(), since)
+
+    @classmethod
+    def of(cls, file: Path) -> Owner | None:
+        """Return the owner named in the claim `file`; None where it is gone or names none."""
+        try:
+            return cls(**json.loads(_files.read_regular(file, _LONGEST)))
+        except (FileNotFoundError, ValueError, TypeError, RecursionError):
+            return None
+
+    @property
+    def dead(self) -> bool:
+        """Whether it is certain that nothing of it is at work any more."""
+        if self.machine != _machine():
+            return False
+        if self.pid == os.getpid():
+            return self.token not in _held
+        # The system counts a process's start in ticks since a boot time that it may correct.
+        return abs(_started(self.pid) - self.started) > 2
+
+
+def _started(pid: int) -> float:
+    """Return when the process `pid` was started, seconds since 1970; -1 where none runs."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return -1.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.NoSuchProcess:
+        return -1.0
+
+
+@cache
+def _machine() -> str:
+    """Return what is the same for two processes only if each sees whether the other lives."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not on Linux, where a host's name has to do
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+os.register_at_fork(after_in_child=_machine.cache_clear)
+
+
+class Claim:
+    """The right to make commit `number` of the store at `path`; made by `Claim.take`.
+
+    Attributes
+    ----------
+    token : str
+        Tells this claim's files from those of any other.
+    number : int
+        The commit that may be made.
+    after_others : bool
+        Whether another writer had begun this commit and did not publish it.
+    alone : bool
+        Whether it is certain that no such writer is still at work.
+    """
+
+    def __init__(self, path: Path, number: int, owner: Owner) -> None:
+        self._path, self._owner = path, owner
+        self.token, self.number = owner.token, number
+        self.after_others, self.alone = False, True
+        self._made: list[Path] = []
+        # No `threading.Event`: an interruption within its lock would let `release` wait for ever.
+        self._stop: SimpleQueue[None] = SimpleQueue()
+        self._abandoned = False
+
+    @classmethod
+    def take(
+        cls,
+        path: Path,
+        *,
+        timeout: float,
+        since: float,
+        published: Callable[[], int],
+        clear: Callable[[], None],
+    ) -> Claim:
+        """Wait until no living writer holds the next commit, and claim it.
+
+        Parameters
+        ----------
+        path : Path
+            The store's folder.
+        timeout, since : float
+            Seconds to wait, from this moment of the monotonic clock on.
+        published : callable
+            Returns the number of the latest commit, read anew.
+        clear : callable
+            Removes what other writers have not put in place; called after a take-over.
+
+        Raises
+        ------
+        BusyError
+            If another writer holds it until then; says which one.
+        """
+        waiting = _Waiting(path, timeout, since)
+        while True:
+            number = published() + 1
+            rivals = claims(path).get(number, {})
+            dead = _all_dead(rivals) if rivals else True
+            if rivals and not dead and not waiting.is_silent(rivals[max(rivals)]):
+                waiting.wait(rivals[max(rivals)])
+                continue
+            claim = cls(path, number, Owner.this())
+            try:
+                if not claim._make(max(rivals, default=-1) + 1):
+                    continue
+                claim.after_others, claim.alone = bool(rivals), dead
+                if claim._is_next(published) and (not rivals or claim._cleared(clear, published)):
+                    return claim
+            except BaseException:
+                claim.release()
+                raise
+            claim.release()
+
+    def _is_next(self, published: Callable[[], int]) -> bool:
+        """Whether the commit has not been published meanwhile, before its claims were removed."""
+        return published() + 1 == self.number
+
+    def _cleared(self, clear: Callable[[], None], published: Callable[[], int]) -> bool:
+        """Take from a late owner what it could still put in place, then look whether it has."""
+        clear()
+        return self._is_next(published)
+
+    def _make(self, epoch: int) -> bool:
+        """Make the claim's next file; False where another writer has made it."""
+        target = self._path / f"claim.{self.number}.{epoch}"
+        made = self._link(target) if self._made else self._begin(target)
+        if made:
+            self._made.append(target)
+        return made
+
+    def _begin(self, target: Path) -> bool:
+        data = json.dumps(asdict(self._owner)).encode()
+        temporary = self._path / f"claim.{self.token}{_files.TEMPORARY}"
+        try:
+            with _files.flushed(temporary, name=target) as file:
+                file.write(data)
+            made = _exclusive_link(temporary, target, self.token)
+        except FileNotFoundError:
+            # Who took over another writer's claim has just cleared what lay here.
+            made = False
+        finally:
+            temporary.unlink(missing_ok=True)
+        if made:
+            _files.sync_folder(self._path)
+            _held.add(self.token)
+            # Not holding the claim: one that an interruption lost is abandoned, see `__del__`.
+            renew = partial(_renew, self._stop, self._made)
+            _workers.Thread(renew, "fedgfe-store-claim").start()
+        return made
+
+    def _link(self, target: Path) -> bool:
+        try:
+            return _exclusive_link(self._made[-1], target, self.token)
+        except FileNotFoundError:
+            return False
+
+    def fence(self) -> None:
+        """Make sure that no one has taken this claim over: from now on that takes a minute again.
+
+        Raises
+        ------
+        ConflictError
+            If someone has.
+        """
+        epoch = int(self._made[-1].name.split(".")[2])
+        if not self._make(epoch + 1) or not self._touch():
+            raise ConflictError(
+                f"{self._path}: another writer came in between while commit {self.number} was "
+                f"written: it took this one for dead, which had not been heard of for "
+                f"{TAKEOVER_SECONDS:g} s; nothing of it was published"
+            )
+
+    def _touch(self) -> bool:
+        """Renew the claim; False where it is gone, as once another writer has published."""
+        try:
+            os.utime(self._made[-1])
+        except FileNotFoundError:
+            return False
+        return True
+
+    def forget_others(self) -> None:
+        """Remove the claims of other writers on this commit, where none of them is at work."""
+        if self.after_others and self.alone:
+            for file in claims(self._path).get(self.number, {}).values():
+                if file not in self._made:
+                    file.unlink(missing_ok=True)
+            self.after_others = False
+
+    def release(self, *, published: bool = False) -> None:
+        """Give the claim back; once its commit is `published`, all claims up to it are removed."""
+        self.abandon()
+        spent = set(self._made)
+        if published:
+            for number, files in claims(self._path).items():
+                spent.update(files.values() if number <= self.number else ())
+        for file in sorted(spent):
+            file.unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """Hold the claim no longer; what is left of it is one of a writer that died."""
+        self._stop.put(None)
+        _held.discard(self.token)
+        self._abandoned = True
+
+    def __del__(self) -> None:
+        if not self._abandoned and self._owner.pid == os.getpid():
+            self.abandon()
+
+
+def _renew(stop: SimpleQueue[None], made: list[Path]) -> None:
+    while True:
+        try:
+            return stop.get(timeout=RENEWAL_SECONDS)
+        except Empty:
+            # Gone if it was taken over, which the owner learns from its next `fence`.
+            with contextlib.suppress(OSError, IndexError):
+                os.utime(made[-1])
+
+
+class _Waiting:
+    """A writer that waits for another one, up to a limit."""
+
+    def __init__(self, path: Path, timeout: float, since: float) -> None:
+        self._path, self._timeout = path, timeout
+        self._end = since + timeout
+        self._pause = _SHORTEST_WAIT
+        self._next_look = 0.0
+        self._told = False
+
+    def is_silent(self, claim: Path) -> bool:
+        """Whether the owner of `claim` has not touched it for so long that it may be taken over."""
+        if time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        return age(claim) > TAKEOVER_SECONDS
+
+    def wait(self, claim: Path) -> None:
+        owner = Owner.of(claim) or "another writer"
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise BusyError(
+                f"{self._path} is being written by {owner}: gave up after {self._timeout:g} s"
+            )
+        if not self._told and self._pause >= _LONGEST_WAIT:
+            _log.warning(
+                "%s: waiting up to %g s for %s; if it died, until %g s after it was last heard of",
+                self._path,
+                self._timeout,
+                owner,
+                TAKEOVER_SECONDS,
+            )
+            self._told = True
+        time.sleep(min(self._pause, left))
+        self._pause = min(2 * self._pause, _LONGEST_WAIT)
+
+
+def claims(path: Path) -> dict[int, dict[int, Path]]:
+    """Return the claims that lie in the store at `path`: files by commit number and epoch."""
+    found: dict[int, dict[int, Path]] = {}
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: the store's folder is gone") from None
+    for name in names:
+        if match := _NAME.fullmatch(name):
+            number, epoch = map(int, match.groups())
+            found.setdefault(number, {})[epoch] = path / name
+    return found
+
+
+def age(file: Path) -> float:
+    """Return the seconds since `file` was touched, by the clock of its file system.
+
+    A file that is gone was touched just now: its owner has published, or given up.
+    """
+    probe = file.with_name(f"clock.{uuid.uuid4().hex}{_files.TEMPORARY}")
+    with open(probe, "xb") as clock:
+        try:
+            os.utime(clock.fileno())
+            now = os.fstat(clock.fileno()).st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+    try:
+        # Opened first: network disks keep what they know of a file that no one opens.
+        held = _files.open_regular(file)
+    except FileNotFoundError:
+        return 0.0
+    except UnreadableError as error:
+        raise DamagedDataError(f"{file}: {error}, and names no writer: remove it") from error
+    try:
+        return now - os.fstat(held).st_mtime
+    finally:
+        os.close(held)
+
+
+def _all_dead(files: dict[int, Path]) -> bool:
+    owners = [Owner.of(file) for file in files.values()]
+    return all(owner is not None and owner.dead for owner in owners)
+
+
+def _exclusive_link(source: Path, target: Path, token: str) -> bool:
+    """Give the file `source` the name `target` too, which must be free; tell whether it was."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        # A network disk may repeat a call whose answer was lost, and find its own work done.
+        owner = Owner.of(target)
+        return owner is not None and owner.token == token
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _exclusive_copy(source, target)
+    return True
+
+
+def _exclusive_copy(source: Path, target: Path) -> bool:
+    data = source.read_bytes()
+    try:
+        with _files.flushed(target) as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True

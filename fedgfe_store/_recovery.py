@@ -1,0 +1,108 @@
+"""Clearing what a writer left that died, or gave up, beyond a store's commit point."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fedgfe_store import _files, _key_files
+from fedgfe_store._claim import Claim
+from fedgfe_store._group import GROUP_FILE, Group
+from fedgfe_store._layout import KEY_CHUNK, array_metadata
+from fedgfe_store._snapshot import Snapshot
+from fedgfe_store._staging import Staging
+
+PENDING = "pending"
+"""In stores of version 1, which older releases write too: a commit is being written."""
+
+
+def recover(path: Path, group: Group, claim: Claim) -> int:
+    """Clear what lies beyond the commit point of the store at `path`, if a writer left anything.
+
+    Returns
+    -------
+    int
+        The row from which on the holder of `claim` may write records.
+    """
+    if not claim.after_others and not (path / PENDING).exists():
+        # Of writers that died before they claimed anything; one that waits makes its file anew.
+        _files.remove_temporary(path)
+        return group.point.records
+    beyond = list(_tensor_files_beyond(path, group))
+    first = group.point.records
+    if not claim.alone and beyond:
+        # Who cleared these files before may still unlink one: the same name must not be used again.
+        first = (max(number for _, number in beyond) + 1) * group.schema.granule
+    remove_temporary(path, group)
+    clear(path, group, claim)
+    claim.forget_others()
+    _files.sync_folder(path)
+    return first
+
+
+def clear(path: Path, group: Group, claim: Claim) -> None:
+    """Clear what lies beyond the commit point of the store at `path`."""
+    beyond = [file for file, _ in _tensor_files_beyond(path, group)]
+    # Only then: whoever takes over from now on writes behind what was found here.
+    claim.fence()
+    for file in beyond:
+        file.unlink(missing_ok=True)
+    # Key chunks beyond the committed rows stay: whoever gets as far writes them whole.
+    staging = Staging(claim.token)
+    try:
+        staging.write(shape_files(path, group) | _unmarked(path, group))
+        claim.fence()
+        # A file for each array: this flushes the folders in which files were unlinked, too.
+        staging.place()
+    finally:
+        staging.discard()
+    (path / PENDING).unlink(missing_ok=True)
+
+
+def remove_temporary(path: Path, group: Group) -> None:
+    """Remove what any writer of the store at `path` has not put in place."""
+    # Those of an upgrade that was broken off lie in folders of the newer version.
+    for folder in (path, *(path / name for name in array_metadata(group.schema))):
+        if folder.is_dir():
+            _files.remove_temporary(folder)
+
+
+def shape_files(path: Path, group: Group) -> dict[Path, bytes]:
+    """Return the arrays' own metadata, which other Zarr readers use, with committed shapes."""
+    return {path / name / GROUP_FILE: json.dumps(m).encode() for name, m in group.shaped().items()}
+
+
+def key_chunks(values: np.ndarray) -> list[np.ndarray]:
+    """Cut a key column that begins with a chunk into its chunks."""
+    return [values[start : start + KEY_CHUNK] for start in range(0, len(values), KEY_CHUNK)]
+
+
+def granule_of(name: str) -> int:
+    """Return the granule that the tensor file called `name` holds, -1 for a file that is none."""
+    parts = name.split(".")
+    is_chunk = parts[0] == "c" and len(parts) > 1 and all(part.isdecimal() for part in parts[1:])
+    return int(parts[1]) if is_chunk else -1
+
+
+def _tensor_files_beyond(path: Path, group: Group) -> Iterator[tuple[Path, int]]:
+    first = group.point.records // group.schema.granule
+    for name in group.schema.columns:
+        for entry in os.scandir(path / name):
+            number = granule_of(entry.name)
+            if number >= first:
+                yield Path(entry.path), number
+
+
+def _unmarked(path: Path, group: Group) -> dict[Path, bytes]:
+    """Return the files of ``deleted_in`` that hold marks beyond the commit point, without them."""
+    snapshot = Snapshot(path, group)
+    chunks = key_chunks(snapshot.column("deleted_in"))
+    column = group.key_columns["deleted_in"]
+    return {
+        _key_files.key_file(path, name, number): _key_files.encode(column, chunks[number]).contents
+        for name, number in snapshot.stale
+    }
