@@ -551,6 +551,21 @@ def test_under_warn_training_goes_on_and_the_round_is_listed(store, monkeypatch,
     assert kept == [["0", 1], ["0", 3], ["server", 2]]
 
 
+def test_an_error_that_nobody_expects_says_of_what_it_is_also_under_warn(store, monkeypatch):
+    recorder = Recorder(store, on_error="warn")
+    with monkeypatch.context() as patched:
+        patched.setattr(_pages.Page, "records", lambda page: {}["x"])
+        put(recorder, 3, 7)
+        with pytest.raises(KeyError) as caught:
+            recorder.flush()
+    assert caught.value.__notes__[-1] == f"while node 3, round 7 was recorded to {store.path}"
+    assert [str(each) for each in recorder.missing] == ["node 3, round 7 (KeyError: 'x')"]
+    recorder.flush()
+    put(recorder, 3, 7)
+    recorder.close()
+    assert not recorder.missing
+
+
 def test_a_busy_store(store, caplog):
     lock = WriterLock(store.path, 1)
     try:
