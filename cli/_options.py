@@ -83,6 +83,9 @@ _FILTERS = [
         "--sample-id", "sample_id", multiple=True, metavar="NAMES", help="Sample ids: train_0."
     ),
     click.option(
+        "--file-id", "file_id", multiple=True, metavar="NAMES", help="Files, as they were recorded."
+    ),
+    click.option(
         "--per-class",
         type=click.IntRange(min=1),
         help="Only the first N samples of each node, round, split and class.",
@@ -95,7 +98,7 @@ _FILTERS = [
 ]
 
 
-FILTERS = ("node", "round", "split", "class_name", "index", "sample_id", "per_class")
+FILTERS = ("node", "round", "split", "class_name", "index", "sample_id", "file_id", "per_class")
 """Names of the filters, as `EmbeddingStore.select` takes them."""
 
 
@@ -116,6 +119,13 @@ class Filters:
     typed: Mapping[str, list[Any]]
     per_class: int | None = None
     allow_empty: bool = False
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Filters:
+        """Return the filters among the parameters of a command."""
+        names = [name for name in FILTERS if name != "per_class" and params[name]]
+        typed = {name: _flat(name, params[name]) for name in names}
+        return cls(typed, params["per_class"], params["allow_empty"])
 
     def __bool__(self) -> bool:
         return bool(self.typed) or self.per_class is not None
@@ -219,11 +229,8 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        given = {name: kwargs.pop(name) for name in FILTERS}
-        per_class = given.pop("per_class")
-        typed = {name: _flat(name, values) for name, values in given.items() if values}
-        filters = Filters(typed, per_class, kwargs.pop("allow_empty"))
-        return function(*args, filters=filters, **kwargs)
+        given = {name: kwargs.pop(name) for name in (*FILTERS, "allow_empty")}
+        return function(*args, filters=Filters.of(given), **kwargs)
 
     for option in reversed(_FILTERS):
         wrapped = option(wrapped)

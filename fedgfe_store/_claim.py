@@ -25,7 +25,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from fedgfe_store import _files, _workers
-from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
+from fedgfe_store._checksums import UnreadableError
+from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError, NotFoundError
 
 RENEWAL_SECONDS = 10.0
 """How often a living owner touches its claim."""
@@ -35,6 +36,8 @@ _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.5
 _LOOK_SECONDS = 1.0
 """How often a waiting writer asks whether the owner lives, which makes a file."""
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+_LONGEST = 2**16
+"""Bytes of a claim, at most."""
 _NAME = re.compile(r"claim\.(\d+)\.(\d+)")
 
 _log = logging.getLogger("fedgfe_store")
@@ -67,8 +70,8 @@ class Owner:
     def of(cls, file: Path) -> Owner | None:
         """Return the owner named in the claim `file`; None where it is gone or names none."""
         try:
-            return cls(**json.loads(file.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
+            return cls(**json.loads(_files.read_regular(file, _LONGEST)))
+        except (FileNotFoundError, ValueError, TypeError, RecursionError):
             return None
 
     @property
@@ -349,10 +352,15 @@ def age(file: Path) -> float:
             probe.unlink(missing_ok=True)
     try:
         # Opened first: network disks keep what they know of a file that no one opens.
-        with open(file, "rb") as held:
-            return now - os.fstat(held.fileno()).st_mtime
+        held = _files.open_regular(file)
     except FileNotFoundError:
         return 0.0
+    except UnreadableError as error:
+        raise DamagedDataError(f"{file}: {error}, and names no writer: remove it") from error
+    try:
+        return now - os.fstat(held).st_mtime
+    finally:
+        os.close(held)
 
 
 def _all_dead(files: dict[int, Path]) -> bool:

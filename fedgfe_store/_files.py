@@ -164,11 +164,18 @@ def is_temporary(path: Path) -> bool:
     return path.name.endswith(_LEFT_HALF_WRITTEN) and path.is_file()
 
 
+def temporaries(folder: Path) -> list[Path]:
+    """Return what a killed writer left half written in `folder`; nothing where there is none."""
+    found: list[Path] = []
+    with _absent_ignored():
+        found += folder.iterdir()
+    return sorted(filter(is_temporary, found))
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove what a killed writer left half written in `folder`."""
-    for path in folder.iterdir():
-        if is_temporary(path):
-            path.unlink(missing_ok=True)
+    for path in temporaries(folder):
+        path.unlink(missing_ok=True)
 
 
 def usage(folder: Path) -> tuple[int, int]:
@@ -189,5 +196,18 @@ def chunk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
     One that a compaction removes meanwhile is left out.
     """
     for path in folder.glob("c.*"):
-        with contextlib.suppress(FileNotFoundError):
-            yield path, path.stat().st_size
+        size = None
+        with _absent_ignored():
+            size = path.stat().st_size
+        if size is not None:
+            yield path, size
+
+
+@contextmanager
+def _absent_ignored() -> Iterator[None]:
+    """End the block where something is not there, or its folder or the link to it leads nowhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise

@@ -214,3 +214,7 @@ def test_records_that_a_compaction_moves_are_found_without_looking_at_all(
     monkeypatch.setattr(RecordKey, "__init__", counted)
     assert render(job, pipeline=options["pipeline"]).done == 4
     assert len(built) < 40
+
+
+def test_a_folder_that_would_lie_in_the_root_can_be_planned(selection: Selection) -> None:
+    assert len(plan_images(selection.take([0]), SETTINGS, Path("/no-such-folder")).items) == 1

@@ -424,9 +424,11 @@ def _check_names(keys: Collection[RecordKey], folder: Path) -> None:
 
 
 def _ignores_case(folder: Path) -> bool:
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    swapped = existing.with_name(existing.name.swapcase())
-    return existing.name != swapped.name and swapped.exists() and swapped.samefile(existing)
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if path.exists() and path.name != path.name.swapcase():
+            swapped = path.with_name(path.name.swapcase())
+            return swapped.exists() and swapped.samefile(path)
+    return False
 
 
 def _megabytes(size: int) -> str:
