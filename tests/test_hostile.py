@@ -125,3 +125,18 @@ def test_a_claim_that_is_no_file_names_nobody(received, kind):
     assert store.verify().sound
     with pytest.raises(DamagedDataError, match=r"claim.4.0: it is no ordinary file, .* remove it"):
         store.delete(round=2, index=1, timeout=5)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "socket"])
+def test_what_is_no_file_is_not_backed_up(received, kind, tmp_path):
+    for name in ("t5/c.1.0.0", "t5/zarr.json", "node/c.0"):
+        file = received / name
+        good = file.read_bytes()
+        file.unlink()
+        ODD_FILES[kind](file)
+        with pytest.raises(DamagedDataError, match=f"{name} is damaged: it is no ordinary file"):
+            EmbeddingStore.open(received).backup(tmp_path / "copy.zarr", timeout=5)
+        (shutil.rmtree if kind == "folder" else os.unlink)(file)
+        file.write_bytes(good)
+    EmbeddingStore.open(received).backup(tmp_path / "copy.zarr", timeout=5)
+    use(tmp_path / "copy.zarr")
