@@ -134,27 +134,28 @@ class Transaction:
     def _open(self, timeout: float, known: Snapshot) -> None:
         started = time.monotonic()
         self._lock = WriterLock(self.path, timeout)
+        claim = None
         try:
-            self._claim = Claim.take(
+            claim = self._claim = Claim.take(
                 self.path,
                 timeout=timeout,
                 since=started,
                 published=lambda: Group.read(self.path).point.commit,
                 clear=lambda: remove_temporary(self.path, Group.read(self.path)),
             )
-            self._staging = Staging(self._claim.token)
-            try:
-                group = Group.read(self.path)
-                self._tail = recover(self.path, group, self._claim)
-            except BaseException:
-                self._claim.release()
-                raise
+            self._staging = Staging(claim.token)
+            group = Group.read(self.path)
+            self._tail = recover(self.path, group, claim)
+            same = known.as_of is None and known.group.raw == group.raw
+            self.snapshot = known if same else known.at(group)
+            self._skip(self._tail - group.point.records)
         except BaseException:
-            self._lock.release()
+            try:
+                if claim is not None:
+                    claim.release()
+            finally:
+                self._lock.release()
             raise
-        same = known.as_of is None and known.group.raw == group.raw
-        self.snapshot = known if same else known.at(group)
-        self._skip(self._tail - group.point.records)
 
     def _skip(self, rows: int) -> None:
         """Leave `rows` empty: tensor files of theirs may still be unlinked by a late writer."""
