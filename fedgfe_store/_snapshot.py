@@ -15,7 +15,7 @@ from fedgfe_store import _key_files
 from fedgfe_store._checksums import UnreadableError
 from fedgfe_store._gather import gather
 from fedgfe_store._group import CommitPoint, Group
-from fedgfe_store._layout import KEY_CHUNK, KeyColumn, key_columns
+from fedgfe_store._layout import KEY_CHUNK, KeyColumn
 from fedgfe_store._tensor_files import OpenFile, TensorFiles
 from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
 from fedgfe_store.records import (
@@ -48,7 +48,7 @@ class Snapshot:
         self.group = group
         self.as_of = as_of
         self.commit = group.point.commit if as_of is None else as_of
-        self._columns = key_columns(group.schema)
+        self._columns = group.known_columns
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
         self.stale: set[tuple[str, int]] = set()
