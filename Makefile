@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo notebook test lint bench bench-quick clean
+.PHONY: demo notebook test soak lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -17,6 +17,11 @@ demo/contact_sheet.png: | $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# What power cuts, kills, broken disks, locks and copying do to stores; hours. Pieces, seeds and a
+# short form: tools/soak.py --help.
+soak: $(VENV)/installed-dev
+	$(BIN)/python tools/soak.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ import writers
 from figures import Figures
 from operations import OPERATIONS
 
-CONTROL = ("append", "compact", "roll back replace")
+CONTROL = ("append", "compact")
 """Operations of which the flushes are left out, to see that it is found."""
 KEPT = {
     "no flush": lambda kind: False,
@@ -37,16 +37,16 @@ KEPT = {
 
 
 def power_cuts(root: Path, *, seed: int, short: bool) -> Figures:
-    """Every state that a power cut can leave, or a sample of them."""
-    return crashes.power_cuts(root, OPERATIONS, seed=seed, most=5 if short else None)
+    """Look at every state that a power cut can leave, or a sample of them."""
+    return crashes.power_cuts(root, OPERATIONS, seed=seed, most=2 if short else None)
 
 
 def without_flushes(root: Path, *, seed: int, short: bool) -> Figures:
-    """The control: power cuts have to do damage where flushes are left out."""
+    """See, as a control, that power cuts do damage where flushes are left out."""
     figures = Figures()
     for left_out, flushes in KEPT.items():
         found = crashes.power_cuts(
-            root, CONTROL, seed=seed, most=5 if short else 60, flushes=flushes
+            root, CONTROL, seed=seed, most=1 if short else 60, flushes=flushes
         )
         real = [fault for fault in found.faults if "left over" not in fault]
         figures.counts["tried"] += found.counts["tried"]
@@ -57,38 +57,38 @@ def without_flushes(root: Path, *, seed: int, short: bool) -> Figures:
 
 
 def kills(root: Path, *, seed: int, short: bool) -> Figures:
-    """SIGKILL before, within and after each write, flush, rename, link and unlink."""
-    return crashes.kills(root, OPERATIONS, seed=seed, most=3 if short else None)
+    """Kill before, within and after each write, flush, rename, link and unlink."""
+    return crashes.kills(root, OPERATIONS, seed=seed, most=2 if short else None)
 
 
 def kills_at_random(root: Path, *, seed: int, short: bool) -> Figures:
-    """SIGKILL at any moment of a long life."""
+    """Kill at any moment of a long life."""
     most, longest = (8, 0.2) if short else (200, 1.0)
     return random_kills.random_kills(root, seed=seed, most=most, longest=longest)
 
 
 def refusals(root: Path, *, seed: int, short: bool) -> Figures:
-    """Full disks, broken disks and too many open files, at each call."""
-    return crashes.refusals(root, OPERATIONS, seed=seed, most=4 if short else None)
+    """Let disks be full or broken, or too many files open, at each call."""
+    return crashes.refusals(root, OPERATIONS, seed=seed, most=2 if short else None)
 
 
 def granted_locks(root: Path, *, seed: int, short: bool) -> Figures:
-    """Writers on several hosts that are each granted every lock."""
+    """Let writers on several hosts each be granted every lock."""
     return writers.granted_locks(root, runs=1 if short else 5, shapes=[(2, 20), (4, 15)])
 
 
 def stopped_writers(root: Path, *, seed: int, short: bool) -> Figures:
-    """A writer that stops, is taken for dead, and goes on."""
-    return writers.stopped_writers(root, seed=seed, most=4 if short else None)
+    """Stop a writer, let it be taken for dead, and let it go on."""
+    return writers.stopped_writers(root, seed=seed, most=2 if short else None)
 
 
 def locks_not_offered(root: Path, *, seed: int, short: bool) -> Figures:
-    """Lock calls that fail."""
+    """Let lock calls fail."""
     return writers.locks_not_offered(root)
 
 
 def live_copies(root: Path, *, seed: int, short: bool) -> Figures:
-    """Plain copies of a store under a busy writer."""
+    """Copy a store plainly under a busy writer."""
     figures = Figures()
     for copy in (copies.zarr_json_first, copies.in_any_order):
         many = 4 if short else 20
@@ -99,7 +99,7 @@ def live_copies(root: Path, *, seed: int, short: bool) -> Figures:
 
 
 def backups(root: Path, *, seed: int, short: bool) -> Figures:
-    """Backups of a store under a busy writer: every one is sound."""
+    """Back up a store under a busy writer: every backup is sound."""
     many = 4 if short else 20
     return copies.live_copies(root, copies.backed_up, seed=seed, copies=many, all_sound=True)
 

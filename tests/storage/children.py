@@ -47,6 +47,14 @@ class Child:
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.pid, options) is not None
 
+    def pause(self) -> None:
+        """Stop the child until `go_on`."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let the child go on."""
+        os.kill(self.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         """Kill the child."""
         os.kill(self.pid, signal.SIGKILL)

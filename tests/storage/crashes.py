@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import disk
 from children import in_child
 from figures import Figures
-from operations import OPERATIONS, Expected, Operation, Told, check, prepare, told
+from operations import OPERATIONS, STORE, Expected, Operation, Told, check, prepare, told
 from system_calls import CHANGING, REFUSED, Call, Killer, Recorder, Recording, Refuser, no_flushes
 
 from fedgfe_store import EmbeddingStore, FedgfeStoreError
 from fedgfe_store.errors import NotFoundError
 
 KINDS_OF_KILLS = ("before", "within", "after")
+PLAIN = 10
+"""Every how manieth state a plain Zarr reader looks at, which takes as long as all the rest."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Scene:
     """An operation made ready in a folder: what lies there, and what it tells before and after."""
 
     name: str
+    root: Path
     path: Path
     start: disk.Tree
     expected: Expected
@@ -48,14 +50,9 @@ class Scene:
             before = _told_or_none(path)
             in_child(lambda: _do(operation.change, path))
             after = told(path)
-        scene = cls(name, path, start, Expected(before, after))
+        scene = cls(name, root, path, start, Expected(before, after))
         scene.reset()
         return scene
-
-    @property
-    def root(self) -> Path:
-        """The folder that holds the store and what lies beside it."""
-        return self.path.parent
 
     def reset(self) -> None:
         """Put back what the operation begins with."""
@@ -153,8 +150,8 @@ def power_cuts(
     seed : int
         Of what is drawn.
     most : int, optional
-        Moments to cut at for each operation, drawn, with one state each, besides its end; by
-        default every moment and all states that are built.
+        Moments to cut at for each operation, drawn, with one state each, besides all states at
+        its end and its commit; by default all states at every moment.
     flushes : callable
         Which kinds of flushes count; a control leaves some out.
     """
@@ -165,7 +162,7 @@ def power_cuts(
         recording = scene.recorded()
         with no_flushes():
             for number, state in enumerate(_states(recording, rng, most=most, flushes=flushes)):
-                _look_at(figures, scene, state, plain=number % 8 == 0)
+                _look_at(figures, scene, state, plain=number % PLAIN == 0)
     return figures
 
 
@@ -185,15 +182,17 @@ def _states(
     calls = [c for c in recording.calls if not c.kind.startswith("flush") or flushes(c.kind)]
     moments = range(len(calls) + 1)
     drawn = set(moments if most is None else rng.sample(moments, min(most, len(moments))))
+    whole = {number for number in moments if number and _publishes(calls[number - 1])}
+    whole |= {len(calls)}
     there, found, seen = disk.Disk(recording), [], set()
     for number in moments:
         if number:
             there.apply(calls[number - 1])
         done = number == len(calls)
-        if number not in drawn and not done:
+        if number not in drawn | whole:
             continue
         states = list(there.states(rng, whole=most is None))
-        if most is not None and not done:
+        if most is not None and number not in whole:
             states = [rng.choice(states)]
         for tree in states:
             mark = disk.fingerprint(tree), done
@@ -201,6 +200,11 @@ def _states(
                 seen.add(mark)
                 found.append(_State(_moment(calls, number), tree, done))
     return found
+
+
+def _publishes(call: Call) -> bool:
+    """Whether this is the rename by which a commit is there, for any reader."""
+    return call.kind == "rename" and call.to.endswith(f"/{STORE}/zarr.json")
 
 
 def _moment(calls: list[Call], number: int) -> str:
@@ -239,7 +243,7 @@ def kills(root: Path, names: Iterable[str], *, seed: int, most: int | None = Non
             with no_flushes():
                 figures.look(
                     f"{name}, killed {where} call {at} of {total}",
-                    lambda: check(scene.path, scene.expected, plain=number % 8 == 0),  # noqa: B023
+                    lambda: check(scene.path, scene.expected, plain=number % PLAIN == 0),  # noqa: B023
                 )
     return figures
 
@@ -313,5 +317,3 @@ def _judged(scene: Scene, outcome: _Outcome, code: int) -> str:
     if found == "before":
         assert "was published before this failed" not in outcome.notes, outcome.notes
     return f"refused, {found}"
-
-

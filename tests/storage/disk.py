@@ -170,6 +170,7 @@ class Disk:
         yield self.cached()
         yield self.after_power_cut(everything, {})
         yield self.after_power_cut(everything, {n: bytes(len(b)) for n, b in cached.items()})
+        yield self.after_power_cut({len(everything) - 1} & everything, {})
         for position in sorted(everything)[-4:]:
             yield self.after_power_cut(everything - {position}, cached)
             yield self.after_power_cut({position}, cached)

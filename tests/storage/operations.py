@@ -57,22 +57,18 @@ def put(
 def make_base(path: Path) -> None:
     """Make a store that has lived: several commits, replaced and deleted records, thin files."""
     store = EmbeddingStore.create(path, SCHEMA)
-    put(store, node=0, round=0, n=6, seed=1)
-    put(store, node=1, round=0, n=5, seed=2, audio=False)
-    put(store, node=0, round=1, n=3, seed=3, class_name="cat")
-    store.delete(node=1, index=[0, 1, 2])
-    put(store, node=2, round=1, n=1, seed=4)
-    put(store, node=0, round=0, n=2, seed=5, if_exists="replace")
-    store.delete(node=0, round=1)
-    put(store, node=3, round=0, n=1, seed=6)
-    put(store, node=4, round=0, n=9, seed=7)
+    put(store, node=0, round=0, n=5, seed=1)
+    put(store, node=1, round=0, n=3, seed=2, audio=False)
+    store.delete(node=1, index=[0, 1])
+    put(store, node=0, round=0, n=1, seed=3, if_exists="replace")
+    put(store, node=2, round=1, n=1, seed=4, class_name="cat")
 
 
 def make_source(path: Path) -> None:
     """Make a store to merge from."""
     store = EmbeddingStore.create(path, SCHEMA)
-    put(store, node=20, round=0, n=7, seed=80)
-    put(store, node=21, round=0, n=3, seed=81, audio=False)
+    put(store, node=20, round=0, n=3, seed=80)
+    put(store, node=21, round=0, n=2, seed=81, audio=False)
 
 
 Record = tuple[bytes | None, str]
@@ -132,7 +128,7 @@ def _value(selection: Any, name: str, i: int) -> bytes | None:
 
 def plainly(path: Path, schema: Schema = SCHEMA) -> dict[str, bytes]:
     """Return what `xarray` reads under the README's mask: each record's tensors, by its key."""
-    dataset = xr.open_zarr(path)
+    dataset = xr.open_zarr(path, chunks=None)
     commit = dataset.attrs["fedgfe_store"]["commit_point"]["commit"]
     visible = (dataset.created_in > 0) & ~(
         (dataset.deleted_in > 0) & (dataset.deleted_in <= commit)
@@ -159,7 +155,7 @@ def _append_records(path: Path) -> None:
 
 def _append_while_gathering(path: Path) -> None:
     with small_buffer(600), EmbeddingStore.open(path).append(node=8, round=8) as batch:
-        for i in range(4):
+        for i in range(3):
             there = range(10 * i, 10 * i + 3)
             given = tensors(3, 60 + i) | {"timestamp": datetime(2024, 1, 2)}
             batch.add(split="train", class_name="new class", index=there, **given)
@@ -177,11 +173,11 @@ def small_buffer(nbytes: int) -> Iterator[None]:
 
 
 def _replace_records(path: Path) -> None:
-    put(EmbeddingStore.open(path), node=4, round=0, n=6, seed=51, if_exists="replace")
+    put(EmbeddingStore.open(path), node=0, round=0, n=6, seed=51, if_exists="replace")
 
 
 def _delete(path: Path) -> None:
-    EmbeddingStore.open(path).delete(node=[0, 4], index=range(2, 5))
+    EmbeddingStore.open(path).delete(node=[0, 1], index=range(1, 4))
 
 
 def _merge(path: Path) -> None:
@@ -209,10 +205,14 @@ class Operation:
     damage: Change = _nothing
     after_death_of: str | None = None
     """An operation that another process began, and died of."""
+    below: str = "."
+    """A folder in which the store lies, and which is not there yet."""
 
 
 OPERATIONS = {
-    "create": Operation(lambda path: EmbeddingStore.create(path, SCHEMA), _nothing),
+    "create": Operation(
+        lambda path: EmbeddingStore.create(path, SCHEMA), _nothing, below="new/folders"
+    ),
     "append": Operation(_append_records),
     "append while gathering": Operation(_append_while_gathering),
     "replace": Operation(_replace_records),
@@ -232,10 +232,11 @@ def prepare(operation: Operation, root: Path) -> Path:
     """Make the folder `root` with what `operation` begins with; return the store's path."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    operation.prepare(root / STORE)
+    path = root / operation.below / STORE
+    operation.prepare(path)
     make_source(root / SOURCE)
-    operation.damage(root / STORE)
-    return root / STORE
+    operation.damage(path)
+    return path
 
 
 @dataclass(frozen=True)

@@ -203,5 +203,3 @@ def random_kills(root: Path, *, seed: int, most: int, longest: float) -> Figures
         check_clean(life.path, store.verify().leftovers)
     life.figures.counts["commits"] = life.commit
     return life.figures
-
-

@@ -102,7 +102,9 @@ class Watch:
             return self._real["builtins.open"](file, mode, *options, **named)
         return _pyio.open(file, mode, *options, **named)
 
-    def _os_open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    def _os_open(
+        self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
+    ) -> int:
         full = self._below(path, dir_fd)
         if full is None:
             return int(self._real["open"](path, flags, mode, dir_fd=dir_fd))
