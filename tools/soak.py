@@ -79,7 +79,7 @@ def granted_locks(root: Path, *, seed: int, short: bool) -> Figures:
 
 def stopped_writers(root: Path, *, seed: int, short: bool) -> Figures:
     """Stop a writer, let it be taken for dead, and let it go on."""
-    return writers.stopped_writers(root, seed=seed, most=2 if short else None)
+    return writers.stopped_writers(root, seed=seed, most=4 if short else None)
 
 
 def locks_not_offered(root: Path, *, seed: int, short: bool) -> Figures:
