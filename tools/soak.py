@@ -114,6 +114,7 @@ PIECES: dict[str, Callable[..., Figures]] = {
     "stopped-writers": stopped_writers,
     "locks-not-offered": locks_not_offered,
     "live-copies": live_copies,
+    "backups": backups,
 }
 
 

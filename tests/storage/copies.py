@@ -14,6 +14,7 @@ from children import Child, in_child
 from figures import Figures
 from operations import PATIENCE, STORE
 from system_calls import no_flushes
+from writers import hurry
 
 from fedgfe_store import EmbeddingStore, FedgfeStoreError, Schema
 
@@ -128,6 +129,7 @@ def _tried(
     writer.go_on()
     copy(source, dest, rng)
     writer.pause()  # the copy is looked at without it, in half the time
+    hurry()  # a copy may hold the claim of the writer, which does not touch it there
     with no_flushes():
         refused = _refused(dest)
         if refused is not None:

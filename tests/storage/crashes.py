@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import random
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +67,8 @@ class Scene:
         """Do the operation in a process that is dead afterwards, and return its calls."""
 
         def record() -> tuple[Recording, disk.Tree]:
+            # After a power cut no one can tell that the process is dead, unlike after a kill.
+            socket.gethostname = lambda: "before the power cut"
             with Recorder(self.root) as recorder:
                 self.change()
             return recorder.recording, disk.lying(self.root)
@@ -150,8 +153,8 @@ def power_cuts(
     seed : int
         Of what is drawn.
     most : int, optional
-        Moments to cut at for each operation, drawn, with one state each, besides all states at
-        its end and its commit; by default all states at every moment.
+        Moments to cut at for each operation, drawn, with one state each, besides its end and its
+        commit; by default all states at every moment.
     flushes : callable
         Which kinds of flushes count; a control leaves some out.
     """
@@ -182,6 +185,7 @@ def _states(
     calls = [c for c in recording.calls if not c.kind.startswith("flush") or flushes(c.kind)]
     moments = range(len(calls) + 1)
     drawn = set(moments if most is None else rng.sample(moments, min(most, len(moments))))
+    # Where a commit is made, and where it has been.
     whole = {number for number in moments if number and _publishes(calls[number - 1])}
     whole |= {len(calls)}
     there, found, seen = disk.Disk(recording), [], set()
@@ -192,8 +196,9 @@ def _states(
         if number not in drawn | whole:
             continue
         states = list(there.states(rng, whole=most is None))
-        if most is not None and number not in whole:
-            states = [rng.choice(states)]
+        if most is not None:
+            # The extremes come first.
+            states = [*states[:4], rng.choice(states)] if number in whole else [rng.choice(states)]
         for tree in states:
             mark = disk.fingerprint(tree), done
             if mark not in seen:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.util
 import logging
 import os
 import random
@@ -22,7 +21,7 @@ from figures import Figures
 from operations import SCHEMA, STORE, tensors
 from system_calls import CHANGING, Killer, no_flushes
 
-from fedgfe_store import EmbeddingStore, FedgfeStoreError
+from fedgfe_store import EmbeddingStore, FedgfeStoreError, _claim
 from fedgfe_store.errors import BusyError, ConflictError
 
 RECORDS = 3
@@ -58,10 +57,7 @@ def refuse_locks(code: int) -> None:
 
 def hurry() -> None:
     """Let a writer that gives no sign be taken for dead after `TAKEOVER` seconds."""
-    if importlib.util.find_spec("fedgfe_store._claim") is not None:
-        from fedgfe_store import _claim
-
-        _claim.RENEWAL_SECONDS, _claim.TAKEOVER_SECONDS = TAKEOVER / 6, TAKEOVER
+    _claim.RENEWAL_SECONDS, _claim.TAKEOVER_SECONDS = TAKEOVER / 6, TAKEOVER
 
 
 def _append(path: Path, node: int, number: int) -> Ended:
