@@ -51,7 +51,9 @@ class Scene:
             before = _told_or_none(path)
             in_child(lambda: _do(operation.change, path))
             after = told(path)
-        scene = cls(name, root, path, start, Expected(before, after))
+        scene = cls(
+            name, root, path, start, Expected(before, after, operation.change, operation.resumes)
+        )
         scene.reset()
         return scene
 

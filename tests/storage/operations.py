@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,16 @@ PATIENCE = 5.0
 """Seconds that a writer waits where nobody else writes: after them the store is stuck."""
 
 
-def tensors(n: int, seed: int, *, audio: bool = True) -> dict[str, np.ndarray]:
+def tensors(
+    n: int, seed: int, *, audio: bool = True, schema: Schema = SCHEMA
+) -> dict[str, np.ndarray]:
     """Return the tensors of `n` records."""
     rng = np.random.default_rng(seed)
-    shapes = {"t5": (n, 2, 8), "clip": (n, 4)} | ({"audio": (n, 3, 4)} if audio else {})
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return {
+        tensor.name: rng.standard_normal((n, *tensor.shape), np.float32)
+        for tensor in schema.tensors
+        if audio or not tensor.optional
+    }
 
 
 def put(
@@ -40,6 +45,7 @@ def put(
     if_exists: Any = "error",
     class_name: str = "dog",
     timeout: float = PATIENCE,
+    **notes: Any,
 ) -> None:
     """Append `n` records with every kind of note, in one commit."""
     with store.append(node=node, round=round, if_exists=if_exists, timeout=timeout) as batch:
@@ -50,7 +56,8 @@ def put(
             sample_id=[f"sample {i}, é" for i in range(n)],
             extra=[{"i": i} for i in range(n)],
             timestamp=datetime(2024, 1, 2),
-            **tensors(n, seed, audio=audio),
+            **tensors(n, seed, audio=audio, schema=store.schema),
+            **notes,
         )
 
 
@@ -146,6 +153,20 @@ def plainly(path: Path, schema: Schema = SCHEMA) -> dict[str, bytes]:
     }
 
 
+def make_version_1(path: Path) -> None:
+    """Put a store there that the first release wrote."""
+    shutil.copytree(Path(__file__).parents[1] / "data" / "version1.zarr", path)
+
+
+def make_backup(path: Path) -> None:
+    """Put a backup there of the source, which has gone on since."""
+    source = path.with_name(SOURCE)
+    make_source(source)
+    EmbeddingStore.open(source).backup(path)
+    EmbeddingStore.open(source).delete(node=20, index=1)
+    put(EmbeddingStore.open(source), node=22, round=1, n=2, seed=82, class_name="bird")
+
+
 Change = Callable[[Path], object]
 
 
@@ -184,6 +205,15 @@ def _merge(path: Path) -> None:
     EmbeddingStore.open(path).merge(EmbeddingStore.open(path.with_name(SOURCE)))
 
 
+def _back_up(path: Path) -> None:
+    EmbeddingStore.open(path.with_name(SOURCE)).backup(path)
+
+
+def _identify(path: Path) -> None:
+    """Append what only stores of version 2 hold."""
+    put(EmbeddingStore.open(path), node=7, round=7, n=2, seed=52, file_id="file é")
+
+
 def _damage(path: Path) -> None:
     """Change a byte of the file that holds the first records."""
     file = path / "clip" / "c.0.0"
@@ -207,6 +237,8 @@ class Operation:
     """An operation that another process began, and died of."""
     below: str = "."
     """A folder in which the store lies, and which is not there yet."""
+    resumes: bool = False
+    """Whether it is for the operation, done again, to finish what a dead process began."""
 
 
 OPERATIONS = {
@@ -220,11 +252,20 @@ OPERATIONS = {
     "compact": Operation(lambda path: EmbeddingStore.open(path).compact()),
     "merge": Operation(_merge),
     "repair": Operation(lambda path: EmbeddingStore.open(path).verify(repair=True), damage=_damage),
+    "back up": Operation(_back_up, _nothing, resumes=True),
+    "back up again": Operation(_back_up, make_backup, resumes=True),
+    "append to version 1": Operation(_append_records, make_version_1),
+    "upgrade": Operation(lambda path: EmbeddingStore.open(path).upgrade(), make_version_1),
+    "append that upgrades": Operation(_identify, make_version_1),
 }
-_next_writer = Operation(lambda path: EmbeddingStore.open(path).delete(node="nobody"))
+_ROLLED_BACK = ("append while gathering", "replace", "delete", "compact", "append to version 1")
 OPERATIONS |= {
-    f"roll back {name}": replace(_next_writer, after_death_of=name)
-    for name in ("append while gathering", "replace", "delete", "compact")
+    f"roll back {name}": Operation(
+        lambda path: EmbeddingStore.open(path).delete(node="nobody"),
+        OPERATIONS[name].prepare,
+        after_death_of=name,
+    )
+    for name in (*_ROLLED_BACK, "upgrade")
 }
 
 
@@ -234,17 +275,24 @@ def prepare(operation: Operation, root: Path) -> Path:
     root.mkdir(parents=True)
     path = root / operation.below / STORE
     operation.prepare(path)
-    make_source(root / SOURCE)
+    if not (root / SOURCE).exists():
+        make_source(root / SOURCE)
     operation.damage(path)
     return path
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the store tells before an operation, None where there is none, and after it."""
+    """What the store tells before an operation, None where there is none, and after it.
+
+    `again` does the operation once more: it has to make the store where there is none, and, if it
+    `resumes`, to finish what was begun.
+    """
 
     before: Told | None
     after: Told
+    again: Change
+    resumes: bool = False
 
 
 def check(path: Path, expected: Expected, *, plain: bool) -> str:
@@ -274,7 +322,7 @@ def check(path: Path, expected: Expected, *, plain: bool) -> str:
     except NotFoundError:
         if expected.before is not None:
             raise
-        EmbeddingStore.create(path, SCHEMA, timeout=PATIENCE)
+        expected.again(path)
         now, found = expected.after, "before"
         assert told(path) == now, "what the next writer makes differs"
     else:
@@ -283,6 +331,10 @@ def check(path: Path, expected: Expected, *, plain: bool) -> str:
     if plain and not now.damaged:
         seen = {key: record[0] for key, record in now.records.items()}
         assert plainly(path) == seen, "a plain reader sees something else"
+    if expected.resumes:
+        expected.again(path)
+        now = told(path)
+        assert now == expected.after, "done again, it came to something else"
     put(EmbeddingStore.open(path), node=99, round=9, n=3, seed=99, class_name="later")
     later = _records(EmbeddingStore.open(path))
     assert len(later) == len(now.records) + 3, "the next append lost or added records"
