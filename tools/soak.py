@@ -28,6 +28,9 @@ from figures import Figures
 from operations import OPERATIONS
 
 CONTROL = ("append", "compact")
+FEWER = [name for name in OPERATIONS if "while" not in name and not name.startswith("roll back d")]
+FEW = ("create", "append", "replace", "compact", "back up again", "upgrade", "roll back replace")
+"""Operations that the short form tries."""
 """Operations of which the flushes are left out, to see that it is found."""
 KEPT = {
     "no flush": lambda kind: False,
@@ -38,7 +41,9 @@ KEPT = {
 
 def power_cuts(root: Path, *, seed: int, short: bool) -> Figures:
     """Look at every state that a power cut can leave, or a sample of them."""
-    return crashes.power_cuts(root, OPERATIONS, seed=seed, most=2 if short else None)
+    return crashes.power_cuts(
+        root, FEWER if short else OPERATIONS, seed=seed, most=1 if short else None
+    )
 
 
 def without_flushes(root: Path, *, seed: int, short: bool) -> Figures:
@@ -46,7 +51,11 @@ def without_flushes(root: Path, *, seed: int, short: bool) -> Figures:
     figures = Figures()
     for left_out, flushes in KEPT.items():
         found = crashes.power_cuts(
-            root, CONTROL, seed=seed, most=1 if short else 60, flushes=flushes
+            root,
+            CONTROL[: 1 if short else None],
+            seed=seed,
+            most=1 if short else 60,
+            flushes=flushes,
         )
         real = [fault for fault in found.faults if "left over" not in fault]
         figures.counts["tried"] += found.counts["tried"]
@@ -58,7 +67,7 @@ def without_flushes(root: Path, *, seed: int, short: bool) -> Figures:
 
 def kills(root: Path, *, seed: int, short: bool) -> Figures:
     """Kill before, within and after each write, flush, rename, link and unlink."""
-    return crashes.kills(root, OPERATIONS, seed=seed, most=2 if short else None)
+    return crashes.kills(root, FEW if short else OPERATIONS, seed=seed, most=2 if short else None)
 
 
 def kills_at_random(root: Path, *, seed: int, short: bool) -> Figures:
@@ -69,7 +78,9 @@ def kills_at_random(root: Path, *, seed: int, short: bool) -> Figures:
 
 def refusals(root: Path, *, seed: int, short: bool) -> Figures:
     """Let disks be full or broken, or too many files open, at each call."""
-    return crashes.refusals(root, OPERATIONS, seed=seed, most=2 if short else None)
+    return crashes.refusals(
+        root, FEW if short else OPERATIONS, seed=seed, most=2 if short else None
+    )
 
 
 def granted_locks(root: Path, *, seed: int, short: bool) -> Figures:
@@ -91,7 +102,7 @@ def live_copies(root: Path, *, seed: int, short: bool) -> Figures:
     """Copy a store plainly under a busy writer."""
     figures = Figures()
     for copy in (copies.zarr_json_first, copies.in_any_order):
-        many = 4 if short else 20
+        many = 2 if short else 20
         found = copies.live_copies(root, copy, seed=seed, copies=many, all_sound=False)
         figures.counts += found.counts
         figures.faults += found.faults
@@ -100,7 +111,7 @@ def live_copies(root: Path, *, seed: int, short: bool) -> Figures:
 
 def backups(root: Path, *, seed: int, short: bool) -> Figures:
     """Back up a store under a busy writer: every backup is sound."""
-    many = 4 if short else 20
+    many = 2 if short else 20
     return copies.live_copies(root, copies.backed_up, seed=seed, copies=many, all_sound=True)
 
 

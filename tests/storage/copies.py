@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,16 @@ def _put(store: EmbeddingStore, node: str, round: int, n: int) -> None:
         )
 
 
-def _make(path: Path) -> None:
-    with no_flushes():
-        _put(EmbeddingStore.create(path, TINY), "many", 0, MANY)
+@cache
+def _base(root: Path) -> Path:
+    """Make the store that every piece begins with, once."""
+
+    def make() -> None:
+        with no_flushes():
+            _put(EmbeddingStore.create(root / "base.zarr", TINY), "many", 0, MANY)
+
+    in_child(make)
+    return root / "base.zarr"
 
 
 def _be_busy(path: Path) -> None:
@@ -107,8 +115,8 @@ def live_copies(root: Path, copy: Copy, *, seed: int, copies: int, all_sound: bo
         Whether every copy has to be whole; otherwise one may be refused, with one line.
     """
     figures, rng = Figures(), random.Random(seed)
-    source = root / f"{copy.__name__}" / STORE
-    in_child(lambda: _make(source))
+    source = root / copy.__name__ / STORE
+    shutil.copytree(_base(root), source)
     writer = Child(lambda: _be_busy(source))
     try:
         for number in range(copies):

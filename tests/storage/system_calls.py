@@ -341,6 +341,19 @@ class Killer(_Counted):
             os.kill(os.getpid(), self.signal)
 
 
+class PublicationKiller(Watch):
+    """Kills its own process when a file is about to take the name `place`."""
+
+    def __init__(self, root: Path, place: str) -> None:
+        super().__init__(root)
+        self._place = os.path.realpath(place)
+
+    def before(self, kind: str, path: str, half: Callable[[], object]) -> None:
+        """Send the signal before a rename: temporary names begin with that of the place."""
+        if kind == "rename" and path.startswith(self._place):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 @dataclass
 class Refuser(_Counted):
     """Lets a call, or all from one on, fail as the system does."""
