@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo notebook test soak lint bench bench-quick clean
+.PHONY: demo notebook test test-gpu soak lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -15,13 +15,17 @@ notebook: $(VENV)/installed-notebooks | demo/contact_sheet.png
 demo/contact_sheet.png: | $(VENV)/installed
 	$(BIN)/fedgfe-store demo
 
-test: lint
+test: lint test-gpu
 	$(BIN)/python -m pytest
 
 # What power cuts, kills, broken disks, locks and copying do to stores; hours. Pieces, seeds and a
 # short form: tools/soak.py --help.
 soak: $(VENV)/installed-dev
 	$(BIN)/python tools/soak.py
+
+# The commands on a simulated GPU, in a process of its own: the device has to be there before torch.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/virtual_gpu
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

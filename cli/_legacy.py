@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedgfe_store.checkpoints import FileReport, Sources
     from fedgfe_store.selection import Selection
 
+    from ._options import Filters
     from .main import Context
 
 _MOST_SHOWN = 4
@@ -91,7 +92,7 @@ class OldFlags:
     def select(
         self,
         ctx: click.Context,
-        filters: dict[str, Any],
+        filters: Filters,
         as_of: int | None,
         *,
         dry_run: bool,
@@ -106,8 +107,9 @@ class OldFlags:
         if not self.given:
             from fedgfe_store import EmbeddingStore
 
-            return EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+            return filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
         from fedgfe_store.checkpoints import Sources, find_new, select_records
+        from fedgfe_store.errors import NotFoundError
 
         sources = Sources(self._files, self._folder, self._pattern)
         path = _store_path(ctx, sources)
@@ -120,9 +122,16 @@ class OldFlags:
         if new and not path.exists():
             ctx.exit()
         store = sources.open_store(path, as_of=as_of)
-        selection = select_records(store, sources, failed=self.failed, **filters)
+        # What is only announced may hold names that the store has not yet.
+        wanted = filters.resolved(store, strict=not new)
+        selection = select_records(store, sources, failed=self.failed, **wanted)
         if new and not len(selection):
             ctx.exit()
+        if filters.typed and not filters.allow_empty and not len(selection):
+            filters.check(store, store.select(**wanted))
+            raise NotFoundError(
+                f"no record of those files meets the filters, others of {store.path} do"
+            )
         return selection
 
 
@@ -161,7 +170,7 @@ def _announce(new: Sequence[Path], path: Path) -> None:
     if new:
         shown = ", ".join(file.name for file in new[:_MOST_SHOWN])
         more = f" and {len(new) - _MOST_SHOWN} more" if len(new) > _MOST_SHOWN else ""
-        total = size(sum(file.stat().st_size for file in new))
+        total = size(sum(file.lstat().st_size for file in new))
         click.echo(
             f"would first import {counted(len(new), 'file')}, {total}, into {path}: {shown}{more}"
         )

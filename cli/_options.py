@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from fedgfe_store.selection import Selection
+    import numpy as np
 
-_RANGE = re.compile(r"(\d+)-(\d+)")
+    from fedgfe_store.selection import Selection
+    from fedgfe_store.store import EmbeddingStore
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_NUMERIC = ("round", "index")
 
 
 class NumberList(click.ParamType):
@@ -22,37 +27,19 @@ class NumberList(click.ParamType):
     name = "numbers"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return `value` as a list of int."""
+        """Return `value` as a list of int and range."""
         if not isinstance(value, str):
             return value
-        numbers: list[int] = []
-        for part in value.split(","):
-            if found := _RANGE.fullmatch(part.strip()):
-                numbers += _ascending(self, found, param, ctx)
-            elif part.strip().isdecimal():
-                numbers.append(int(part))
-            else:
-                self.fail(f"expected numbers such as 1,5,10-20, got {value!r}", param, ctx)
-        return numbers
+        return [self._number(part.strip(), value, param, ctx) for part in value.split(",")]
 
+    def _number(self, part: str, value: str, param: Any, ctx: Any) -> int | range:
+        from fedgfe_store._lookup import read_range
 
-class NameList(click.ParamType):
-    """Names; ranges of numbers too where `ranges` is set: ``0-4,server``."""
-
-    name = "names"
-
-    def __init__(self, *, ranges: bool = False) -> None:
-        self.ranges = ranges
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return `value` as a list of str."""
-        if not isinstance(value, str):
-            return value
-        names: list[str] = []
-        for part in value.split(","):
-            found = _RANGE.fullmatch(part.strip()) if self.ranges else None
-            names += map(str, _ascending(self, found, param, ctx)) if found else [part.strip()]
-        return names
+        if (found := read_range(part)) is not None:
+            return found
+        if _NUMBER.fullmatch(part):
+            return int(part)
+        return self.fail(f"expected numbers such as 1,5,10-20, got {value!r}", param, ctx)
 
 
 KEYS = {
@@ -65,44 +52,45 @@ KEYS = {
 """Key columns by the names of their filters."""
 
 
-class KeyList(NameList):
+class KeyList(click.ParamType):
     """Key columns by the names of their filters: ``round,class``; those of `known` only."""
 
     name = "keys"
 
     def __init__(self, known: Mapping[str, str] = KEYS) -> None:
-        super().__init__()
         self._known = known
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return `value` as a list of the columns' names."""
         if not isinstance(value, str):
             return value
-        names = super().convert(value, param, ctx)
+        names = [part.strip() for part in value.split(",")]
         if not set(names) <= self._known.keys() or len(set(names)) < len(names):
             wanted = f"some of {', '.join(self._known)}, each once"
             self.fail(f"expected {wanted}, got {value!r}", param, ctx)
         return [self._known[name] for name in names]
 
 
-def _ascending(kind: click.ParamType, found: re.Match[str], param: Any, ctx: Any) -> range:
-    first, last = int(found[1]), int(found[2])
-    if first > last:
-        kind.fail(f"expected a range from low to high, got {found[0]!r}", param, ctx)
-    return range(first, last + 1)
-
-
 _FILTERS = [
-    click.option("--node", type=NameList(ranges=True), help="Nodes: 0-4,server."),
-    click.option("--round", type=NumberList(), help="Rounds: 1,5,10-20."),
-    click.option("--split", type=NameList(), help="Splits: train,val,test."),
-    click.option("--class", "class_name", type=NameList(), help="Classes: dog,drum."),
-    click.option("--index", type=NumberList(), help="Sample numbers: 0-9."),
-    click.option("--sample-id", "sample_id", type=NameList(), help="Sample ids: train_0."),
+    click.option("--node", multiple=True, metavar="NAMES", help="Nodes: 0-4,server."),
+    click.option("--round", multiple=True, type=NumberList(), help="Rounds: 1,5,10-20."),
+    click.option("--split", multiple=True, metavar="NAMES", help="Splits: train,val,test."),
+    click.option(
+        "--class", "class_name", multiple=True, metavar="NAMES", help="Classes: dog,drum."
+    ),
+    click.option("--index", multiple=True, type=NumberList(), help="Sample numbers: 0-9."),
+    click.option(
+        "--sample-id", "sample_id", multiple=True, metavar="NAMES", help="Sample ids: train_0."
+    ),
     click.option(
         "--per-class",
         type=click.IntRange(min=1),
         help="Only the first N samples of each node, round, split and class.",
+    ),
+    click.option(
+        "--allow-empty",
+        is_flag=True,
+        help="Names that are not there, and filters that nothing meets, are no error.",
     ),
 ]
 
@@ -111,18 +99,140 @@ FILTERS = ("node", "round", "split", "class_name", "index", "sample_id", "per_cl
 """Names of the filters, as `EmbeddingStore.select` takes them."""
 
 
+@dataclass(frozen=True)
+class Filters:
+    """What was asked for: names as they were typed, numbers and ranges, by column.
+
+    Parameters
+    ----------
+    typed : mapping
+        Texts, or numbers and ranges, of the columns that were filtered.
+    per_class : int, optional
+        As in `EmbeddingStore.select`.
+    allow_empty : bool
+        Whether names that are not there, and an empty result, are no error.
+    """
+
+    typed: Mapping[str, list[Any]]
+    per_class: int | None = None
+    allow_empty: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.typed) or self.per_class is not None
+
+    def select(self, store: EmbeddingStore) -> Selection:
+        """Return the records that were asked for.
+
+        Raises
+        ------
+        NotFoundError
+            If a name or number is not there, or nothing meets all of them.
+        """
+        selection = store.select(**self.resolved(store))
+        self.check(store, selection)
+        return selection
+
+    def resolved(self, store: EmbeddingStore, *, strict: bool = True) -> dict[str, Any]:
+        """Return the filters for `EmbeddingStore.select` of `store`.
+
+        Raises
+        ------
+        NotFoundError
+            If a name or number is not there.
+        """
+        if not self:
+            return {}
+        everything = store.select()
+        return self.looked_up(everything.column, _where(everything), strict=strict)
+
+    def looked_up(
+        self, column: Callable[[str], np.ndarray], where: str, *, strict: bool = True
+    ) -> dict[str, Any]:
+        """Return the filters in terms of the values that `column` gives, which are those `where`.
+
+        Raises
+        ------
+        NotFoundError
+            If a name or number is not there.
+        """
+        from fedgfe_store._lookup import Known, look_up
+
+        found: dict[str, Any] = dict(
+            look_up(
+                self.typed,
+                lambda name: Known(name, column(name)),
+                where,
+                strict=strict and not self.allow_empty,
+            )
+        )
+        return found if self.per_class is None else found | {"per_class": self.per_class}
+
+    def check(self, store: EmbeddingStore, selection: Selection) -> None:
+        """Refuse an empty selection that these filters made of records that are there.
+
+        Raises
+        ------
+        NotFoundError
+            If nothing meets them; says how many records each filter alone leaves out.
+        """
+        from fedgfe_store._lookup import no_records
+        from fedgfe_store.errors import NotFoundError
+
+        if self.allow_empty or not self.typed or len(selection):
+            return
+        wanted = {n: v for n, v in self.resolved(store).items() if n != "per_class"}
+        without = {
+            name: len(store.select(**{n: v for n, v in wanted.items() if n != name}))
+            for name in wanted
+        }
+        raise NotFoundError(no_records(wanted, without, _where(selection)))
+
+
+def class_names(
+    texts: Sequence[str], selection: Selection | None, remark: Callable[[str], object] | None = None
+) -> list[str]:
+    """Return classes that need not be in the store; a text is split where it is none of its.
+
+    `remark` is told of those that may be misspelt.
+    """
+    import numpy as np
+
+    from fedgfe_store._lookup import Known, look_up, said
+
+    empty = np.empty(0, np.dtypes.StringDType())
+    values = empty if selection is None else selection.everything().column("class_name")
+    known = Known("class_name", values)
+    found = look_up({"class_name": list(texts)}, lambda column: known, "", strict=False)
+    for name in found["class_name"]:
+        nearest = [] if remark is None or known.has(name) else known.nearest(name)
+        if nearest and remark is not None:
+            remark(f"no record is of class {said([name])}; the nearest: {said(nearest)}")
+    return found["class_name"]
+
+
+def _where(selection: Selection) -> str:
+    return f"{selection.path}, commit {selection.commit}"
+
+
 def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the filter options, as one argument `filters` for `EmbeddingStore.select`."""
+    """Give a command the filter options, as one argument `filters`."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        filters = {name: kwargs.pop(name) for name in FILTERS}
-        given = {name: value for name, value in filters.items() if value is not None}
-        return function(*args, filters=given, **kwargs)
+        given = {name: kwargs.pop(name) for name in FILTERS}
+        per_class = given.pop("per_class")
+        typed = {name: _flat(name, values) for name, values in given.items() if values}
+        filters = Filters(typed, per_class, kwargs.pop("allow_empty"))
+        return function(*args, filters=filters, **kwargs)
 
     for option in reversed(_FILTERS):
         wrapped = option(wrapped)
     return wrapped
+
+
+def _flat(name: str, values: Sequence[Any]) -> list[Any]:
+    """Return the values of an option that may be repeated as one list."""
+    return [each for value in values for each in value] if name in _NUMERIC else list(values)
 
 
 as_of_option = click.option(

@@ -5,14 +5,25 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from fedgfe_store._text import counted, names, numbers, numbers_first, size
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["counted", "names", "numbers", "print_counts", "print_table", "size"]
+__all__ = [
+    "as_text",
+    "counted",
+    "names",
+    "numbers",
+    "print_counts",
+    "print_data",
+    "print_table",
+    "size",
+]
 
 
 def print_table(
@@ -27,12 +38,29 @@ def print_table(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in headers:
         table.add_column(header, justify="right" if header in numeric else "left", overflow="fold")
+    # Escaped before widths are measured; boxes are ASCII there by themselves.
+    encoding = sys.stdout.encoding or "utf-8"
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        cells = (str(cell).encode(encoding, "backslashreplace") for cell in row)
+        table.add_row(*(cell.decode(encoding) for cell in cells))
     # A log or a pipe has no width: rows stay whole there.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     console = Console(width=width, markup=False, highlight=False, soft_wrap=False)
     console.print(table)
+
+
+def as_text(frame: pd.DataFrame, form: str, **options: Any) -> str:
+    """Return `frame` as csv, or as json with a line for each row; `options` are those of json."""
+    if form == "csv":
+        return frame.to_csv(index=False)
+    if not len(frame):
+        return ""
+    return frame.to_json(orient="records", lines=True, force_ascii=False, **options)
+
+
+def print_data(frame: pd.DataFrame, form: str, **options: Any) -> None:
+    """Print `as_text` in UTF-8, whatever the terminal's encoding: programs read it."""
+    click.echo(as_text(frame, form, **options).encode(), nl=False)
 
 
 def print_counts(records: pd.DataFrame) -> None:

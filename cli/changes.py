@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import filter_options, format_option, quiet_option, wait_option
+from ._options import Filters, filter_options, format_option, quiet_option, wait_option
 from ._progress import progress
-from ._tables import counted, names, numbers, print_counts, print_table, size
+from ._tables import counted, names, numbers, print_counts, print_data, print_table, size
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedgfe_store._append import AppendBatch
     from fedgfe_store._verify import Verification
+    from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
 
     from .main import Context
@@ -33,9 +34,7 @@ _NUMERIC = ("commit", "added", "deleted", "records", "bytes")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @wait_option
 @click.pass_obj
-def delete(
-    obj: Context, /, filters: dict[str, Any], dry_run: bool, yes: bool, timeout: float
-) -> None:
+def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout: float) -> None:
     """Delete the records that meet every filter, in one commit.
 
     At least one filter is needed. What is deleted stays visible with --as-of until the store is
@@ -50,8 +49,13 @@ def delete(
     if not filters:
         raise click.UsageError("expected at least one filter, such as --round 3")
     store = EmbeddingStore.open(obj.store)
-    records = store.select(**filters).records[["node", "round"]]
+    wanted = filters.resolved(store)
+    selection = store.select(**wanted)
+    filters.check(store, selection)
+    records = selection.records[["node", "round"]]
     found = counted(len(records), "record")
+    if len(records):
+        _print_matched(selection, filters)
     if dry_run and len(records):
         print_counts(records)
         click.echo()
@@ -61,13 +65,21 @@ def delete(
     if not yes:
         question = f"delete {found} ({_whose(records)}) from {store.path}?"
         click.confirm(question, abort=True, err=True)
-    deleted = store.delete(timeout=timeout, **filters)
+    deleted = store.delete(timeout=timeout, **wanted)
     if deleted != len(records):
         click.echo(f"note: {found} found at first; another writer came in between", err=True)
     click.echo(
         f"{counted(deleted, 'record')} deleted: {store.path} is at commit {store.commit}, "
         f"with {counted(len(store), 'record')}"
     )
+
+
+def _print_matched(selection: Selection, filters: Filters) -> None:
+    """Say what the filters were taken for: the values of each, with the records that have them."""
+    from fedgfe_store._lookup import matched, noun
+
+    for name in filters.typed:
+        click.echo(f"{noun(name)}: {matched(name, selection.column(name).tolist())}")
 
 
 def _whose(records: pd.DataFrame) -> str:
@@ -99,10 +111,9 @@ def history(obj: Context, form: str, limit: int | None) -> None:
     shown = commits if limit is None else commits.iloc[max(0, len(commits) - limit) :]
     if form == "csv":
         lists = {name: [_listed(each) for each in shown[name]] for name in ("nodes", "rounds")}
-        click.echo(shown.assign(**lists).to_csv(index=False), nl=False)
+        print_data(shown.assign(**lists), form)
     elif form == "json":
-        text = shown.to_json(orient="records", lines=True, date_format="iso", force_ascii=False)
-        click.echo(text, nl=False)
+        print_data(shown, form, date_format="iso")
     else:
         print_table(list(shown.columns), map(_commit_row, _rows(shown)), right=_NUMERIC)
         cut = "" if len(shown) == len(commits) else f", {len(shown)} shown"
@@ -124,12 +135,16 @@ def _commit_row(commit: dict[str, Any]) -> list[object]:
 
 
 def _listed(values: tuple[str | int, ...]) -> str:
-    return ",".join(map(str, values))
+    from fedgfe_store._text import quoted
+
+    return ",".join(quoted(str(value)) for value in values)
 
 
 @click.command()
 @click.option(
-    "--repair", is_flag=True, help="Mark damaged records as deleted, so that they can come back."
+    "--repair",
+    is_flag=True,
+    help="Mark damaged records as deleted, so that they can come back; undo old releases' damage.",
 )
 @wait_option
 @quiet_option
@@ -190,6 +205,8 @@ def _print_damage(found: Verification) -> None:
         ]
         print_table(headers, rows, right=("round", "index"))
         click.echo()
+    for mended in found.mended:
+        click.echo(f"mended: {mended}")
     for problem in found.problems:
         click.echo(f"problem: {problem}")
     more = len(found.leftovers) - _SHOWN_LEFTOVERS
@@ -299,3 +316,53 @@ def _target(path: Path, sources: list[EmbeddingStore], timeout: float) -> Embedd
 
 def _merge_row(source: EmbeddingStore, batch: AppendBatch) -> list[object]:
     return [source.path, len(source), batch.added, batch.replaced, batch.skipped]
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@wait_option
+@quiet_option
+@click.pass_obj
+def backup(obj: Context, /, target: Path, timeout: float, quiet: bool) -> None:
+    """Bring a copy of the store to the folder TARGET, also while training writes.
+
+    The copy is a store itself, and sound at any moment. Run again, it brings what is new. On the
+    same file system tensor files are linked, not copied; keep one on another disk, too.
+
+    \b
+    fedgfe-store backup /backups/run2.zarr
+    """
+    from fedgfe_store import EmbeddingStore
+
+    store = EmbeddingStore.open(obj.store)
+    with progress(0, "bytes", quiet=quiet) as advance:
+        done = store.backup(target, timeout=timeout, progress=advance)
+    brought = [
+        f"{counted(done.copied, 'file')} copied ({size(done.nbytes)})" if done.copied else "",
+        f"{counted(done.linked, 'file')} linked" if done.linked else "",
+        f"{counted(done.removed, 'file')} removed" if done.removed else "",
+    ]
+    told = ", ".join(filter(None, brought)) or "nothing new"
+    click.echo(f"{target}: {counted(done.records, 'record')}, commit {done.commit}; {told}")
+
+
+@click.command()
+@wait_option
+@click.pass_obj
+def upgrade(obj: Context, /, timeout: float) -> None:
+    """Bring the store to format version 2.
+
+    Version 2 keeps each sample's file_id as a column, where each commit came from, and ties every
+    piece of a key column to its place. Releases that only know version 1 cannot open it then; a
+    store of version 1 is read and written on without.
+
+    \b
+    fedgfe-store upgrade
+    """
+    from fedgfe_store import EmbeddingStore
+
+    store = EmbeddingStore.open(obj.store)
+    if store.upgrade(timeout=timeout):
+        click.echo(f"{obj.store} is of format version 2 now, commit {store.commit}")
+    else:
+        click.echo(f"{obj.store} is of format version 2: nothing to do")

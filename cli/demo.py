@@ -95,7 +95,7 @@ def _train(quiet: bool) -> None:
             reports.append(report)
             advance(1)
 
-        run(EmbeddingStore.open(_STORE), audio=_AUDIO, report=note)
+        run(EmbeddingStore.open(_STORE), audio=_AUDIO, experiment=_EXPERIMENT, report=note)
     if not quiet:
         _show(reports)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import NameList, quiet_option, wait_option
+from ._options import class_names, quiet_option, wait_option
 from ._progress import progress
 from ._tables import counted, print_table
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="What to encode; {class} stands for the class. May be repeated: index 0, 1, ...",
 )
-@click.option("--class", "classes", type=NameList(), help="Classes: dog,drum [the store's].")
+@click.option(
+    "--class", "classes", multiple=True, metavar="NAMES", help="Classes: dog,drum [the store's]."
+)
 @click.option("--model", help="Hub id or folder [$FEDGFE_MODEL, the store's].")
 @click.option(
     "--diffusion-type",
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
 def command(
     obj: Context,
     prompts: tuple[str, ...],
+    classes: tuple[str, ...],
     offload: str,
     timeout: float,
     dry_run: bool,
@@ -85,7 +90,8 @@ def command(
     """
     from fedgfe_store.generation.references import encode_references, plan_references
 
-    plan = plan_references(obj.store, prompts, report=_remark, **options)
+    names = _class_names(obj.store, classes)
+    plan = plan_references(obj.store, prompts, report=_remark, classes=names, **options)
     if dry_run or not quiet:
         _print_plan(plan, whole=dry_run)
     if dry_run:
@@ -95,6 +101,20 @@ def command(
             plan, offload=offload, timeout=timeout, report=_remark, progress=advance
         )
     _print_result(plan, report)
+
+
+def _class_names(path: Path, texts: Sequence[str]) -> list[str] | None:
+    """Return the classes that were named, and remark on those that no record is of."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import NotFoundError
+
+    if not texts:
+        return None
+    try:
+        selection = EmbeddingStore.open(path).select()
+    except NotFoundError:
+        selection = None
+    return class_names(texts, selection, _remark)
 
 
 def _remark(text: str) -> None:

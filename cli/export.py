@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._codes import SOME_FAILED
-from ._options import as_of_option, filter_options, quiet_option
+from ._options import Filters, as_of_option, filter_options, quiet_option
 from ._progress import progress
 from ._tables import counted, print_table, size
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def command(
     ctx: click.Context,
     /,
-    filters: dict[str, Any],
+    filters: Filters,
     as_of: int | None,
     output_dir: Path,
     quiet: bool,
@@ -62,8 +62,8 @@ def command(
     from fedgfe_store.checkpoints import export_checkpoints
 
     obj: Context = ctx.obj
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
-    count = len({(key.node, key.round) for key in selection.keys()})
+    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
+    count = len(selection.by_node_and_round())
     with progress(count, "files", quiet=quiet) as advance:
         files = export_checkpoints(
             selection, output_dir, on_file=lambda file: advance(1), **options

@@ -13,6 +13,7 @@ from ._codes import SOME_FAILED, STOPPED, ends_other_processes
 from ._legacy import OldFlags, old_flags
 from ._options import (
     FILTERS,
+    Filters,
     as_of_option,
     default_folder,
     filter_options,
@@ -35,7 +36,7 @@ _DEFAULT = click.core.ParameterSource.DEFAULT
 _DECIDED_BY_IMAGE = {
     *FILTERS,
     *("diffusion_type", "steps", "guidance", "height", "width", "pool", "seed"),
-    *("images_per_record", "dtype", "quantize", "shard", "limit", "on_stale"),
+    *("images_per_record", "dtype", "quantize", "part", "limit", "on_stale"),
     *("checkpoint", "checkpoint_dir", "pattern"),
 }
 
@@ -54,9 +55,12 @@ _DECIDED_BY_IMAGE = {
     help="Make this picture again, from its own metadata.",
 )
 @click.option(
+    "--part",
     "--shard",
-    metavar="I/N",
-    help="Render part I of N, from 0 [what SLURM, torchrun or accelerate say].",
+    "part",
+    metavar="I/N|auto",
+    help="Render part I of N, from 0; auto: what the task of a SLURM array says, auto/N of N parts "
+    "[what torchrun, accelerate or srun say].",
 )
 @click.option("--limit", type=click.IntRange(min=0), help="Render at most so many images now.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -72,7 +76,7 @@ _DECIDED_BY_IMAGE = {
 def command(
     ctx: click.Context,
     /,
-    filters: dict[str, Any],
+    filters: Filters,
     as_of: int | None,
     old: OldFlags,
     output_dir: Path | None,
@@ -85,7 +89,8 @@ def command(
 
     Only images that are not there yet, or whose embedding has changed, are rendered. Exit code 3
     says that some records could not be; 75 that a signal (SIGTERM, SIGUSR1 or Ctrl-C) ended the
-    run early: everything finished is kept, and the same command goes on.
+    run early: everything finished is kept, and the same command goes on. It is 1 where no image was
+    finished, twice in a row.
 
     \b
     fedgfe-store generate --round 5
@@ -95,13 +100,11 @@ def command(
     fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
     """
     from fedgfe_store.generation.job import prepare
-    from fedgfe_store.generation.run import render
+    from fedgfe_store.generation.run import note_stop, render
+    from fedgfe_store.generation.stopping import Stopped
 
-    options = {
-        **options,
-        **_place(options.pop("shard"), old, from_image),
-        "keep_negative": not dry_run,
-    }
+    place = _place(options.pop("part"), from_image)
+    options = {**options, **place, "keep_negative": not dry_run}
     with _stopping(ctx) as stop:
         with stop.interrupting():
             if from_image is not None:
@@ -109,14 +112,26 @@ def command(
             else:
                 selection = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
                 folder = output_dir or default_folder(selection)
-                job = prepare(selection, folder, report=_remark, **options)
+                try:
+                    job = prepare(selection, folder, report=_remark, **options)
+                except Stopped:
+                    if not dry_run and note_stop(folder, place["shard"], stop, _remark):
+                        _print_stuck(stop, "planned")
+                        ctx.exit(1)
+                    raise
             if dry_run or not quiet:
                 _print_plan(job)
+            shortage = job.plan.shortage(job.batch_size, stop.seconds_left)
+            if shortage is not None:
+                _remark(shortage)
             if dry_run:
                 return
         with progress(len(job.plan.todo), "images", quiet=quiet) as advance:
             report = render(job, report=_remark, progress=advance, stop=stop)
     _print_result(report)
+    if report.stuck:
+        _print_stuck(stop, f"finished a batch of {job.batch_size}")
+        ctx.exit(1)
     if report.stopped and report.left:
         ctx.exit(STOPPED)
     if report.failed and ends_other_processes():
@@ -128,9 +143,11 @@ def command(
 @contextmanager
 def _stopping(ctx: click.Context) -> Iterator[Stop]:
     """Turn signals into a stop; one that comes before there is anything to keep ends at once."""
-    from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
+    import os
 
-    stop = Stop()
+    from fedgfe_store.generation.stopping import Stop, Stopped, expected_stop, stop_on_signals
+
+    stop = Stop(expected_stop(os.environ))
     try:
         with stop_on_signals(stop, announce=_announce):
             yield stop
@@ -167,7 +184,7 @@ def _job_again(
     selection = recipe.select(store, report=_remark)
     job = prepare(selection, output_dir or path.parent, report=_remark, **chosen)
     recipe.check(job)
-    return job
+    return recipe.with_its_noise(job)
 
 
 def _refuse_beside_image(ctx: click.Context) -> None:
@@ -178,28 +195,31 @@ def _refuse_beside_image(ctx: click.Context) -> None:
             raise click.UsageError(f"--from-image decides on {parameter.opts[0]} itself")
 
 
-def _place(text: str | None, old: OldFlags, from_image: Path | None) -> dict[str, Any]:
-    """Tell which part of the work, and which GPU, is this process's.
-
-    An array of jobs that name checkpoints counts nodes or rounds, not parts of the work.
-    """
+def _place(text: str | None, from_image: Path | None) -> dict[str, Any]:
+    """Tell which part of the work, and which GPU, is this process's."""
     import os
 
     import torch
 
-    from fedgfe_store.generation.shards import WHOLE, Shard, detect_shard, local_device
+    from fedgfe_store.generation.shards import (
+        WHOLE,
+        AskedPart,
+        detect_shard,
+        in_array,
+        local_device,
+    )
 
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not (old.given and name.startswith("SLURM_ARRAY_"))
-    }
-    if from_image is not None:
-        shard, reason = WHOLE, ""
-    else:
-        shard, reason = (Shard.parse(text), "") if text else detect_shard(environ)
-    if shard.count > 1 and reason:
-        _remark(f"shard {shard}: {reason}")
+    shard = WHOLE
+    if from_image is None:
+        asked = AskedPart.parse(text) if text else AskedPart()
+        shard, reason = detect_shard(os.environ, asked)
+        if asked.shard is None and (shard.count > 1 or asked.array):
+            _remark(f"part {shard}: {reason}")
+        if not text and in_array(os.environ):
+            _remark(
+                "the tasks of the SLURM array are not taken for parts of the work, each renders "
+                "all that it selects; --part auto shares it out"
+            )
     local = local_device(os.environ, torch.cuda.device_count())
     return {"shard": shard, "local": local}
 
@@ -218,7 +238,7 @@ def _print_plan(job: Job) -> None:
         shown.append(f"pool {settings.pool}")
     if settings.quantization:
         shown.append(settings.quantization)
-    part = "" if job.shard.count == 1 else f", shard {job.shard}"
+    part = "" if job.shard.count == 1 else f", part {job.shard}"
     say(
         f"records: {len(job.selection)} of {job.selection.path}, commit "
         f"{job.selection.commit}{part}"
@@ -229,6 +249,15 @@ def _print_plan(job: Job) -> None:
         say(f"negative: {job.negative.source}")
     say(f"folder: {plan.folder}")
     say(plan.summary(job.batch_size))
+
+
+def _print_stuck(stop: Stop, what: str) -> None:
+    say(
+        f"error: {stop.reason} stopped this run before it had {what}, and the run before it "
+        "finished no image, either: queued again as it is, it would do so for ever; a smaller "
+        "--batch-size or a longer time limit helps",
+        err=True,
+    )
 
 
 def _print_result(report: GenerationReport) -> None:
@@ -246,4 +275,7 @@ def _print_result(report: GenerationReport) -> None:
     if report.elsewhere:
         say(f"{report.elsewhere} images are another process's: made meanwhile, or being made")
     if report.stopped and report.left:
-        say(f"stopped by {report.stopped} with {report.left} images left; the same command goes on")
+        more = "" if report.stuck else "; the same command goes on"
+        say(f"stopped by {report.stopped} with {report.left} images left{more}")
+        if not (report.done or report.elsewhere or report.stuck or report.stopped == "SIGINT"):
+            say("no image was finished: if none is in the next run, it ends with an error")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .main import Context
 
 _MOST_SHOWN = 6
+_MOST_NAMED = 3
 
 
 @click.command("import")
@@ -42,7 +43,23 @@ _MOST_SHOWN = 6
     type=click.Choice(["error", "replace", "skip"]),
     default="error",
     show_default=True,
-    help="What becomes of records that the store has with other tensors.",
+    help="What becomes of records that the store has with other tensors; replace: also delete what"
+    " it has besides of a file's node, round and splits.",
+)
+@click.option(
+    "--round-from",
+    type=click.Choice(["name", "content"]),
+    help="Which round counts where a file's name and its content differ; without it, refuse.",
+)
+@click.option(
+    "--fail-fast",
+    is_flag=True,
+    help="Stop at the first file that fails or of which a record cannot be taken.",
+)
+@click.option(
+    "--other-experiment",
+    is_flag=True,
+    help="Take files of another experiment than the store's, too.",
 )
 @wait_option
 @quiet_option
@@ -61,7 +78,7 @@ def command(
     fedgfe-store import checkpoints/embeddings/ --pattern "node_[0-4]*.pt" --dry-run
     fedgfe-store --store run1.zarr import node_0_embeddings_r5.pt --precision bfloat16
 
-    Exit code: 0 all files imported, 3 some failed, 1 all failed.
+    Exit code: 0 all imported, 3 some files failed or records were left out, 1 all files failed.
     """
     from fedgfe_store.checkpoints import find_checkpoints, import_checkpoints
 
@@ -72,7 +89,9 @@ def command(
             obj.store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
         )
     show_report(report, dry_run=options["dry_run"])
-    if report.failed:
+    if len(report.files) < count:
+        click.echo(f"stopped: {counted(count - len(report.files), 'file')} not read", err=True)
+    if report.failed or report.incomplete:
         ctx.exit(1 if len(report.failed) == len(report.files) else SOME_FAILED)
 
 
@@ -83,9 +102,20 @@ def show_report(report: ImportReport, *, dry_run: bool = False, quiet: bool = Fa
         headers = ("file", "node", "round", "records", "unchanged", "classes", "splits", "skipped")
         right = ("round", "records", "unchanged")
         print_table(headers, [_row(file) for file in good], right=right)
-    for file in good:
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    for file in [*good, *report.failed]:
         for note in file.notes:
             click.echo(f"note: {file.path.name}: {note}")
+    for file in good:
+        if file.removed:
+            what = counted(file.removed, "record")
+            click.echo(f"removed: {file.path.name}: {what} that it does not hold")
+    for file in report.incomplete:
+        for reason, samples in file.left_out.items():
+            more = f" and {len(samples) - _MOST_NAMED:,} more" * (len(samples) > _MOST_NAMED)
+            named = "; ".join(samples[:_MOST_NAMED])
+            click.echo(f"left out: {file.path}: {reason}: {named}{more}", err=True)
     for file in report.failed:
         click.echo(f"failed: {file.path}: {file.error}", err=True)
     if not quiet:
@@ -117,14 +147,18 @@ def _total(report: ImportReport, *, dry_run: bool) -> str:
     read = [file for file in report.files if not file.known]
     done = [file for file in read if file.error is None]
     replaced = sum(file.replaced for file in done)
+    removed = sum(file.removed for file in done)
     skipped = sum(sum(file.skipped.values()) for file in done)
     parts = [
         f"{report.records:,} {'records found' if dry_run else 'new records'}",
         f"{replaced:,} replaced" if replaced else "",
+        f"{removed:,} removed" if removed else "",
         f"{report.unchanged:,} unchanged" if report.unchanged else "",
         f"{skipped:,} skipped" if skipped else "",
         f"{len(report.failed):,} failed" if report.failed else "",
     ]
-    where = "dry run, nothing written" if dry_run else f"store {report.store_path}"
-    bytes_read = size(sum(file.bytes for file in done))
+    there = report.store_path.exists()
+    where = f"store {report.store_path}" if there else f"no store at {report.store_path}"
+    where = "dry run, nothing written" if dry_run else where
+    bytes_read = size(sum(file.bytes for file in read))
     return f"{counted(len(read), 'file')}, {bytes_read}: {', '.join(filter(None, parts))}; {where}"

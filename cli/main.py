@@ -13,11 +13,13 @@ from fedgfe_store import __version__
 from fedgfe_store.errors import FedgfeStoreError
 
 from ._log import show_notes
+from ._say import print_on_any_terminal
 
 _COMMANDS = {
     "init": ("stores", "init", "Make an empty store."),
     "import": ("importing", "command", "Import FedGFE .pt checkpoints."),
     "encode": ("encode", "command", "Encode prompts about classes, to compare with."),
+    "adopt": ("adopt", "command", "Let the old script's job scripts call this command."),
     "export": ("export", "command", "Write records as FedGFE .pt checkpoints."),
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),
@@ -30,6 +32,8 @@ _COMMANDS = {
     "delete": ("changes", "delete", "Delete records."),
     "verify": ("changes", "verify", "Check every record and file; repair."),
     "compact": ("changes", "compact", "Give space back."),
+    "backup": ("changes", "backup", "Bring a copy of the store to another folder."),
+    "upgrade": ("changes", "upgrade", "Bring a store of an old format to the newest."),
     "merge": ("changes", "merge", "Bring other stores' records into one."),
     "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
@@ -89,6 +93,7 @@ def group(ctx: click.Context, store: Path) -> None:
     fedgfe-store query --round 5 --class dog
     fedgfe-store generate --round 5
     """
+    print_on_any_terminal()
     given = ctx.get_parameter_source("store") is not click.core.ParameterSource.DEFAULT
     ctx.obj = Context(store, store_given=given)
     show_notes(ctx)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ._options import as_of_option, filter_options, format_option
-from ._tables import print_table
+from ._options import Filters, as_of_option, filter_options, format_option
+from ._tables import counted, print_data, print_table
 
 if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
+
     from .main import Context
 
 _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_filename")
@@ -24,7 +26,7 @@ _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_f
 )
 @click.pass_obj
 def command(
-    obj: Context, filters: dict[str, Any], as_of: int | None, form: str, limit: int | None
+    obj: Context, filters: Filters, as_of: int | None, form: str, limit: int | None
 ) -> None:
     """List records by node, round, split and class.
 
@@ -34,16 +36,24 @@ def command(
     """
     from fedgfe_store import EmbeddingStore
 
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
+    _warn(selection)
     if limit is None and form == "table":
         limit = 20
     records = selection.take(slice(limit)).records
-    if form == "csv":
-        click.echo(records.to_csv(index=False), nl=False)
-    elif form == "json":
-        text = records.to_json(orient="records", lines=True, date_format="iso", force_ascii=False)
-        click.echo(text, nl=False)
+    if form != "table":
+        print_data(records, form, date_format="iso")
     else:
         print_table(_SHOWN, records[list(_SHOWN)].to_numpy().tolist(), right=("round", "index"))
         shown = "" if len(records) == len(selection) else f", {len(records)} shown"
-        click.echo(f"\n{len(selection):,} records{shown}")
+        click.echo(f"\n{counted(len(selection), 'record')}{shown}")
+
+
+def _warn(selection: Selection) -> None:
+    """Say which part of the past is only listed."""
+    gone = int(selection.compacted_away().sum())
+    if gone:
+        kept = len(selection) - gone
+        left = f"those of the other {kept:,} can be read" if kept else "none can be read"
+        whose = counted(gone, "record")
+        click.echo(f"note: the tensors of {whose} were compacted away since; {left}", err=True)

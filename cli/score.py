@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ._codes import SOME_FAILED
 from ._options import (
+    Filters,
     KeyList,
     as_of_option,
+    class_names,
     default_folder,
     filter_options,
     folder_option,
@@ -19,7 +22,7 @@ from ._options import (
     quiet_option,
 )
 from ._progress import progress
-from ._tables import counted, print_table
+from ._tables import as_text, counted, print_data, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +52,12 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
     help="A CLIP model of transformers: its folder, or its name on the hub.",
 )
 @folder_option("input")
+@click.option(
+    "--among",
+    multiple=True,
+    metavar="NAMES",
+    help="Classes to compare with: dog,drum [all of the store].",
+)
 @click.option(
     "--prompt",
     default="a photo of a {class}",
@@ -82,10 +91,11 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
 def command(
     ctx: click.Context,
     /,
-    filters: dict[str, Any],
+    filters: Filters,
     as_of: int | None,
     clip_model: str,
     input_dir: Path | None,
+    among: tuple[str, ...],
     prompt: str,
     by: list[str],
     batch_size: int,
@@ -97,8 +107,8 @@ def command(
     """Measure with CLIP whether images show their class.
 
     similarity is the cosine between an image and its class' prompt, agreement the share of the
-    images whose closest prompt, among the classes in the folder, is that of their own class, and
-    closest the class that was so most often.
+    images whose closest prompt, among the classes of the store or those of --among, is that of
+    their own class, and closest the class that was so most often.
 
     \b
     fedgfe-store score --clip-model openai/clip-vit-base-patch32 --round 5
@@ -111,45 +121,51 @@ def command(
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
     obj: Context = ctx.obj
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     found = find_pictures(selection, input_dir or default_folder(selection))
     with progress(len(found.pictures), "pictures", quiet=quiet) as advance:
         scores = score_pictures(
             found,
             clip_model,
+            among=class_names(among, selection) if among else None,
             prompt=prompt,
             batch_size=batch_size,
             device=device,
             progress=advance,
         )
     print_left_out(scores.left_out)
+    if len(scores.prompts) < 2:
+        (only,) = scores.prompts
+        click.echo(
+            f"note: {only} is the only class to choose from, so that agreement says nothing; "
+            f"--among names others",
+            err=True,
+        )
     table = scores.table(by)
     if output is not None:
-        output.write_text(_lines(table, form), encoding="utf-8")
+        output.write_text(as_text(table, "csv" if form == "table" else form), encoding="utf-8")
         click.echo(f"{counted(len(scores.frame), 'picture')} scored, {len(table)} rows in {output}")
     elif form == "table":
         _print(scores, table)
     else:
-        click.echo(_lines(table, form), nl=False)
+        print_data(table, form)
     if "damaged" in scores.left_out.values():
         ctx.exit(SOME_FAILED)
-
-
-def _lines(table: pd.DataFrame, form: str) -> str:
-    if form == "json":
-        return table.to_json(orient="records", lines=True, force_ascii=False)
-    return table.to_csv(index=False)
 
 
 def _print(scores: Scores, table: pd.DataFrame) -> None:
     shown = table.assign(
         similarity=table["similarity"].map("{:.3f}".format),
-        agreement=table["agreement"].map("{:.1%}".format),
+        agreement=table["agreement"].map(_share),
     )
     headers = [name.removesuffix("_name") for name in shown]
     print_table(headers, shown.to_numpy().tolist(), right=_NUMERIC)
     frame = scores.frame
-    click.echo(
-        f"\n{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}, "
-        f"agreement {frame['agrees'].mean():.1%} among {len(scores.prompts)} classes"
-    )
+    line = f"{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}"
+    if len(scores.prompts) > 1:
+        line += f", agreement {frame['agrees'].mean():.1%} among {len(scores.prompts)} classes"
+    click.echo(f"\n{line}")
+
+
+def _share(agreement: float) -> str:
+    return "-" if isnan(agreement) else f"{agreement:.1%}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ._options import KeyList, filter_options, folder_option, image_folder, quiet_option
+from ._options import Filters, KeyList, filter_options, folder_option, image_folder, quiet_option
 from ._progress import progress
 from ._tables import counted
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 def command(
     obj: Context,
     /,
-    filters: dict[str, Any],
+    filters: Filters,
     input_dir: Path | None,
     rows: list[str],
     columns: list[str],
@@ -92,19 +93,30 @@ def command(
         click.echo(line)
 
 
-def _pictures(obj: Context, folder: Path, filters: dict[str, Any]) -> list[Picture]:
+def _pictures(obj: Context, folder: Path, filters: Filters) -> list[Picture]:
     from fedgfe_store import EmbeddingStore
+    from fedgfe_store._lookup import said
     from fedgfe_store.errors import NotFoundError
-    from fedgfe_store.pictures import find_pictures
+    from fedgfe_store.pictures import find_pictures, key_values
+    from fedgfe_store.records import KEY_COLUMNS
 
-    sample_ids = filters.pop("sample_id", None)
-    pictures = find_pictures(folder, **filters)
-    if sample_ids is None:
+    if not filters:
+        return find_pictures(folder)
+    known = find_pictures(folder)
+    samples = {name: v for name, v in filters.typed.items() if name not in KEY_COLUMNS}
+    keys = replace(filters, typed={n: v for n, v in filters.typed.items() if n not in samples})
+    wanted = keys.looked_up(lambda name: key_values(known, name), str(folder))
+    pictures = find_pictures(folder, **wanted)
+    if not samples:
         return pictures
-    keys = set(EmbeddingStore.open(obj.store).select(sample_id=sample_ids).keys())
-    kept = [picture for picture in pictures if picture.key in keys]
+    selection = replace(filters, typed=samples, per_class=None).select(
+        EmbeddingStore.open(obj.store)
+    )
+    named = set(selection.keys())
+    kept = [picture for picture in pictures if picture.key in named]
     if not kept:
-        raise NotFoundError(f"no picture in {folder} is of {', '.join(sample_ids)}")
+        asked = "; ".join(said(values) for values in samples.values())
+        raise NotFoundError(f"no picture in {folder} is of {asked}")
     return kept
 
 

@@ -39,11 +39,13 @@ def _long_options(ctx: click.Context, param: click.Parameter, values: Sequence[s
 
 @click.command("slurm")
 @click.option(
+    "--parts",
     "--shards",
+    "parts",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Tasks of the array, each with a GPU.",
+    help="Parts of the work: tasks of an array, each with a GPU.",
 )
 @click.option("--time", "limit", default="24:00:00", show_default=True, callback=_one_line)
 @click.option("--partition", callback=_one_line, help="Partition [the cluster's default].")
@@ -64,7 +66,7 @@ def _long_options(ctx: click.Context, param: click.Parameter, values: Sequence[s
 def command(
     ctx: click.Context,
     /,
-    shards: int,
+    parts: int,
     limit: str,
     partition: str | None,
     gres: str,
@@ -79,15 +81,16 @@ def command(
     that its time limit stops is queued again and goes on where it stopped.
 
     \b
-    fedgfe-store slurm --shards 8 --setup "conda activate flvit" -- --round 5 > job.sh
+    fedgfe-store slurm --parts 8 --setup "conda activate flvit" -- --round 5 > job.sh
     sbatch job.sh
     fedgfe-store status --round 5
     """
     from ._legacy import OldFlags
     from .generate import command as generate
 
-    if any(word == "--shard" or word.startswith("--shard=") for word in arguments):
-        raise click.UsageError("--shard: the script itself gives each task of the array its own")
+    for name in ("--part", "--shard"):
+        if any(word == name or word.startswith(f"{name}=") for word in arguments):
+            raise click.UsageError(f"{name}: the script itself gives each task its own part")
     with generate.make_context("generate", list(arguments), parent=ctx.parent) as checked:
         names = (checked.params[name] for name in ("checkpoint", "checkpoint_dir", "pattern"))
         old = OldFlags(*names)
@@ -96,20 +99,20 @@ def command(
     store = ["--store", str(obj.store)] if obj.store_given or not old.given else []
     options = {
         "job-name": job_name,
-        "array": f"0-{shards - 1}" if shards > 1 else None,
+        "array": f"0-{parts - 1}" if parts > 1 else None,
         "time": limit,
         "partition": partition,
         "gres": gres,
     }
     directives = [f"--{name}={value}" for name, value in options.items() if value]
-    click.echo(
-        job_script([*directives, *_always(shards), *sbatch], setup, store, arguments, shards)
-    )
+    click.echo(job_script([*directives, *_always(parts), *sbatch], setup, store, arguments, parts))
 
 
-def _always(shards: int) -> list[str]:
-    log = "%x-%A_%a.out" if shards > 1 else "%x-%j.out"
-    return ["--requeue", "--signal=USR1@120", "--open-mode=append", f"--output={log}"]
+def _always(parts: int) -> list[str]:
+    from fedgfe_store.generation.stopping import SIGNAL_LEAD
+
+    log = "%x-%A_%a.out" if parts > 1 else "%x-%j.out"
+    return ["--requeue", f"--signal=USR1@{SIGNAL_LEAD}", "--open-mode=append", f"--output={log}"]
 
 
 def job_script(
@@ -117,7 +120,7 @@ def job_script(
     setup: Sequence[str],
     store: Sequence[str],
     arguments: Sequence[str],
-    shards: int,
+    parts: int,
 ) -> str:
     """Return a batch script that runs ``generate`` in the present folder.
 
@@ -131,16 +134,17 @@ def job_script(
         Options that name the embedding store.
     arguments : sequence of str
         Arguments of ``generate``.
-    shards : int
+    parts : int
         Tasks of the array; without one for 1.
     """
     words = ["fedgfe-store", *store, "generate", *arguments]
     run, job = shlex.join(words), '"$SLURM_JOB_ID"'
-    if shards == 1:
+    if parts == 1:
         # Said here too, since sbatch hands on the environment that it is called in.
-        run += " --shard 0/1"
+        run += " --part 0/1"
     else:
-        run += f' --shard "$SLURM_ARRAY_TASK_ID/{shards}"'
+        # With their number, since only some of the tasks may be submitted again.
+        run += f" --part auto/{parts}"
         # The id of an array's first task names the whole array.
         job = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'
     lines = [

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from math import floor, isnan, log10
+from math import floor, isfinite, isnan, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import KeyList, as_of_option, filter_options, format_option, quiet_option
+from ._options import Filters, KeyList, as_of_option, filter_options, format_option, quiet_option
 from ._progress import progress
-from ._tables import counted, print_table
+from ._tables import counted, print_data, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +30,7 @@ _MEANINGS = {
     "to_server_l2": "L2 distance of these two, mean over nodes and classes",
 }
 _DIGITS = {"drift": 5, "to_server": 5}
+_SMALLEST, _LARGEST = -5, 8
 
 
 @click.command("stats")
@@ -62,7 +63,7 @@ _DIGITS = {"drift": 5, "to_server": 5}
 def command(
     obj: Context,
     /,
-    filters: dict[str, Any],
+    filters: Filters,
     as_of: int | None,
     by: list[str],
     column: str | None,
@@ -86,16 +87,14 @@ def command(
 
     if plot is not None:
         check_plot(plot, by)
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
-    column = column or ("t5" if "t5" in selection.schema.columns else "clip")
+    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
+    if column is None:
+        column = "t5" if "t5" in selection.schema.columns else "clip"
     with progress(len(selection), "records", quiet=quiet) as advance:
         table = summarize(selection, by, column=column, tokens=tokens, progress=advance)
     where = f"{selection.path}, commit {selection.commit}: {_vectors(selection, column, tokens)}"
-    if form == "csv":
-        click.echo(table.to_csv(index=False), nl=False)
-    elif form == "json":
-        text = table.to_json(orient="records", lines=True, double_precision=15, force_ascii=False)
-        click.echo(text, nl=False)
+    if form != "table":
+        print_data(table, form, double_precision=15)
     else:
         if len(table):
             _print(table, by)
@@ -127,7 +126,14 @@ def _print(table: pd.DataFrame, by: list[str]) -> None:
 
 
 def _column(values: list[float], digits: int) -> list[str]:
-    """Return numbers with as many decimals as the largest needs for so many digits."""
-    largest = max((abs(v) for v in values if v and not isnan(v)), default=1.0)
-    decimals = max(0, digits - 1 - floor(log10(largest)))
-    return ["-" if isnan(v) else f"{v:,.{decimals}f}" for v in values]
+    """Return numbers with as many decimals as the largest needs for so many digits.
+
+    Where they are so small or large that this is more than people read, as powers of ten.
+    """
+    largest = max((abs(v) for v in values if v and isfinite(v)), default=1.0)
+    place = floor(log10(largest))
+    if _SMALLEST <= place <= _LARGEST:
+        form = f",.{max(0, digits - 1 - place)}f"
+    else:
+        form = f".{digits - 1}e"
+    return ["-" if isnan(v) else format(v, form) for v in values]

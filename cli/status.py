@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._options import (
+    Filters,
     KeyList,
     as_of_option,
     default_folder,
@@ -17,7 +18,7 @@ from ._options import (
     format_option,
 )
 from ._progress import progress
-from ._tables import counted, numbers, print_table
+from ._tables import counted, numbers, print_data, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,9 +48,11 @@ _SHOWN_REASONS = 5
     help="Images that each record should have [as many as any has had].",
 )
 @click.option(
+    "--parts",
     "--shards",
+    "parts",
     type=click.IntRange(min=1),
-    help="Size of the array to be finished [that of the latest run].",
+    help="Parts that the work is shared out in [those of the latest run].",
 )
 @click.option("--failed", is_flag=True, help="List the failed images with their reasons.")
 @format_option(
@@ -58,12 +61,12 @@ _SHOWN_REASONS = 5
 @click.pass_obj
 def command(
     obj: Context,
-    filters: dict[str, Any],
+    filters: Filters,
     as_of: int | None,
     output_dir: Path | None,
     by: list[str] | None,
     images_per_record: int | None,
-    shards: int | None,
+    parts: int | None,
     failed: bool,
     form: str,
 ) -> None:
@@ -80,7 +83,7 @@ def command(
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.generation.status import image_status
 
-    selection = EmbeddingStore.open(obj.store, as_of=as_of).select(**filters)
+    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     folder = output_dir or default_folder(selection)
     with progress(len(selection), "records") as advance:
         status = image_status(
@@ -90,7 +93,7 @@ def command(
         table = (
             _failures(status) if failed else status.counts(by or ["node", "round", "class_name"])
         )
-        _print_lines(table, form)
+        print_data(table, form)
         return
     _print_head(selection, status)
     for groups in [by] if by else [["node", "round"], ["class_name"]]:
@@ -98,19 +101,12 @@ def command(
     _print_stale(status)
     if failed and status.totals["failed"]:
         _print_failures(status)
-    _print_rest(status, shards)
+    _print_rest(status, parts)
 
 
 def _failures(status: ImageStatus) -> pd.DataFrame:
     frame = status.frame
     return frame[frame["status"] == "failed"].drop(columns="status")
-
-
-def _print_lines(table: pd.DataFrame, form: str) -> None:
-    if form == "csv":
-        click.echo(table.to_csv(index=False), nl=False)
-    else:
-        click.echo(table.to_json(orient="records", lines=True, force_ascii=False), nl=False)
 
 
 def _print_head(selection: Selection, status: ImageStatus) -> None:
@@ -125,7 +121,8 @@ def _print_head(selection: Selection, status: ImageStatus) -> None:
 def _print_settings(made_with: Mapping[str, Any]) -> None:
     first = ("model", "revision", "dtype", "steps", "height", "width")
     model, revision, dtype, steps, height, width = (made_with.get(name, "?") for name in first)
-    rest = {k: v for k, v in made_with.items() if k not in first and v is not None}
+    hidden = (*first, "noise")
+    rest = {k: v for k, v in made_with.items() if k not in hidden and v is not None}
     click.echo(f"model: {model} ({str(revision)[:12]}), {dtype}")
     shown = [f"{steps} steps", f"{width}x{height}", *(f"{k} {v}" for k, v in rest.items())]
     click.echo(f"settings: {', '.join(shown)}")
@@ -155,11 +152,11 @@ def _print_failures(status: ImageStatus) -> None:
     click.echo()
 
 
-def _print_rest(status: ImageStatus, shards: int | None) -> None:
+def _print_rest(status: ImageStatus, parts: int | None) -> None:
     from fedgfe_store.generation.manifest import shard_count
 
     unfinished = status.totals["all"] - status.totals["done"]
-    count = shards or shard_count(status.folder)
+    count = parts or shard_count(status.folder)
     if not unfinished:
         click.echo("nothing is missing")
     elif count is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -43,7 +42,6 @@ class AppendBatch:
 
     def __init__(
         self,
-        path: Path,
         known: Snapshot,
         *,
         node: str | int | None,
@@ -58,7 +56,7 @@ class AppendBatch:
                 f"if_exists: expected error, replace or skip, got {if_exists!r}"
             )
         self.added = self.replaced = self.skipped = self.removed = 0
-        self._path, self._known, self._done = path, known, done
+        self._known, self._done = known, done
         self._source, self._process = checked_source(source), os.getpid()
         self._defaults = {"node": node, "round": round}
         self._if_exists, self._timeout = if_exists, timeout
@@ -262,7 +260,7 @@ class AppendBatch:
 
     def _begin(self) -> None:
         if self._transaction is None:
-            self._transaction = Transaction(self._path, timeout=self._timeout, known=self._known)
+            self._transaction = Transaction(self._known, timeout=self._timeout)
 
     def _pop(self, n: int) -> RecordBatch:
         """Take the first `n` records of those that are ready."""
@@ -312,8 +310,9 @@ class AppendBatch:
                 self.replaced += 1
             else:
                 raise ConflictError(
-                    f"{key} is in {self._path} already, with other tensors (if_exists='replace' "
-                    f"puts these in its place, 'skip' keeps the old ones); nothing was committed"
+                    f"{key} is in {self._known.path} already, with other tensors "
+                    f"(if_exists='replace' puts these in its place, 'skip' keeps the old ones); "
+                    f"nothing was committed"
                 )
             fresh.append(position)
         return records if len(fresh) == len(records) else records.take(np.array(fresh, np.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ class Backup:
 
 def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance) -> Backup:
     """Bring the store that `known` shows to `target`; see `EmbeddingStore.backup`."""
-    source = known.path.resolve()
+    source = known.root.resolve()
     _check_place(source, target)
     _files.make_folders(target.resolve().parent)
     lock = WriterLock(target, timeout)
@@ -56,7 +57,7 @@ def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance)
         copying.folders(known.group)
         # Committed tensor files never change: training goes on while they are brought.
         copying.tensor_files(known.group)
-        with Transaction(source, timeout=timeout, known=known) as transaction:
+        with Transaction(known, timeout=timeout) as transaction:
             group = transaction.snapshot.group
             _check_earlier(transaction.snapshot, target)
             copying.folders(group)
@@ -172,7 +173,7 @@ class _Copying:
     def _bring(self, file: Path, *, may_link: bool) -> None:
         place = self._target / file.relative_to(self._source)
         try:
-            if _is_same(file, place):
+            if _is_same(file, place, by_contents=not may_link):
                 return
             temporary = _files.temporary_of(place)
             try:
@@ -206,14 +207,25 @@ def _committed(folder: Path, count: int) -> Iterator[Path]:
             yield folder / entry
 
 
-def _is_same(file: Path, place: Path) -> bool:
-    """Whether `place` holds a copy of `file`: the same size and time, or the same file."""
+def _is_same(file: Path, place: Path, *, by_contents: bool) -> bool:
+    """Whether `place` holds a copy of `file`.
+
+    Tensor files of one number are written once, so that size and time tell. Key files are written
+    anew by each commit, which may be faster than the times of some file systems.
+    """
     try:
         there = place.stat()
     except FileNotFoundError:
         return False
     here = file.stat()
-    return (here.st_size, here.st_mtime_ns) == (there.st_size, there.st_mtime_ns)
+    if here.st_size != there.st_size:
+        return False
+    return filecmp.cmp(file, place, shallow=False) if by_contents else _same_time(here, there)
+
+
+def _same_time(here: os.stat_result, there: os.stat_result) -> bool:
+    # Where a copy lies on a file system that keeps times to two seconds.
+    return abs(here.st_mtime_ns - there.st_mtime_ns) <= 2 * 10**9
 
 
 def _linked(file: Path, temporary: Path) -> bool:

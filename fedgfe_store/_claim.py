@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -23,8 +22,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
-from fedgfe_store import _files
+from fedgfe_store import _files, _workers
 from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
 
 RENEWAL_SECONDS = 10.0
@@ -126,7 +126,8 @@ class Claim:
         self.token, self.number = owner.token, number
         self.after_others, self.alone = False, True
         self._made: list[Path] = []
-        self._stop = threading.Event()
+        # No `threading.Event`: an interruption within its lock would let `release` wait for ever.
+        self._stop: SimpleQueue[None] = SimpleQueue()
 
     @classmethod
     def take(
@@ -212,7 +213,7 @@ class Claim:
         if made:
             _files.sync_folder(self._path)
             _held.add(self.token)
-            threading.Thread(target=self._renew, name="fedgfe-store-claim", daemon=True).start()
+            _workers.Thread(self._renew, "fedgfe-store-claim").start()
         return made
 
     def _link(self, target: Path) -> bool:
@@ -222,7 +223,11 @@ class Claim:
             return False
 
     def _renew(self) -> None:
-        while not self._stop.wait(RENEWAL_SECONDS):
+        while True:
+            try:
+                return self._stop.get(timeout=RENEWAL_SECONDS)
+            except Empty:
+                pass
             # Gone if it was taken over, which the owner learns from its next `fence`.
             with contextlib.suppress(OSError):
                 os.utime(self._made[-1])
@@ -236,13 +241,20 @@ class Claim:
             If someone has.
         """
         epoch = int(self._made[-1].name.split(".")[2])
-        if not self._make(epoch + 1):
+        if not self._make(epoch + 1) or not self._touch():
             raise ConflictError(
                 f"{self._path}: another writer came in between while commit {self.number} was "
                 f"written: it took this one for dead, which had not been heard of for "
                 f"{TAKEOVER_SECONDS:g} s; nothing of it was published"
             )
-        os.utime(self._made[-1])
+
+    def _touch(self) -> bool:
+        """Renew the claim; False where it is gone, as once another writer has published."""
+        try:
+            os.utime(self._made[-1])
+        except FileNotFoundError:
+            return False
+        return True
 
     def forget_others(self) -> None:
         """Remove the claims of other writers on this commit, where none of them is at work."""
@@ -254,7 +266,7 @@ class Claim:
 
     def release(self, *, published: bool = False) -> None:
         """Give the claim back; once its commit is `published`, all claims up to it are removed."""
-        self._stop.set()
+        self._stop.put(None)
         _held.discard(self.token)
         spent = set(self._made)
         if published:
@@ -265,7 +277,7 @@ class Claim:
 
     def abandon(self) -> None:
         """Hold the claim no longer; what is left of it is one of a writer that died."""
-        self._stop.set()
+        self._stop.put(None)
         _held.discard(self.token)
 
 

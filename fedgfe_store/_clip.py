@@ -10,15 +10,33 @@ import torch
 from PIL import Image
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.devices import choose_device
-from fedgfe_store.generation.pipelines import quiet_loading
+from fedgfe_store.generation.devices import (
+    choose_device,
+    enough_memory,
+    first_line,
+    is_out_of_memory,
+)
+from fedgfe_store.generation.loading import naming, quiet_loading, refuse_incomplete
+from fedgfe_store.generation.model_files import find_weights, read_json
+
+# What transformers reads of a model's folder.
+_JSON = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 
 
 class Clip:
     """A loaded model with its processor, both as transformers makes them."""
 
-    def __init__(self, model: Any, processor: Any, device: str) -> None:
+    def __init__(self, model: Any, processor: Any, *, name: str, device: str) -> None:
         self._model, self._processor, self._device = model, processor, device
+        self._unable = f"model {name} cannot embed"
 
     @classmethod
     def load(cls, name: str, device: str | None = None) -> Self:
@@ -39,32 +57,51 @@ class Clip:
             If it is no CLIP, or lacks weights.
         """
         device = choose_device(device)
-        with quiet_loading():
+        doing = f"loading the model {name} onto {device}"
+        with enough_memory(doing, _less(device, "")), quiet_loading():
             _check_kind(name)
             model, processor = _load(name)
-        return cls(model.to(device).eval(), processor, device)
+            return cls(model.to(device).eval(), processor, name=name, device=device)
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Give unit vectors of texts, float32 ``[texts, feature]`` on the CPU."""
-        inputs = self._processor(
-            text=list(texts), return_tensors="pt", padding=True, truncation=True
-        )
-        pooled = self._model.text_model(**inputs.to(self._device)).pooler_output
-        return _unit(self._model.text_projection(pooled))
+        doing = f"embedding {len(texts)} prompts on {self._device}"
+        with enough_memory(doing, _less(self._device, "")), naming(self._unable):
+            inputs = self._processor(
+                text=list(texts), return_tensors="pt", padding=True, truncation=True
+            )
+            pooled = self._model.text_model(**inputs.to(self._device)).pooler_output
+            return _unit(self._model.text_projection(pooled))
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Give unit vectors of RGB pictures, float32 ``[pictures, feature]`` on the CPU."""
-        inputs = self._processor(images=list(images), return_tensors="pt").to(self._device)
-        pooled = self._model.vision_model(**inputs).pooler_output
-        return _unit(self._model.visual_projection(pooled))
+        doing = f"embedding {len(images)} pictures on {self._device}"
+        smaller = "a smaller --batch-size" if len(images) > 1 else ""
+        with (
+            enough_memory(doing, _less(self._device, smaller)),
+            naming(self._unable),
+        ):
+            inputs = self._processor(images=list(images), return_tensors="pt").to(self._device)
+            pooled = self._model.vision_model(**inputs).pooler_output
+            return _unit(self._model.visual_projection(pooled))
+
+
+def _less(device: str, smaller: str) -> str:
+    """Say what takes less memory of the device."""
+    elsewhere = "a machine with more memory" if device == "cpu" else "--device cpu"
+    return f"{' or '.join(filter(None, (smaller, elsewhere)))} may help"
 
 
 def _check_kind(name: str) -> None:
     """Refuse what transformers would load as a CLIP of random weights."""
     from transformers import CLIPConfig
 
+    folder = Path(name)
+    if folder.is_dir():
+        for file in filter(Path.is_file, map(folder.joinpath, _JSON)):
+            read_json(file)
     try:
         config, _ = CLIPConfig.get_config_dict(name, **_place(name))
     except OSError as error:
@@ -75,27 +112,32 @@ def _check_kind(name: str) -> None:
         kind = config.get("model_type") or config.get("_class_name")
         raise SchemaMismatchError(f"model {name}: expected a clip, got {kind}")
     # Without these, transformers would make a tokenizer that knows no word.
-    vocabularies = [Path(name) / file for file in ("tokenizer.json", "vocab.json")]
-    if Path(name).is_dir() and not any(map(Path.is_file, vocabularies)):
+    vocabularies = [folder / file for file in ("tokenizer.json", "vocab.json")]
+    if folder.is_dir() and not any(map(Path.is_file, vocabularies)):
         raise _not_found(name, "it has neither tokenizer.json nor vocab.json")
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
     from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
-    place = _place(name)
+    place, weights = _place(name), find_weights(Path(name), "model")
+    weights.parameters()  # refuses files that are not whole
     try:
-        model, info = CLIPModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **place
+        model, found = CLIPModel.from_pretrained(
+            name,
+            dtype=torch.float32,
+            variant=weights.variant,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **place,
         )
         images = _image_processor().from_pretrained(name, **place)
         tokenizer = CLIPTokenizer.from_pretrained(name, **place)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _not_found(name, error) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])[0]
-        raise SchemaMismatchError(f"model {name}: expected all weights, got none of {missing}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise _not_found(name, first_line(error)) from error
+    refuse_incomplete(f"model {name}", found)
     return model, CLIPProcessor(images, tokenizer)
 
 

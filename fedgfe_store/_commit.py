@@ -113,23 +113,21 @@ class Transaction:
 
     Parameters
     ----------
-    path : Path
-        The store.
-    timeout : float
-        Seconds to wait for another writer.
     known : Snapshot
         What the caller has read of the store; used on if no one wrote in the meantime.
+    timeout : float
+        Seconds to wait for another writer.
     """
 
-    def __init__(self, path: Path, *, timeout: float, known: Snapshot) -> None:
-        self.path, self._process = path, os.getpid()
+    def __init__(self, known: Snapshot, *, timeout: float) -> None:
+        self.path, self._process = known.root, os.getpid()
         self._encoded = b""
         self._rows: list[Mapping[str, np.ndarray]] = []
         self._begun = self._upgrading = self._published = False
         try:
             self._open(timeout, known)
         except Exception as error:
-            _add_outcome(error, path, None)
+            _add_outcome(error, self.path, None)
             raise
 
     def _open(self, timeout: float, known: Snapshot) -> None:
@@ -154,7 +152,7 @@ class Transaction:
             self._lock.release()
             raise
         same = known.as_of is None and known.group.raw == group.raw
-        self.snapshot = known if same else Snapshot(self.path, group)
+        self.snapshot = known if same else known.at(group)
         self._skip(self._tail - group.point.records)
 
     def _skip(self, rows: int) -> None:
@@ -278,7 +276,7 @@ class Transaction:
         self._remove_pending()
         if self._upgrading:
             self._tell_of_the_upgrade()
-            return Snapshot(self.path, Group.read(self.path))
+            return self.snapshot.at(Group.read(self.path))
         return self.snapshot.extended(Group.read(self.path), rows, marked)
 
     def _place(self) -> None:

@@ -34,7 +34,7 @@ def compact(transaction: Transaction) -> tuple[Compaction, Snapshot]:
     Nothing is committed when no file would be freed by it.
     """
     snapshot = transaction.snapshot
-    before = tensor_bytes(snapshot.path, snapshot.schema)
+    before = tensor_bytes(snapshot.root, snapshot.schema)
     rows, useless = _rows_to_move(snapshot), _files_of_the_dead(snapshot)
     if not (len(rows) or useless):
         return Compaction(0, 0, before, before), snapshot
@@ -46,8 +46,8 @@ def compact(transaction: Transaction) -> tuple[Compaction, Snapshot]:
     for file in freed:
         file.unlink()
     for name in snapshot.schema.columns:
-        _files.sync_folder(snapshot.path / name)
-    after = tensor_bytes(snapshot.path, snapshot.schema)
+        _files.sync_folder(snapshot.root / name)
+    after = tensor_bytes(snapshot.root, snapshot.schema)
     return Compaction(len(rows), len(freed), before, after), snapshot
 
 
@@ -81,7 +81,7 @@ def _files_of_the_dead(snapshot: Snapshot) -> list[Path]:
     return [
         file
         for name in snapshot.schema.columns
-        for file in (snapshot.path / name).glob("c.*")
+        for file in (snapshot.root / name).glob("c.*")
         if granule_of(file.name) in dead
     ]
 

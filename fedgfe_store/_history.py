@@ -55,7 +55,7 @@ def _bytes(snapshot: Snapshot) -> np.ndarray:
     writer = snapshot.column("created_in")[::granule]
     sizes = np.zeros(snapshot.point.commit + 1, np.int64)
     for name in snapshot.schema.columns:
-        for file, nbytes in _files.chunk_sizes(snapshot.path / name):
+        for file, nbytes in _files.chunk_sizes(snapshot.root / name):
             number = granule_of(file.name)
             if 0 <= number < len(writer):
                 sizes[writer[number]] += nbytes

@@ -53,7 +53,7 @@ border-top:1px solid rgba(128,128,128,.35)}
 
 def store_html(everything: Selection, snapshot: Snapshot) -> str:
     """Return the store seen at `snapshot`, of which `everything` is the selection, as HTML."""
-    nbytes, files = _files.usage(snapshot.path)
+    nbytes, files = _files.usage(snapshot.root)
     facts = [
         ("experiment", _text(snapshot.schema.metadata.experiment)),
         ("records", _records(everything)),

@@ -23,6 +23,8 @@ _NOT_OFFERED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 _HELD = {errno.EACCES, errno.EAGAIN}
 
 _log = logging.getLogger("fedgfe_store")
+_without: set[Path] = set()
+"""Locks that the system did not offer, which has been said."""
 
 
 class WriterLock:
@@ -86,6 +88,9 @@ class WriterLock:
         return True
 
     def _do_without(self, reason: str) -> None:
+        if self._file in _without:
+            return
+        _without.add(self._file)
         _log.warning(
             "%s: no lock on this file system (%s): claims on each commit keep writers apart, more "
             "slowly; mount it with locks (NFS: lockd; Lustre: -o flock) if several write at once",

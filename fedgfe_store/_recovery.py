@@ -12,7 +12,7 @@ import numpy as np
 from fedgfe_store import _files, _key_files
 from fedgfe_store._claim import Claim
 from fedgfe_store._group import GROUP_FILE, Group
-from fedgfe_store._layout import KEY_CHUNK
+from fedgfe_store._layout import KEY_CHUNK, array_metadata
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._staging import Staging
 
@@ -46,21 +46,29 @@ def recover(path: Path, group: Group, claim: Claim) -> int:
 
 def clear(path: Path, group: Group, claim: Claim) -> None:
     """Clear what lies beyond the commit point of the store at `path`."""
-    for file, _ in _tensor_files_beyond(path, group):
+    beyond = [file for file, _ in _tensor_files_beyond(path, group)]
+    # Only then: whoever takes over from now on writes behind what was found here.
+    claim.fence()
+    for file in beyond:
         file.unlink(missing_ok=True)
     # Key chunks beyond the committed rows stay: whoever gets as far writes them whole.
     staging = Staging(claim.token)
-    staging.write(shape_files(path, group) | _unmarked(path, group))
-    claim.fence()
-    # A file for each array: this flushes the folders in which files were unlinked, too.
-    staging.place()
+    try:
+        staging.write(shape_files(path, group) | _unmarked(path, group))
+        claim.fence()
+        # A file for each array: this flushes the folders in which files were unlinked, too.
+        staging.place()
+    finally:
+        staging.discard()
     (path / PENDING).unlink(missing_ok=True)
 
 
 def remove_temporary(path: Path, group: Group) -> None:
     """Remove what any writer of the store at `path` has not put in place."""
-    for folder in (path, *(path / name for name in group.arrays)):
-        _files.remove_temporary(folder)
+    # Those of an upgrade that was broken off lie in folders of the newer version.
+    for folder in (path, *(path / name for name in array_metadata(group.schema))):
+        if folder.is_dir():
+            _files.remove_temporary(folder)
 
 
 def shape_files(path: Path, group: Group) -> dict[Path, bytes]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
+
+_LIKE_A_RANGE = re.compile(r"[0-9]+-[0-9]+")
 
 
 def counted(number: int, noun: str) -> str:
@@ -33,11 +37,27 @@ def numbers(values: Iterable[int]) -> str:
     return ", ".join(parts)
 
 
+def quoted(name: str) -> str:
+    """Return `name` as it can be told from others in a list: in quotes where it looks like one."""
+    plain = name.isprintable() and name.strip() == name != "" and not set('",') & set(name)
+    if plain and not _LIKE_A_RANGE.fullmatch(name):
+        return name
+    return json.dumps(name, ensure_ascii=False)
+
+
+def said_range(values: range) -> str:
+    """Return a range of whole numbers as people type it: ``10-20``."""
+    return f"{values.start}-{values.stop - 1}" if len(values) != 1 else f"{values.start}"
+
+
 def names(values: Iterable[str], *, most: int = 12) -> str:
-    """Return `values` in one line, numbers as ranges and first; a long list is cut with a count."""
+    """Return `values` in one line, numbers as ranges and first; a long list is cut with a count.
+
+    Names that have a comma or look like a range are in quotes.
+    """
     unique = sorted(set(values))
-    plain = [v for v in unique if not v.isdecimal()]
-    whole = numbers(int(v) for v in unique if v.isdecimal())
+    plain = [quoted(v) for v in unique if not is_number(v)]
+    whole = numbers(int(v) for v in unique if is_number(v))
     shown = ([whole] if whole else []) + plain[:most]
     more = [f"and {len(plain) - most} more"] if len(plain) > most else []
     return ", ".join(shown + more)
@@ -50,6 +70,14 @@ def shown(value: object, *, most: int = 120) -> str:
     except Exception:  # noqa: BLE001 - a caller's object may raise anything, and so do long numbers
         return f"a value of type {type(value).__name__} that cannot be shown"
     return shortened(text, most)
+
+
+def is_number(name: str) -> bool:
+    """Whether `name` is a whole number as Python writes it: not ``007``, and of 18 digits at most.
+
+    Only such names can be listed, and asked for, by ranges of numbers.
+    """
+    return name.isascii() and name.isdecimal() and len(name) <= 18 and str(int(name)) == name
 
 
 def numbers_first(name: str) -> tuple[bool, int, str]:

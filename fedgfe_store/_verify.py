@@ -95,7 +95,7 @@ def _broken_columns(snapshot: Snapshot) -> dict[str, str]:
 def _metadata_problems(snapshot: Snapshot) -> Iterator[str]:
     """Compare each array's own metadata, which other Zarr readers use, with the group's."""
     for name, committed in snapshot.group.arrays.items():
-        file = snapshot.path / name / GROUP_FILE
+        file = snapshot.root / name / GROUP_FILE
         try:
             found = json.loads(file.read_bytes())
             same = {**found, "shape": found["shape"][1:]} == {
@@ -159,23 +159,23 @@ def _damaged_rows(
 
 
 def _leftovers(snapshot: Snapshot) -> Iterator[str]:
-    folders = [snapshot.path / name for name in snapshot.group.arrays]
-    begun = [file for files in claims(snapshot.path).values() for file in files.values()]
-    if (snapshot.path / PENDING).exists():
-        begun.append(snapshot.path / PENDING)
+    folders = [snapshot.root / name for name in snapshot.group.arrays]
+    begun = [file for files in claims(snapshot.root).values() for file in files.values()]
+    if (snapshot.root / PENDING).exists():
+        begun.append(snapshot.root / PENDING)
     yield from (f"{file}: a writer is at work, or died" for file in begun)
     for name, number in sorted(snapshot.stale):
         yield (
-            f"{snapshot.path / name}/c.{number}: marks of a commit that was never published "
+            f"{snapshot.root / name}/c.{number}: marks of a commit that was never published "
             f"(the next commit clears them)"
         )
-    for folder in (snapshot.path, *folders):
+    for folder in (snapshot.root, *folders):
         yield from (str(file) for file in sorted(folder.iterdir()) if _files.is_temporary(file))
     unneeded = _unneeded(snapshot)
     for name in snapshot.group.arrays:
         tensor = name in snapshot.schema.columns
         last = len(unneeded) if tensor else -(-snapshot.group.rows(name) // KEY_CHUNK)
-        for file in sorted((snapshot.path / name).glob("c.*")):
+        for file in sorted((snapshot.root / name).glob("c.*")):
             number = granule_of(file.name)
             if number >= last or (tensor and number >= 0 and unneeded[number]):
                 yield f"{file}: no record that a reader can reach"

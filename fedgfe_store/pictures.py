@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fedgfe_store._filters import NUMBERS, is_wanted, wanted_values
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import inspect_image
 from fedgfe_store.generation.manifest import latest
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
-from fedgfe_store.selection import wanted_values
 
-_OWN = ("seed", "digests", "created", "seconds", "bytes")
+_OWN = ("file_id", "seed", "digests", "created", "seconds", "bytes")
 _READERS = 8
 _IDENTITY = ("file", "key", "image")
 
@@ -36,12 +38,15 @@ class Picture:
         Which image of the record it is, from 0.
     size : tuple of int
         Width and height in pixels.
+    file_id : str
+        What identifies its sample; empty where that is not known.
     """
 
     file: Path
     key: RecordKey
     number: int = 0
     size: tuple[int, int] = (1, 1)
+    file_id: str = ""
 
 
 def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any) -> list[Picture]:
@@ -83,7 +88,11 @@ def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any)
     found = {picture.file.name: picture for picture in _all(folder)}.values()
     if not found:
         raise NotFoundError(f"no pictures of ours in {folder}: expected PNG files of generate")
-    kept = [p for p in found if all(getattr(p.key, n) in values for n, values in wanted.items())]
+    kept = [
+        p
+        for p in found
+        if all(is_wanted(getattr(p.key, n), values) for n, values in wanted.items())
+    ]
     if per_class is not None:
         kept = list(_lowest(kept, per_class))
     if not kept:
@@ -91,11 +100,17 @@ def find_pictures(folder: Path, *, per_class: int | None = None, **filters: Any)
     return sorted(kept, key=lambda p: (p.key, p.number))
 
 
+def key_values(pictures: Iterable[Picture], name: str) -> np.ndarray:
+    """Return the values of a key column of `pictures`, as those of a store."""
+    kind = np.int64 if name in NUMBERS else np.dtypes.StringDType()
+    return np.array([getattr(picture.key, name) for picture in pictures], kind)
+
+
 def _all(folder: Path) -> Iterator[Picture]:
     for path, known in read_pictures(folder).items():
         size = None if isinstance(known, str) else _size(known.shared)
         if size is not None and not isinstance(known, str):
-            yield Picture(path, known.key, known.image, size)
+            yield Picture(path, known.key, known.image, size, known.file_id)
 
 
 @lru_cache(maxsize=64)
@@ -133,7 +148,7 @@ class ListedPicture:
     image : int
         Which image of the record, from 0.
     own : mapping
-        What differs from picture to picture: seed, digests, time, seconds, bytes.
+        What differs from picture to picture: ``file_id``, seed, digests, time, seconds, bytes.
     shared : str
         All else of its provenance, as JSON: the same for many pictures.
     """
@@ -143,6 +158,11 @@ class ListedPicture:
     image: int
     own: Mapping[str, Any]
     shared: str
+
+    @property
+    def file_id(self) -> str:
+        """What identifies its sample; empty where that is not known."""
+        return str(self.own.get("file_id") or "")
 
 
 def listed_pictures(folder: Path) -> dict[str, ListedPicture]:

@@ -223,11 +223,12 @@ def check_keys(name: str, columns: Sequence[str]) -> None:
     SchemaMismatchError
         If they are not.
     """
-    known = len(set(columns)) == len(columns) and set(columns) <= set(KEY_COLUMNS)
-    if not columns or not known:
+    listed = isinstance(columns, Sequence) and not isinstance(columns, str)
+    known = listed and all(each in KEY_COLUMNS for each in columns)
+    if not known or not columns or len(set(columns)) < len(columns):
+        got = ", ".join(map(str, columns)) if listed else f"{type(columns).__name__} {columns!r}"
         raise SchemaMismatchError(
-            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, "
-            f"got {', '.join(map(str, columns)) or 'none'}"
+            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, got {got or 'none'}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from fedgfe_store._text import names
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import key_json
 from fedgfe_store.generation.status import natural_rank
@@ -42,7 +43,7 @@ class Found:
     pictures : sequence of ListedPicture
         Those of the selection, by file name.
     classes : sequence of str
-        Classes of which the folder has pictures, selected or not.
+        Classes that the store has records of, selected or not, whatever the folder holds.
     left_out : mapping
         Why a PNG file is no picture of a record, by its name.
     """
@@ -65,7 +66,8 @@ class Scores:
         and of its class' prompt, from -1 to 1), ``closest`` (the class whose prompt is most
         similar) and ``agrees`` (whether that is its own).
     prompts : mapping
-        The prompt of each class that was compared with.
+        The prompt of each class that was compared with. With a single one each picture agrees,
+        which says nothing.
     left_out : mapping
         Why a file has no score, by its name.
     """
@@ -87,7 +89,8 @@ class Scores:
         DataFrame
             A row for each group, in the order of `by`: its columns, then ``pictures``,
             ``similarity`` (mean), ``agreement`` (share of the pictures whose closest class is
-            their own, from 0 to 1) and ``closest`` (the class that was so most often).
+            their own, from 0 to 1; NaN where there was one class to choose from) and ``closest``
+            (the class that was so most often).
 
         Raises
         ------
@@ -102,6 +105,8 @@ class Scores:
             agreement=("agrees", "mean"),
             closest=("closest", lambda names: names.mode().iloc[0]),
         )
+        if len(self.prompts) < 2:
+            table["agreement"] = float("nan")
         return table.sort_values(list(by), key=natural_rank, ignore_index=True)
 
 
@@ -136,13 +141,15 @@ def find_pictures(selection: Selection, folder: Path) -> Found:
     if not pictures:
         raise NotFoundError(f"no picture in {folder} of the {len(selection)} records selected")
     left_out = {path.name: why for path, why in found.items() if isinstance(why, str)}
-    return Found(folder, pictures, sorted({each.key.class_name for each in known}), left_out)
+    classes = sorted(set(selection.everything().column("class_name").tolist()))
+    return Found(folder, pictures, classes, left_out)
 
 
 def score_pictures(
     found: Found,
     clip_model: str,
     *,
+    among: Sequence[str] | None = None,
     prompt: str = PROMPT,
     batch_size: int = 32,
     device: str | None = None,
@@ -150,8 +157,8 @@ def score_pictures(
 ) -> Scores:
     """Compare pictures with the prompts of the classes.
 
-    A picture is compared with every class that its folder has pictures of, selected or not, so
-    that filters change no score.
+    A picture is compared with every class of the store, so that neither filters nor what else
+    lies in its folder change a score.
 
     Parameters
     ----------
@@ -159,6 +166,8 @@ def score_pictures(
         The pictures.
     clip_model : str
         A CLIP model of transformers: its folder, which needs no network, or its name on the hub.
+    among : sequence of str, optional
+        Classes to compare with instead of the store's; those of the pictures must be among them.
     prompt : str
         What is said of a class; ``{class}`` stands for its name, whose underscores become spaces.
     batch_size : int
@@ -178,14 +187,14 @@ def score_pictures(
     NotFoundError
         If there is no such model, or no picture could be read.
     SchemaMismatchError
-        If the prompt lacks ``{class}`` or is the same for two classes, the batch size is less
-        than 1, or the model is no CLIP.
+        If the prompt lacks ``{class}`` or is the same for two classes, `among` lacks the class
+        of a picture, the batch size is less than 1, or the model is no CLIP.
     """
     from fedgfe_store._clip import Clip
 
     if batch_size < 1:
         raise SchemaMismatchError(f"batch_size: expected from 1 up, got {batch_size}")
-    prompts = class_prompts(found.classes, prompt)
+    prompts = class_prompts(_compared(found, among), prompt)
     clip = Clip.load(clip_model, device)
     texts = clip.embed_texts(list(prompts.values()))
     rows: list[list[Any]] = []
@@ -202,6 +211,20 @@ def score_pictures(
     if not rows:
         raise NotFoundError(f"none of {len(found.pictures)} pictures in {found.folder} is sound")
     return Scores(_frame(rows), prompts, left_out)
+
+
+def _compared(found: Found, among: Sequence[str] | None) -> list[str]:
+    """Return the classes to compare with, in the order that decides between equals."""
+    if among is None:
+        return list(found.classes)
+    if isinstance(among, str):
+        raise SchemaMismatchError(f"among: expected a list of classes, got {among!r}")
+    lacking = {picture.key.class_name for picture in found.pictures} - set(among)
+    if lacking:
+        raise SchemaMismatchError(
+            f"among: expected the classes of the pictures too, got none of {names(lacking)}"
+        )
+    return sorted(set(among))
 
 
 def class_prompts(classes: Iterable[str], prompt: str = PROMPT) -> dict[str, str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import operator
+import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedgfe_store._filters import NUMBERS, matches, position_array, wanted_values
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import (
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from fedgfe_store.torch_data import Batches
-
-_NUMBERS = ("round", "index")
-_FEW = 20
-"""Texts up to which one comparison after another is fastest."""
 
 
 class Selection:
@@ -112,9 +109,9 @@ class Selection:
         if self._given is not None:
             return self._given
         rows = np.flatnonzero(self._snapshot.visible)
-        for name in sorted(self._filters, key=_NUMBERS.__contains__, reverse=True):
+        for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):
             values = self._snapshot.column_at(name, rows)
-            rows = rows[_matches(values, self._filters[name])]
+            rows = rows[matches(values, self._filters[name])]
         return rows if self._per_class is None else self._lowest(rows, self._per_class)
 
     def _lowest(self, rows: np.ndarray, n: int) -> np.ndarray:
@@ -129,6 +126,20 @@ class Selection:
     def _column(self, name: str, rows: np.ndarray) -> np.ndarray:
         values = self._snapshot.column_at(name, rows)
         return values.astype(object) if values.dtype.kind == "T" else values
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a key column or note of the records, such as ``"class_name"``, ``[n]``.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If there is none of that name.
+        """
+        if name not in (*KEY_COLUMNS, *NOTE_COLUMNS):
+            raise SchemaMismatchError(
+                f"column: expected one of {', '.join((*KEY_COLUMNS, *NOTE_COLUMNS))}, got {name!r}"
+            )
+        return self._snapshot.column_at(name, self.rows)
 
     @cached_property
     def records(self) -> pd.DataFrame:
@@ -180,6 +191,13 @@ class Selection:
         """Return the records' keys."""
         return self._snapshot.keys(self.rows)
 
+    def key_columns(self) -> dict[str, np.ndarray]:
+        """Return the key columns of the records as they stand, without an object for each.
+
+        That they belong together is checked where a record is used: by `keys`, `records`, `read`.
+        """
+        return {name: self._snapshot.column_at(name, self.rows) for name in KEY_COLUMNS}
+
     def by_node_and_round(self) -> dict[tuple[str, int], np.ndarray]:
         """Return the positions of the records, int64 ``[n]``, of each node and round."""
         import pandas as pd
@@ -188,10 +206,70 @@ class Selection:
         groups: Any = keys.groupby(["node", "round"], sort=False).indices
         return {(str(node), int(number)): at for (node, number), at in groups.items()}
 
-    def take(self, positions: Sequence[int] | np.ndarray | slice) -> Selection:
-        """Return the records at `positions` of this selection, in that order."""
-        rows = self.rows[positions if isinstance(positions, slice) else np.asarray(positions, int)]
-        return Selection(self._snapshot, self._filters, per_class=self._per_class, rows=rows)
+    def compacted_away(self) -> np.ndarray:
+        """Return which records have lost their tensors to a later compaction, bool ``[n]``.
+
+        Only those of an older commit can; `read` refuses them, all else of them can be read.
+        """
+        gone = np.zeros(len(self), bool)
+        if self._snapshot.point.compacted <= self.commit:
+            return gone
+        granules, places = np.unique(self.rows // self.schema.granule, return_inverse=True)
+        for tensor in self.schema.tensors:
+            files = self._snapshot.tensor_files[tensor.name]
+            lost = np.array([not os.path.exists(files.file(n)) for n in granules.tolist()], bool)
+            here = lost[places]
+            if tensor.optional:
+                here &= self._snapshot.column_at(f"has_{tensor.name}", self.rows)
+            gone |= here
+        return gone
+
+    def everything(self) -> Selection:
+        """Return all records that the same commit shows."""
+        return Selection(self._snapshot, {}, per_class=None)
+
+    def take(self, positions: Sequence[int] | Sequence[bool] | np.ndarray | slice) -> Selection:
+        """Return some of the records as a selection.
+
+        Parameters
+        ----------
+        positions : sequence of int, sequence of bool or slice
+            Positions in this selection, in the order wanted, repeats allowed, negative ones from
+            the end; or a mask, one bool for each record, such as ``records.split == "test"`` or
+            a DataArray of `to_xarray`; or a slice.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If it is none of these, such as a mask of another length, or fractions.
+        """
+        return Selection(
+            self._snapshot, self._filters, per_class=self._per_class, rows=self._rows_at(positions)
+        )
+
+    def _rows_at(self, positions: Any) -> np.ndarray:
+        rows = self.rows
+        if isinstance(positions, slice):
+            try:
+                return rows[positions]
+            except TypeError:
+                raise SchemaMismatchError(
+                    f"take: expected a slice of whole numbers, got {positions}"
+                ) from None
+        if hasattr(positions, "coords"):
+            self._check_order(positions)
+        found: np.ndarray = rows[position_array(positions, len(rows))]
+        return found
+
+    def _check_order(self, array: xr.DataArray) -> None:
+        """Refuse an array of xarray whose keys are not those of the records, one by one."""
+        for name in KEY_COLUMNS:
+            given = array.coords.get(name)
+            if given is not None and not np.array_equal(given, self._column(name, self.rows)):
+                raise SchemaMismatchError(
+                    f"take: expected the {name} of the records in their order, got an array "
+                    f"of others"
+                )
 
     def read(self, column: str, *, out: np.ndarray | None = None) -> np.ndarray:
         r"""Read a tensor column of the selected records into memory.
@@ -245,11 +323,11 @@ class Selection:
 
         return to_dataset(self)
 
-    def key_columns(self) -> dict[str, np.ndarray]:
+    def known_columns(self) -> dict[str, np.ndarray]:
         """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
-        return self._key_columns(self.rows)
+        return self._known_columns(self.rows)
 
-    def _key_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _known_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         names = self._snapshot.group.key_names
         return {name: self._snapshot.column_at(name, rows) for name in names}
 
@@ -259,7 +337,7 @@ class Selection:
         for start in range(0, len(self), step):
             rows = self.rows[start : start + step]
             self._snapshot.notes(rows)
-            columns = self._key_columns(rows)
+            columns = self._known_columns(rows)
             tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
             yield RecordBatch(columns, tensors)
 
@@ -291,7 +369,7 @@ class Selection:
         Returns
         -------
         Batches
-            A sized iterable of `Batch`.
+            A sized iterable of `Batch`, and a torch ``IterableDataset``.
         """
         from fedgfe_store.torch_data import Batches
 
@@ -303,58 +381,3 @@ class Selection:
             prefetch=prefetch,
             pin_memory=pin_memory,
         )
-
-
-def wanted_values(name: str, value: Any) -> range | list[Any]:
-    """Return the value of the filter `name` as a range, or as a list of the column's type.
-
-    Raises
-    ------
-    SchemaMismatchError
-        If it is of another type.
-    """
-    if isinstance(value, range):
-        return value if name in _NUMBERS else [_one(name, number) for number in value]
-    if isinstance(value, str | bytes) or is_whole(value) or not isinstance(value, Iterable):
-        return [_one(name, value)]
-    return [_one(name, each) for each in value]
-
-
-def _one(name: str, value: Any) -> str | int:
-    if name in _NUMBERS:
-        if is_whole(value):
-            return operator.index(value)
-        raise SchemaMismatchError(f"{name}: expected whole numbers or a range, got {value!r}")
-    if name == "node" and is_whole(value):
-        return str(operator.index(value))
-    if isinstance(value, str):
-        return str(value)
-    raise SchemaMismatchError(f"{name}: expected text, got {value!r}")
-
-
-def _matches(values: np.ndarray, wanted: range | list[Any]) -> np.ndarray:
-    if isinstance(wanted, range):
-        if not wanted:
-            return np.zeros(len(values), bool)
-        low, high = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1])
-        wide = values.astype(np.int64)
-        mask: np.ndarray = (wide >= low) & (wide <= high) & ((wide - low) % abs(wanted.step) == 0)
-        return mask
-    if values.dtype.kind == "T":
-        return _is_among(values, wanted)
-    if len(wanted) == 1:
-        return np.asarray(values == wanted[0])
-    return np.isin(values, np.array(wanted, np.int64))
-
-
-def _is_among(values: np.ndarray, texts: list[Any]) -> np.ndarray:
-    """Return which of `values` are one of `texts`, to the last character.
-
-    Compared with plain text, also by `np.isin`, numpy overlooks U+0000 at its end.
-    """
-    if len(texts) > _FEW:
-        return np.fromiter(map(set(texts).__contains__, values.tolist()), bool, len(values))
-    mask = np.zeros(len(values), bool)
-    for text in texts:
-        mask |= values == np.array(text, values.dtype)
-    return mask

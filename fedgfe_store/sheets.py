@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 from fedgfe_store._drawing import LARGEST, SMALLEST, Style, draw_frame, draw_page
 from fedgfe_store._labels import clean, label_of
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.pairing import sample_numbers
 from fedgfe_store.pictures import Picture
 from fedgfe_store.records import KEY_COLUMNS, check_keys, key_order
 
@@ -78,7 +79,9 @@ def arrange(
     """Put pictures into rows and columns by their keys.
 
     Where several belong in one cell, the same sample is taken for all cells as far as possible:
-    that one of the other keys' combinations which fills most of them.
+    that one of the other keys' combinations which fills most of them. Over rounds a sample is
+    known by its ``file_id``, where its pictures name one, and by its index else: `index` then
+    means the one of the first round that has the sample.
 
     Parameters
     ----------
@@ -102,8 +105,8 @@ def arrange(
         raise SchemaMismatchError("a sheet: expected at least one picture, got none")
     others = [name for name in (*KEY_COLUMNS, "image") if name not in {*rows, *columns}]
     found: dict[tuple[Place, Place], dict[Place, Picture]] = defaultdict(dict)
-    for picture in pictures:
-        facts = _facts(picture)
+    for picture, number in zip(pictures, _numbers(pictures, {*rows, *columns}), strict=True):
+        facts = _facts(picture) | {"index": number}
         cell = tuple(facts[n] for n in rows), tuple(facts[n] for n in columns)
         found[cell][tuple(facts[n] for n in others)] = picture
     counts = Counter(sample for samples in found.values() for sample in samples)
@@ -119,6 +122,14 @@ def arrange(
         cells,
         _common(others, cells.values()),
     )
+
+
+def _numbers(pictures: Sequence[Picture], axes: Collection[str]) -> list[int]:
+    """Give the index of each picture, or what is the same for a sample in all rounds."""
+    keys = [picture.key for picture in pictures]
+    if "round" not in axes:
+        return [key.index for key in keys]
+    return sample_numbers(keys, [picture.file_id for picture in pictures])
 
 
 def _facts(picture: Picture) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,13 @@ import numpy as np
 from fedgfe_store import _commit
 from fedgfe_store._append import AppendBatch, IfExists
 from fedgfe_store._compact import Compaction, compact
+from fedgfe_store._filters import check_names
+from fedgfe_store._group import Group
 from fedgfe_store._mending import find_mending
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._verify import Verification, verify
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import is_whole
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.selection import Selection
 
@@ -37,6 +41,11 @@ class EmbeddingStore:
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
+        if not isinstance(snapshot, Snapshot):
+            raise SchemaMismatchError(
+                f"expected EmbeddingStore.open(path) or EmbeddingStore.create(path, schema), "
+                f"got EmbeddingStore({snapshot!r})"
+            )
         self._snapshot = snapshot
 
     @classmethod
@@ -80,10 +89,12 @@ class EmbeddingStore:
         NotFoundError
             If there is no store, or no such commit.
         SchemaMismatchError
-            If the store is of a newer format.
+            If the store is of a newer format, or `as_of` is no whole number.
         DamagedDataError
             If its ``zarr.json`` is damaged.
         """
+        if as_of is not None and not is_whole(as_of):
+            raise SchemaMismatchError(f"as_of: expected the number of a commit, got {as_of!r}")
         return cls(Snapshot.latest(Path(path), as_of))
 
     @property
@@ -126,7 +137,7 @@ class EmbeddingStore:
 
     def refresh(self) -> None:
         """See the latest commit."""
-        self._snapshot = Snapshot.latest(self.path)
+        self._snapshot = self._snapshot.at(Group.read(self._snapshot.root))
 
     def append(
         self,
@@ -180,7 +191,6 @@ class EmbeddingStore:
                 f"encoder: expected {schema.metadata.encoder!r} as in {self.path}, got {encoder!r}"
             )
         return AppendBatch(
-            self.path,
             self._snapshot,
             node=node,
             round=round,
@@ -257,10 +267,11 @@ class EmbeddingStore:
         Raises
         ------
         SchemaMismatchError
-            If no filter is given, or one is of the wrong type.
+            If no filter is given, or there is none of that name, or one is of the wrong type.
         BusyError
             If another writer holds the store for longer than `timeout`.
         """
+        check_names(filters, signature(self.select).parameters)
         wanted = {name: value for name, value in filters.items() if value is not None}
         if not wanted:
             raise SchemaMismatchError("delete: expected at least one filter, got none")
@@ -441,13 +452,18 @@ class EmbeddingStore:
         ConflictError
             If a record conflicts; nothing is committed.
         """
+        if not isinstance(source, EmbeddingStore):
+            raise SchemaMismatchError(
+                f"merge: expected an EmbeddingStore, such as EmbeddingStore.open(path), "
+                f"got {source!r}"
+            )
         self.schema.check_fits(source.schema, f"{source.path}")
         selection = source.select()
         same_bits = self.schema.precision == source.schema.precision
         origin = f"merge of {source.schema.metadata.experiment or source.path.name}"
         with self.append(if_exists=if_exists, source=origin, timeout=timeout) as batch:
             if same_bits or if_exists == "skip":
-                fresh = batch.unknown(selection.key_columns())
+                fresh = batch.unknown(selection.known_columns())
                 progress(len(selection) - len(fresh))
                 selection = selection.take(fresh)
             for records in selection.pieces():
@@ -457,7 +473,7 @@ class EmbeddingStore:
 
     def _transaction(self, timeout: float) -> _commit.Transaction:
         self._refuse_past()
-        return _commit.Transaction(self.path, timeout=timeout, known=self._snapshot)
+        return _commit.Transaction(self._snapshot, timeout=timeout)
 
     def _refuse_past(self) -> None:
         if self._snapshot.as_of is not None:

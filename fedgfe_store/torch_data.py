@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-import queue
-import threading
+import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store import _workers
+from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.records import is_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,8 +45,26 @@ class Batch:
         return self.selection.records
 
 
-class Batches:
-    """A sized iterable of `Batch`, made by `Selection.batches`; each iteration reads afresh."""
+def _only_one(batches: Sequence[Batch], *, collate_fn_map: object = None) -> Batch:
+    """Give a DataLoader whose batch size is 1, the default, the batch as it is."""
+    if len(batches) > 1:
+        raise SchemaMismatchError(
+            f"batches are made already: expected DataLoader(batches, batch_size=None) and their "
+            f"size in Selection.batches, got batch_size={len(batches)}"
+        )
+    return batches[0]
+
+
+# Torch's documented way to say how a type of its users is collated.
+default_collate_fn_map[Batch] = _only_one
+
+
+class Batches(IterableDataset[Batch]):
+    """A sized iterable of `Batch`, made by `Selection.batches`; each iteration reads afresh.
+
+    Also a dataset for ``torch.utils.data.DataLoader(batches, batch_size=None)``, whose workers
+    share the batches among them.
+    """
 
     def __init__(
         self,
@@ -53,10 +76,15 @@ class Batches:
         prefetch: int,
         pin_memory: bool,
     ) -> None:
-        if batch_size < 1 or prefetch < 0:
-            raise SchemaMismatchError(
-                f"expected batch_size from 1 and prefetch from 0, got {batch_size} and {prefetch}"
-            )
+        for name, number, least in (("batch_size", batch_size, 1), ("prefetch", prefetch, 0)):
+            if not is_whole(number) or number < least:
+                raise SchemaMismatchError(
+                    f"{name}: expected a whole number from {least} up, got {number!r}"
+                )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {dtype!r}")
+        if isinstance(columns, str):
+            raise SchemaMismatchError(f"columns: expected a list of names, got {columns!r}")
         required = [t.name for t in selection.schema.tensors if not t.optional]
         self._columns = required if columns is None else list(columns)
         for name in self._columns:
@@ -76,7 +104,10 @@ class Batches:
         return prefetch(self._read(), self._prefetch) if self._prefetch else self._read()
 
     def _read(self) -> Iterator[Batch]:
-        for start in range(0, len(self._selection), self._size):
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        starts = range(0, len(self._selection), operator.index(self._size))
+        for start in starts[first::step]:
             part = self._selection.take(slice(start, start + self._size))
             yield Batch(part, {name: self._tensor(part, name) for name in self._columns})
 
@@ -117,34 +148,52 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     object
         The items, in order. Closing the iterator ends the thread.
     """
-    waiting: queue.Queue[object] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    room: SimpleQueue[None] = SimpleQueue()
+    ready: SimpleQueue[object] = SimpleQueue()
+    stopped = False
+    for _ in range(depth):
+        room.put(None)
 
     def work() -> None:
         try:
             for item in items:
-                if not put(item):
+                room.get()
+                if stopped:
                     return
-            put(_END)
+                ready.put(item)
+            ready.put(_END)
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
-            put(_Failed(error))
+            ready.put(_Failed(error))
 
-    thread = threading.Thread(target=work, name="fedgfe-store-prefetch", daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not _END:
-            if isinstance(item, _Failed):
-                raise item.error
-            yield item  # type: ignore[misc]
-    finally:
-        stopped.set()
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        room.put(None)
         thread.join()
+
+    thread = _workers.Thread(work, "fedgfe-store-prefetch")
+    try:
+        try:
+            thread.start()
+            while (item := _next(thread, ready)) is not _END:
+                room.put(None)
+                yield item  # type: ignore[misc]
+        finally:
+            stop()
+    finally:  # where the first was interrupted
+        stop()
+
+
+def _next(thread: _workers.Thread, ready: SimpleQueue[object]) -> object:
+    if thread.process is not None:
+        raise ConflictError(
+            f"these batches are read ahead by a thread of process {thread.process}: iterate anew "
+            f"in process {os.getpid()}"
+        )
+    item = ready.get()
+    if isinstance(item, _Failed):
+        try:
+            raise item.error
+        finally:
+            del item  # it holds this frame
+    return item

@@ -20,9 +20,14 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -227,6 +232,33 @@ def letters(folder: Path, tokens: int) -> CLIPTokenizer:
     merges = folder / "merges.txt"
     merges.write_text("#version: 0.2\n")
     return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=tokens)
+
+
+def save_random_clip(folder: Path) -> Path:
+    """Save a CLIP of random weights for pictures of 16 x 16 and prompts of letters."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    text = CLIPTextConfig(
+        **sizes,
+        vocab_size=54,
+        num_hidden_layers=1,
+        max_position_embeddings=40,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=16, patch_size=4)
+    model = CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    )
+    torch.manual_seed(4)
+    with torch.no_grad():
+        # Weights as small as those of training's start give nearly the same vector for all.
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    model.save_pretrained(folder)
+    crop = {"height": 16, "width": 16}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=crop)
+    CLIPProcessor(images, letters(folder.parent, 40)).save_pretrained(folder)
+    return folder
 
 
 def load_sd(folder: Path, **options: object) -> StableDiffusionPipeline:

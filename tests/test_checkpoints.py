@@ -86,7 +86,8 @@ def test_node_file_metadata(tmp_path: Path) -> None:
     assert row["image_filename"] == "node_0_train_dog_1_r5.png"
     assert row["timestamp"].to_pydatetime() == datetime(2026, 1, 22, 12, tzinfo=UTC)
     image = f"{legacy.IMAGES}/node_0_train_dog_1_r5.png"
-    assert json.loads(row["extra"]) == {"file_id": "f1", "image_path": image}
+    assert row["file_id"] == "f1"
+    assert json.loads(row["extra"]) == {"image_path": image}
     assert store.schema.metadata.experiment == "vegas"
     assert store.schema.metadata.classes == ("dog", "drum")
     assert store.schema.metadata.diffusion_type == "flux"
@@ -307,7 +308,6 @@ def test_values_beyond_bfloat16(tmp_path: Path) -> None:
         ("server", 3, "anything.pt", ("server", 3), 0),
         (np.int64(4), np.int64(6), "x.pt", ("4", 6), 0),
         (0, 5, "node_1_embeddings_r5.pt", ("0", 5), 1),
-        (0, 5, "node_0_embeddings_r6.pt", ("0", 5), 1),
     ],
 )
 def test_node_and_round(
@@ -465,28 +465,21 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, zipped: bool) -> None:
     marker = tmp_path / "marker"
     value = legacy.content([legacy.entry(T5, CLIP)], config=legacy.Touches(marker))
     path = legacy.save(tmp_path, value, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(SchemaMismatchError, match=r"contains `_?io.open`: not loaded, nothing was"):
-        read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    (note,) = checkpoint.notes
+    assert re.match(r"_?io\.open: not a plain value, not run, only its name is kept", note)
+    assert len(list(checkpoint.entries)) == 1
     assert not marker.exists()
     torch.load(path, weights_only=False)["config"].close()
     assert marker.exists()  # the trap works
 
 
-def test_every_unknown_global_is_named(tmp_path: Path) -> None:
-    value = legacy.content([], settings=Settings(), folder=Path("x"))
-    path = legacy.save(tmp_path, value)
-    with pytest.raises(SchemaMismatchError) as caught:
-        read_checkpoint(path)
-    assert "`pathlib.PosixPath`" in str(caught.value)
-    assert f"`{Settings.__module__}.Settings`" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_global_before_instructions_that_torch_does_not_read(tmp_path: Path) -> None:
-    value = {"settings": Settings(), "bytes": b"protocol 3 has an instruction for these"}
-    path = legacy.save(tmp_path, value, pickle_protocol=3)
-    with pytest.raises(SchemaMismatchError, match=r"Settings`: not loaded, nothing was run"):
-        read_checkpoint(path)
+def test_every_unknown_class_is_named(tmp_path: Path) -> None:
+    value = legacy.content([], settings=[Settings(), Settings()], touches=legacy.Touches(tmp_path))
+    first, second = read_checkpoint(legacy.save(tmp_path, value)).notes
+    name = f"{Settings.__module__}.Settings"
+    assert first == f"{name}: not a plain value, not run, only its name is kept: 2 objects"
+    assert second.endswith("open: not a plain value, not run, only its name is kept: 1 object")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -506,7 +499,7 @@ def test_changed_bytes_of_a_pickle_give_our_errors_only(tmp_path: Path, zipped: 
             list(read_checkpoint(path).read())
         except (DamagedDataError, SchemaMismatchError) as error:
             outcomes[type(error).__name__] += 1
-    assert len(outcomes) == 2
+    assert len(outcomes) == 1 if zipped else 2  # zip files have a checksum of the pickle
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -730,14 +723,13 @@ def test_what_does_not_fit_of_a_text_cache_is_counted(tmp_path: Path) -> None:
     legacy.text_cache(tmp_path, ["Dog", "dog", 3], **more)
     file = import_checkpoints(tmp_path / "s.zarr", tmp_path).files[-1]
     assert file.error is None
-    assert file.classes == {"dog": 1, "swapped": 1}
+    assert file.classes == {"3": 1, "dog": 1, "swapped": 1}
     assert file.skipped == {
         "t5 has shape [512, 4096], expected [17, 4096]": 1,
         "t5 has values that are not finite": 1,
         "no clip": 1,
         "no t5 and no clip": 1,
         "entry is a Tensor, not a dict": 1,
-        "class_name is 3, expected a name": 1,
         "same split, class and index as an entry before": 1,
     }
     assert same(stored(tmp_path / "s.zarr")["text", 0, "reference", "swapped", 0][0], t5[1])
@@ -754,7 +746,12 @@ def test_a_text_cache_none_of_which_fits_is_refused(tmp_path: Path) -> None:
 def test_text_caches_are_loaded_safely(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     bad, _ = legacy.text_cache(tmp_path, evil=legacy.Touches(marker))
-    assert "not loaded, nothing was run" in only(bad).error
+    report = only(bad)
+    assert report.records == 2
+    assert [re.sub("_io", "io", reason) for reason in report.skipped] == [
+        "entry is <io.open>, not a dict"
+    ]
+    assert "open: not a plain value, not run" in report.notes[-1]
     assert not marker.exists()
     other = legacy.save(tmp_path, legacy.content([]), "other_text_embs_dict.pt")
     assert "expected a dict of classes with 'flux' or 'sd' each, got a dict" in only(other).error

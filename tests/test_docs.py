@@ -27,6 +27,7 @@ def steady(text: str) -> list[str]:
     text = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?", "DATE", text)
     text = re.sub(r"[\d.,]+ (s|min|B|kB|MB|images/s|files/s)\b", r"N \1", text)
     text = re.sub(r"\b\d{14,20}\b", "DIGEST", text)
+    text = re.sub(r"recorder [0-9a-f]{16}", "recorder ID", text)
     # What training comes to differs in the last digits between machines.
     text = re.sub(r"\b\d+\.\d{2,}\b", "D", text)
     text = re.sub(r"\([0-9a-f]{12}\)", "(REVISION)", text)

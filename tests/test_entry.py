@@ -256,10 +256,9 @@ for _ in range(3000):
         ({"index": [torch.tensor(1.5), 1]}, "index: expected a whole number"),
         ({"index": torch.zeros(2, dtype=torch.int64, device="meta")}, "index: expected"),
         ({"index": np.ma.array([0, 1], mask=[0, 1])}, "index: expected a whole number"),
-        (
-            {"index": np.array(3)},
-            "index: expected a whole number",
-        ),
+        ({"index": np.array(3)}, "index: expected a whole number"),
+        ({"index": range(10**30)}, "index: expected 2 values, one per record, got range(0, 1000"),
+        ({"index": range(10**12)}, "index: expected 2 values, one per record, got 1000000000000"),
         ({"node": torch.tensor([1, 2, 3])}, "node: expected 2 values, one per record, got 3"),
         ({"class_name": ["dog", ""]}, "class_name: expected text that is not empty, got ''"),
         ({"class_name": ["dog", pd.NA]}, "class_name: expected text that is not empty"),
@@ -281,7 +280,7 @@ def test_odd_values_are_refused_in_one_line(store, change, words):
 
 
 def test_keys_are_what_their_types_say(store):
-    frame = added(store, class_name=Kind.DOG, node=torch.tensor(3), index=torch.arange(2))
+    frame = added(store, class_name=Kind.DOG, node=torch.tensor(3), index=list(torch.arange(2)))
     assert frame["class_name"].tolist() == ["dog", "dog"]
     assert frame["node"].tolist() == ["3", "3"]
     assert frame["index"].tolist() == [0, 1]

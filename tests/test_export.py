@@ -19,6 +19,7 @@ from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.checkpoints import export_checkpoints, import_checkpoints, read_checkpoint
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.schema import TensorColumn
 
 WHEN = datetime(2026, 1, 22, 12, 30, 15, 250_000, UTC)
 
@@ -62,10 +63,8 @@ def notes(n: int, split: str) -> dict[str, Any]:
         "sample_id": [f"{split}_{i}" for i in range(n)],
         "audio_path": [f"/data/{split}/{i}.wav" for i in range(n)],
         "image_filename": [f"picture {i}.png" for i in range(n)],
-        "extra": [
-            {"image_path": f"/a/vegas/picture {i}.png", "file_id": i, "tags": [1, 2]}
-            for i in range(n)
-        ],
+        "extra": [{"image_path": f"/a/vegas/picture {i}.png", "tags": [1, 2]} for i in range(n)],
+        "file_id": [f"f{i}" for i in range(n)],
         "timestamp": WHEN,
     }
 
@@ -98,7 +97,7 @@ def vegas(made, tmp_path) -> EmbeddingStore:
 @pytest.mark.parametrize("layout", ["guide", "upstream"])
 def test_importing_an_export_gives_the_same_records(vegas, tmp_path, layout):
     back = there_and_back(vegas, tmp_path, layout)
-    known = ("sample_id", "audio_path", "image_filename", "extra", "timestamp")
+    known = ("sample_id", "file_id", "audio_path", "image_filename", "extra", "timestamp")
     assert described(back, *known) == described(vegas, *known)
     assert back.schema.metadata.experiment == "vegas"
     assert back.schema.columns == vegas.schema.columns
@@ -181,7 +180,7 @@ def test_the_guides_layout(vegas, tmp_path):
         "sample_metadata": {
             "sample_id": "train_0",
             "audio_path": "/data/train/0.wav",
-            "file_id": 0,
+            "file_id": "f0",
             "tags": [1, 2],
         },
     }
@@ -304,6 +303,62 @@ def test_a_layout_that_is_none(vegas, tmp_path):
         export_checkpoints(vegas.select(), tmp_path / "out", layout="server")
 
 
+# columns that a checkpoint has no place for
+
+
+@pytest.mark.parametrize(
+    ("schema", "column"),
+    [
+        (Schema("flux", (TensorColumn("llama", (4, 8), ("a", "b")),)), "the column llama [4, 8]"),
+        (Schema.flux(17, width=7680), "the column t5 [17, 7680]"),
+        (Schema.flux(17, clip=(1280,)), "the column clip [1280]"),
+        (Schema.flux(17, clip=(1, 768)), "the column clip [1, 768]"),
+        (Schema.sd(77, width=1024), "the column clip [77, 1024]"),
+        (Schema("flux", Schema.sd(77).tensors), "got no column t5"),
+        (Schema("sd", Schema.flux(17).tensors), "the column t5 [17, 4096]"),
+    ],
+    ids=str,
+)
+def test_columns_that_could_not_be_read_back_are_refused(tmp_path, schema, column):
+    store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
+    with store.append(node=0, round=1) as batch:
+        add(batch, "train/dog", 1, 0, schema)
+    result = run(store, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 1
+    assert column in result.stderr
+    assert "clip [" in result.stderr.split("expected")[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_every_sign_come_back(tmp_path):
+    schema = Schema.flux(17)
+    store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
+    names = ["../../up", "a/b", "..", "x,y", "CON", "a b", "é", "10-12"]
+    with store.append(round=1) as batch:
+        for seed, name in enumerate(names):
+            add(batch, "train/dog", 1, seed, schema, node=name, split=name, class_name=name)
+    back = there_and_back(store, tmp_path, "guide")
+    assert described(back) == described(store)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "s.zarr",
+        "out",
+        "back.zarr",
+        *(path.name for path in tmp_path.glob(".*")),
+    }
+
+
+def test_nodes_that_differ_in_case_have_files_on_every_system(tmp_path):
+    schema = Schema.flux(17)
+    store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
+    for seed, node in enumerate(["A", "a", "B", "server", "Server"]):
+        with store.append(node=node, round=1) as batch:
+            add(batch, "train/dog", 1, seed, schema)
+    assert described(there_and_back(store, tmp_path, "guide")) == described(store)
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert len({name.casefold() for name in names}) == 5
+    assert "node_B_embeddings_r1.pt" in names
+
+
 # the command
 
 
@@ -345,7 +400,7 @@ def test_command_as_of_and_layout(vegas, tmp_path):
 
 
 def test_command_with_nothing_to_export(vegas, tmp_path):
-    result = run(vegas, "--round", "99", "--output-dir", tmp_path / "out")
+    result = run(vegas, "--round", 99, "--allow-empty", "--output-dir", tmp_path / "out")
     assert (result.exit_code, result.output) == (
         0,
         f"0 files, 0 B: 0 records; {tmp_path / 'out'}\n",

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import SMALL, values
+from interruptions import strikes
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
@@ -663,6 +664,58 @@ def test_threads_with_blocks_larger_than_the_buffer_get_through(store, monkeypat
         assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_interruption_at_any_step_leaves_whole_blocks_and_nobody_waiting(
+    store, monkeypatch, streaming
+):
+    if streaming:
+        monkeypatch.setattr(_pages, "PAGE_BYTES", SMALL.record_nbytes)
+    begun, flushed = [], []
+
+    def train():
+        with Recorder(store, buffer_bytes=0) as recorder:
+            begun.append(len(begun))
+            put(recorder, 0, begun[-1])
+            recorder.flush()
+            flushed.append(begun[-1])
+
+    for _ in strikes(train, ("_workers.py", "recorder.py", "_round.py", "_jobs.py"), every=37):
+        pass
+    store.refresh()
+    counts = store.select().records["round"].value_counts()
+    assert set(counts) == {4}
+    assert set(flushed) <= set(counts.index) <= set(begun)
+    assert begun[-1] in flushed
+
+
+def test_a_block_that_an_interruption_kept_from_ending_is_dropped_with_its_recorder(store):
+    with pytest.raises(KeyboardInterrupt), Recorder(store) as recorder:
+        block = recorder.record(node=0, round=1).__enter__()
+        block.add(split="train", class_name="dog", index=[0], **values(1))
+        raise KeyboardInterrupt
+    with pytest.raises(ConflictError, match="is closed"):
+        recorder.flush()
+    store.refresh()
+    assert len(store) == 0
+
+
+def test_a_call_of_add_that_was_broken_off_keeps_its_block_from_being_recorded(
+    recorder, monkeypatch
+):
+    def broken(self, columns, tensors):
+        raise RuntimeError("CUDA error")
+
+    with pytest.raises(ConflictError, match="node 0, round 1: a call of add was broken off"):
+        with recorder.record(node=0, round=1) as batch:
+            batch.add(split="train", class_name="dog", index=[0], **values(1))
+            with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+                patched.setattr(_pages.Page, "put", broken)
+                batch.add(split="train", class_name="cat", index=[0], **values(1))
+    put(recorder, 0, 2)
+    recorder.flush()
+    assert set(opened(recorder).select().records["round"]) == {2}
+
+
 def test_flush_means_on_the_disk(recorder):
     for round in range(3):
         put(recorder, 0, round)
@@ -766,6 +819,55 @@ def test_a_recorder_that_nobody_holds_any_more_is_written(store):
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     store.refresh()
     assert len(store) == 12
+
+
+def test_a_forked_process_that_leaves_an_open_block_touches_nothing_of_its_parents(store):
+    code = """
+import torch
+from torch.utils.data import DataLoader
+before = os.getpid()
+try:
+    with recorder:
+        put(1)
+        with recorder.record(node=0, round=2) as batch:
+            batch.add(split="train", class_name="dog", index=range(4), **values(4))
+            loader = DataLoader([1, 2, 3], num_workers=2, multiprocessing_context="fork")
+            print(torch.stack(list(loader)).sum().item(), flush=True)
+            for way in ("raise", "leave", "exit"):
+                child = os.fork()
+                if child == 0:
+                    try:
+                        batch.add(split="train", class_name="cat", index=0, **values(1))
+                    except Exception as error:
+                        print(type(error).__name__, flush=True)
+                    recorder.missing, recorder.left_out
+                    if way == "raise":
+                        raise KeyError
+                    if way == "exit":
+                        sys.exit(5)
+                    break
+                _, status = os.waitpid(child, 0)
+                print(way, os.waitstatus_to_exitcode(status), flush=True)
+except KeyError:
+    sys.exit(6)
+if os.getpid() != before:
+    sys.exit(7)
+"""
+    done = run(store, code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "6",
+        "ConflictError",
+        "raise 6",
+        "ConflictError",
+        "leave 7",
+        "ConflictError",
+        "exit 5",
+    ]
+    store.refresh()
+    assert store.commit == 2
+    assert store.select().records["round"].tolist() == [1] * 4 + [2] * 4
+    assert store.verify().sound
 
 
 def test_a_forked_process_leaves_the_recorder_alone(store):

@@ -334,12 +334,24 @@ def test_quantization_says_what_a_card_lacks(
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda _: package or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    options = {"device": "cuda", "dtype": "bfloat16", "compiled": compiled}
     if message is None:
-        checked = quantization.check_quantization(name, device="cuda", compiled=compiled)
-        assert checked == name
+        assert quantization.check_quantization(name, **options) == name
         return
     with pytest.raises(SchemaMismatchError, match=message):
-        quantization.check_quantization(name, device="cuda", compiled=compiled)
+        quantization.check_quantization(name, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_fp8_takes_no_other_dtype_than_torchao_does(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(quantization, "find_spec", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    options = {"device": "cuda", "dtype": dtype, "compiled": True}
+    with pytest.raises(SchemaMismatchError, match=f"expected dtype bfloat16, .* got {dtype}"):
+        quantization.check_quantization("fp8", **options)
+    assert quantization.check_quantization("nf4", **options) == "nf4"
 
 
 @pytest.mark.parametrize(("available", "careful"), [(10**12, False), (10**5, True)])

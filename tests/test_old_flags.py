@@ -78,7 +78,14 @@ def test_several_files_and_filters():
     result = generate(*files, "--class", "drum", "--node", 0)
     assert (result.exit_code, result.output.splitlines()[-1]) == (
         1,
-        "error: selection: expected at least one record, got none",
+        "error: no record in checkpoints/embeddings.zarr, commit 2, meets all filters: "
+        "node 0; class drum (2 do without node, 2 do without class)",
+    )
+    result = generate(*DIR, "--pattern", "node_2*", "--node", 0)
+    assert (result.exit_code, result.output.splitlines()[-1]) == (
+        1,
+        "error: no record of those files meets the filters, others of "
+        "checkpoints/embeddings.zarr do",
     )
 
 
@@ -133,7 +140,7 @@ def test_a_file_that_fails_leaves_the_others_and_exits_with_3():
     assert "2 images rendered" in result.output
     again = generate(*DIR)
     assert again.exit_code == 3
-    assert "1 file, 0 B: 0 new records, 1 failed; " in again.output
+    assert "1 file, 564.9 kB: 0 new records, 1 failed; " in again.output
 
 
 def test_a_changed_file_is_a_conflict_and_its_old_records_are_not_rendered():

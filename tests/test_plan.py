@@ -241,6 +241,7 @@ def test_the_fingerprint_covers_each_setting_and_nothing_else() -> None:
         "pool": "last",
         "quantization": "int8",
         "negative": "0",
+        "noise": "file_id",
     }
     assert changed.keys() == asdict(SETTINGS).keys()
     variants = [replace(SETTINGS, **{name: value}) for name, value in changed.items()]

@@ -16,18 +16,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import fill
-from generation_fakes import letters, save_random_flux
+from generation_fakes import save_random_clip, save_random_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_gallery import SETTINGS, add
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-)
+from transformers import CLIPModel, CLIPProcessor
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
@@ -40,31 +33,7 @@ CLASSES = ["dog", "cat", "water_tap"]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """A CLIP of random weights for pictures of 16 x 16 and prompts of letters."""
-    folder = tmp_path_factory.mktemp("clip") / "model"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    text = CLIPTextConfig(
-        **sizes,
-        vocab_size=54,
-        num_hidden_layers=1,
-        max_position_embeddings=40,
-        bos_token_id=52,
-        eos_token_id=53,
-    )
-    vision = CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=16, patch_size=4)
-    model = CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
-    )
-    torch.manual_seed(4)
-    with torch.no_grad():
-        # Weights as small as those of training's start give nearly the same vector for all.
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5)
-    model.save_pretrained(folder)
-    crop = {"height": 16, "width": 16}
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=crop)
-    CLIPProcessor(images, letters(folder.parent, 40)).save_pretrained(folder)
-    return folder
+    return save_random_clip(tmp_path_factory.mktemp("clip") / "model")
 
 
 @pytest.fixture
@@ -155,6 +124,40 @@ def test_filters_change_no_score(store, folder, clip):
     merged = some.merge(every, on="file", suffixes=("", "_all"))
     np.testing.assert_allclose(merged["similarity"], merged["similarity_all"], atol=1e-6)
     assert merged["closest"].tolist() == merged["closest_all"].tolist()
+
+
+def test_what_else_lies_in_the_folder_changes_no_score(store, folder, clip, tmp_path):
+    every = score(store, folder, clip, filters={"class_name": "water_tap"}).frame
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for file in every["file"]:
+        shutil.copy(folder / file, alone)
+    pd.testing.assert_frame_equal(score(store, alone, clip).frame, every)
+
+
+def test_the_classes_to_choose_from_may_be_named(store, folder, clip):
+    others = ["a_bird", "cat", "dog", "water_tap"]
+    scores = score(store, folder, clip, among=[*reversed(others), "cat"])
+    assert list(scores.prompts) == others
+    files = [folder / name for name in scores.frame["file"]]
+    best = reference(clip, files, list(scores.prompts.values())).argmax(axis=1)
+    assert scores.frame["closest"].tolist() == [others[place] for place in best]
+    with pytest.raises(SchemaMismatchError, match="among: expected the classes .* none of cat, w"):
+        score(store, folder, clip, among=["dog", "a_bird"])
+    with pytest.raises(SchemaMismatchError, match="among: expected a list"):
+        score(store, folder, clip, among="dog")
+    result = run(store, folder, clip, "--among", "cat,dog", "--among", "water_tap,a_bird")
+    assert "among 4 classes" in result.output
+
+
+def test_with_one_class_there_is_no_agreement(store, folder, clip):
+    filters = {"class_name": "dog"}
+    scores = score(store, folder, clip, filters=filters, among=["dog"])
+    assert scores.table(["class_name"])["agreement"].isna().all()
+    result = run(store, folder, clip, "--class", "dog", "--among", "dog", "--by", "class")
+    assert "note: dog is the only class to choose from" in result.stderr
+    assert "100" not in result.stdout
+    assert result.stdout.splitlines()[2].split()[3] == "-"
 
 
 def test_damaged_pictures_are_reported_and_left_out(store, folder, clip):

@@ -13,6 +13,7 @@ import torch
 from conftest import SMALL, fill, values
 
 from fedgfe_store import EmbeddingStore, Schema
+from fedgfe_store._layout import KEY_CHUNK
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.torch_data import prefetch
 
@@ -307,3 +308,26 @@ def test_prefetch_hands_on_errors_after_the_items_before_them():
         for item in iterator:
             seen.append(item)
     assert seen[-2:] == [1, 2]
+
+
+def test_key_columns_are_picked_in_any_order(store):
+    """Across chunks of key columns, with repeats, gaps and runs; as numpy picks from the whole."""
+    snapshot = store.select()._snapshot
+    total = 3 * KEY_CHUNK + 5
+    whole = {
+        "round": np.arange(total, dtype=np.int32),
+        "class_name": np.array([f"class {i}" for i in range(total)], np.dtypes.StringDType()),
+    }
+    for name, column in whole.items():
+        for start in range(0, total, KEY_CHUNK):
+            snapshot._chunks[name, start // KEY_CHUNK] = column[start : start + KEY_CHUNK]
+    rng = np.random.default_rng(0)
+    edges = np.concatenate([np.arange(-2, 3) + k * KEY_CHUNK for k in range(4)])
+    edges = edges[edges >= 0]
+    picks = [np.sort(rng.choice(edges, n)) for n in (1, 3, 9)]
+    picks += [rng.choice(edges, n, replace=replace) for n in (5, 9) for replace in (True, False)]
+    picks += [edges[:0], edges, edges[::-1], np.arange(total), np.arange(7, KEY_CHUNK + 7)]
+    picks += [np.array([0, 0, 2, 2]), np.array([total - 1, 0])]
+    for rows in picks:
+        for name, column in whole.items():
+            np.testing.assert_array_equal(snapshot.column_at(name, rows), column[rows])

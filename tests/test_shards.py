@@ -1,4 +1,4 @@
-"""Shards: a disjoint, complete and lasting split, and what the environment says of it."""
+"""Parts: a disjoint, complete and lasting split, and what the environment says of it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.shards import Shard, detect_shard, local_device
+from fedgfe_store.generation.shards import AskedPart, Shard, detect_shard, local_device
 from fedgfe_store.records import RecordKey
 
+AUTO = AskedPart.parse("auto")
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 NUMBERS = st.integers(0, 2**31 - 1)
 KEYS = st.lists(st.builds(RecordKey, NAMES, NUMBERS, NAMES, NAMES, NUMBERS), max_size=50)
@@ -91,10 +92,13 @@ def test_a_shard_is_written_as_it_is_read() -> None:
     assert Shard.parse("0/1") == Shard()
 
 
-@pytest.mark.parametrize("text", ["8/8", "1", "", "-1/4", "1/0", "a/b", "1/4/2", " 1/4", "²/4"])
+@pytest.mark.parametrize(
+    "text",
+    ["8/8", "1", "", "-1/4", "1/0", "a/b", "1/4/2", " 1/4", "²/4", "auto/0", "auto/", "Auto"],
+)
 def test_other_shards_are_refused(text: str) -> None:
-    with pytest.raises(SchemaMismatchError, match="expected i/n with 0 <= i < n") as caught:
-        Shard.parse(text)
+    with pytest.raises(SchemaMismatchError, match="part: expected i/n with 0 <= i < n") as caught:
+        AskedPart.parse(text)
     assert repr(text) in str(caught.value)
 
 
@@ -129,12 +133,49 @@ def test_other_shards_are_refused(text: str) -> None:
     ],
 )
 def test_the_environment_says_which_shard(environ: dict[str, str], shard: str) -> None:
-    assert str(detect_shard(environ)[0]) == shard
+    assert str(detect_shard(environ, AUTO)[0]) == shard
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        array_task(3, 0, 7, 8, 1),
+        array_task(4, 0, 8, 3, 1),
+        {"SLURM_ARRAY_TASK_ID": "3"},
+        {"SLURM_ARRAY_TASK_ID": "x"},
+    ],
+)
+def test_an_array_leaves_nothing_out_unless_it_is_asked_to(array: dict[str, str]) -> None:
+    assert detect_shard(array) == (Shard(0, 1), "one process")
+    assert detect_shard({**array, **srun_task(1, 2)})[0] == Shard(1, 2)
+    assert detect_shard({**array, **ranks(3, 4, 4)})[0] == Shard(3, 4)
+
+
+def test_a_part_that_is_named_goes_before_the_environment() -> None:
+    environ = {**array_task(2, 0, 3, 4, 1), **srun_task(1, 2)}
+    assert detect_shard(environ, AskedPart.parse("5/9"))[0] == Shard(5, 9)
+
+
+@pytest.mark.parametrize("queued", [range(8), (0, 3, 4, 5), (7,)])
+def test_tasks_of_a_known_number_of_parts_may_be_queued_in_any_choice(queued) -> None:
+    asked = AskedPart.parse("auto/8")
+    for task in queued:
+        environ = array_task(task, min(queued), max(queued), len(queued), 1)
+        assert detect_shard(environ, asked)[0] == Shard(task, 8)
+        assert detect_shard({**environ, **srun_task(1, 2)}, asked)[0] == Shard(2 * task + 1, 16)
+
+
+def test_a_number_of_parts_needs_a_task_below_it() -> None:
+    asked = AskedPart.parse("auto/8")
+    with pytest.raises(SchemaMismatchError, match=r"expected less than 8 .* got 8; .*--array=0-7"):
+        detect_shard(array_task(8, 1, 8, 8, 1), asked)
+    with pytest.raises(SchemaMismatchError, match="SLURM_ARRAY_TASK_ID: expected .* got nothing"):
+        detect_shard({}, asked)
 
 
 def test_the_reason_names_the_variables() -> None:
-    assert detect_shard({})[1] == "one process"
-    reason = detect_shard({**array_task(2, 0, 3, 4, 1), **srun_task(1, 2)})[1]
+    assert detect_shard({}, AUTO)[1] == "one process"
+    reason = detect_shard({**array_task(2, 0, 3, 4, 1), **srun_task(1, 2)}, AUTO)[1]
     assert reason == "SLURM_ARRAY_TASK_ID 2 of 0-3, SLURM_PROCID 1 of SLURM_STEP_NUM_TASKS 2"
 
 
@@ -143,7 +184,7 @@ def test_the_reason_names_the_variables() -> None:
 def test_the_processes_of_an_array_make_up_all_shards(first: int, step: int, procs: int) -> None:
     last = first + 4 * step
     shards = [
-        detect_shard({**array_task(t, first, last, 5, step), **srun_task(p, procs)})[0]
+        detect_shard({**array_task(t, first, last, 5, step), **srun_task(p, procs)}, AUTO)[0]
         for t in range(first, last + 1, step)
         for p in range(procs)
     ]
@@ -162,8 +203,8 @@ def test_the_processes_of_an_array_make_up_all_shards(first: int, step: int, pro
     ],
 )
 def test_an_array_with_gaps_needs_the_shard_told(environ: dict[str, str]) -> None:
-    with pytest.raises(SchemaMismatchError, match=r"--shard \$SLURM_ARRAY_TASK_ID/N"):
-        detect_shard(environ)
+    with pytest.raises(SchemaMismatchError, match=r"--part auto/N, or \$SLURM_ARRAY_TASK_ID/N"):
+        detect_shard(environ, AUTO)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +223,7 @@ def test_an_array_with_gaps_needs_the_shard_told(environ: dict[str, str]) -> Non
 )
 def test_a_malformed_variable_is_named(environ: dict[str, str], name: str) -> None:
     with pytest.raises(SchemaMismatchError, match=f"^{name}: expected"):
-        detect_shard(environ)
+        detect_shard(environ, AUTO)
 
 
 def test_processes_spread_over_the_devices() -> None:

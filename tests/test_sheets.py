@@ -445,8 +445,16 @@ def test_sheet_animates(folder):
         (["--output", "a.txt"], 1, "error: a.txt: expected a name ending in .png"),
         (["--output", "a.png", "--animate"], 1, "expected a name ending in .gif, .webp"),
         (["--input-dir", "no"], 1, "error: no folder of pictures at no"),
-        (["--round", 9], 1, "error: none of the 24 pictures in output_images/vegas meets the"),
-        (["--sample-id", "x"], 1, "error: no picture in output_images/vegas is of x"),
+        (
+            ["--round", 9],
+            1,
+            "error: no round 9 in output_images/vegas; the nearest: 5; there are 1, 5",
+        ),
+        (
+            ["--sample-id", "x"],
+            1,
+            "error: no sample id x in embeddings.zarr, commit 4; there are train_0",
+        ),
         (["--round", 1, "--animate"], 1, "error: an animation needs pictures of two rounds"),
     ],
 )

@@ -61,7 +61,7 @@ def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_script_asks_for_an_array_that_may_be_queued_again() -> None:
-    found = directives(script("--shards", "8", "--partition", "gpu", "--", "--round", "5"))
+    found = directives(script("--parts", "8", "--partition", "gpu", "--", "--round", "5"))
     assert found == [
         "--job-name=fedgfe",
         "--array=0-7",
@@ -76,9 +76,9 @@ def test_the_script_asks_for_an_array_that_may_be_queued_again() -> None:
 
 
 def test_checkpoints_go_with_the_store_among_them_unless_one_is_named() -> None:
-    arguments = ["slurm", "--shards", "2", "--", "--checkpoint_dir", "checkpoints"]
+    arguments = ["slurm", "--parts", "2", "--", "--checkpoint_dir", "checkpoints"]
     named = CliRunner().invoke(group, arguments).stdout
-    assert "fedgfe-store generate --checkpoint_dir checkpoints --shard" in named
+    assert "fedgfe-store generate --checkpoint_dir checkpoints --part" in named
     assert "--store" not in named
     result = CliRunner().invoke(
         group, ["--store", "a.zarr", "slurm", "--", "--checkpoint_dir", "checkpoints"]
@@ -88,40 +88,40 @@ def test_checkpoints_go_with_the_store_among_them_unless_one_is_named() -> None:
     assert CliRunner().invoke(group, both).exit_code == 2
 
 
-def test_one_shard_is_a_job_without_array() -> None:
+def test_one_part_is_a_job_without_array() -> None:
     text = script("--gres", "", "--time", "1-0", "--", "--round", "5")
     assert "array" not in text.lower()
-    assert " --shard 0/1\n" in text
+    assert " --part 0/1\n" in text
     assert {"--time=1-0", "--output=%x-%j.out"} < set(directives(text))
     assert "--gres" not in text
 
 
-def test_a_task_runs_its_shard_in_the_folder_of_the_script(submit, tmp_path, monkeypatch) -> None:
+def test_a_task_runs_its_part_in_the_folder_of_the_script(submit, tmp_path, monkeypatch) -> None:
     folder = tmp_path / 'it\'s a "folder" $HOME'
     folder.mkdir()
     monkeypatch.chdir(folder)
     words = ["--class", "a b,it's", "--output-dir", '$HOME/"x" `y`', "--steps", "4"]
     text = script(
-        "--shards", "8", "--setup", "pwd > where", "--setup", "export CUDA=1", "--", *words,
+        "--parts", "8", "--setup", "pwd > where", "--setup", "export CUDA=1", "--", *words,
         store="my store's.zarr",
     )  # fmt: skip
     assert submit(text, 0, ARRAY) == (
         0,
         [["srun", "fedgfe-store", "--store", "my store's.zarr", "generate", *words,
-          "--shard", "3/8"]],
+          "--part", "auto/8"]],
     )  # fmt: skip
     assert (folder / "where").read_text() == f"{folder}\n"
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 137])
 def test_other_exit_codes_are_passed_on(submit, code: int) -> None:
-    text = script("--shards", "4", "--", "--round", "5")
+    text = script("--parts", "4", "--", "--round", "5")
     status, calls = submit(text, code, ARRAY)
     assert (status, [call[0] for call in calls]) == (code, ["srun"])
 
 
 def test_a_stopped_task_is_queued_again_and_no_other(submit) -> None:
-    text = script("--shards", "4", "--", "--round", "5")
+    text = script("--parts", "4", "--", "--round", "5")
     status, calls = submit(text, 75, ARRAY)
     assert (status, calls[1:]) == (75, [["scontrol", "requeue", "1000_3"]])
     text = script("--", "--round", "5")
@@ -152,9 +152,10 @@ def test_options_of_sbatch_with_spaces_and_quotes() -> None:
         (["--", "--round", "x"], "expected numbers such as 1,5,10-20"),
         (["--", "round"], "unexpected extra argument"),
         (["--", "--steps", "0"], "--num_inference_steps"),
-        (["--shards", "4", "--", "--round", "5", "--shard", "0/4"], "--shard: the script itself"),
+        (["--parts", "4", "--", "--round", "5", "--part", "0/4"], "--part: the script itself"),
         (["--", "--shard=0/4"], "--shard: the script itself"),
-        (["--shards", "0", "--", "--round", "5"], "--shards"),
+        (["--", "--part=auto"], "--part: the script itself"),
+        (["--parts", "0", "--", "--round", "5"], "--parts"),
         (["--partition", "a\nrm -rf x", "--", "--round", "5"], "expected one line"),
         (["--sbatch", "--account=a\nrm x", "--", "--round", "5"], "expected one line"),
         (["--sbatch", "account=x", "--", "--round", "5"], "expected such as --account=NAME"),

@@ -128,14 +128,14 @@ def test_a_file_of_another_name_stands_for_what_it_says(tmp_path, there):
 
 
 def test_a_file_whose_content_differs_from_its_name_stands_for_its_content(tmp_path):
-    path, _ = legacy.node_file(tmp_path, 3, 7, n=1)
+    path, _ = legacy.node_file(tmp_path, 3, 5, n=1)
     renamed = path.rename(tmp_path / "node_0_embeddings_r5.pt")
     legacy.node_file(tmp_path / "more", 0, 5, n=1)
     store = taken_in(tmp_path)
-    assert origins(select_records(store, Sources((renamed,)))) == {("3", 7)}
+    assert origins(select_records(store, Sources((renamed,)))) == {("3", 5)}
     import_checkpoints(store.path, tmp_path / "more")
     store.refresh()
-    assert origins(select_records(store, Sources((renamed,)))) == {("3", 7)}
+    assert origins(select_records(store, Sources((renamed,)))) == {("3", 5)}
 
 
 @pytest.mark.parametrize("number", [-1, None])

@@ -458,3 +458,20 @@ def test_two_names_of_one_store_share_one_lock(store, tmp_path):
     add(EmbeddingStore.open(link), 1)
     assert len(EmbeddingStore.open(store.path)) == 1
     assert [p.name for p in tmp_path.glob(".*.lock")] == [".embeddings.zarr.lock"]
+
+
+def test_a_relative_path_means_the_same_after_a_change_of_directory(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    store = EmbeddingStore.create("s.zarr", SMALL)
+    given = fill(store, node=0, round=1)
+    selection = store.select(class_name="dog", index=0)
+    assert str(store.path) == "s.zarr"
+    monkeypatch.chdir("elsewhere")
+    assert np.array_equal(selection.read("t5")[0], given["dog", 0]["t5"])
+    fill(store, node=0, round=2)
+    store.delete(round=1)
+    store.compact()
+    store.refresh()
+    assert (len(store), store.verify().sound, len(store.history())) == (6, True, 4)
+    assert not list(tmp_path.glob("elsewhere/*"))

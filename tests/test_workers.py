@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMALL, fill
+from interruptions import strikes
 
 from fedgfe_store import EmbeddingStore, _workers
 from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.torch_data import prefetch
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool():
-    with ThreadPoolExecutor(2) as threads:
-        yield threads
+    return _workers.Pool(2)
 
 
-def test_results_are_in_order_and_few_calls_wait_at_a_time(pool):
-    begun = threading.Semaphore(0)
+def test_results_are_in_order_and_calls_are_drawn_as_they_are_made(pool):
+    first = threading.Semaphore(0)
     drawn = []
 
     def arguments():
@@ -35,75 +36,160 @@ def test_results_are_in_order_and_few_calls_wait_at_a_time(pool):
             yield (number,)
 
     def square(number):
-        if number == 0:
-            begun.acquire()
+        if number < 2:
+            first.acquire()
         return number**2
 
-    timer = threading.Timer(0.2, begun.release)
-    timer.start()
     results = []
     thread = threading.Thread(
         target=lambda: results.extend(_workers.run(pool, square, arguments()))
     )
     thread.start()
-    time.sleep(0.1)
-    assert len(drawn) <= 4 * _workers.count() + 1
+    while len(drawn) < 3:
+        time.sleep(0.01)
+    assert len(drawn) == 3
+    first.release(2)
     thread.join()
     assert results == [n**2 for n in range(100)]
 
 
+def test_a_small_piece_of_work_does_not_wait_for_all_of_a_large_one(pool):
+    calls, begun = [], threading.Event()
+
+    def large(number):
+        begun.set()
+        time.sleep(0.002)
+        calls.append(number)
+
+    thread = threading.Thread(target=_workers.run, args=(pool, large, ((n,) for n in range(200))))
+    thread.start()
+    begun.wait()
+    _workers.run(pool, time.sleep, [(0,)])
+    assert len(calls) < 150
+    thread.join()
+    assert sorted(calls) == list(range(200))
+
+
 def test_the_first_error_in_order_is_raised_after_all_that_began_has_ended(pool):
     under_way = set()
+    both = threading.Barrier(2)
 
     def work(number):
         under_way.add(number)
-        time.sleep(0.05 * (3 - number))
+        both.wait()
+        time.sleep(0.05 * (1 - number))
         under_way.remove(number)
         raise ValueError(f"number {number}")
 
     with pytest.raises(ValueError, match="number 0"):
-        _workers.run(pool, work, ((n,) for n in range(3)))
+        _workers.run(pool, work, ((n,) for n in range(9)))
     assert not under_way
 
 
-def test_interrupted_again_and_again_it_still_waits(pool, monkeypatch):
+def test_an_error_of_what_gives_the_arguments_is_raised_after_all_that_began_has_ended(pool):
     ended = []
-    interruptions = iter([KeyboardInterrupt, KeyboardInterrupt])
-    wait_for = threading.Condition.wait_for
-
-    def interrupted(self, predicate, timeout=None):
-        for error in interruptions:
-            raise error
-        return wait_for(self, predicate, timeout)
-
-    monkeypatch.setattr(threading.Condition, "wait_for", interrupted)
 
     def slow(number):
-        time.sleep(0.1)
+        time.sleep(0.05)
         ended.append(number)
 
     def arguments():
         yield (0,)
-        time.sleep(0.02)
-        raise KeyboardInterrupt
+        raise ZeroDivisionError
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ZeroDivisionError):
         _workers.run(pool, slow, arguments())
     assert ended == [0]
 
 
-def test_what_was_queued_before_submitting_failed_never_runs():
+def test_where_no_thread_can_be_started_it_says_so_and_nothing_is_run(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("can't start new thread")
+
     ran = []
-
-    class Limited(ThreadPoolExecutor):
-        def submit(self, *args):
-            super().submit(time.sleep, 0.1)
-            super().submit(*args)
-            raise RuntimeError("can't start new thread")
-
-    with Limited(1) as pool, pytest.raises(RuntimeError, match="new thread"):
-        _workers.run(pool, ran.append, [(1,)])
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="new thread"):
+        patched.setattr("_thread.start_new_thread", refused)
+        _workers.run(_workers.Pool(1), ran.append, [(1,)])
     assert ran == []
+
+
+def test_where_no_second_thread_can_be_started_one_does_it_all(monkeypatch):
+    def refused(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert _workers.run(_workers.Pool(3), abs, ((-n,) for n in range(20))) == list(range(20))
+
+
+# Ctrl-C
+
+
+def test_an_interruption_at_any_step_of_a_run_leaves_nothing_under_way_and_no_other_error(pool):
+    under_way, results = set(), []
+
+    def work(number):
+        under_way.add(number)
+        time.sleep(0.001)
+        under_way.remove(number)
+        return number
+
+    def interrupted():
+        results.append(_workers.run(pool, work, ((n,) for n in range(4))))
+
+    for place in strikes(interrupted, "_workers.py"):
+        assert not under_way, place
+    assert results == [[0, 1, 2, 3]]
+
+
+def test_an_interruption_at_any_step_of_reading_ahead_ends_its_thread():
+    made, results = [], []
+
+    def items():
+        yield from range(4)
+
+    def read():
+        made.append(items())
+        results.append(list(prefetch(made[-1], 2)))
+
+    for place in strikes(read, "torch_data.py"):
+        assert not any(generator.gi_running for generator in made), place
+    for place in strikes(read, "_workers.py"):
+        assert not any(generator.gi_running for generator in made), place
+    assert results == [[0, 1, 2, 3]] * 2
+
+
+def test_an_interruption_at_any_step_of_an_append_commits_all_or_nothing(store):
+    for _ in strikes(lambda: fill(store, node=0, round=store.commit + 1), "_workers.py", every=97):
+        count = len(EmbeddingStore.open(store.path))
+        assert count in (6 * store.commit, 6 * store.commit + 6)
+        store.refresh()
+    assert store.verify().sound
+
+
+def test_interrupted_again_and_again_it_still_waits(pool):
+    under_way, begun = set(), threading.Event()
+
+    def work(number):
+        under_way.add(number)
+        begun.set()
+        time.sleep(0.2)
+        under_way.remove(number)
+
+    def interrupt():
+        begun.wait()
+        for _ in range(5):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        _workers.run(pool, work, ((n,) for n in range(9)))
+    assert not under_way
+    thread.join()
+
+
+# memory and processes
 
 
 def test_a_failed_read_keeps_no_memory(store):
@@ -127,17 +213,26 @@ FORK = """
 import os, sys
 from conftest import fill
 from fedgfe_store import EmbeddingStore
+from fedgfe_store.errors import ConflictError
 
 store = EmbeddingStore.open(sys.argv[1])
 store.select().read("t5")
+ahead = iter(store.select().batches(2))
+next(ahead)
 child = os.fork()
 if not child:
     code = 1
     try:
+        try:
+            next(ahead)
+        except ConflictError as error:
+            assert "are read ahead by a thread of process" in str(error)
+        del ahead
         fill(store, node=0, round=2)
         code = 0 if len(store.select().read("t5")) == 12 else 2
     finally:
         os._exit(code)
+list(ahead)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 

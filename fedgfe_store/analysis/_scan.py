@@ -76,6 +76,20 @@ class Features:
         return {"column": self.column, "tokens": "mean" if self.pooled else "flat"}
 
 
+def check_selection(what: str, selection: Selection) -> None:
+    """Refuse what is no selection.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is none.
+    """
+    if not isinstance(selection, Selection):
+        raise SchemaMismatchError(
+            f"{what}: expected a selection, such as store.select(), got {type(selection).__name__}"
+        )
+
+
 def squares(values: Vectors) -> float:
     """Return the sum of squares, without the threads of BLAS: on a busy machine they wait."""
     return float(np.einsum("i,i->", values.ravel(), values.ravel()))

@@ -16,12 +16,14 @@ from fedgfe_store.analysis._scan import (
     Tokens,
     Vectors,
     batches,
+    check_selection,
     key_frame,
     squares,
     with_values,
 )
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import check_keys, key_order
+from fedgfe_store.pairing import sample_numbers
+from fedgfe_store.records import KEY_COLUMNS, RecordKey, check_keys, key_order
 from fedgfe_store.selection import Selection
 
 Group = tuple[Any, ...]
@@ -73,7 +75,9 @@ def centroids(
     selection : Selection
         Records; those without a value in an optional column are left out.
     by : sequence of str
-        Key columns: records that agree in all of them form a group.
+        Key columns: records that agree in all of them form a group. By ``round`` and ``index``
+        together, ``index`` is that of the first round which has the sample, as its ``file_id``
+        tells: loaders shuffle, and `drift` is to compare a sample with itself.
     column : str
         Tensor column.
     tokens : {"mean", "flat"}
@@ -99,11 +103,12 @@ def centroids(
     DamagedDataError
         If a record is not what was committed; names it.
     """
+    check_selection("centroids", selection)
     check_keys("by", by)
     features = Features.of(selection, column, tokens)
     found = with_values(selection, column)
     progress(len(selection) - len(found))
-    groups, codes = _groups(key_frame(found, by))
+    groups, codes = _groups(_sample_frame(found, by))
     sums = _Sums(len(groups), features.width)
     for part in batches(found, column):
         sums.add(features.read(found.take(part)), codes[part])
@@ -150,6 +155,11 @@ def group_keys(groups: xr.Dataset, what: str, *needed: str) -> pd.DataFrame:
     SchemaMismatchError
         If it is none, or one of the columns `needed` by the function `what` is missing.
     """
+    if not isinstance(groups, xr.Dataset):
+        raise SchemaMismatchError(
+            f"{what}: expected a result of centroids, such as centroids(store.select()), "
+            f"got {type(groups).__name__}"
+        )
     if "group" not in groups.dims or "centroid" not in groups:
         got = ", ".join(map(str, groups)) or "nothing"
         raise SchemaMismatchError(f"{what}: expected a result of centroids, got a dataset of {got}")
@@ -160,6 +170,16 @@ def group_keys(groups: xr.Dataset, what: str, *needed: str) -> pd.DataFrame:
             f"{what}: expected centroids by {', '.join(missing)} too, got by {', '.join(names)}"
         )
     return pd.DataFrame({name: groups[name].to_numpy() for name in names})
+
+
+def _sample_frame(selection: Selection, by: Sequence[str]) -> pd.DataFrame:
+    """Return the columns `by` of the records, the index the same for a sample in all rounds."""
+    if not {"round", "index"} <= set(by):
+        return key_frame(selection, by)
+    frame = key_frame(selection, (*KEY_COLUMNS, "file_id"))
+    keys = [RecordKey(*row) for row in frame[list(KEY_COLUMNS)].itertuples(index=False)]
+    numbers = sample_numbers(keys, frame["file_id"].tolist())
+    return frame.assign(index=np.array(numbers, np.int64))[list(by)]
 
 
 def _groups(keys: pd.DataFrame) -> tuple[list[Group], np.ndarray]:

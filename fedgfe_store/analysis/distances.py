@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,8 @@ import xarray as xr
 
 from fedgfe_store.analysis._scan import Vectors, squares
 from fedgfe_store.analysis.centroids import Group, group_keys
-from fedgfe_store.records import SERVER
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import SERVER, is_whole
 
 """The node that others are compared with."""
 
@@ -50,12 +53,12 @@ def drift(groups: xr.Dataset, *, pairs: Iterable[tuple[int, int]] | None = None)
     Raises
     ------
     SchemaMismatchError
-        If `groups` is not by ``round``.
+        If `groups` is not by ``round``, or a pair is not one of whole numbers.
     """
     keys = group_keys(groups, "drift", "round")
     others = [name for name in keys.columns if name != "round"]
     values = groups["centroid"].to_numpy()
-    wanted = None if pairs is None else [(int(a), int(b)) for a, b in pairs]
+    wanted = None if pairs is None else [_rounds(pair) for pair in pairs]
     rows = []
     for label, places in _by(keys, others):
         at = dict(zip(keys["round"].iloc[places].tolist(), places, strict=True))
@@ -68,14 +71,21 @@ def drift(groups: xr.Dataset, *, pairs: Iterable[tuple[int, int]] | None = None)
     return frame.astype({"previous": np.int64})
 
 
-def distance_to_server(groups: xr.Dataset, *, server: str = SERVER) -> pd.DataFrame:
+def _rounds(pair: Any) -> tuple[int, int]:
+    both = list(pair) if isinstance(pair, Sequence | np.ndarray) else []
+    if len(both) != 2 or not all(map(is_whole, both)):
+        raise SchemaMismatchError(f"pairs: expected pairs of rounds such as (1, 5), got {pair!r}")
+    return operator.index(both[0]), operator.index(both[1])
+
+
+def distance_to_server(groups: xr.Dataset, *, server: str | int = SERVER) -> pd.DataFrame:
     """Return how far each node's centroids are from those of the server.
 
     Parameters
     ----------
     groups : Dataset
         A result of `centroids` by ``node`` and any other key columns.
-    server : str
+    server : str or int
         The node that the others are compared with.
 
     Returns
@@ -90,13 +100,14 @@ def distance_to_server(groups: xr.Dataset, *, server: str = SERVER) -> pd.DataFr
         If `groups` is not by ``node``.
     """
     keys = group_keys(groups, "distance_to_server", "node")
+    name = str(server) if is_whole(server) else server
     others = [name for name in keys.columns if name != "node"]
     values = groups["centroid"].to_numpy()
     labels = list(keys.itertuples(index=False, name=None))
     rows = []
     for _, places in _by(keys, others):
         nodes = dict(zip(keys["node"].iloc[places].tolist(), places, strict=True))
-        centre = nodes.pop(server, None)
+        centre = nodes.pop(name, None)
         if centre is not None:
             rows += [(*labels[p], *distance(values[p], values[centre])) for p in nodes.values()]
     return _frame(rows, keys, [*keys.columns, "cosine", "l2"])

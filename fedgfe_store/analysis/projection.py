@@ -16,11 +16,12 @@ from fedgfe_store.analysis._scan import (
     Tokens,
     Vectors,
     batches,
+    check_selection,
     key_frame,
     with_values,
 )
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS
+from fedgfe_store.records import KEY_COLUMNS, is_whole
 from fedgfe_store.selection import Selection
 
 _KEPT = 32
@@ -73,6 +74,7 @@ def project(
     DamagedDataError
         If a record is not what was committed; names it.
     """
+    check_selection("project", selection)
     features = Features.of(selection, column, tokens)
     found = with_values(selection, column)
     progress(2 * (len(selection) - len(found)))
@@ -99,10 +101,10 @@ def project(
 
 def _check(components: int, records: int, width: int) -> None:
     most = min(records, width)
-    if not 1 <= components <= most:
+    if not is_whole(components) or not 1 <= components <= most:
         raise SchemaMismatchError(
             f"components: expected 1 to {most} for {records} records of {width} numbers, "
-            f"got {components}"
+            f"got {components!r}"
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from fedgfe_store.analysis._scan import Progress, Tokens, Vectors, key_frame
+from fedgfe_store.analysis._scan import Progress, Tokens, Vectors, check_selection, key_frame
 from fedgfe_store.analysis.centroids import Group, centroids, combine, group_keys
 from fedgfe_store.analysis.distances import class_spread, distance, distance_to_server
 from fedgfe_store.records import SERVER, check_keys, key_order
@@ -62,6 +62,7 @@ def summarize(
     DamagedDataError
         If a record is not what was committed; names it.
     """
+    check_selection("summarize", selection)
     check_keys("by", by)
     nodes = set(key_frame(selection, ["node"])["node"])
     compared = SERVER in nodes and len(nodes) > 1

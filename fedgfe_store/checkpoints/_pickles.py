@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import threading
-import warnings
+import io
+import lzma
+import mmap
+import stat
+import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from fedgfe_store.checkpoints._unpickler import Refused, Storage, Unpickler, storage_type
 from fedgfe_store.errors import (
     DamagedDataError,
     FedgfeStoreError,
@@ -24,18 +26,34 @@ from fedgfe_store.errors import (
 )
 
 _BLOCK = 1 << 20
-_LOCK = threading.Lock()  # torch's allow-list and the warning filters are process-wide
-_NUMPY_DTYPES = (
-    ["bool", "float16", "float32", "float64", "U1", "S1"]
-    + [f"int{bits}" for bits in (8, 16, 32, 64)]
-    + [f"uint{bits}" for bits in (8, 16, 32, 64)]
+_LARGEST_PICKLE = 1 << 30
+"""Bytes of a pickle, tensors apart, that are read: 176,000 entries take some 100 MB."""
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_LOCAL_HEADER = 30
+_BAD_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
 )
-_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 _HEADS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"/annex/objects/", "a git-annex pointer, not the file itself: run `git annex get`"),
     (b"<", "an HTML or XML page, not a checkpoint: download the file again"),
     (b"{", "a JSON text, not a checkpoint"),
+    (b"\x93NUMPY", "a NumPy .npy file, not a checkpoint"),
+    (b"\x89HDF", "an HDF5 file, not a checkpoint"),
+    (b"\x1f\x8b", "packed with gzip: unpack it first"),
+    (b"BZh", "packed with bzip2: unpack it first"),
+    (b"\xfd7zXZ", "packed with xz: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "packed with zstd: unpack it first"),
 )
+_SAVE = "load it where it was written and `torch.save` a dict of plain values and tensors"
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,22 @@ class Source:
     mapped: bool
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a file holds.
+
+    Parameters
+    ----------
+    content : object
+        Tensors, containers and plain values; a `Placeholder` for everything else.
+    unknown : mapping of str to int
+        How many objects are placeholders, by the name of what would have made them.
+    """
+
+    content: Any
+    unknown: Mapping[str, int]
+
+
 def inspect(path: Path) -> Source:
     """Look at a file's head, end and size without unpickling it.
 
@@ -68,49 +102,75 @@ def inspect(path: Path) -> Source:
     NotFoundError
         There is no such file.
     DamagedDataError
-        The file cannot be read or is empty, cut short, an HTML page or a Git LFS pointer.
+        The file cannot be read or is empty, cut short, or something else than a checkpoint.
     """
     try:
-        stamp = _stamp(path)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedDataError(f"{path}: expected a regular file, got {_kind(status.st_mode)}")
         with path.open("rb") as file:
             head = file.read(64)
     except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such checkpoint file") from None
-    except OSError as error:
-        raise DamagedDataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        what = (
+            "a link to a file that is not there" if path.is_symlink() else "no such checkpoint file"
+        )
+        raise NotFoundError(f"{path}: {what}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DamagedDataError(f"{path}: cannot be read: {reason}") from error
     if not head:
         raise DamagedDataError(f"{path}: empty file")
-    zipped = head.startswith(b"PK")
-    if not zipped:
+    stamp = status.st_ino, status.st_size, status.st_mtime_ns
+    if not head.startswith(b"PK"):
         _check_head(path, head)
-    return Source(path, stamp, zipped, zipped and _nothing_compressed(path))
+        return Source(path, stamp, zipped=False, mapped=False)
+    return Source(path, stamp, zipped=True, mapped=_check_zip(path))
 
 
-def load(source: Source) -> Any:
-    """Unpickle a file on the CPU: tensors, containers, plain values and numpy values only.
+def members(path: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and checksum of each member of a zip file.
+
+    Raises
+    ------
+    DamagedDataError
+        Its directory cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [(m.filename, m.file_size, m.CRC) for m in archive.infolist()]
+    except _BAD_ZIP as error:
+        raise _cut_short(path, error) from error
+
+
+def load(source: Source) -> Loaded:
+    """Unpickle a file on the CPU, running nothing in it.
 
     Tensors of a mapped file take no memory until they are read.
 
     Raises
     ------
     SchemaMismatchError
-        The file names a class or function outside the allow-list. Nothing was run.
+        The file asks for what the safe reader does not do. Nothing was run.
     DamagedDataError
         The file is cut short or damaged, or changed since `inspect`.
     """
+    path = source.path
     try:
-        if _stamp(source.path) != source.stamp:
-            raise DamagedDataError(f"{source.path}: changed while it was being read")
-        allowed = torch.serialization.safe_globals(_numpy_globals())
-        with _LOCK, warnings.catch_warnings(), allowed:
-            warnings.simplefilter("ignore")
-            return torch.load(
-                source.path, map_location="cpu", weights_only=True, mmap=source.mapped
-            )
-    except (FedgfeStoreError, MemoryError):
+        with path.open("rb") as file:
+            if _stamp(path) != source.stamp:
+                raise DamagedDataError(f"{path}: changed while it was being read")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return _Zip(file, mapped).load() if source.zipped else _load_older(mapped)
+    except FedgfeStoreError:
+        raise
+    except Refused as reason:
+        raise SchemaMismatchError(
+            f"{path}: refused by the safe loader ({reason}): not loaded, nothing was run; {_SAVE}"
+        ) from None
+    except MemoryError:
         raise
     except Exception as error:  # damaged pickles raise anything; each becomes one clear error
-        raise _explained(source, error) from error
+        raise _cut_short(path, error) from error
 
 
 def verify(source: Source) -> None:
@@ -132,7 +192,7 @@ def verify(source: Source) -> None:
                     with archive.open(item) as member:
                         while member.read(_BLOCK):
                             pass
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except _BAD_ZIP as error:
         raise DamagedDataError(f"{source.path}: damaged ({error})") from error
 
 
@@ -141,63 +201,151 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
 def _check_head(path: Path, head: bytes) -> None:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     for start, reason in _HEADS:
         if text.startswith(start):
             raise DamagedDataError(f"{path}: {reason}")
+    if head[8:10] == b'{"':
+        raise DamagedDataError(f"{path}: a safetensors file, not a checkpoint")
     if not head.startswith(b"\x80"):
         raise DamagedDataError(f"{path}: not a file written by torch.save")
 
 
-def _nothing_compressed(path: Path) -> bool:
-    # torch maps a compressed member as if its bytes were the values
+def _check_zip(path: Path) -> bool:
+    """Refuse an archive of something else; return whether its members can be mapped."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return all(item.compress_type == zipfile.ZIP_STORED for item in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DamagedDataError(f"{path}: cut short or damaged ({error})") from error
+            items = archive.infolist()
+    except _BAD_ZIP as error:
+        raise _cut_short(path, error) from error
+    names = [item.filename for item in items]
+    inner = {name.partition("/")[2] for name in names}
+    if "data.pkl" not in inner:
+        raise SchemaMismatchError(f"{path}: {_what_zip(names)}")
+    if "constants.pkl" in inner:
+        raise SchemaMismatchError(f"{path}: a TorchScript model, not a FedGFE checkpoint")
+    return all(item.compress_type == zipfile.ZIP_STORED for item in items)
 
 
-@cache
-def _numpy_globals() -> list[Any]:
-    """Allow scalars, arrays and plain dtypes of numpy, by the names of numpy 1 and 2."""
-    scalar = np.float64(0).__reduce__()[0]
-    array = np.empty(0).__reduce__()[0]
-    allowed: list[Any] = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray")]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        allowed += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
-    for kind in {type(np.dtype(name)) for name in _NUMPY_DTYPES}:
-        allowed.append((kind, f"{kind.__module__}.{kind.__qualname__}"))
-    return allowed
+def _what_zip(names: list[str]) -> str:
+    if names and all(name.endswith(".npy") for name in names):
+        return "a NumPy .npz archive, not a checkpoint"
+    packed = [name for name in names if name.lower().endswith((".pt", ".pth"))]
+    if packed:
+        return f"a zip archive with {packed[0]!a} in it: unzip it, and import what is in it"
+    return "a zip archive that torch.save did not write: it has no data.pkl"
 
 
-def _explained(source: Source, error: Exception) -> FedgfeStoreError:
-    names = _refused_globals(source, error)
-    text = str(error)
-    if names:
-        listed = ", ".join(f"`{name}`" for name in names)
-        return SchemaMismatchError(f"{source.path}: contains {listed}: not loaded, nothing was run")
-    if "TorchScript" in text:
-        return SchemaMismatchError(f"{source.path}: a TorchScript model, not a FedGFE checkpoint")
-    if isinstance(error, pickle.UnpicklingError) and "WeightsUnpickler error: " in text:
-        detail = text.split("WeightsUnpickler error: ")[1].strip().splitlines()[0]
-        return SchemaMismatchError(
-            f"{source.path}: refused by the safe loader ({detail}): not loaded, nothing was run;"
-            " expected torch.save with its default pickle protocol"
-        )
-    detail = (text.strip().splitlines() or [type(error).__name__])[0][:160]
-    return DamagedDataError(f"{source.path}: cut short or damaged ({detail})")
+def _cut_short(path: Path, error: Exception) -> DamagedDataError:
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return DamagedDataError(f"{path}: cut short or damaged ({detail})")
 
 
-def _refused_globals(source: Source, error: Exception) -> list[str]:
-    found = _REFUSED_GLOBAL.findall(str(error))
-    if not found:
-        return []
-    if not source.zipped:
-        return sorted(set(found))
-    with _LOCK, torch.serialization.safe_globals(_numpy_globals()):
-        try:
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source.path))
-        except (pickle.UnpicklingError, ValueError, EOFError):  # what follows is no plain pickle
-            return sorted(set(found))
+class _Zip:
+    """A checkpoint in torch's zip format: a pickle, and a member for each storage."""
+
+    def __init__(self, file: BinaryIO, mapped: mmap.mmap) -> None:
+        self._archive, self._mapped = zipfile.ZipFile(file), mapped
+        self._items = {item.filename: item for item in self._archive.infolist()}
+        inner = (name for name in self._items if name.partition("/")[2] == "data.pkl")
+        self._root = next(inner).removesuffix("data.pkl")
+        self._storages: dict[str, torch.UntypedStorage] = {}
+        self._swapped = self._read("byteorder", 16) == b"big"
+        self._whole = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+
+    def load(self) -> Loaded:
+        reader = Unpickler(io.BytesIO(self._read("data.pkl", _LARGEST_PICKLE)), self._storage)
+        return Loaded(reader.load(), dict(reader.unknown))
+
+    def _read(self, name: str, most: int) -> bytes:
+        item = self._items.get(self._root + name)
+        if item is not None and item.file_size > most:
+            raise Refused(f"{name} of {item.file_size} bytes")
+        return b"" if item is None else self._archive.read(item)
+
+    def _storage(self, pid: Any) -> Storage:
+        dtype, key, numel = _parsed_id(pid, 5)
+        if key not in self._storages:
+            self._storages[key] = self._bytes(self._items[f"{self._root}data/{key}"], dtype)
+        if numel * dtype.itemsize > self._storages[key].nbytes():
+            raise EOFError("a storage is shorter than it should be")
+        return Storage(self._storages[key], dtype)
+
+    def _bytes(self, item: zipfile.ZipInfo, dtype: torch.dtype) -> torch.UntypedStorage:
+        if not item.file_size:
+            return _empty_storage(0)
+        if item.compress_type != zipfile.ZIP_STORED or self._swapped:
+            values = np.frombuffer(bytearray(self._archive.read(item)), np.uint8)
+            if self._swapped:
+                values = values.view(f"u{dtype.itemsize}").byteswap().view(np.uint8)
+            return torch.from_numpy(values).untyped_storage()
+        lengths = struct.unpack_from("<HH", self._mapped, item.header_offset + _LOCAL_HEADER - 4)
+        start = item.header_offset + _LOCAL_HEADER + sum(lengths)
+        if start + item.file_size > len(self._mapped):
+            raise EOFError("a storage goes beyond the end of the file")
+        part: torch.UntypedStorage = self._whole[start : start + item.file_size]
+        return part
+
+
+def _empty_storage(nbytes: int) -> torch.UntypedStorage:
+    return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+
+
+def _load_older(file: mmap.mmap) -> Loaded:
+    """Load what torch before 1.6 wrote: pickles, then the storages, one after the other."""
+    if Unpickler(file).load() != _MAGIC or Unpickler(file).load() != _PROTOCOL:
+        raise Refused("a pickle that torch.save did not write")
+    system = Unpickler(file).load()
+    if isinstance(system, Mapping) and system.get("little_endian") is False:
+        raise Refused("a file of the older format from a big-endian machine")
+    types: dict[str, torch.dtype] = {}
+    storages: dict[str, torch.UntypedStorage] = {}
+
+    def storage(pid: Any) -> Storage:
+        dtype, key, numel = _parsed_id(pid, 6)
+        if key not in storages:
+            if numel * dtype.itemsize > len(file):
+                raise EOFError("a storage is larger than the file")
+            types[key], storages[key] = dtype, _empty_storage(numel * dtype.itemsize)
+        if pid[5] is not None:
+            raise Refused("a view of a storage, as torch before 0.4 wrote it")
+        if numel * dtype.itemsize > storages[key].nbytes():
+            raise EOFError("a storage is shorter than it should be")
+        return Storage(storages[key], dtype)
+
+    reader = Unpickler(file, storage)
+    content = reader.load()
+    for key in Unpickler(file).load():
+        made, length = storages.pop(key), file.read(8)
+        data = file.read(made.nbytes())
+        if len(data) < made.nbytes() or int.from_bytes(length, "little") != (
+            made.nbytes() // types[key].itemsize
+        ):
+            raise EOFError("a storage is cut short")
+        if data:
+            made.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage())
+    if storages:
+        raise EOFError("storages are missing")
+    return Loaded(content, dict(reader.unknown))
+
+
+def _parsed_id(pid: Any, length: int) -> tuple[torch.dtype, str, int]:
+    """Return type, key and number of values of the storage that a persistent id names."""
+    if not (isinstance(pid, tuple) and len(pid) == length and pid[0] == "storage"):
+        raise Refused("a persistent id that torch.save did not write")
+    key, numel = pid[2], pid[4]
+    if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 2**60:
+        raise Refused("a storage without name or size")
+    return storage_type(pid[1]), key, numel

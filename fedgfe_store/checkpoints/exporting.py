@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,17 +18,25 @@ import xxhash
 
 from fedgfe_store import _files
 from fedgfe_store._text import numbers_first
+from fedgfe_store.checkpoints._entries import Unusable, column_of
 from fedgfe_store.checkpoints._header import file_name
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
 from fedgfe_store.generation.images import image_name
 from fedgfe_store.records import SERVER, RecordBatch
-from fedgfe_store.schema import Schema
+from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.selection import Selection
 
 Layout = Literal["guide", "upstream"]
 _PLAIN_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _NAMED = ("sample_id", "audio_path")
+_NOTES = (*_NAMED, "file_id", "image_filename")
+_AUDIO = "and optional audio [frames, width]"
+_PLACES = {
+    "flux": f"t5 [tokens, 4096], clip [768] or [tokens, 768] (of two tokens or more), {_AUDIO}",
+    "sd": f"clip [tokens, 768] (of two tokens or more), {_AUDIO}",
+}
+Origin = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -99,16 +108,18 @@ def export_checkpoints(
     Raises
     ------
     SchemaMismatchError
-        If `layout` is not one of those above.
+        If `layout` is not one of those above, or the store has columns that a checkpoint has no
+        place for, so that nobody could read them back.
     ConflictError
         If files are there already, without `overwrite`; nothing is written then.
     """
     if layout not in get_args(Layout):
         expected = ", ".join(get_args(Layout))
         raise SchemaMismatchError(f"layout: expected one of {expected}, got {layout!r}")
+    _check_columns(selection)
     folder = Path(folder)
     groups = _groups(selection)
-    paths = {(node, round): folder / _file_name(node, round) for node, round in groups}
+    paths = {origin: folder / name for origin, name in _file_names(groups).items()}
     there = [path for path in paths.values() if path.exists()]
     if there and not overwrite:
         raise ConflictError(
@@ -124,9 +135,47 @@ def export_checkpoints(
     return tuple(written)
 
 
-def _file_name(node: str, round: int) -> str:
+def _check_columns(selection: Selection) -> None:
+    """Refuse a store whose columns import would take for others, or would not find."""
+    schema = selection.schema
+    for column in schema.tensors:
+        if not _reads_back(schema, column):
+            raise SchemaMismatchError(
+                f"{selection.path}: the column {column.name} {list(column.shape)} has no place in "
+                f"a checkpoint of kind {schema.kind}: expected {_PLACES[schema.kind]}"
+            )
+    missing = {"flux": {"t5", "clip"}, "sd": {"clip"}}[schema.kind] - set(schema.columns)
+    if missing:
+        raise SchemaMismatchError(
+            f"{selection.path}: a checkpoint of kind {schema.kind} needs {_PLACES[schema.kind]}, "
+            f"got no column {' and no '.join(sorted(missing))}"
+        )
+
+
+def _reads_back(schema: Schema, column: TensorColumn) -> bool:
+    if column.name == "audio":
+        return column.optional and len(column.shape) == 2
+    try:
+        found = column_of(column.name, column.shape)
+    except Unusable:
+        return False
+    right = found == (column.name, column.shape) and not column.optional
+    return right and (schema.kind == "flux" or (len(column.shape) == 2 and column.name == "clip"))
+
+
+def _file_names(origins: Iterable[Origin]) -> dict[Origin, str]:
+    """Return a name for each node and round; those that differ in case only get a hash."""
+    names = {origin: _file_name(*origin) for origin in origins}
+    counts = Counter(name.casefold() for name in names.values())
+    return {
+        (node, round): _file_name(node, round, plain=counts[name.casefold()] == 1)
+        for (node, round), name in names.items()
+    }
+
+
+def _file_name(node: str, round: int, *, plain: bool = True) -> str:
     """Return a checkpoint's name; a node that does not do for one is replaced, with a hash."""
-    if not _PLAIN_NODE.fullmatch(node):
+    if not (plain and _PLAIN_NODE.fullmatch(node)):
         node = f"{_UNSAFE.sub('-', node)[:60]}_h{xxhash.xxh3_64_hexdigest(node.encode())}"
     return file_name(node, round)
 
@@ -210,7 +259,7 @@ def _tensors(records: RecordBatch, position: int, schema: Schema) -> dict[str, t
 
 def _notes(records: RecordBatch, position: int, schema: Schema) -> dict[str, Any]:
     """Return what is known of a record besides key and tensors, under the checkpoint's keys."""
-    columns = {name: str(records.columns[name][position]) for name in (*_NAMED, "image_filename")}
+    columns = {name: str(records.columns[name][position]) for name in _NOTES}
     text = str(records.columns["extra"][position])
     extra = json.loads(text) if text else {}
     if not isinstance(extra, Mapping):
@@ -218,6 +267,8 @@ def _notes(records: RecordBatch, position: int, schema: Schema) -> dict[str, Any
     name = columns["image_filename"] or image_name(records.key(position))
     folder = f"output_images/{schema.metadata.experiment or ''}".rstrip("/")
     named: dict[str, Any] = {key: columns[key] or None for key in _NAMED}
+    if columns["file_id"]:
+        named["file_id"] = columns["file_id"]
     return {**named, "image_path": f"{folder}/{name}", "image_filename": name, **extra}
 
 

@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -187,8 +186,7 @@ def content_digest(path: Path) -> str:
         It cannot be read or is no checkpoint.
     """
     if _pickles.inspect(path).zipped:
-        with zipfile.ZipFile(path) as archive:
-            members = [(m.filename, m.file_size, m.CRC) for m in archive.infolist()]
+        members = _pickles.members(path)
         if all(crc for _, size, crc in members if size):
             text = json.dumps(members).encode("ascii")
             return f"members {xxhash.xxh3_128_hexdigest(text)}"
@@ -211,7 +209,9 @@ def _parsed(line: bytes) -> Imported | None:
     """Return a line, None for one that was torn or that this release does not know."""
     try:
         found = Imported(**json.loads(line))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
-    whole = isinstance(found.commit, int) and isinstance(found.round, int)
-    return found if whole else None
+    texts = found.file, found.content, found.node
+    numbers = found.commit, found.round, found.time
+    known = all(isinstance(text, str) for text in texts)
+    return found if known and all(type(number) is int for number in numbers) else None

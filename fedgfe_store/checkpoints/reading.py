@@ -7,20 +7,30 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from fedgfe_store.checkpoints import _pickles
-from fedgfe_store.checkpoints._entries import Shape, Skipped, Slot, Unusable, as_tensor, survey
+from fedgfe_store.checkpoints._entries import (
+    Shape,
+    Skipped,
+    Slot,
+    Unusable,
+    as_tensor,
+    plain,
+    survey,
+)
 from fedgfe_store.checkpoints._header import (
+    RoundFrom,
     classes,
     embeddings,
     kind_of,
     origin,
     plain_metadata,
     timestamp,
+    unread,
 )
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Kind, Metadata, Precision, Schema
@@ -45,7 +55,7 @@ class Entry:
         float32 ``[768]`` or ``[tokens, 768]`` on the CPU, contiguous.
     audio : Tensor or None
         float32 ``[frames, 768]`` where it was asked for and is there.
-    sample_id, image_filename, audio_path : str or None
+    sample_id, file_id, image_filename, audio_path : str or None
         The sample's metadata.
     extra : mapping
         All other metadata of the sample, ``image_path`` included, as JSON values.
@@ -58,9 +68,15 @@ class Entry:
     clip: torch.Tensor
     audio: torch.Tensor | None
     sample_id: str | None
+    file_id: str | None
     image_filename: str | None
     audio_path: str | None
     extra: Mapping[str, Any]
+
+    @property
+    def what(self) -> str:
+        """The sample in words."""
+        return f"split {self.split}, class {self.class_name}, index {self.index}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,7 @@ class Checkpoint:
                 continue
             if opened is None or (self._source.mapped and used >= _WINDOW_BYTES):
                 opened = None  # unmaps the file before it is mapped again
-                opened, used = self._unpack(_pickles.load(self._source), self.path), 0
+                opened, used = self._unpack(_pickles.load(self._source).content, self.path), 0
             columns = _columns(slot, wanted, self.audio)
             try:
                 _check(slot, wanted, columns, seen)
@@ -167,7 +183,9 @@ class Checkpoint:
         _pickles.verify(self._source)
 
 
-def read_checkpoint(path: str | Path, *, audio: bool = False) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, *, audio: bool = False, round_from: RoundFrom | None = None
+) -> Checkpoint:
     """Open a `.pt` file written by FedGFE, without running anything that it contains.
 
     Parameters
@@ -176,6 +194,8 @@ def read_checkpoint(path: str | Path, *, audio: bool = False) -> Checkpoint:
         A node's or the server's checkpoint; for caches of text embeddings see `read_text_cache`.
     audio : bool
         Also read audio embeddings, ``[1214, 768]`` a sample.
+    round_from : {"name", "content"}, optional
+        Which round counts where the file's name and its content differ.
 
     Returns
     -------
@@ -187,15 +207,23 @@ def read_checkpoint(path: str | Path, *, audio: bool = False) -> Checkpoint:
     NotFoundError
         If there is no such file.
     DamagedDataError
-        If it is empty, cut short, an HTML page or a Git LFS pointer.
+        If it is empty, cut short, no regular file, an HTML page or a Git LFS pointer.
     SchemaMismatchError
-        If it holds anything but tensors and plain values, or is no FedGFE checkpoint.
+        If it is no FedGFE checkpoint, if the safe reader refuses it, or if name and content tell
+        different rounds and `round_from` does not say which counts.
+
+    Notes
+    -----
+    Of objects whose class is neither a plain value nor a tensor only the class's name is kept.
     """
     path = Path(path)
+    if round_from not in (None, *get_args(RoundFrom)):
+        raise SchemaMismatchError(f"round_from: expected name or content, got {round_from!r}")
     source = _pickles.inspect(path)
-    content = _pickles.load(source)
+    loaded = _pickles.load(source)
+    content = loaded.content
     entries = embeddings(content, path)
-    node, round_number, notes = origin(content, path)
+    node, round_number, notes = origin(content, path, round_from)
     moment, late = timestamp(content.get("timestamp"))
     metadata, lost = plain_metadata(content.get("metadata"))
     kind = kind_of(metadata, entries)
@@ -211,7 +239,7 @@ def read_checkpoint(path: str | Path, *, audio: bool = False) -> Checkpoint:
         metadata=metadata,
         kind=kind,
         audio=audio,
-        notes=(*notes, *late, *lost, *odd),
+        notes=(*notes, *late, *lost, *odd, *unread(loaded.unknown)),
         nbytes=source.stamp[1],
         _source=source,
         _found=tuple(found),
@@ -223,14 +251,26 @@ def experiment_name(checkpoint: Checkpoint) -> str | None:
 
     Images that lie in ``output_images`` itself name no experiment.
     """
+    return images_folder(checkpoint) or _clean(checkpoint.path.resolve().parent.name)
+
+
+def images_folder(checkpoint: Checkpoint) -> str | None:
+    """Return the name of the folder of the checkpoint's images, None where it tells none."""
     for slot in checkpoint._found:
         path = slot.extra.get("image_path") if isinstance(slot, Slot) else None
         if isinstance(path, str):
             folders = path.replace("\\", "/").split("/")[:-1]
-            if folders and folders[-1] not in ("", ".", "..", "output_images"):
-                return folders[-1]
-            break
-    return checkpoint.path.resolve().parent.name or None
+            named = bool(folders) and folders[-1] not in ("", ".", "..", "output_images")
+            return _clean(folders[-1]) if named else None
+    return None
+
+
+def _clean(name: str) -> str | None:
+    """Return a folder's name, None for one that cannot be an experiment's."""
+    try:
+        return plain(name) if name.isprintable() and name else None
+    except Unusable:
+        return None
 
 
 def schema_of(
@@ -348,6 +388,7 @@ def _entry(slot: Slot, raw: Mapping[Any, Any], columns: list[str]) -> Entry:
         clip=values["clip"],
         audio=values.get("audio"),
         sample_id=slot.sample_id,
+        file_id=slot.file_id,
         image_filename=slot.image_filename,
         audio_path=slot.audio_path,
         extra=slot.extra,

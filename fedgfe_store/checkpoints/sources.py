@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedgfe_store.checkpoints._header import file_name, named_origin
-from fedgfe_store.checkpoints.importing import FileReport, hides, natural_order
+from fedgfe_store.checkpoints.importing import FileReport, hides, hint_at_folders, natural_order
 from fedgfe_store.checkpoints.ledger import Ledger
 from fedgfe_store.checkpoints.text_cache import is_named_as_text_cache
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
@@ -67,10 +67,10 @@ class Sources:
 
     def present(self) -> list[Path]:
         """Return the files that are there, those of the folder in natural order."""
-        named = [file for file in dict.fromkeys(self.files) if file.exists()]
+        named = [f for f in dict.fromkeys(self.files) if f.exists() or f.is_symlink()]
         if self.folder is None or not self.folder.is_dir():
             return named
-        found = (p for p in self.folder.iterdir() if self._matches(p.name) and p.is_file())
+        found = (p for p in self.folder.iterdir() if self._matches(p.name) and not p.is_dir())
         return [
             *named,
             *sorted((p for p in found if not is_named_as_text_cache(p)), key=natural_order),
@@ -131,12 +131,7 @@ class Sources:
         assert self.folder is not None
         if not self.folder.is_dir():
             return f"{self.folder}: no such folder"
-        inner = [
-            entry.name
-            for entry in sorted(self.folder.iterdir())
-            if entry.is_dir() and ((entry / STORE_NAME).is_dir() or any(entry.glob(self.pattern)))
-        ]
-        hint = f" (but in its folders {', '.join(inner)}: name one)" if inner else ""
+        hint = hint_at_folders(self.folder, self.pattern, STORE_NAME)
         return f"{self.folder}: no file matches {self.pattern!r}{hint}"
 
 

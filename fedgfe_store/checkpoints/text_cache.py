@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedgfe_store.checkpoints import _pickles
-from fedgfe_store.checkpoints._entries import survey
-from fedgfe_store.checkpoints._header import is_text_cache
+from fedgfe_store.checkpoints._entries import mapping, survey
+from fedgfe_store.checkpoints._header import is_text_cache, unread
 from fedgfe_store.checkpoints.reading import Checkpoint
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT
@@ -57,14 +57,15 @@ def read_text_cache(
     """
     path = Path(path)
     source = _pickles.inspect(path)
-    content = _pickles.load(source)
+    loaded = _pickles.load(source)
+    content = loaded.content
     if not is_text_cache(content):
         raise SchemaMismatchError(
             f"{path}: not a cache of reference text embeddings: expected a dict of classes with "
             f"'flux' or 'sd' each, got a {type(content).__name__}"
         )
     if kind is None:
-        inner = [value for value in content.values() if isinstance(value, Mapping)]
+        inner = [value for value in map(mapping, content.values()) if value is not None]
         kind = "flux" if any(value.get("flux") is not None for value in inner) else "sd"
     unpack = partial(_entries, kind=kind, classes=tuple(classes))
     found, notes = survey(unpack(content, path), TEXT_NODE, kind)
@@ -76,7 +77,7 @@ def read_text_cache(
         metadata={},
         kind=kind,
         audio=False,
-        notes=tuple(notes),
+        notes=(*notes, *unread(loaded.unknown)),
         nbytes=source.stamp[1],
         _source=source,
         _found=tuple(found),
@@ -90,7 +91,7 @@ def _entries(
     """Rewrite the classes as a checkpoint's entries."""
     return [
         _entry(_class_name(name, classes), value, kind, path.name)
-        if isinstance(value, Mapping)
+        if mapping(value) is not None
         else value
         for name, value in content.items()
     ]

@@ -26,6 +26,7 @@ from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.demo.sounds import make_clip, save_wav
 from fedgfe_store.federated import Recorder
 from fedgfe_store.records import SERVER
+from fedgfe_store.schema import Metadata
 from fedgfe_store.selection import Selection
 from fedgfe_store.store import EmbeddingStore
 
@@ -55,6 +56,7 @@ def run(
     *,
     audio: Path,
     seed: int = 0,
+    experiment: str | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> None:
     """Train the federation and record embeddings; nothing is done where all are recorded.
@@ -68,9 +70,15 @@ def run(
         Folder for the recorded clips as WAV files.
     seed : int
         Seed of clips and training.
+    experiment : str, optional
+        Its name; a store of an experiment of another name is refused.
     report : callable, optional
         Called after every round.
     """
+    images = f"output_images/{store.schema.metadata.experiment}"
+    recorder = Recorder(
+        store, if_exists="skip", metadata=Metadata(experiment=experiment), images_dir=images
+    )
     if _is_complete(store):
         return
     training = [training_clips(node, seed=seed) for node in NODES]
@@ -79,9 +87,8 @@ def run(
     watched[SERVER] = [held_out.first(SERVER_TEST)]
     for clips in itertools.chain(*watched.values()):
         _save_audio(clips, audio, seed)
-    images = f"output_images/{store.schema.metadata.experiment}"
     try:
-        with Recorder(store, if_exists="skip", images_dir=images) as recorder:
+        with recorder:
             for step in federate(training, rounds=ROUNDS, seed=seed):
                 if step.number in RECORDED:
                     for node, several in watched.items():

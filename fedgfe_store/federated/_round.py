@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
@@ -34,6 +33,9 @@ class RoundBatch:
     added, replaced, skipped : int
         Once committed: records that are new, that took another's place, and that the store has
         already.
+    removed : int
+        Once committed: records that an earlier run left of this node, round and split, and that
+        did not come again.
     left_out : tuple of LeftOut
         Once committed: the records that were not written, as their values are not finite.
     """
@@ -43,8 +45,7 @@ class RoundBatch:
         self._started = datetime.now(UTC)
         self._numbers: Counter[tuple[str, str]] = Counter()
         self._page: Page | None = None
-        self._future: Future[None] | None = None
-        self._is_open = False
+        self._is_open = self._submitted = self._torn = False
 
     def __str__(self) -> str:
         return str(self._job)
@@ -65,6 +66,11 @@ class RoundBatch:
         return self._job.skipped
 
     @property
+    def removed(self) -> int:
+        """Records of an earlier run that are gone."""
+        return self._job.removed
+
+    @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """Records that were not written."""
         return tuple(self._job.left_out)
@@ -76,6 +82,7 @@ class RoundBatch:
         class_name: Any,
         index: Any = None,
         sample_id: Any = None,
+        file_id: Any = None,
         image_filename: Any = None,
         audio_path: Any = None,
         timestamp: Any = None,
@@ -91,8 +98,9 @@ class RoundBatch:
         index : int or sequence of int, optional
             Number of each sample within node, split and class. By default they are counted in
             the order in which they come in this block, which then must be the same each round.
-        sample_id, image_filename, audio_path : str or sequence of str, optional
-            What else is known; by default the guide's file name, ``node_0_train_dog_0_r5.png``.
+        sample_id, file_id, image_filename, audio_path : str or sequence of str, optional
+            What else is known: which sample it is, in the data set and as a file, whatever its
+            index; by default the guide's file name, ``node_0_train_dog_0_r5.png``.
         timestamp : datetime or sequence of datetime, optional
             By default when the block was opened; without a time zone it is UTC.
         extra : dict or sequence of dict, optional
@@ -107,6 +115,7 @@ class RoundBatch:
         SchemaMismatchError
             If something does not fit; nothing of this call is added.
         """
+        self._recorder._check_own_process()
         if not self._is_open:
             raise ConflictError(f"the block of {self} is not open: use it as a context")
         schema, columns = self._target.arrange(tensors)
@@ -116,6 +125,7 @@ class RoundBatch:
         keys |= {"class_name": class_name, "index": numbers}
         notes = {
             "sample_id": sample_id,
+            "file_id": file_id,
             "image_filename": image_filename,
             "audio_path": audio_path,
             "timestamp": self._started if timestamp is None else timestamp,
@@ -123,8 +133,10 @@ class RoundBatch:
         }
         known = checked_columns(keys, notes, n)
         self._recorder._say_rounded(columns)
+        self._torn = True
         self._numbers += counted
         self._copy(schema, known, columns)
+        self._torn = False
 
     def __enter__(self) -> Self:
         self._recorder._begin(self)
@@ -137,42 +149,54 @@ class RoundBatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._is_open = False
+        if self._recorder._is_forked:
+            return  # the block goes on in the recorder's own process
         if error is not None:
             self._drop()
             return
-        self._end()
-        if self._page is not None:
-            self._job.put(self._page)
+        try:
+            self._finish()
+        except BaseException:
+            self._drop()
+            raise
+        if self._job.records:
+            self._recorder._ended()
+
+    def _finish(self) -> None:
+        """Let the writer have everything."""
+        if self._torn:
+            raise ConflictError(
+                f"{self}: a call of add was broken off in this block; nothing of it is recorded"
+            )
+        self._hand_over()
         self._job.end(dropped=False)
-        if not self._job.records:
+        if self._job.records:
+            self._submit()
+        else:
             _log.warning("%s: nothing to record of %s", self._recorder.path, self)
-            return
-        self._recorder._ended(self._submit())
+        self._recorder._forget(self)
 
     def _drop(self) -> None:
         """End the block so that nothing of it is committed."""
-        self._end()
-        if self._page is not None:
-            self._pool.give_back(self._page)
-        self._job.end(dropped=True)
-        if self._future is None:
-            self._job.drain()
-
-    def _end(self) -> None:
         self._is_open = False
-        blocks = self._recorder._blocks
-        for thread in [thread for thread, block in blocks.items() if block is self]:
-            del blocks[thread]
+        self._job.end(dropped=True)
+        self._hand_over()
+        if not self._submitted:
+            self._job.drain()
+        self._recorder._forget(self)
 
-    def _submit(self) -> Future[None]:
+    def _hand_over(self) -> None:
+        # Never two owners of a page, wherever this is interrupted.
+        page, self._page = self._page, None
+        if page is not None:
+            self._job.put(page)
+
+    def _submit(self) -> None:
         """Let the writer begin, if it has not begun already."""
-        if self._future is None:
-            try:
-                self._future = self._recorder._submit(self._job)
-            except ConflictError:
-                self._job.drain()
-                raise
-        return self._future
+        if not self._submitted:
+            self._recorder._submit(self._job)
+            self._submitted = True
 
     def _copy(
         self, schema: Schema, known: Mapping[str, np.ndarray], tensors: Mapping[str, torch.Tensor]
@@ -188,8 +212,7 @@ class RoundBatch:
             )
             start = part.stop
             if not self._page.room:
-                self._job.put(self._page)
-                self._page = None
+                self._hand_over()
         self._job.records += n
 
     def _new_page(self, schema: Schema) -> Page:

@@ -45,7 +45,7 @@ class EmbeddingBatch:
     index : int or sequence of int, optional
         Number of each sample within node, split and class; by default they are counted in the
         order in which they come, which then must be the same in every round.
-    sample_id, audio_path, image_filename : str or sequence of str, optional
+    sample_id, file_id, audio_path, image_filename : str or sequence of str, optional
         What else is known.
     timestamp : datetime or sequence of datetime, optional
         By default now.
@@ -59,6 +59,7 @@ class EmbeddingBatch:
     audio: Any = None
     index: Any = None
     sample_id: Any = None
+    file_id: Any = None
     audio_path: Any = None
     image_filename: Any = None
     timestamp: Any = None
@@ -122,7 +123,7 @@ def _details(given: Mapping[str, Any], further: Mapping[str, Any], where: str) -
     path = {"image_path": further["image_path"]} if "image_path" in further else {}
     rest = [_plain_details(dict(item) | path, where) for item in each]
     found: dict[str, list[Any]] = {}
-    for key in ("sample_id", "audio_path"):
+    for key in ("sample_id", "file_id", "audio_path"):
         values = [item.pop(key, None) for item in rest]
         found[key] = [None if value is None else str(value) for value in values]
     found["extra"] = [item or None for item in rest]

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedgfe_store.checkpoints.sources import STORE_NAME
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.federated._runs import Run
 from fedgfe_store.federated.batches import EmbeddingBatch, is_empty
 from fedgfe_store.federated.recorder import Missing, OnError, Recorder, RoundBatch
 from fedgfe_store.federated.settings import DEFAULT_DIR, RecordingSettings
@@ -33,6 +34,13 @@ class EmbeddingSource:
         How a new store keeps values, see `Recorder`.
     embedding_on_error : {"raise", "warn"}
         Whether a problem of the store ends the training, see `Recorder`.
+    embedding_keep_earlier : bool
+        Whether what earlier runs left of a node, round and split stays when it is recorded
+        again, see `Recorder`.
+    embedding_other_experiment : bool
+        Whether it is meant that the store is of an experiment of another name than
+        `embedding_metadata` gives, see `Recorder`; in a configuration
+        ``feda2v.embeddings_other_experiment``.
     missing_embeddings : tuple of Missing
         Under ``"warn"``: the rounds that could not be recorded, and have not been since. The
         server's has those of all nodes that `EmbeddingServerMixin.save_round_embeddings` records.
@@ -41,6 +49,8 @@ class EmbeddingSource:
     embedding_splits: tuple[str, ...] = ("train", "val", "test")
     embedding_precision: Precision | None = None
     embedding_on_error: OnError = "raise"
+    embedding_keep_earlier: bool = False
+    embedding_other_experiment: bool = False
     missing_embeddings: tuple[Missing, ...] = ()
 
     def iter_embeddings(self, split: str) -> Iterable[EmbeddingBatch | Mapping[str, Any]] | None:
@@ -78,7 +88,9 @@ class EmbeddingSource:
     def embedding_metadata(self, checkpoint_dir: Path) -> Metadata:
         """Return what a new store knows of the experiment.
 
-        By default it is named after the folder of checkpoints. Classes join as they are recorded.
+        By default it is named after the folder of checkpoints; that name is not compared with the
+        store's, which may have been moved or named otherwise. One that a host class gives is: a
+        store of an experiment of another name is refused. Classes join as they are recorded.
         """
         return Metadata(experiment=checkpoint_dir.resolve().name or None)
 
@@ -97,20 +109,25 @@ class EmbeddingSource:
         self._keep_missing(recorder, number, str(self.embedding_node))
         return path
 
-    def _recorder(self, path: Path, *, background: bool) -> Recorder:
+    def _recorder(self, path: Path, *, background: bool, other: bool = False) -> Recorder:
         metadata = self.embedding_metadata(path.parent)
+        by_folder = type(self).embedding_metadata is EmbeddingSource.embedding_metadata
         images = getattr(self, "images_output_dir", None) or "output_images"
         return Recorder(
             path,
             background=background,
+            keep_earlier=self.embedding_keep_earlier,
             on_error=self.embedding_on_error,
             precision=self.embedding_precision,
             metadata=metadata,
+            other_experiment=other or by_folder or self.embedding_other_experiment,
             images_dir=f"{images}/{metadata.experiment}" if metadata.experiment else str(images),
         )
 
     def _record(self, recorder: Recorder, splits: Iterable[str], number: int) -> None:
-        with recorder.record(node=self.embedding_node, round=number) as batch:
+        # A run is as long as the host lives, whichever recorder it comes to.
+        run: Run = vars(self).setdefault("_embeddings_run", Run())
+        with recorder._block(self.embedding_node, number, run) as batch:
             for split in splits:
                 self._add(batch, split)
 
@@ -150,7 +167,8 @@ class EmbeddingClientMixin(EmbeddingSource):
         """Record this node's embeddings, as one commit.
 
         Saving split by split adds to what is there. Saving again replaces the records that come
-        again.
+        again. What another host object, such as that of a run that was killed, left of this node,
+        round and split is replaced as a whole when it is saved for the first time.
 
         Parameters
         ----------
@@ -222,7 +240,8 @@ class EmbeddingServerMixin(EmbeddingSource):
         Raises
         ------
         SchemaMismatchError
-            If a value does not fit, or a client lacks `EmbeddingClientMixin`.
+            If a value does not fit, a client lacks `EmbeddingClientMixin`, or the store that is
+            there is of another experiment, encoder or precision.
         """
         settings = RecordingSettings.read(self._feda2v())
         clients = self._embedding_clients()
@@ -233,6 +252,8 @@ class EmbeddingServerMixin(EmbeddingSource):
                     f"save_embeddings_to_checkpoint, got a {type(client).__name__} without; add "
                     f"EmbeddingClientMixin to its bases"
                 )
+        if settings.enabled:
+            self._round_recorder(settings).close()  # a store that does not fit is found here
         _log.info("%s", settings.describe(len(clients)))
         self._embedding_settings = settings
         return settings
@@ -263,7 +284,7 @@ class EmbeddingServerMixin(EmbeddingSource):
         if not any(due):
             return None
         clients = self._embedding_clients() if due[0] else []
-        with self._recorder(settings.store_path, background=True) as recorder:
+        with self._round_recorder(settings) as recorder:
             token = _of_this_round.set(recorder)
             try:
                 for client in clients:
@@ -278,6 +299,9 @@ class EmbeddingServerMixin(EmbeddingSource):
                 _of_this_round.reset(token)
         self._keep_missing(recorder, number)
         return settings.store_path
+
+    def _round_recorder(self, settings: RecordingSettings) -> Recorder:
+        return self._recorder(settings.store_path, background=True, other=settings.other_experiment)
 
     def _feda2v(self) -> Any:
         config = getattr(self, "config", None)

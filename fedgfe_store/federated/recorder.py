@@ -7,8 +7,8 @@ import logging
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,12 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
+from fedgfe_store import _workers
 from fedgfe_store._append import IfExists
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
 from fedgfe_store.federated._jobs import Job, LeftOut, Pool
 from fedgfe_store.federated._round import RoundBatch
+from fedgfe_store.federated._runs import Run
 from fedgfe_store.federated._target import Target
 from fedgfe_store.federated.settings import whole_number
 from fedgfe_store.records import checked_keys
@@ -77,8 +79,15 @@ class Recorder:
     every : int
         Which rounds are `due`: those that it divides; 0 for none.
     if_exists : {"replace", "error", "skip"}
-        What to do with a record that the store has already, as after a restart. Records are
-        replaced one by one: those of the same node and round that do not come again stay.
+        What to do with a record that the store has already, as after a restart. With
+        ``"replace"`` the first block of this recorder for a node, round and split takes the place
+        of all that earlier runs left of it, in the same commit, and the log says how many records
+        went: training data comes shuffled, so the same samples may come under other indices.
+        Further blocks of this recorder add to it. With ``"skip"`` and ``"error"`` records are
+        compared by key alone, and what does not come again stays.
+    keep_earlier : bool
+        Under ``"replace"``, keep what does not come again, too: where several processes, each
+        with its recorder, record parts of one node, round and split.
     on_error : {"raise", "warn"}
         What a problem of the store, such as a full disk, does: ``"raise"`` raises it from the
         next call of `record`, `flush` or `close`; ``"warn"`` logs it, lists the round in
@@ -94,7 +103,10 @@ class Recorder:
         must keep them so.
     metadata : Metadata, optional
         What a store that is made here knows of the experiment. Classes join as they are
-        recorded. An encoder that differs from that of a store that is there is refused.
+        recorded. An encoder or an experiment's name that differs from that of a store that is
+        there is refused at once; where either has no name there is nothing to compare.
+    other_experiment : bool
+        Record to a store of an experiment of another name; what has the same keys is replaced.
     images_dir : str, optional
         Folder that ``image_path`` in the records' ``extra`` names, as FedGFE's checkpoints do.
     timeout : float
@@ -123,11 +135,13 @@ class Recorder:
         *,
         every: int = 1,
         if_exists: IfExists = "replace",
+        keep_earlier: bool = False,
         on_error: OnError = "raise",
         background: bool = True,
         buffer_bytes: int = BUFFER_BYTES,
         precision: Precision | None = None,
         metadata: Metadata | None = None,
+        other_experiment: bool = False,
         images_dir: str | None = None,
         timeout: float = LOCK_TIMEOUT,
     ) -> None:
@@ -140,18 +154,20 @@ class Recorder:
             self.path,
             precision=precision,
             metadata=metadata or Metadata(),
+            other_experiment=other_experiment,
             if_exists=if_exists,
+            keep_earlier=keep_earlier,
             timeout=timeout,
             images_dir=images_dir,
         )
+        self._run = Run()
         self._pool = Pool(whole_number("buffer_bytes", buffer_bytes))
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="fedgfe-store-recorder")
+        self._line = _workers.Line("fedgfe-store-recorder", self)
         self._process = os.getpid()
-        self._lock = threading.RLock()
-        self._waiting: set[Future[None]] = set()
+        self._waiting: dict[Job, None] = {}
         self._blocks: dict[int, RoundBatch] = {}
         self._missing: dict[tuple[str, int], Missing] = {}
-        self._errors: list[BaseException] = []
+        self._errors: deque[BaseException] = deque()
         self._left_out: list[LeftOut] = []
         self._closed = self._said_rounded = False
         _open.add(self)
@@ -159,14 +175,12 @@ class Recorder:
     @property
     def missing(self) -> tuple[Missing, ...]:
         """The nodes and rounds that could not be committed, and have not been since."""
-        with self._lock:
-            return tuple(self._missing.values())
+        return tuple(self._missing.values())
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """The records of committed rounds that were left out, as their values are not finite."""
-        with self._lock:
-            return tuple(self._left_out)
+        return tuple(self._left_out)
 
     def due(self, round: int) -> bool:
         """Whether `round` is to be recorded: `every` divides it."""
@@ -195,11 +209,15 @@ class Recorder:
         FedgfeStoreError or OSError
             What became of an earlier block, under ``on_error="raise"``.
         """
+        return self._block(node, round, self._run)
+
+    def _block(self, node: str | int, round: int, run: Run) -> RoundBatch:
+        """As `record`, as a part of `run`."""
         self._check_usable()
         self._raise_errors()
         key = {"node": node, "round": round, "split": "-", "class_name": "-", "index": 0}
         columns = checked_keys(key, 1)
-        job = Job(str(columns["node"][0]), int(columns["round"][0]), self._pool)
+        job = Job(str(columns["node"][0]), int(columns["round"][0]), self._pool, run)
         return RoundBatch(self, job, self._target, self._pool)
 
     def flush(self) -> None:
@@ -211,7 +229,7 @@ class Recorder:
             What became of a block, under ``on_error="raise"``.
         """
         self._check_usable()
-        self._wait()
+        self._line.wait()
         self._raise_errors()
 
     def close(self) -> None:
@@ -224,13 +242,12 @@ class Recorder:
         FedgfeStoreError or OSError
             As for `flush`.
         """
-        if self._process != os.getpid() or self._closed:
+        if self._is_forked or self._closed:
             return
         self._check_no_block()
-        self._wait()
-        with self._lock:
-            self._closed = True
-        self._executor.shutdown()
+        self._line.wait()
+        self._closed = True
+        self._line.close()
         self._pool.free()
         _open.discard(self)
         if self._missing:
@@ -249,7 +266,8 @@ class Recorder:
     ) -> None:
         if error is None:
             self.close()
-        else:
+        elif not self._is_forked:
+            self._drop_block()
             self._close_quietly()
 
     def _close_quietly(self) -> None:
@@ -261,30 +279,40 @@ class Recorder:
 
     def _finish(self) -> None:
         """Close as the interpreter exits; a block that is open then is not committed."""
-        if self._process != os.getpid() or self._closed:
+        if self._is_forked or self._closed:
             return
         for block in list(self._blocks.values()):
             _log.warning("%s: the block of %s never ended: not recorded", self.path, block)
             block._drop()
-        if any(not future.done() for future in self._waiting):
+        if self._waiting:
             _log.warning("%s: the recorder was not closed: writing what waits", self.path)
         self._close_quietly()
 
-    def _submit(self, job: Job) -> Future[None]:
-        with self._lock:
-            if self._closed:
-                raise ConflictError(f"{job}: the recorder was closed before this block ended")
-            future = self._executor.submit(self._write, job)
-            self._waiting = {each for each in self._waiting if not each.done()} | {future}
-        return future
+    def _submit(self, job: Job) -> None:
+        if self._closed:
+            raise ConflictError(f"{job}: the recorder was closed before this block ended")
+        self._waiting[job] = None
+        self._line.submit(lambda: self._write(job))
+        if self._closed:  # by another thread, just now: its own thread may have ended before
+            self._line.close()
 
     def _begin(self, block: RoundBatch) -> None:
         self._check_usable()
         self._blocks[threading.get_ident()] = block
 
-    def _ended(self, future: Future[None]) -> None:
+    def _forget(self, block: RoundBatch) -> None:
+        for thread in [thread for thread, each in self._blocks.items() if each is block]:
+            del self._blocks[thread]
+
+    def _drop_block(self) -> None:
+        """Drop the block that this thread has left, though an interruption kept it from ending."""
+        block = self._blocks.get(threading.get_ident())
+        if block is not None:
+            block._drop()
+
+    def _ended(self) -> None:
         if not self._background:
-            wait([future])
+            self._line.wait()
             self._raise_errors()
 
     def _write(self, job: Job) -> None:
@@ -296,43 +324,57 @@ class Recorder:
         else:
             if job.committed:
                 self._keep_success(job)
+        finally:
+            self._waiting.pop(job, None)
 
     def _keep_error(self, job: Job, error: BaseException) -> None:
+        known = isinstance(error, _STORE_PROBLEMS)
         reason = str(error) or type(error).__name__
-        with self._lock:
-            self._missing[job.node, job.round] = Missing(job.node, job.round, reason)
-            if self._on_error == "raise" or not isinstance(error, _STORE_PROBLEMS):
-                error.add_note(f"while {job} was recorded to {self.path}")
-                self._errors.append(error)
+        if not known:
+            reason = f"{type(error).__name__}: {error}"
+        self._missing[job.node, job.round] = Missing(job.node, job.round, reason)
+        if self._on_error == "raise" or not known:
+            error.add_note(f"while {job} was recorded to {self.path}")
+            self._errors.append(error)
         _log.warning("%s: %s is not recorded: %s", self.path, job, reason)
 
     def _keep_success(self, job: Job) -> None:
-        with self._lock:
-            self._missing.pop((job.node, job.round), None)
-            self._left_out += job.left_out
+        self._missing.pop((job.node, job.round), None)
+        self._left_out += job.left_out
+        if job.removed:
+            _log.warning(
+                "%s: %s: recorded anew; %d records that an earlier run left of it are gone",
+                self.path,
+                job,
+                job.removed,
+            )
         if job.left_out:
             left = [str(each) for each in job.left_out]
             _log.warning("%s: left out of %s: %s", self.path, job, _listed(left))
 
-    def _wait(self) -> None:
-        with self._lock:
-            waiting = set(self._waiting)
-        wait(waiting)
-
     def _raise_errors(self) -> None:
-        with self._lock:
-            errors, self._errors = self._errors, []
+        errors = []
+        while self._errors:
+            errors.append(self._errors.popleft())
         if errors:
             for other in errors[1:]:
                 errors[0].add_note(f"then: {other}")
             raise errors[0]
 
-    def _check_usable(self) -> None:
-        if self._process != os.getpid():
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this process was forked from the recorder's: its thread and store stay there."""
+        return self._process != os.getpid()
+
+    def _check_own_process(self) -> None:
+        if self._is_forked:
             raise ConflictError(
                 f"this recorder of {self.path} belongs to process {self._process}: make another "
                 f"one in process {os.getpid()}"
             )
+
+    def _check_usable(self) -> None:
+        self._check_own_process()
         if self._closed:
             raise ConflictError(f"this recorder of {self.path} is closed: make another one")
         self._check_no_block()

@@ -19,7 +19,8 @@ DEFAULT_DIR = "checkpoints/embeddings"
 _FLAGS = ("save_embeddings_instead_of_images", "generate_embeddings_only")
 _DIR, _EVERY = "embeddings_checkpoint_dir", "embeddings_save_frequency"
 _NODES, _SERVER = "generate_nodes_images_frequency", "generate_global_images_frequency"
-_KNOWN = (*_FLAGS, _DIR, _EVERY, _NODES, _SERVER)
+_OTHER = "embeddings_other_experiment"
+_KNOWN = (*_FLAGS, _DIR, _EVERY, _NODES, _SERVER, _OTHER)
 _OURS = ("embedding", "save_embedding", "generate_embedding")
 """Beginnings of keys of which one that is not known is a slip."""
 
@@ -40,12 +41,16 @@ class RecordingSettings:
         ``embeddings_save_frequency`` for both. Where that is not given, the images' frequencies
         (``generate_nodes_images_frequency``, ``generate_global_images_frequency``) unless both
         are 0, and else 1.
+    other_experiment : bool
+        ``embeddings_other_experiment``: whether it is meant that the store that is there is of
+        another experiment, see `Recorder`.
     """
 
     enabled: bool
     checkpoint_dir: Path
     nodes_every: int
     server_every: int
+    other_experiment: bool = False
 
     @classmethod
     def read(cls, feda2v: Any) -> Self:
@@ -76,7 +81,8 @@ class RecordingSettings:
         nodes, server = numbers.get(_NODES, 0), numbers.get(_SERVER, 0)
         if _EVERY in numbers or not (nodes or server):
             nodes = server = numbers.get(_EVERY, 1)
-        return cls(any(flags), folder, nodes, server)
+        other = _OTHER in given and _flag(_OTHER, given[_OTHER])
+        return cls(any(flags), folder, nodes, server, other)
 
     @property
     def store_path(self) -> Path:

@@ -63,7 +63,7 @@ function search() {
 }
 
 function pair() {
-  const name = (i) => [data.node[i], data.split[i], data.class[i], data.index[i], data.image[i]].join();
+  const name = (i) => [data.node[i], data.split[i], data.class[i], data.sample[i], data.image[i]].join();
   const right = new Map();
   for (let i = 0; i < total; i++) if (data.round[i] === rounds[1]) right.set(name(i), i);
   partner = new Map();
@@ -281,7 +281,8 @@ function facts(i) {
   for (const [name, column] of Object.entries(data.own)) {
     const as = SHOWN_AS[name], text = column[i];
     const shown = as && text !== null ? as(String(text)) : text;
-    put(name.endsWith(" digest") ? "Embeddings" : "Picture", name, shown);
+    const group = name === "file_id" ? "Record" : name.endsWith(" digest") ? "Embeddings" : "Picture";
+    put(group, name, shown);
   }
   const { settings, fingerprint, versions, ...rest } = data.values.shared[data.shared[i]];
   put("Settings", "", settings);

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fedgfe_store._text import numbers_first
+from fedgfe_store.pairing import sample_numbers
 from fedgfe_store.pictures import ListedPicture
 from fedgfe_store.records import RecordKey
 
@@ -66,9 +67,10 @@ def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``file``, ``index``, ``image`` and each of ``own`` have one value for each picture, latest
-        round first; ``node``, ``round``, ``split``, ``class`` and ``shared`` a place in the lists
-        of the same names under ``values``. Whole numbers that JavaScript would round are text.
+        ``file``, ``index``, ``sample`` (see `sample_numbers`), ``image`` and each of ``own`` have
+        one value for each picture, latest round first; ``node``, ``round``, ``split``, ``class``
+        and ``shared`` a place in the lists of the same names under ``values``. Whole numbers that
+        JavaScript would round are text.
     """
     keys = {"node": str, "round": int, "split": str, "class": str}
     shown = sorted(pictures, key=_order)
@@ -87,12 +89,14 @@ def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
     places = {name: {v: i for i, v in enumerate(found)} for name, found in values.items()}
     values["shared"] = [_exact(json.loads(text)) for text in values["shared"]]
     own = [_flat(p.own) for p in shown]
+    samples = sample_numbers([p.key for p in shown], [p.file_id for p in shown])
     return {
         "values": values,
         **{name: [places[name][v] for v in column] for name, column in columns.items()},
         # Names that are no UTF-8 have a URL all the same.
         "file": [quote(os.fsencode(p.file), safe="") for p in shown],
         "index": [_exact(p.key.index) for p in shown],
+        "sample": [_exact(number) for number in samples],
         "image": [_exact(p.image) for p in shown],
         "own": {
             name: [_exact(facts.get(name)) for facts in own]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 
 from fedgfe_store.errors import SchemaMismatchError
 
@@ -13,6 +17,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "OUT_OF_DEVICE_MEMORY",
+    "OUT_OF_HOST_MEMORY",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
@@ -28,6 +37,11 @@ def choose_device(device: str | None, *, local: int | None = None) -> str:
     local : int, optional
         Which GPU is this process's own, where several processes share a machine.
 
+    Returns
+    -------
+    str
+        The device; a GPU with its number, since torch does not take it without one everywhere.
+
     Raises
     ------
     SchemaMismatchError
@@ -38,17 +52,19 @@ def choose_device(device: str | None, *, local: int | None = None) -> str:
     if device == "cuda" and local is not None:
         device = f"cuda:{local}"
     try:
-        if torch.empty(0, device=device).is_meta:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise SchemaMismatchError(
             f"device: expected one of this machine, got {device!r} ({reason})"
         ) from None
-    if torch.device(device).type == "cuda":
-        # Streams, and what torch says of bfloat16, are the current device's.
-        torch.cuda.set_device(torch.device(device))
-    return device
+    if found.type != "cuda":
+        return device
+    # Streams, and what torch says of bfloat16, are the current device's.
+    torch.cuda.set_device(found)
+    return str(found)
 
 
 def choose_dtype(dtype: str | None, device: str) -> tuple[str, str | None]:
@@ -87,7 +103,40 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory, of a GPU or of the host, is not enough."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError | SafetensorError) and any(
+        text in str(error) for text in _NO_MEMORY
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Say in one line what an error of another library is."""
+    lines = str(error).strip().splitlines()
+    if not lines or isinstance(error, KeyError | AttributeError | TypeError):
+        return ": ".join([type(error).__name__, *lines[:1]])
+    return lines[0]
+
+
+@contextmanager
+def enough_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Say in one line what was tried, and what to do, where memory is not enough for it.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If the block runs out of memory, of a GPU or of the host.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    else:
+        return
+    # Past the handler, whose traceback holds on to what filled the memory.
+    raise SchemaMismatchError(f"out of memory {doing} ({reason}); {remedy}")
 
 
 def clear_cache(device: str) -> None:

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.devices import DTYPES, clear_cache
-from fedgfe_store.generation.models import Model, digest_files
-from fedgfe_store.generation.offload import Footprint
-from fedgfe_store.generation.pipelines import Placement, quiet_loading
+from fedgfe_store.generation.devices import DTYPES, clear_cache, enough_memory
+from fedgfe_store.generation.loading import load_encoder, loading, naming, quiet_loading
+from fedgfe_store.generation.model_files import digest_files, read_json
+from fedgfe_store.generation.models import Model
+from fedgfe_store.generation.offload import Footprint, Offload
+from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.schema import Kind, Metadata, Schema
 
 BATCH_TOKENS = 4096
@@ -23,6 +25,7 @@ BATCH_TOKENS = 4096
 
 # T5-XXL at 512 tokens: four hidden layers of 10,240 and two maps of attention of 64 heads.
 _VALUES_PER_TOKEN = 4 * 10_240 + 2 * 64 * 512
+_MODES: tuple[Offload, ...] = ("none", "model", "sequential")
 _WHERE = {
     "model": "enable_model_cpu_offload",
     "sequential": "enable_sequential_cpu_offload",
@@ -164,20 +167,27 @@ class TextEncoders:
         ------
         NotFoundError
             If a file is missing.
+        SchemaMismatchError
+            If a file is not what is expected, or memory is not enough.
         """
-        with quiet_loading():
-            import diffusers
+        dtype = DTYPES[placement.dtype]
+        doing = placement.describe(f"loading the text encoders of {model.name}")
+        with enough_memory(doing, placement.remedy(_MODES)):
+            encoders = {part: load_encoder(model, part, dtype) for part in model.encoder_classes}
+            for part in model.encoder_parts:
+                for file in (model.folder / part).glob("tokenizer*.json"):
+                    read_json(file)
+            with loading(f"model {model.folder}: tokenizer"):
+                import diffusers
 
-            try:
                 pipeline = getattr(diffusers, model.pipeline_class).from_pretrained(
                     os.fspath(model.folder),
                     **cls.left_out[model.kind],
-                    dtype=DTYPES[placement.dtype],
+                    **encoders,
+                    dtype=dtype,
                     local_files_only=True,
                 )
-            except OSError as error:
-                raise NotFoundError(f"model {model.name}: {error}") from error
-        return cls(pipeline, model, placement)
+            return cls(pipeline, model, placement)
 
     def __enter__(self) -> Self:
         return self
@@ -213,7 +223,10 @@ class TextEncoders:
             ``clip`` ``[n, 768]`` (or ``[n, 77, 768]``), for Stable Diffusion ``clip``
             ``[n, 77, 768]``.
         """
-        with quiet_loading():
+        doing = self._placement.describe(f"encoding {len(prompts)} prompts")
+        unable = f"model {self._model.folder} cannot encode"
+        remedy = self._placement.remedy(_MODES)
+        with enough_memory(doing, remedy), naming(unable), quiet_loading():
             values = self._encode(list(prompts), tokens, clip_sequence)
         return {name: value.float().cpu().numpy() for name, value in values.items()}
 
@@ -244,7 +257,7 @@ class TextEncoders:
             limits.append(("T5", self._pipeline.tokenizer_2, tokens))
         for prompt in prompts:
             for name, tokenizer, limit in limits:
-                with quiet_loading():
+                with naming(f"model {self._model.folder} cannot encode"), quiet_loading():
                     length = len(tokenizer(prompt).input_ids)
                 if length > limit:
                     yield f"prompt {prompt!r}: {length} tokens of {name}, cut to {limit}"

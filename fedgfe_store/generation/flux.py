@@ -9,6 +9,7 @@ import torch
 
 from fedgfe_store.demo.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.model_files import check_number, check_real, check_truth
 from fedgfe_store.generation.models import Model
 from fedgfe_store.generation.pipelines import DiffusersImages, Placement
 from fedgfe_store.generation.settings import Settings
@@ -17,6 +18,12 @@ from fedgfe_store.schema import Schema
 # Tensors of the model's width that a block holds at once per token: the residual, q, k, v with
 # their rotated float32 copies, the four-fold hidden layer before and after its activation.
 _TENSORS_PER_TOKEN = 24
+_SIZES = (
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "num_attention_heads",
+    "attention_head_dim",
+)
 
 
 class FluxModel(Model):
@@ -28,6 +35,10 @@ class FluxModel(Model):
     default_name = "black-forest-labs/FLUX.1-dev"
     columns = ("t5", "clip")
     encoder_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    encoder_classes: ClassVar[Mapping[str, str]] = {
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+    }
 
     @property
     def takes_guidance(self) -> bool:
@@ -71,7 +82,7 @@ class FluxModel(Model):
     @property
     def blocks(self) -> int:
         """Double and single blocks of the transformer."""
-        return int(self.denoiser["num_layers"] + self.denoiser["num_single_layers"])
+        return max(1, int(self.denoiser["num_layers"] + self.denoiser["num_single_layers"]))
 
     def denoising_values(self, tokens: int, height: int, width: int) -> int:
         """Numbers that one record's denoising holds at once besides the weights."""
@@ -81,6 +92,13 @@ class FluxModel(Model):
 
     def check_config(self) -> None:
         """Refuse models for filling and editing, whose transformers take more channels."""
+        where = str(self.folder / self.part / "config.json")
+        for key in (*_SIZES, "in_channels"):
+            check_number(self.denoiser, key, where)
+        for key in ("num_layers", "num_single_layers"):
+            check_number(self.denoiser, key, where, least=0)
+        check_truth(self.denoiser, "guidance_embeds", where)
+        check_real(self.vae, "shift_factor", str(self.folder / "vae" / "config.json"))
         expected, got = 4 * self.vae["latent_channels"], self.denoiser["in_channels"]
         if got != expected:
             raise SchemaMismatchError(

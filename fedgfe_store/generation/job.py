@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, get_args
+from typing import TYPE_CHECKING, TypedDict, cast, get_args
 
 import torch
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.devices import DTYPES, choose_device, choose_dtype, free_bytes
+from fedgfe_store.generation.manifest import settings_of
 from fedgfe_store.generation.models import Model, resolve_model
 from fedgfe_store.generation.negative import Negative, find_negative
 from fedgfe_store.generation.offload import (
@@ -24,7 +25,7 @@ from fedgfe_store.generation.offload import (
 from fedgfe_store.generation.pipelines import ImagePipeline, Placement
 from fedgfe_store.generation.plan import OnStale, Plan, plan_images
 from fedgfe_store.generation.quantization import WEIGHT_SHARE, Quantization, check_quantization
-from fedgfe_store.generation.settings import Settings
+from fedgfe_store.generation.settings import Noise, Settings, noise_rule
 from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.schema import Kind, Schema
 
@@ -54,6 +55,7 @@ class Options(TypedDict, total=False):
     width: int | None
     pool: str
     seed: int
+    noise: Noise | None
     images_per_record: int
     only_image: int | None
     device: str | None
@@ -140,6 +142,7 @@ def prepare(
     width: int | None = None,
     pool: str = "last",
     seed: int = 0,
+    noise: Noise | None = None,
     images_per_record: int = 1,
     only_image: int | None = None,
     device: str | None = None,
@@ -180,6 +183,9 @@ def prepare(
         How a CLIP sequence becomes a vector, in a store that holds sequences.
     seed : int
         Base seed.
+    noise : {"index", "file_id"}, optional
+        What tells a sample from the others in its seed, see `Settings`. By default the rule of
+        the folder's images, and ``"file_id"`` in a new folder.
     images_per_record : int
         Images of each record.
     only_image : int, optional
@@ -245,7 +251,7 @@ def prepare(
         if remark:
             report(remark)
     chosen.check_schema(schema)
-    _check_speed_options(compiled, quantize, device, offload)
+    _check_speed_options(compiled, quantize, device, dtype, offload)
     guidance = _choose_guidance(guidance, chosen, report)
     found = _find_negative(chosen, guidance, negative, selection, keep=keep_negative, report=report)
     settings = Settings(
@@ -260,6 +266,7 @@ def prepare(
         pool=_choose_pool(pool, chosen, schema, report),
         quantization=quantize,
         negative=found.digest if found else None,
+        noise=noise or _noise_of(Path(output_dir)),
     )
     if batch_size is None:
         batch_size = _choose_batch_size(chosen, settings, schema, device)
@@ -296,9 +303,11 @@ def _choose_model(name: str | None, diffusion_type: Kind | None, schema: Schema)
     return resolve_model(name, kind=kind, stored=stored)
 
 
-def _check_speed_options(compiled: bool, quantize: str | None, device: str, offload: str) -> None:
+def _check_speed_options(
+    compiled: bool, quantize: str | None, device: str, dtype: str, offload: str
+) -> None:
     if quantize is not None:
-        check_quantization(quantize, device=device, compiled=compiled)
+        check_quantization(quantize, device=device, dtype=dtype, compiled=compiled)
     possible = ("auto", *_offloads(compiled, quantize))
     if offload not in possible and offload in get_args(Offload):
         name = "quantize" if quantize else "compile"
@@ -353,6 +362,13 @@ def _choose_size(name: str, pixels: int | None, model: Model) -> int:
             f"{model.name}, got {pixels}"
         )
     return pixels
+
+
+def _noise_of(folder: Path) -> Noise:
+    """Give the rule of a folder's images, whose noise stays as it is, or the one for new ones."""
+    settings = settings_of(folder)
+    # What no rule is, as one of a later version, is refused by `Settings`.
+    return "file_id" if settings is None else cast("Noise", noise_rule(settings))
 
 
 def _choose_pool(pool: str, model: Model, schema: Schema, report: Report) -> str | None:

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from fedgfe_store.generation.images import key_json
+from fedgfe_store.generation.images import key_json, read_provenance
 from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.records import RecordKey
 
@@ -79,6 +80,18 @@ class Manifest:
         facts = {"file": file, "key": key_json(key), "image": image}
         self.append({**facts, "error": error, "created": timestamp()})
 
+    def stopped(self, reason: str, *, times: int) -> None:
+        """Add the line of a run that was stopped before it finished an image.
+
+        Parameters
+        ----------
+        reason : str
+            The signal.
+        times : int
+            How many runs in a row have been, see `fruitless_stops`.
+        """
+        self.append({"stopped": reason, "times": times, "created": timestamp()})
+
     def __enter__(self) -> Self:
         return self
 
@@ -111,7 +124,9 @@ def timestamp(seconds: float | None = None) -> str:
     return moment.isoformat(timespec="seconds")
 
 
-def read_manifest(folder: Path, *, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+def read_manifest(
+    folder: Path, *, tail_bytes: int | None = None, part: Shard | None = None
+) -> Iterator[dict[str, Any]]:
     """Read the lines of a folder's manifests; torn lines are left out.
 
     Parameters
@@ -120,33 +135,45 @@ def read_manifest(folder: Path, *, tail_bytes: int | None = None) -> Iterator[di
         Folder of the images; without a manifest there are no lines.
     tail_bytes : int, optional
         Read so many bytes at the end of each file only.
+    part : Shard, optional
+        Read this part's file only.
 
     Yields
     ------
     dict
         File by file, each from its oldest line on. A finished image has its provenance, ``file``,
         ``bytes`` and ``created``, and ``seconds`` unless the line was added later, from the
-        image. One that failed has ``file``, ``key``, ``image``, ``error`` and ``created``.
+        image. One that failed has ``file``, ``key``, ``image``, ``error`` and ``created``. A run
+        that was stopped before it finished an image has ``stopped``, ``times`` and ``created``.
     """
-    for path in _manifests(folder):
-        with path.open("rb") as file:
-            if tail_bytes is not None and path.stat().st_size > tail_bytes:
-                file.seek(-tail_bytes, os.SEEK_END)
-                file.readline()
-            for text in file:
-                # A killed writer leaves half a line; its image has the same facts inside.
-                with contextlib.suppress(ValueError):
-                    line = json.loads(text)
-                    if isinstance(line, dict):
-                        yield line
+    for path in _manifests(folder, part):
+        yield from _lines(path, tail_bytes)
 
 
-def _manifests(folder: Path) -> list[Path]:
+def _lines(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        if tail_bytes is not None and path.stat().st_size > tail_bytes:
+            file.seek(-tail_bytes, os.SEEK_END)
+            file.readline()
+        for text in file:
+            # A killed writer leaves half a line; its image has the same facts inside.
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    yield line
+
+
+def _manifests(folder: Path, part: Shard | None = None) -> list[Path]:
+    if part is not None:
+        own = folder / manifest_name(part)
+        return [own] if own.is_file() else []
     found = [path for path in folder.glob("manifest*.jsonl") if path.is_file()]
     return sorted(p for p in found if p.name == MANIFEST_NAME or _SHARD_NAME.fullmatch(p.name))
 
 
-def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
+def latest(
+    folder: Path, pick: Callable[[dict[str, Any]], _T], *, part: Shard | None = None
+) -> dict[str, _T]:
     """Read of the last line of each image what `pick` makes of it, to hold no more than that.
 
     Parameters
@@ -155,6 +182,8 @@ def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
         Folder of the images.
     pick : callable
         Called with each line that is the last so far.
+    part : Shard, optional
+        Read this part's lines only.
 
     Returns
     -------
@@ -162,17 +191,59 @@ def latest(folder: Path, pick: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
         What `pick` returned, by file name.
     """
     found: dict[str, tuple[str, _T]] = {}
-    for line in read_manifest(folder):
+    for line in read_manifest(folder, part=part):
         name, created = line.get("file"), _created(line)
         if isinstance(name, str) and (name not in found or created >= found[name][0]):
             found[name] = created, pick(line)
     return {name: picked for name, (_, picked) in found.items()}
 
 
-def listed_files(folder: Path) -> set[str]:
-    """Give the names of the images of which the last line says that they are finished."""
-    finished = latest(folder, lambda line: "error" not in line)
+def listed_files(folder: Path, *, part: Shard | None = None) -> set[str]:
+    """Give the names of the images of which the last line, or a part's, says: finished."""
+    finished = latest(folder, lambda line: "error" not in line, part=part)
     return {name for name, is_finished in finished.items() if is_finished}
+
+
+def fruitless_stops(folder: Path, part: Shard) -> int:
+    """Count the latest runs of a part, one after the other, that were stopped without an image.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images.
+    part : Shard
+        Which part's manifest to look at the end of.
+
+    Returns
+    -------
+    int
+        0 where the latest run has finished an image, or was not stopped.
+    """
+    lines = deque(read_manifest(folder, tail_bytes=_TAIL_BYTES, part=part), maxlen=1)
+    times = lines[0].get("times") if lines and "stopped" in lines[0] else 0
+    return times if isinstance(times, int) else 0
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Give the settings of the first image that a folder's manifests list, else its pictures name.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images; it need not exist.
+
+    Returns
+    -------
+    dict or None
+        None where there is no image of ours.
+    """
+    for path in _manifests(folder):
+        for line in _lines(path):
+            settings = line.get("settings")
+            if isinstance(settings, dict):
+                return settings
+    found = map(read_provenance, sorted(folder.glob("*.png")))
+    return next((provenance["settings"] for provenance in found if provenance), None)
 
 
 def shard_count(folder: Path) -> int | None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-import xxhash
-
 from fedgfe_store.demo.tiny import tiny_flux_path
-from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
+from fedgfe_store.generation.model_files import (
+    FP16,
+    Weights,
+    check_number,
+    check_numbers,
+    check_real,
+    digest_files,
+    find_weights,
+    read_json,
+)
 from fedgfe_store.schema import Kind, Schema
 
 if TYPE_CHECKING:
@@ -31,10 +36,7 @@ _FAMILIES: dict[Kind, tuple[str, str]] = {
 _WEIGHTS = "diffusion_pytorch_model"
 _ENCODER_WEIGHTS = "model"
 _WEIGHT_PATTERNS = (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}-*-of-*.safetensors")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
-_SAMPLES = 16
-_SAMPLE_BYTES = 4096
+_FP16_PATTERN = f"{_WEIGHTS}*.{FP16}*.safetensors"
 _HUB_TIMEOUT_SECONDS = 5
 
 
@@ -72,6 +74,8 @@ class Model(ABC):
         Tensor columns that it is conditioned on.
     encoder_parts : tuple of str
         Text encoders and tokenizers of the pipeline.
+    encoder_classes : mapping
+        Class of transformers of each text encoder.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Model(ABC):
     default_name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     encoder_parts: ClassVar[tuple[str, ...]]
+    encoder_classes: ClassVar[Mapping[str, str]]
 
     @property
     def latent_scale(self) -> int:
@@ -163,9 +168,12 @@ class Model(ABC):
 
     def parameters(self, part: str) -> int:
         """Count the parameters of a part, such as ``"vae"``, from its weight files."""
+        return self.weights(part).parameters()
+
+    def weights(self, part: str) -> Weights:
+        """Find the weight files of a part."""
         stem = _ENCODER_WEIGHTS if part in self.encoder_parts else _WEIGHTS
-        files = _weight_files(self.folder / part, stem)
-        return sum(_count_parameters(file) for file in files)
+        return find_weights(self.folder / part, stem)
 
     def config(self, part: str, name: str = "config.json") -> dict[str, Any]:
         """Read a part's configuration.
@@ -177,12 +185,12 @@ class Model(ABC):
         SchemaMismatchError
             If it is no JSON object.
         """
-        return _read_json(self.folder / part / name)
+        return read_json(self.folder / part / name)
 
     @property
     def has_weights(self) -> bool:
         """Whether the weights are here."""
-        return all(_weight_files(self.folder / part) for part in (self.part, "vae"))
+        return all(self.weights(part).files for part in (self.part, "vae"))
 
     def fetch_weights(self) -> None:
         """Download a hub model's weights where they are missing.
@@ -199,11 +207,13 @@ class Model(ABC):
                 f"model {self.folder}: expected {_WEIGHTS}.safetensors in {self.part} and vae, "
                 "got none or only some"
             )
-        names = ("*.json", *_WEIGHT_PATTERNS)
-        patterns = [f"{part}/{name}" for part in (self.part, "vae") for name in names]
-        _download(self.name, [*patterns, "scheduler/*"], revision=self.revision)
-        if not self.has_weights:
-            raise NotFoundError(_how_to_get(self.name, "its weights are not all in the cache"))
+        for weights in (_WEIGHT_PATTERNS, (_FP16_PATTERN,)):
+            names = ("*.json", *weights)
+            patterns = [f"{part}/{name}" for part in (self.part, "vae") for name in names]
+            _download(self.name, [*patterns, "scheduler/*"], revision=self.revision)
+            if self.has_weights:
+                return
+        raise NotFoundError(_how_to_get(self.name, "its weights are not all in the cache"))
 
     def fetch(self, *parts: str) -> bool:
         """Make sure that other parts, such as ``"text_encoder"``, are here if the model has them.
@@ -219,9 +229,13 @@ class Model(ABC):
             If a hub model's parts are not here, and the hub is not reachable.
         """
         if self.from_hub and self._incomplete(parts):
-            ignored = ["*.bin", "*.msgpack", "*.h5", "*.fp16.*"]
+            ignored = ["*.bin", "*.msgpack", "*.h5"]
             patterns = [f"{part}/*" for part in parts]
-            _download(self.name, patterns, revision=self.revision, ignored=ignored)
+            for variants in ([f"*.{FP16}.*", f"*.{FP16}-*"], []):
+                left_out = [*ignored, *variants]
+                _download(self.name, patterns, revision=self.revision, ignored=left_out)
+                if not self._incomplete([p for p in parts if (self.folder / p).is_dir()]):
+                    break
             here = [part for part in parts if (self.folder / part).is_dir()]
             if lacking := self._incomplete(here):  # without a network the cache counts as it is
                 raise NotFoundError(_how_to_get(self.name, f"cached without {lacking[0]}'s files"))
@@ -276,27 +290,57 @@ def resolve_model(
         If it is there but not a text-to-image model of the family.
     """
     family = family_of(kind)
-    name = name or os.environ.get(MODEL_VARIABLE) or stored or family.default_name
-    folder = tiny_flux_path() if name == "tiny" else Path(name).expanduser()
-    if name == "tiny" and not folder.is_dir():
-        raise NotFoundError(
-            f"model tiny: expected a folder {folder}, got none; reinstall fedgfe-store"
-        )
-    if folder.is_dir():
+    given = (
+        (name, None),
+        (os.environ.get(MODEL_VARIABLE), f"${MODEL_VARIABLE} names the model"),
+        (stored, "the store names the model"),
+    )
+    name, origin = next(((n, why) for n, why in given if n), (family.default_name, None))
+    try:
+        return _resolve(name, family)
+    except FedgfeStoreError as error:
+        if origin:
+            error.add_note(f"{origin} {name}; --model goes before it")
+        raise
+
+
+def _resolve(name: str, family: type[Model]) -> Model:
+    folder = tiny_flux_path() if name == "tiny" else Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         known_as = (
             "tiny" if folder.resolve() == tiny_flux_path().resolve() else folder.resolve().name
         )
         _check_pipeline(folder, family)
         return _read(family, known_as, folder, _digest_folder(folder, family.part))
-    if not _HUB_ID.fullmatch(name):
-        raise NotFoundError(f"model: expected tiny, a folder or a hub id, got {name!r}")
-    folder = _cached_snapshot(name, family.part) or _download(name, ["*.json"])
-    _check_pipeline(folder, family)
-    return _read(family, name, folder, folder.name, from_hub=True)
+    if name == "tiny":
+        raise NotFoundError(
+            f"model tiny: expected a folder {folder}, got none; reinstall fedgfe-store"
+        )
+    if os.path.exists(folder):
+        raise NotFoundError(f"model: expected tiny, a folder or a hub id, got the file {name}")
+    found = _on_hub(name, family)
+    if found is None:
+        raise NotFoundError(
+            f"model: expected tiny, a folder or a hub id, got {name!r}, where there is nothing"
+        )
+    _check_pipeline(found, family)
+    return _read(family, name, found, found.name, from_hub=True)
+
+
+def _on_hub(name: str, family: type[Model]) -> Path | None:
+    """Return a hub model's folder in the cache; None if no model can have such a name."""
+    from huggingface_hub.errors import HFValidationError
+
+    if "/" not in name:
+        return None
+    try:
+        return _cached_snapshot(name, family.part) or _download(name, ["*.json"])
+    except HFValidationError:
+        return None
 
 
 def _check_pipeline(folder: Path, family: type[Model]) -> None:
-    found = _read_json(folder / "model_index.json").get("_class_name")
+    found = read_json(folder / "model_index.json").get("_class_name")
     if found == family.pipeline_class:
         return
     kinds = [kind for kind in _FAMILIES if family_of(kind).pipeline_class == found]
@@ -309,23 +353,16 @@ def _check_pipeline(folder: Path, family: type[Model]) -> None:
 def _read(
     family: type[Model], name: str, folder: Path, revision: str, *, from_hub: bool = False
 ) -> Model:
-    denoiser = _read_json(folder / family.part / "config.json")
-    vae = _read_json(folder / "vae" / "config.json")
+    denoiser = read_json(folder / family.part / "config.json")
+    vae = read_json(folder / "vae" / "config.json")
+    where = str(folder / "vae" / "config.json")
+    check_numbers(vae, "block_out_channels", where)
+    check_number(vae, "latent_channels", where)
+    if "scaling_factor" in vae:  # else the decoder's class has one
+        check_real(vae, "scaling_factor", where)
     model = family(name, folder, revision, denoiser, vae, from_hub)
     model.check_config()
     return model
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise NotFoundError(f"model: expected a file {path}, got none") from None
-    except ValueError as error:
-        raise SchemaMismatchError(f"model: expected JSON in {path}, got {error}") from None
-    if not isinstance(content, dict):
-        raise SchemaMismatchError(f"model: expected a JSON object in {path}")
-    return content
 
 
 def _digest_folder(folder: Path, denoiser: str) -> str:
@@ -333,50 +370,12 @@ def _digest_folder(folder: Path, denoiser: str) -> str:
     return digest_files(folder, (denoiser, "vae", "scheduler"))
 
 
-def digest_files(folder: Path, parts: tuple[str, ...]) -> str:
-    """Hash sizes and samples of all files in some parts of a model: 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    for path in sorted(p for part in parts for p in (folder / part).rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
-        digest.update(b"".join(_samples(path)))
-    return digest.hexdigest()
-
-
-def _samples(path: Path) -> Iterator[bytes]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for n in range(_SAMPLES):
-            file.seek(n * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-            yield file.read(_SAMPLE_BYTES)
-
-
 def _is_complete(folder: Path) -> bool:
     """Whether an encoder or tokenizer is here whole, not only its configuration."""
     names = {path.name for path in folder.glob("*")}
     if "config.json" in names:
-        return bool(_weight_files(folder, _ENCODER_WEIGHTS) or list(folder.glob("*.bin")))
+        return bool(find_weights(folder, _ENCODER_WEIGHTS).files or list(folder.glob("*.bin")))
     return "tokenizer.json" in names or any(not name.endswith(".json") for name in names)
-
-
-def _weight_files(folder: Path, stem: str = _WEIGHTS) -> list[Path]:
-    """List the files that the weights are loaded from; none if any is missing."""
-    index = folder / f"{stem}.safetensors.index.json"
-    names = {f"{stem}.safetensors"}
-    if index.is_file():
-        names = set(_read_json(index)["weight_map"].values())
-    files = [folder / name for name in sorted(names)]
-    return files if all(file.is_file() for file in files) else []
-
-
-def _count_parameters(path: Path) -> int:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    tensors = [t for name, t in header.items() if name != "__metadata__"]
-    return sum(
-        (t["data_offsets"][1] - t["data_offsets"][0]) // _ITEM_BYTES.get(t["dtype"], 4)
-        for t in tensors
-    )
 
 
 def _cached_snapshot(name: str, denoiser: str) -> Path | None:

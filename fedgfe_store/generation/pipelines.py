@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.devices import DTYPES
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.devices import DTYPES, enough_memory
+from fedgfe_store.generation.loading import load_network, loading, naming
 from fedgfe_store.generation.models import Model
 from fedgfe_store.generation.offload import Offload, Swap, offload_blocks
-from fedgfe_store.generation.quantization import Quantization, quantized
+from fedgfe_store.generation.quantization import Quantization, quantization_config
 from fedgfe_store.generation.settings import Settings
 
 _SWAP_BATCHES = 16
@@ -50,6 +50,23 @@ class Placement:
     offload: Offload = "none"
     compiled: bool = False
     quantization: Quantization | None = None
+
+    def describe(self, doing: str) -> str:
+        """Say what is done where and how, for errors."""
+        kept = self.quantization or self.dtype
+        return f"{doing} in {kept} on {self.device}, offload {self.offload}"
+
+    def remedy(self, modes: Sequence[Offload] = get_args(Offload)) -> str:
+        """Say what takes less memory than this, for errors; `modes` are those there are."""
+        if torch.device(self.device).type == "cpu":
+            smaller = " or --dtype bfloat16" if self.dtype == "float32" else ""
+            return f"a machine with more memory{smaller} may help"
+        others = [] if self.quantization else modes[modes.index(self.offload) + 1 :]
+        if self.compiled:
+            others = [mode for mode in others if mode == "model"]
+        if not others:
+            return "a GPU with more free memory may help"
+        return f"--offload {' or '.join(others)} may help"
 
 
 class ImagePipeline(Protocol):
@@ -142,25 +159,31 @@ class DiffusersImages(ABC):
         ------
         NotFoundError
             If weights are missing and cannot be fetched.
+        SchemaMismatchError
+            If a file is not what is expected, or memory is not enough.
         """
         model.fetch_weights()
-        with quiet_loading():
-            import diffusers
+        dtype, quantization = DTYPES[placement.dtype], placement.quantization
+        options: dict[str, Any] = {}
+        if quantization:
+            options["quantization_config"] = quantization_config(quantization, dtype)
+            options["device_map"] = placement.device
+        with enough_memory(
+            placement.describe(f"loading the model {model.name}"), placement.remedy()
+        ):
+            parts = {
+                **cls.left_out,
+                model.part: load_network(model, model.part, dtype, **options),
+                "vae": load_network(model, "vae", dtype),
+            }
+            model.config("scheduler", "scheduler_config.json")
+            with loading(f"model {model.folder}"):
+                import diffusers
 
-            dtype = DTYPES[placement.dtype]
-            pipeline_class = getattr(diffusers, model.pipeline_class)
-            parts = dict(cls.left_out)
-            try:
-                if placement.quantization:
-                    parts[model.part] = quantized(
-                        model, placement.quantization, dtype, placement.device
-                    )
-                pipeline = pipeline_class.from_pretrained(
+                pipeline = getattr(diffusers, model.pipeline_class).from_pretrained(
                     os.fspath(model.folder), **parts, dtype=dtype, local_files_only=True
                 )
-            except OSError as error:
-                raise NotFoundError(f"model {model.name}: {error}") from error
-        return cls(pipeline, model, placement)
+            return cls(pipeline, model, placement)
 
     @abstractmethod
     def draw(self, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
@@ -213,6 +236,16 @@ class DiffusersImages(ABC):
         SchemaMismatchError
             If a shape does not fit; the pipeline itself would not notice.
         """
+        with naming(f"model {self.model.folder} cannot denoise"):
+            return self._denoised(embeddings, seeds, settings, on_step)
+
+    def _denoised(
+        self,
+        embeddings: Mapping[str, torch.Tensor],
+        seeds: Sequence[int],
+        settings: Settings,
+        on_step: Callable[[], None],
+    ) -> torch.Tensor:
         arguments = self.arguments(embeddings, len(seeds), settings)
         if self._swap:
             self._swap.bring(self.model.part)
@@ -260,6 +293,12 @@ class DiffusersImages(ABC):
         list of ndarray or None
             uint8 ``[height, width, 3]``; None for a picture with NaN or infinity.
         """
+        with naming(f"model {self.model.folder} cannot decode"):
+            return self._decoded(latents, settings, tiled)
+
+    def _decoded(
+        self, latents: torch.Tensor, settings: Settings, tiled: bool
+    ) -> list[Picture | None]:
         if self._swap:
             self._swap.bring("vae")
         pipeline, vae = self._pipeline, self._pipeline.vae
@@ -309,25 +348,3 @@ def _tiling(vae: Any, latents: torch.Tensor) -> Iterator[None]:
     finally:
         vae.disable_tiling()
         vae.tile_latent_min_size, vae.tile_sample_min_size = before
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep loading bars, and remarks on components left out, off terminal and notebook."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="IProgress not found")
-        from diffusers.utils import logging
-        from transformers.utils import logging as transformers_logging
-
-    logs = (logging, transformers_logging)
-    before = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-        log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for log, shown, level in before:
-            log.set_verbosity(level)
-            if shown:
-                log.enable_progress_bar()

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.images import FileState, image_name, inspect_image, key_json
 from fedgfe_store.generation.manifest import seconds_per_image
-from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
-from fedgfe_store.generation.shards import WHOLE, Shard
+from fedgfe_store.generation.settings import (
+    Settings,
+    difference,
+    fingerprint,
+    seed_of,
+    settings_json,
+)
+from fedgfe_store.generation.shards import WHOLE, Shard, places_of
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fedgfe_store.selection import Selection
 
 __all__ = ["Plan", "PlanItem", "Settings", "fingerprint", "plan_images", "seed_of"]
@@ -58,6 +68,8 @@ class PlanItem:
         True for a stale image that is to stay as it is.
     seen : tuple of int or None
         Which file was there when it was planned, see `file_stamp`.
+    file_id : str
+        What identifies the record's sample; empty where that is not known.
     """
 
     position: int
@@ -70,6 +82,7 @@ class PlanItem:
     reason: str = ""
     keep: bool = False
     seen: tuple[int, ...] | None = None
+    file_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Plan:
     folder: Path
     limit: int | None = None
 
-    @property
+    @cached_property
     def todo(self) -> tuple[PlanItem, ...]:
         """Images to render in this run."""
         return self._unfinished[: self.limit]
@@ -120,13 +133,32 @@ class Plan:
         pixels = self.settings.height * self.settings.width
         return int(len(self.todo) * pixels * _BYTES_PER_PIXEL)
 
+    @cached_property
+    def seconds_each(self) -> float | None:
+        """Seconds of rendering an image; None until some were made here with these settings."""
+        return seconds_per_image(self.folder, fingerprint(self.settings))
+
     @property
     def seconds_expected(self) -> float | None:
         """Seconds of rendering; None until images were made here with these settings."""
-        each = seconds_per_image(self.folder, fingerprint(self.settings))
-        return None if each is None else each * len(self.todo)
+        return None if self.seconds_each is None else self.seconds_each * len(self.todo)
 
-    @property
+    def shortage(self, batch_size: int, seconds_left: float | None) -> str | None:
+        """Say that a batch takes longer than there is time, and what would help; None otherwise.
+
+        Parameters
+        ----------
+        batch_size : int
+            Images of a batch.
+        seconds_left : float or None
+            Seconds until the run has to stop; None where that is not known.
+        """
+        size = min(batch_size, len(self.todo))
+        if self.seconds_each is None or seconds_left is None:
+            return None
+        return shortage(size, self.seconds_each * size, seconds_left)
+
+    @cached_property
     def _unfinished(self) -> tuple[PlanItem, ...]:
         return tuple(i for i in self.items if i.status != "done" and not i.keep)
 
@@ -147,6 +179,19 @@ class Plan:
         if seconds is not None and todo:
             lines.append(f"time: about {_duration(seconds)}, going by the images made so far")
         return "\n".join(lines)
+
+
+def shortage(size: int, seconds: float, seconds_left: float) -> str | None:
+    """Say that a batch of `size` images takes longer than is left, and what would help, or None."""
+    if seconds <= seconds_left:
+        return None
+    fitting = int(size * seconds_left / seconds)
+    remedy = f"--batch-size {fitting} or " if fitting else ""
+    return (
+        f"a batch of {size} takes about {_duration(seconds)}, and it is "
+        f"{_duration(seconds_left)} until this run has to stop: nothing of it would be finished; "
+        f"{remedy}a longer time limit helps"
+    )
 
 
 def plan_images(
@@ -202,7 +247,7 @@ def plan_images(
     if on_stale not in get_args(OnStale):
         raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
     items = _list_items(selection, settings, output_dir, columns, numbers, shard)
-    present = {path.name for path in output_dir.glob("*.png")}
+    present = frozenset(os.listdir(output_dir)) if output_dir.is_dir() else frozenset()
     with ThreadPoolExecutor(_CHECKERS) as pool:
         findings = list(pool.map(lambda item: _check(item, settings, present), items))
     conflicts = Counter(finding.conflict for finding in findings if finding.conflict)
@@ -249,7 +294,7 @@ def _check(item: PlanItem, settings: Settings, present: Set[str]) -> Finding:
         return Finding(item)
     item = replace(item, seen=file_stamp(item.path))
     state, provenance = inspect_image(item.path)
-    return compare_image(item, state, provenance, asdict(settings), fingerprint(settings))
+    return compare_image(item, state, provenance, settings_json(settings), fingerprint(settings))
 
 
 def compare_image(
@@ -331,38 +376,51 @@ def _list_items(
     numbers: Sequence[int],
     shard: Shard,
 ) -> list[PlanItem]:
-    digests = record_digests(selection, columns)
-    records = {
-        key: (position, of_record)
-        for position, (key, of_record) in enumerate(zip(selection.keys(), digests, strict=True))
-    }
-    items = [
+    """List the images of the records that a shard holds; nothing is made for the others."""
+    keys = selection.key_columns()
+    places = places_of(keys, shard)
+    own = selection.take(places)
+    files = own.records["file_id"].tolist()
+    facts = zip(places.tolist(), record_digests(own, columns), files, strict=True)
+    records = dict(zip(own.keys(), facts, strict=True))
+    if _ignores_case(folder) and _differ_in_case(keys):
+        _check_names(selection.keys(), folder)
+    by_file = settings.noise == "file_id"
+    return [
         PlanItem(
             position=position,
             key=key,
             number=number,
             path=folder / image_name(key, number),
-            seed=seed_of(settings.seed, key, number),
-            digests=of_record,
+            seed=seed_of(settings.seed, key, number, file_id if by_file else ""),
+            digests=digests,
+            file_id=file_id,
         )
-        for key, (position, of_record) in records.items()
+        for key, (position, digests, file_id) in records.items()
         for number in numbers
     ]
-    _check_names(items, folder)
-    return [item for item in items if shard.holds(item.key)]
 
 
-def _check_names(items: Collection[PlanItem], folder: Path) -> None:
-    """Refuse names that differ in case only where the file system takes them for one."""
-    count = Counter(item.path.name.lower() for item in items)
-    if len(count) == len(items) or not _ignores_case(folder):
-        return
-    name = count.most_common(1)[0][0]
-    same = [str(item.key) for item in items if item.path.name.lower() == name]
-    raise ConflictError(
-        f"{folder} is on a file system that ignores case: expected one record for the name "
-        f"{name}, got {len(same)} ({'; '.join(same)})"
-    )
+def _differ_in_case(keys: Mapping[str, np.ndarray]) -> bool:
+    """Whether any two names of a key column differ in case only: files of no others can."""
+    for column in ("node", "split", "class_name"):
+        names = set(keys[column].tolist())
+        if len({name.lower() for name in names}) < len(names):
+            return True
+    return False
+
+
+def _check_names(keys: Collection[RecordKey], folder: Path) -> None:
+    """Refuse files that one of a file system that ignores case would be."""
+    found: dict[str, list[RecordKey]] = defaultdict(list)
+    for key in dict.fromkeys(keys):
+        found[image_name(key).lower()].append(key)
+    for name, same in found.items():
+        if len(same) > 1:
+            raise ConflictError(
+                f"{folder} is on a file system that ignores case: expected one record for the name "
+                f"{name}, got {len(same)} ({'; '.join(map(str, same))})"
+            )
 
 
 def _ignores_case(folder: Path) -> bool:

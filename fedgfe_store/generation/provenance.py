@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -13,7 +12,7 @@ from fedgfe_store.generation.job import Job
 from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.generation.quantization import PACKAGES
-from fedgfe_store.generation.settings import fingerprint
+from fedgfe_store.generation.settings import fingerprint, settings_json
 
 
 class Provenance:
@@ -34,7 +33,7 @@ class Provenance:
             packages.append(PACKAGES[settings.quantization])
         hub_name = job.model.from_hub or settings.model == "tiny"
         self._common = {
-            "settings": asdict(settings),
+            "settings": settings_json(settings),
             "fingerprint": fingerprint(settings),
             "diffusion_type": job.model.kind,
             "model_folder": None if hub_name else str(job.model.folder.resolve()),
@@ -61,11 +60,14 @@ class Provenance:
         Returns
         -------
         dict
-            Key, image number, seed, digests, settings and their fingerprint, store commit, place
-            and library versions; for the PNG's text chunk and the manifest.
+            Key, ``file_id`` where there is one, image number, seed, digests, settings and their
+            fingerprint, store commit, place and library versions; for the PNG's text chunk and
+            the manifest.
         """
+        known = {"file_id": item.file_id} if item.file_id else {}
         return {
             "key": key_json(item.key),
+            **known,
             "image": item.number,
             "seed": item.seed,
             "digests": item.digests,

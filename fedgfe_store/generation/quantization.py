@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
-
-if TYPE_CHECKING:
-    from fedgfe_store.generation.models import Model
 
 Quantization = Literal["nf4", "fp8"]
 
@@ -24,7 +20,7 @@ PACKAGES = {"nf4": "bitsandbytes", "fp8": "torchao"}
 _FP8_CAPABILITY = (8, 9)
 
 
-def check_quantization(name: str, *, device: str, compiled: bool) -> Quantization:
+def check_quantization(name: str, *, device: str, dtype: str, compiled: bool) -> Quantization:
     """Refuse a quantization that this machine cannot do, or could not do fast enough to be of use.
 
     Parameters
@@ -33,6 +29,8 @@ def check_quantization(name: str, *, device: str, compiled: bool) -> Quantizatio
         4-bit NormalFloat of bitsandbytes; 8-bit floats of torchao, activations included.
     device : str
         Where to compute.
+    dtype : {"float32", "bfloat16", "float16"}
+        What to compute in.
     compiled : bool
         Whether the network is compiled.
 
@@ -43,13 +41,13 @@ def check_quantization(name: str, *, device: str, compiled: bool) -> Quantizatio
     """
     if name not in get_args(Quantization):
         raise SchemaMismatchError(f"quantize: expected nf4 or fp8, got {name!r}")
-    reason = _missing(name, device, compiled)
+    reason = _missing(name, device, dtype, compiled)
     if reason:
         raise SchemaMismatchError(f"quantize {name}: {reason}")
     return name  # type: ignore[return-value]
 
 
-def _missing(name: str, device: str, compiled: bool) -> str | None:
+def _missing(name: str, device: str, dtype: str, compiled: bool) -> str | None:
     if torch.device(device).type != "cuda":
         return f"expected a CUDA device, got {device}"
     if find_spec(PACKAGES[name]) is None:
@@ -63,44 +61,23 @@ def _missing(name: str, device: str, compiled: bool) -> str | None:
             "expected a card of compute capability 8.9 or newer, which computes in 8-bit floats, "
             f"got {capability[0]}.{capability[1]}"
         )
+    if dtype != "bfloat16":
+        return f"expected dtype bfloat16, which torchao scales row by row, got {dtype}"
     if not compiled:
         return "expected --compile too; without it a picture takes minutes"
     return None
 
 
-def quantized(model: Model, name: Quantization, dtype: torch.dtype, device: str) -> Any:
-    """Load a model's denoising network with quantized weights, and put it on the device.
+def quantization_config(name: Quantization, dtype: torch.dtype) -> Any:
+    """Say to diffusers how weights are kept.
 
     Parameters
     ----------
-    model : Model
-        The model, weights on disk.
     name : {"nf4", "fp8"}
         How to keep them.
     dtype : torch.dtype
-        What to compute in where weights are not quantized, and what nf4 is unpacked to.
-    device : str
-        Where to compute.
-
-    Returns
-    -------
-    diffusers.ModelMixin
-        The network.
+        What nf4 is unpacked to.
     """
-    import diffusers
-
-    network_class = getattr(diffusers, model.denoiser["_class_name"])
-    return network_class.from_pretrained(
-        os.fspath(model.folder),
-        subfolder=model.part,
-        quantization_config=_config(name, dtype),
-        dtype=dtype,
-        device_map=device,
-        local_files_only=True,
-    )
-
-
-def _config(name: Quantization, dtype: torch.dtype) -> Any:
     import diffusers
 
     if name == "nf4":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from fedgfe_store.errors import DamagedDataError, NotFoundError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.job import Job
 from fedgfe_store.generation.plan import PlanItem, made_meanwhile, record_digests
+from fedgfe_store.records import KEY_COLUMNS
 from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ def _found_again(selection: Selection, items: Sequence[PlanItem], reason: str) -
     DamagedDataError
         If one was deleted or replaced.
     """
-    nodes, rounds = ({getattr(i.key, name) for i in items} for name in ("node", "round"))
-    fresh = EmbeddingStore.open(selection.path).select(node=nodes, round=rounds)
+    known: dict[str, Any] = {n: {getattr(item.key, n) for item in items} for n in KEY_COLUMNS}
+    fresh = EmbeddingStore.open(selection.path).select(**known)
     positions = {key: position for position, key in enumerate(fresh.keys())}
     gone = [str(item.key) for item in items if item.key not in positions]
     if gone:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import inspect_image
 from fedgfe_store.generation.job import Job, Options, Report
 from fedgfe_store.generation.plan import AGAIN, record_digests
-from fedgfe_store.generation.settings import difference, fingerprint
+from fedgfe_store.generation.settings import difference, fingerprint, noise_rule, settings_json
 from fedgfe_store.records import RecordKey
 from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
+    from fedgfe_store.generation.settings import Noise
     from fedgfe_store.selection import Selection
 
 
@@ -77,6 +78,7 @@ class Recipe:
             "height": settings["height"],
             "width": settings["width"],
             "seed": settings["seed"],
+            "noise": cast("Noise", noise_rule(settings)),
             "dtype": settings["dtype"],
             "pool": settings["pool"] or "last",
             "quantize": settings["quantization"],
@@ -126,6 +128,13 @@ class Recipe:
         digests: dict[str, str] = self.provenance["digests"]
         return record_digests(selection, digests)[0] == digests
 
+    def with_its_noise(self, job: Job) -> Job:
+        """Return a job with the picture's own seed: its record's ``file_id`` may have changed."""
+        facts = self.provenance
+        own = {"seed": facts["seed"], "file_id": facts.get("file_id", "")}
+        items = tuple(replace(item, **own) for item in job.plan.items)
+        return replace(job, plan=replace(job.plan, items=items))
+
     def check(self, job: Job) -> None:
         """Make sure that a job has the picture's settings and takes no other one's place.
 
@@ -136,7 +145,7 @@ class Recipe:
         """
         settings = job.plan.settings
         if fingerprint(settings) != self.provenance["fingerprint"]:
-            changed = difference(self.provenance["settings"], asdict(settings))
+            changed = difference(self.provenance["settings"], settings_json(settings))
             raise ConflictError(f"{self.path} cannot be made again: {changed}")
         for item in job.plan.items:
             if item.status == "stale" and item.reason != AGAIN and item.path != self.path:

@@ -16,7 +16,7 @@ from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.devices import clear_cache, is_out_of_memory
 from fedgfe_store.generation.job import Job, Report
 from fedgfe_store.generation.pipelines import ImagePipeline, Picture
-from fedgfe_store.generation.plan import PlanItem
+from fedgfe_store.generation.plan import PlanItem, shortage
 from fedgfe_store.generation.provenance import Provenance
 from fedgfe_store.generation.reading import Batch, read_batches
 from fedgfe_store.generation.stopping import Stop, Stopped
@@ -36,6 +36,27 @@ class _Denoised:
     latents: torch.Tensor
     batch_size: int
     seconds: float
+
+
+class _Pace:
+    """Tells from the first steps of a run that its first batch will not be finished in time."""
+
+    def __init__(self, steps: int, size: int, stop: Stop, report: Report) -> None:
+        self._steps, self._size, self._stop, self._report = steps, size, stop, report
+        self._seen, self._first = 0, 0.0
+
+    def step(self) -> None:
+        """Count a step; at the second one, since the first takes longer than the others."""
+        self._seen += 1
+        if self._seen == 1:
+            self._first = time.perf_counter()
+        left = self._stop.seconds_left
+        if self._seen != 2 or left is None:
+            return
+        seconds = (time.perf_counter() - self._first) * self._steps
+        line = shortage(self._size, seconds, left)
+        if line is not None:
+            self._report(line)
 
 
 class Renderer:
@@ -78,6 +99,7 @@ class Renderer:
         self._largest_batch = self._largest_decode = job.batch_size
         self._tiled = self._undecodable = False
         self._batches = 0
+        self._pace: _Pace | None = None
         self.gave_up: str | None = None
         """Why rendering on would be of no use; None if there is no such reason."""
 
@@ -147,9 +169,11 @@ class Renderer:
             missing = self._largest_batch - len(items)
             embeddings = {n: _padded(values, missing) for n, values in embeddings.items()}
             seeds += seeds[-1:] * missing
+        if self._pace is None:
+            self._pace = _Pace(self._job.plan.settings.steps, len(seeds), self._stop, self._report)
         try:
             latents = self._pipeline.denoise(
-                embeddings, seeds, self._job.plan.settings, on_step=self._stop.check
+                embeddings, seeds, self._job.plan.settings, on_step=self._on_step
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -161,6 +185,11 @@ class Renderer:
         seconds = (time.perf_counter() - started) / len(items)
         _log.info("denoised a batch of %d, %.2f s an image", len(items), seconds)
         return self._only_finite(items, latents[: len(items)], len(seeds), seconds)
+
+    def _on_step(self) -> None:
+        if self._pace is not None:
+            self._pace.step()
+        self._stop.check()
 
     def _only_finite(
         self, items: tuple[PlanItem, ...], latents: torch.Tensor, batch_size: int, seconds: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -11,10 +11,16 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.images import read_provenance, remove_stale_temps
 from fedgfe_store.generation.job import Job, Options, Report, log_remark, prepare
-from fedgfe_store.generation.manifest import Manifest, listed_files, timestamp
+from fedgfe_store.generation.manifest import (
+    Manifest,
+    fruitless_stops,
+    listed_files,
+    timestamp,
+)
 from fedgfe_store.generation.pipelines import ImagePipeline
 from fedgfe_store.generation.plan import Plan, PlanItem
 from fedgfe_store.generation.rendering import Renderer
+from fedgfe_store.generation.shards import Shard
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.writer import Failure, PictureWriter, Progress, Tally
 
@@ -40,6 +46,9 @@ class GenerationReport:
         Images that could not be made.
     stopped : str or None
         The signal that ended the run early.
+    stuck : bool
+        Whether this run and the one before it were stopped before either finished an image, so
+        that going on in the same way would do so for ever.
     seconds : float
         Time of rendering and writing, without loading the model.
     """
@@ -50,6 +59,7 @@ class GenerationReport:
     elsewhere: int = 0
     failed: tuple[Failure, ...] = ()
     stopped: str | None = None
+    stuck: bool = False
     seconds: float = 0.0
 
     @property
@@ -160,7 +170,8 @@ def render(
         with stop.interrupting():
             pipeline = pipeline or _load(job, report)
     except Stopped:
-        return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason)
+        stuck = note_stop(plan.folder, job.shard, stop, report)
+        return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
     started = time.perf_counter()
     with Claims(plan.folder) as claims, Manifest(plan.folder, job.shard) as manifest:
 
@@ -175,7 +186,7 @@ def render(
             renderer.run(claims)
     if renderer.gave_up:
         tally.give_up(plan.todo, f"not rendered, since {renderer.gave_up}")
-    return GenerationReport(
+    made = GenerationReport(
         plan,
         done=len(tally.done),
         skipped=_skipped(plan),
@@ -184,6 +195,10 @@ def render(
         stopped=stop.reason,
         seconds=time.perf_counter() - started,
     )
+    fruitless = made.stopped and made.left and not (made.done or made.elsewhere)
+    if not fruitless:
+        return made
+    return replace(made, stuck=note_stop(plan.folder, job.shard, stop, report))
 
 
 def _note_failure(manifest: Manifest, item: PlanItem, error: str, report: Report) -> None:
@@ -191,6 +206,35 @@ def _note_failure(manifest: Manifest, item: PlanItem, error: str, report: Report
         manifest.fail(item.path.name, key=item.key, image=item.number, error=error)
     except OSError as problem:  # the run itself reports the failure too
         report(f"cannot note in the manifest that {item.path.name} has failed: {problem}")
+
+
+def note_stop(folder: Path, part: Shard, stop: Stop, report: Report) -> bool:
+    """Note in a folder that a run was stopped without an image; whether the one before was, too.
+
+    A person's Ctrl-C does not count, since no queue goes on after it. When two runs in a row have
+    been noted, counting begins anew: whoever goes on then has probably changed something.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the images; made if it is not there.
+    part : Shard
+        Which part of the work the run had.
+    stop : Stop
+        What stopped it.
+    report : callable
+        Hears why it could not be noted.
+    """
+    if stop.reason is None or stop.reason == "SIGINT":
+        return False
+    stuck = fruitless_stops(folder, part) == 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Manifest(folder, part) as manifest:
+            manifest.stopped(stop.reason, times=2 if stuck else 1)
+    except OSError as error:
+        report(f"cannot note in the manifest of {folder} that no image was finished: {error}")
+    return stuck
 
 
 def _load(job: Job, report: Report) -> ImagePipeline:
@@ -209,8 +253,10 @@ def _make_folder(folder: Path) -> None:
 def _complete_manifest(job: Job, report: Report) -> None:
     """List the images that a killed run wrote without getting to their lines."""
     folder = job.plan.folder
-    listed = listed_files(folder)
-    unlisted = [i for i in job.plan.items if i.status == "done" and i.path.name not in listed]
+    unlisted = [item for item in job.plan.items if item.status == "done"]
+    for part in (job.shard, None):  # its own manifest lists most of them, if not all
+        listed = listed_files(folder, part=part) if unlisted else set()
+        unlisted = [item for item in unlisted if item.path.name not in listed]
     if not unlisted:
         return
     try:

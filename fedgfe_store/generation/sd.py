@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.model_files import check_number, check_numbers
 from fedgfe_store.generation.models import Model
 from fedgfe_store.generation.pipelines import DiffusersImages, Placement
 from fedgfe_store.generation.settings import Settings
@@ -26,6 +27,7 @@ class StableDiffusionModel(Model):
     default_name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     columns = ("clip",)
     encoder_parts = ("text_encoder", "tokenizer")
+    encoder_classes: ClassVar[Mapping[str, str]] = {"text_encoder": "CLIPTextModel"}
 
     @property
     def clip_width(self) -> int:
@@ -69,6 +71,10 @@ class StableDiffusionModel(Model):
 
     def check_config(self) -> None:
         """Refuse models for filling and editing, whose U-Nets take more channels."""
+        where = str(self.folder / self.part / "config.json")
+        for key in ("cross_attention_dim", "sample_size", "in_channels"):
+            check_number(self.denoiser, key, where)
+        check_numbers(self.denoiser, "block_out_channels", where)
         expected, got = self.vae["latent_channels"], self.denoiser["in_channels"]
         if got != expected:
             raise SchemaMismatchError(

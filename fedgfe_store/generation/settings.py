@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import xxhash
 
+from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import RecordKey
+
+Noise = Literal["index", "file_id"]
+"""What tells a sample from the others in the seed of its noise."""
+
+_UNNAMED: Noise = "index"
+"""The rule of images that name none: all that were made before there was another."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,9 @@ class Settings:
         How a CLIP sequence becomes a vector; None where the store holds vectors.
     quantization, negative : str or None
         Quantization of the weights, and digest of the negative embeddings; None for none.
+    noise : {"index", "file_id"}
+        What tells a sample from the others in its seed: its index, or its ``file_id`` where it
+        has one, so that it has the same noise in every round however the rounds were shuffled.
     """
 
     model: str
@@ -50,25 +60,47 @@ class Settings:
     pool: str | None = None
     quantization: str | None = None
     negative: str | None = None
+    noise: Noise = _UNNAMED
+
+    def __post_init__(self) -> None:
+        if self.noise not in get_args(Noise):
+            raise SchemaMismatchError(
+                f"noise: expected {' or '.join(get_args(Noise))}, got {self.noise!r}"
+            )
+
+
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """Give the settings as images keep them: as they did before there were rules of noise."""
+    facts = asdict(settings)
+    if settings.noise == _UNNAMED:
+        del facts["noise"]
+    return facts
 
 
 def fingerprint(settings: Settings) -> str:
     """Give the settings' hash, the same in every process and version: 32 hex digits."""
-    canonical = json.dumps(asdict(settings), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(settings_json(settings), sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(canonical.encode())
+
+
+def noise_rule(settings: Mapping[str, Any]) -> str:
+    """Give the rule of noise that an image's settings name."""
+    return str(settings.get("noise", _UNNAMED))
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Name the settings that differ, as ``steps 20 -> 28, seed 0 -> 1``."""
+    old, new = ({**each, "noise": noise_rule(each)} for each in (old, new))
     changed = [f for f in (*new, *(old.keys() - new.keys())) if old.get(f) != new.get(f)]
     return ", ".join(f"{f} {old.get(f)} -> {new.get(f)}" for f in changed)
 
 
-def seed_of(base_seed: int, key: RecordKey, number: int = 0) -> int:
+def seed_of(base_seed: int, key: RecordKey, number: int = 0, file_id: str = "") -> int:
     """Derive an image's seed from its record.
 
     The round is left out, so that the same sample has the same noise in every round and rounds
-    can be compared.
+    can be compared. A `file_id` takes the place of the index, which is another sample in each
+    round where a loader shuffles.
 
     Parameters
     ----------
@@ -78,11 +110,14 @@ def seed_of(base_seed: int, key: RecordKey, number: int = 0) -> int:
         The record.
     number : int
         Which image of the record, from 0.
+    file_id : str
+        What identifies the sample; empty where only its index does.
 
     Returns
     -------
     int
         From 0 to 2**63 - 1, the same in every process, order and version.
     """
-    parts = [base_seed, key.node, key.split, key.class_name, key.index, number]
+    sample = file_id or key.index
+    parts = [base_seed, key.node, key.split, key.class_name, sample, number]
     return xxhash.xxh3_64_intdigest(json.dumps(parts).encode()) & (2**63 - 1)

@@ -1,20 +1,21 @@
-"""Shards: which records each of several processes renders."""
+"""Parts of a run: which records each of several processes renders."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import xxhash
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.images import key_json
 from fedgfe_store.records import RecordKey
 
 _PARTS = re.compile(r"([0-9]+)/([0-9]+)")
+_AUTO = re.compile(r"auto/([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,102 @@ class Shard:
 
 
 WHOLE = Shard(0, 1)
-"""The one shard of a run that is not split."""
+"""The one part of a run that is not split."""
 
 
 def shard_of(key: RecordKey, count: int) -> int:
     """Give the index of the shard of `count` that a record belongs to, the same for ever."""
-    canonical = json.dumps(key_json(key), sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_64_intdigest(canonical.encode("ascii")) % count
+    node, split, name = (json.dumps(text) for text in (key.node, key.split, key.class_name))
+    return _hash(node, key.round, split, name, key.index) % count
 
 
-def detect_shard(environ: Mapping[str, str]) -> tuple[Shard, str]:
-    """Read from the environment which of several processes this one is.
+def places_of(columns: Mapping[str, np.ndarray], shard: Shard) -> np.ndarray:
+    """Tell which of many records belong to a shard, without an object for each of the others.
 
-    The tasks of a SLURM array and, within each, the processes of torchrun, accelerate or srun
-    together make up the shards.
+    Parameters
+    ----------
+    columns : mapping of str to ndarray
+        Key columns of the records.
+    shard : Shard
+        Which part.
+
+    Returns
+    -------
+    ndarray of int64
+        Places of the records, as `Shard.holds` of their keys says.
+    """
+    n, count, index = len(columns["index"]), shard.count, shard.index
+    if count == 1:
+        return np.arange(n)
+    texts = (columns[name].tolist() for name in ("node", "split", "class_name"))
+    nodes, splits, names = (_quoted(values) for values in texts)
+    rounds, indices = (columns[name].tolist() for name in ("round", "index"))
+    keys = zip(nodes, rounds, splits, names, indices, strict=True)
+    return np.array([i for i, key in enumerate(keys) if _hash(*key) % count == index], np.int64)
+
+
+def _quoted(texts: list[str]) -> Iterator[str]:
+    """Give each text as JSON has it; most are the same as many others."""
+    known = {text: json.dumps(text) for text in set(texts)}
+    return map(known.__getitem__, texts)
+
+
+def _hash(node: str, round_: int, split: str, name: str, index: int) -> int:
+    """Hash a key whose texts are JSON already: as JSON, its fields in alphabetical order."""
+    canonical = (
+        f'{{"class_name":{name},"index":{index},"node":{node},"round":{round_},"split":{split}}}'
+    )
+    return xxhash.xxh3_64_intdigest(canonical.encode("ascii"))
+
+
+@dataclass(frozen=True)
+class AskedPart:
+    """The part that a user asks for: one, or what the place in a SLURM array says.
+
+    Parameters
+    ----------
+    shard : Shard or None
+        The part itself, such as ``3/8``; then the environment does not matter.
+    array : bool
+        Whether each task of a SLURM array is a part: ``auto``.
+    count : int or None
+        Parts of the array: ``auto/8``. Without it the array itself has to show its size.
+    """
+
+    shard: Shard | None = None
+    array: bool = False
+    count: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``i/n``, ``auto`` or ``auto/n``.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If it is anything else.
+        """
+        if text == "auto":
+            return cls(array=True)
+        found = _AUTO.fullmatch(text)
+        if found and int(found[1]):
+            return cls(array=True, count=int(found[1]))
+        return cls(Shard.parse(text))
+
+
+def detect_shard(environ: Mapping[str, str], asked: AskedPart | None = None) -> tuple[Shard, str]:
+    """Tell which of several processes this one is.
+
+    The processes of torchrun, accelerate or srun are parts. The tasks of a SLURM array are only
+    where that is asked for, since an array may as well count nodes, rounds or settings; then the
+    tasks and, within each, its processes together make up the parts.
 
     Parameters
     ----------
     environ : mapping
         Such as `os.environ`.
+    asked : AskedPart, optional
+        What the user asks for.
 
     Returns
     -------
@@ -97,15 +175,25 @@ def detect_shard(environ: Mapping[str, str]) -> tuple[Shard, str]:
     Raises
     ------
     SchemaMismatchError
-        If a variable is malformed, or the array has gaps, so that its size is not known.
+        If a variable is malformed, or the size of an array is asked for and not known.
     """
+    asked = asked or AskedPart()
+    if asked.shard is not None:
+        return asked.shard, "asked for"
     shard, reasons = WHOLE, []
-    for found in (_array_task(environ), _process(environ)):
+    task = _array_task(environ, asked.count) if asked.array else None
+    for found in (task, _process(environ)):
         if found is not None:
             part, reason = found
             shard = _within(shard, part)
             reasons.append(reason)
     return shard, ", ".join(reasons) or "one process"
+
+
+def in_array(environ: Mapping[str, str]) -> bool:
+    """Whether this process is one of several tasks of a SLURM array, or may be."""
+    given = bool(environ.get("SLURM_ARRAY_TASK_ID"))
+    return given and environ.get("SLURM_ARRAY_TASK_COUNT") != "1"
 
 
 def local_device(environ: Mapping[str, str], count: int) -> int | None:
@@ -138,9 +226,16 @@ def _within(outer: Shard, inner: Shard) -> Shard:
     return Shard(outer.index * inner.count + inner.index, outer.count * inner.count)
 
 
-def _array_task(environ: Mapping[str, str]) -> tuple[Shard, str] | None:
+def _array_task(environ: Mapping[str, str], parts: int | None) -> tuple[Shard, str] | None:
     if not environ.get("SLURM_ARRAY_TASK_ID"):
-        return None
+        if parts is None:
+            return None
+        raise SchemaMismatchError(
+            f"SLURM_ARRAY_TASK_ID: expected the number of a task for --part auto/{parts}, got "
+            f"nothing; outside an array --part i/{parts} names the part"
+        )
+    if parts is not None:
+        return _task_of(environ, parts)
     names = [f"SLURM_ARRAY_TASK_{part}" for part in ("ID", "MIN", "MAX", "COUNT", "STEP")]
     task, first, last, count, step = (_whole(environ, n) if environ.get(n) else None for n in names)
     step = step or 1
@@ -151,6 +246,17 @@ def _array_task(environ: Mapping[str, str]) -> tuple[Shard, str] | None:
     if beside or last - first != step * (count - 1) or not 0 <= position < count:
         raise _unknown_array(f"{count} tasks from {first} to {last} leave gaps")
     return Shard(position, count), f"SLURM_ARRAY_TASK_ID {task} of {first}-{last}"
+
+
+def _task_of(environ: Mapping[str, str], parts: int) -> tuple[Shard, str]:
+    """Take the task's own number for that of the part: also where only some tasks are queued."""
+    task = _whole(environ, "SLURM_ARRAY_TASK_ID")
+    if task >= parts:
+        raise SchemaMismatchError(
+            f"SLURM_ARRAY_TASK_ID: expected less than {parts} for --part auto/{parts}, got {task}; "
+            f"the tasks are numbered from 0, as in --array=0-{parts - 1}"
+        )
+    return Shard(task, parts), f"SLURM_ARRAY_TASK_ID {task} of {parts} parts"
 
 
 def _process(environ: Mapping[str, str]) -> tuple[Shard, str] | None:
@@ -190,7 +296,7 @@ def _place(environ: Mapping[str, str], index: str, count: str) -> tuple[Shard, s
     return Shard(part, parts), f"{index} {part} of {count} {parts}"
 
 
-_HINT = "--shard i/n goes before the environment"
+_HINT = "--part i/n goes before the environment"
 
 
 def _whole(environ: Mapping[str, str], name: str) -> int:
@@ -201,11 +307,13 @@ def _whole(environ: Mapping[str, str], name: str) -> int:
 
 
 def _not_a_shard(text: str) -> SchemaMismatchError:
-    return SchemaMismatchError(f"shard: expected i/n with 0 <= i < n, such as 0/4, got {text!r}")
+    return SchemaMismatchError(
+        f"part: expected i/n with 0 <= i < n, such as 0/4, or auto, got {text!r}"
+    )
 
 
 def _unknown_array(why: str) -> SchemaMismatchError:
     return SchemaMismatchError(
         f"SLURM_ARRAY_TASK_ID: expected an array such as 0-7, whose size N is known, but {why}; "
-        "pass --shard $SLURM_ARRAY_TASK_ID/N"
+        "pass --part auto/N, or $SLURM_ARRAY_TASK_ID/N"
     )

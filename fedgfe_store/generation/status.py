@@ -12,7 +12,7 @@ from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.images import image_name, inspect_image, key_json, read_provenance
 from fedgfe_store.generation.manifest import latest
-from fedgfe_store.generation.plan import PlanItem, compare_image, record_digests, seed_of
+from fedgfe_store.generation.plan import PlanItem, compare_image, record_digests
 from fedgfe_store.generation.shards import shard_of
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
@@ -211,14 +211,13 @@ def _newest_provenance(folder: Path) -> dict[str, Any] | None:
 def _list_items(
     positions: Mapping[RecordKey, int], number: int, state: _FolderState
 ) -> list[PlanItem]:
-    seed = (state.settings or {}).get("seed", 0)
     return [
         PlanItem(
             position=position,
             key=key,
             number=image,
             path=state.folder / image_name(key, image),
-            seed=seed_of(seed, key, image),
+            seed=0,  # of no use here, and another for each image
             digests={},
         )
         for key, position in positions.items()

@@ -6,11 +6,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 _ECHO_SECONDS = 0.5
+
+SIGNAL_LEAD = 120
+"""Seconds before its time limit at which the printed SLURM script has a run stopped."""
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 """Preemption, Ctrl-C, and the warning that SLURM sends before the time limit."""
@@ -25,11 +28,22 @@ class Stop:
 
     A run looks at it after each denoising step and finishes what is denoised. Where there is
     nothing to finish, as while weights are loaded, the request itself interrupts.
+
+    Parameters
+    ----------
+    deadline : float, optional
+        When a stop is to be expected, in seconds since 1970.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float | None = None) -> None:
         self.reason: str | None = None
         self._interrupts = False
+        self._deadline = deadline
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until a stop is to be expected; None where that is not known."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.time())
 
     @property
     def requested(self) -> bool:
@@ -56,6 +70,23 @@ class Stop:
             yield
         finally:
             self._interrupts = False
+
+
+def expected_stop(environ: Mapping[str, str]) -> float | None:
+    """Tell when SLURM will ask for a stop.
+
+    Parameters
+    ----------
+    environ : mapping
+        Such as `os.environ`; SLURM_JOB_END_TIME counts.
+
+    Returns
+    -------
+    float or None
+        Seconds since 1970; None where the environment does not say.
+    """
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) - SIGNAL_LEAD if end.isascii() and end.isdecimal() else None
 
 
 @contextmanager

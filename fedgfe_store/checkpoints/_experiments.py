@@ -1,0 +1,89 @@
+"""Whether checkpoints are of the experiment that a store holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from fedgfe_store.checkpoints.ledger import Ledger
+from fedgfe_store.checkpoints.reading import (
+    Checkpoint,
+    experiment_name,
+    images_folder,
+    read_checkpoint,
+)
+from fedgfe_store.errors import ConflictError, FedgfeStoreError
+
+_NO_NAMES = {"", "embeddings", "checkpoints", "checkpoint", "ckpts", "ckpt", "output_images"}
+"""Folders that are called like this in every experiment."""
+
+
+class Experiment:
+    """The experiment of a store, by which checkpoints of another one are told.
+
+    A checkpoint is of the experiment that the folder of its images names, or its own folder: the
+    two may have different names. One without images, such as the server's, is of that of the files
+    beside it.
+
+    Parameters
+    ----------
+    store_path : Path
+        The store.
+    name : str or None
+        The experiment that it holds, None where nobody knows.
+    new : bool
+        Whether the store is still to be made, of the first file's experiment.
+    ledger : Ledger
+        The files that it has taken in.
+    """
+
+    def __init__(self, store_path: Path, name: str | None, ledger: Ledger, *, new: bool) -> None:
+        self._store, self._name, self._new = store_path, name, new
+        lines = ledger.lines().values() if name is not None else ()
+        self._folders = {ledger.path_of(line).parent for line in lines}
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint of another experiment; the files beside it belong to this one then.
+
+        Raises
+        ------
+        ConflictError
+            If it is of another one; both are named.
+        """
+        folder = checkpoint.path.parent.resolve()
+        images = images_folder(checkpoint)
+        known = {self._name, images or folder.name} & {None, *_NO_NAMES}
+        beside = images is None and folder in self._folders
+        if not (known or beside or self._name in (images, folder.name)):
+            raise ConflictError(
+                f"{checkpoint.path}: of the experiment {images or folder.name!r}, by the folder of "
+                f"its {'images' if images else 'checkpoints'}, but {self._store} holds "
+                f"{self._name!r}: import it into a store of its own, or say that it belongs here "
+                f"with --other-experiment (other_experiment=True)"
+            )
+        self._folders.add(folder)
+
+    def check_folders(self, files: Iterable[Path], *, new_only: bool) -> None:
+        """Refuse files if the first that can be read in a folder is of another experiment.
+
+        Raises
+        ------
+        ConflictError
+            As for `check`.
+        """
+        for folder, group in groupby(files, key=lambda path: path.parent):
+            if new_only and folder.resolve() in self._folders:
+                continue  # each file that is new is checked when it is read
+            first = next(filter(None, map(_opened, group)), None)
+            if first is not None:
+                self.check(first)
+                if self._new:
+                    self._name, self._new = experiment_name(first), False
+
+
+def _opened(path: Path) -> Checkpoint | None:
+    try:
+        return read_checkpoint(path, round_from="content")
+    except (FedgfeStoreError, OSError):  # reported when the file's turn comes
+        return None

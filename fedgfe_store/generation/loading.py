@@ -1,0 +1,168 @@
+"""Loading models: quietly, whole, and with one line where that does not work."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
+from fedgfe_store.generation.devices import first_line, is_out_of_memory
+
+if TYPE_CHECKING:
+    from fedgfe_store.generation.models import Model
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep loading bars, and remarks on components left out, off terminal and notebook."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
+
+    logs = (logging, transformers_logging)
+    before = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, shown, level in before:
+            log.set_verbosity(level)
+            if shown:
+                log.enable_progress_bar()
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Name a model in whatever diffusers, transformers and torch raise of it.
+
+    Files that anybody may have written make them raise anything. What is said on purpose, and that
+    memory is not enough, is left as it is.
+
+    Parameters
+    ----------
+    what : str
+        The model and what is not possible, such as ``"model /a/b: vae cannot be loaded"``.
+
+    Raises
+    ------
+    NotFoundError
+        If a file is not there or not to be read.
+    SchemaMismatchError
+        If it is not what is expected.
+    """
+    try:
+        yield
+    except FedgfeStoreError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        kind = NotFoundError if isinstance(error, OSError) else SchemaMismatchError
+        raise kind(f"{what}: {first_line(error)}") from error
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Load quietly; say of what cannot be loaded which it is, see `naming`."""
+    with naming(f"{what} cannot be loaded"), quiet_loading():
+        yield
+
+
+def load_network(model: Model, part: str, dtype: torch.dtype, **options: Any) -> Any:
+    """Load a denoising network or a decoder, whose configuration names its class.
+
+    Parameters
+    ----------
+    model : Model
+        The model, weights on disk.
+    part : str
+        Such as ``"vae"``.
+    dtype : torch.dtype
+        What to cast the weights to.
+    **options
+        More of ``from_pretrained``.
+
+    Returns
+    -------
+    diffusers.ModelMixin
+        The network.
+
+    Raises
+    ------
+    NotFoundError, SchemaMismatchError
+        If a file is missing or not what is expected, or weights are missing.
+    """
+    with loading(f"model {model.folder}: {part}"):
+        network, found = _class_of(model, part).from_pretrained(
+            os.fspath(model.folder),
+            subfolder=part,
+            variant=model.weights(part).variant,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+        refuse_incomplete(f"model {model.folder}: {part}", found)
+    return network
+
+
+def _class_of(model: Model, part: str) -> Any:
+    import diffusers
+
+    name = model.config(part).get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, diffusers.ModelMixin):
+        return found
+    raise SchemaMismatchError(
+        f"model {model.folder}: expected a network of diffusers as _class_name in "
+        f"{part}/config.json, got {name!r}"
+    )
+
+
+def load_encoder(model: Model, part: str, dtype: torch.dtype) -> Any:
+    """Load a text encoder; the pipeline itself would make up weights that are missing.
+
+    Raises
+    ------
+    NotFoundError, SchemaMismatchError
+        If a file is missing or not what is expected, or weights are missing.
+    """
+    with loading(f"model {model.folder}: {part}"):
+        import transformers
+
+        encoder, found = getattr(transformers, model.encoder_classes[part]).from_pretrained(
+            os.fspath(model.folder),
+            subfolder=part,
+            variant=model.weights(part).variant,
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        refuse_incomplete(f"model {model.folder}: {part}", found)
+    return encoder.eval()
+
+
+def refuse_incomplete(what: str, found: dict[str, Any]) -> None:
+    """Refuse a network of which weights were missing, or of other sizes, and so made up.
+
+    Raises
+    ------
+    SchemaMismatchError
+        The first of them.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise SchemaMismatchError(f"{what}: expected all weights, got none of {missing[0]}")
+    if other := sorted(found["mismatched_keys"], key=str):
+        name, got, expected = other[0]
+        raise SchemaMismatchError(
+            f"{what}: expected {name} {list(expected)} as its config.json says, got {list(got)}"
+        )

@@ -1,0 +1,35 @@
+"""Tests on a simulated GPU: ``make test-gpu``, in a process that begins with the device."""
+
+from __future__ import annotations
+
+import os
+
+import device
+import pytest
+
+REQUIRED = "FEDGFE_REQUIRE_SIMULATED_GPU"
+"""Where this is set, as ``.ci/run`` does, tests that cannot run fail."""
+
+_loaded: list[device.Cards] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    reason = device.missing()
+    if reason is None:
+        library = device.build(config.cache.mkdir("simulated_gpu"))
+        _loaded.append(device.load(library, cards=2))
+    elif os.environ.get(REQUIRED):
+        raise pytest.UsageError(f"no simulated GPU: {reason}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not _loaded:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=f"no simulated GPU: {device.missing()}"))
+
+
+@pytest.fixture(autouse=True)
+def cards() -> device.Cards:
+    """Two cards of 1 GiB."""
+    _loaded[0].reset()
+    return _loaded[0]
