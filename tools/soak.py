@@ -72,7 +72,7 @@ def kills(root: Path, *, seed: int, short: bool) -> Figures:
 
 def kills_at_random(root: Path, *, seed: int, short: bool) -> Figures:
     """Kill at any moment of a long life."""
-    most, longest = (8, 0.2) if short else (200, 1.0)
+    most, longest = (8, 0.05) if short else (200, 0.2)
     return random_kills.random_kills(root, seed=seed, most=most, longest=longest)
 
 

@@ -117,13 +117,15 @@ class _Life:
     commit: int = 0
 
     def kill(self, longest: float) -> str:
-        """Kill a writer within `longest` seconds and look at the store; say what became of it."""
+        """Kill a writer after a few operations and up to `longest` seconds; say what became."""
         seed, said = self.rng.randrange(2**32), self.path.with_name("said")
         said.write_text("")
         child = Child(lambda: work(self.path, said, seed))
-        while not said.stat().st_size and not child.ended():
+        # At least so many lines, two for each operation that was finished, however slow it is.
+        lines = self.rng.choice([1, 3, 5, 9])
+        while said.read_text().count("\n") < lines and not child.ended():
             time.sleep(0.001)
-        time.sleep(self.rng.uniform(0, self.rng.choice([0.05, 0.25, 1.0])) * longest)
+        time.sleep(self.rng.uniform(0, longest))
         child.kill()
         child.result()
         if not child.killed:
@@ -191,7 +193,7 @@ class _Life:
 
 
 def random_kills(root: Path, *, seed: int, most: int, longest: float) -> Figures:
-    """Kill `most` writers of one store, each within `longest` seconds."""
+    """Kill `most` writers of one store, each a few operations and up to `longest` seconds later."""
     in_child(lambda: EmbeddingStore.create(root / "random kills" / STORE, SCHEMA).commit)
     life = _Life(root / "random kills" / STORE, random.Random(seed))
     for number in range(most):
