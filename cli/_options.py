@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedgfe_store._text import printable
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -83,6 +85,9 @@ _FILTERS = [
         "--sample-id", "sample_id", multiple=True, metavar="NAMES", help="Sample ids: train_0."
     ),
     click.option(
+        "--file-id", "file_id", multiple=True, metavar="NAMES", help="Files, as they were recorded."
+    ),
+    click.option(
         "--per-class",
         type=click.IntRange(min=1),
         help="Only the first N samples of each node, round, split and class.",
@@ -95,7 +100,7 @@ _FILTERS = [
 ]
 
 
-FILTERS = ("node", "round", "split", "class_name", "index", "sample_id", "per_class")
+FILTERS = ("node", "round", "split", "class_name", "index", "sample_id", "file_id", "per_class")
 """Names of the filters, as `EmbeddingStore.select` takes them."""
 
 
@@ -116,6 +121,13 @@ class Filters:
     typed: Mapping[str, list[Any]]
     per_class: int | None = None
     allow_empty: bool = False
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Filters:
+        """Return the filters among the parameters of a command."""
+        names = [name for name in FILTERS if name != "per_class" and params[name]]
+        typed = {name: _flat(name, params[name]) for name in names}
+        return cls(typed, params["per_class"], params["allow_empty"])
 
     def __bool__(self) -> bool:
         return bool(self.typed) or self.per_class is not None
@@ -219,11 +231,8 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        given = {name: kwargs.pop(name) for name in FILTERS}
-        per_class = given.pop("per_class")
-        typed = {name: _flat(name, values) for name, values in given.items() if values}
-        filters = Filters(typed, per_class, kwargs.pop("allow_empty"))
-        return function(*args, filters=filters, **kwargs)
+        given = {name: kwargs.pop(name) for name in (*FILTERS, "allow_empty")}
+        return function(*args, filters=Filters.of(given), **kwargs)
 
     for option in reversed(_FILTERS):
         wrapped = option(wrapped)
@@ -279,8 +288,17 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, on
 
 def default_folder(selection: Selection) -> Path:
     """Return where images go unless told otherwise: ``output_images/<experiment>``."""
+    from fedgfe_store.errors import SchemaMismatchError
+
     experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
-    return Path("output_images") / experiment
+    name = Path(experiment)
+    # A store that somebody sent must not choose a folder anywhere on the disk.
+    if name.is_absolute() or ".." in name.parts or not experiment.isprintable():
+        raise SchemaMismatchError(
+            f"experiment: expected a name that can be a folder's, got {experiment!r}: name the "
+            f"images' folder with --output-dir (sheet and gallery: --input-dir)"
+        )
+    return Path("output_images") / name
 
 
 def image_folder(store: Path) -> Path:
@@ -295,9 +313,29 @@ def image_folder(store: Path) -> Path:
         raise
 
 
+def store_in_reach(path: Path) -> EmbeddingStore | None:
+    """Open the store that pictures are compared with; where there is none they are not."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import FedgfeStoreError, NotFoundError
+
+    try:
+        return EmbeddingStore.open(path)
+    except NotFoundError:
+        return None
+    except FedgfeStoreError as error:
+        click.echo(f"note: the pictures are not compared with the store: {error}", err=True)
+        return None
+
+
+def outdated_line(marks: Mapping[str, int]) -> str:
+    """Say how many pictures are marked as out of date, and as what."""
+    parts = [f"{number:,} {mark}" for mark, number in sorted(marks.items())]
+    return f"out of date: {', '.join(parts)}"
+
+
 def print_left_out(left_out: Mapping[str, str], *, most: int = 10) -> None:
     """Say on stderr which files were left out, and why."""
     for name, reason in list(left_out.items())[:most]:
-        click.echo(f"left out: {name}: {reason}", err=True)
+        click.echo(f"left out: {printable(name)}: {reason}", err=True)
     if len(left_out) > most:
         click.echo(f"left out: and {len(left_out) - most} more", err=True)

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ._codes import SOME_FAILED
-from ._options import folder_option, image_folder, print_left_out, quiet_option
+from ._options import (
+    folder_option,
+    image_folder,
+    outdated_line,
+    print_left_out,
+    quiet_option,
+    store_in_reach,
+)
 from ._progress import progress
 from ._tables import counted, size
 
@@ -31,7 +38,8 @@ def command(
     """Make a page to look through the images: filters, provenance, rounds side by side.
 
     The page is one file that works offline, with thumbnails in a folder beside it. Run again, it
-    takes in what is new; only thumbnails that are missing or out of date are made.
+    takes in what is new; only thumbnails that are missing or out of date are made. Pictures whose
+    record is deleted or has another embedding now are marked, where the store is in reach.
 
     \b
     fedgfe-store gallery
@@ -41,11 +49,14 @@ def command(
 
     obj: Context = ctx.obj
     folder = input_dir or image_folder(obj.store)
+    store = store_in_reach(obj.store)
     with progress(len(picture_names(folder)), "pictures", quiet=quiet) as advance:
-        gallery = make_gallery(folder, output, progress=advance)
+        gallery = make_gallery(folder, output, store=store, progress=advance)
     print_left_out(gallery.left_out)
     shown, nbytes = counted(gallery.pictures, "picture"), size(gallery.page.stat().st_size)
     made = counted(gallery.made, "thumbnail")
     click.echo(f"{shown} in {gallery.page}, {nbytes}; {made} made")
+    if gallery.outdated:
+        click.echo(outdated_line(gallery.outdated))
     if "damaged" in gallery.left_out.values():
         ctx.exit(SOME_FAILED)

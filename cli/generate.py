@@ -52,7 +52,12 @@ _DECIDED_BY_IMAGE = {
     "--from-image",
     type=click.Path(path_type=Path),
     metavar="PNG",
-    help="Make this picture again, from its own metadata.",
+    help="Make this picture again, from its own metadata [into a folder again beside it].",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="With --from-image: in place of the picture itself, or of the one in --output-dir.",
 )
 @click.option(
     "--part",
@@ -71,6 +76,9 @@ _DECIDED_BY_IMAGE = {
     show_default=True,
     help="What to do about images made with other settings.",
 )
+@click.option(
+    "--replace-others", is_flag=True, help="Replace images of other experiments in the folder, too."
+)
 @quiet_option
 @click.pass_context
 def command(
@@ -81,6 +89,7 @@ def command(
     old: OldFlags,
     output_dir: Path | None,
     from_image: Path | None,
+    overwrite: bool,
     dry_run: bool,
     quiet: bool,
     **options: Any,
@@ -103,11 +112,14 @@ def command(
     from fedgfe_store.generation.run import note_stop, render
     from fedgfe_store.generation.stopping import Stopped
 
+    if overwrite and from_image is None:
+        raise click.UsageError("--overwrite goes with --from-image; see --on-stale for other runs")
     place = _place(options.pop("part"), from_image)
     options = {**options, **place, "keep_negative": not dry_run}
     with _stopping(ctx) as stop:
         with stop.interrupting():
             if from_image is not None:
+                options["again"] = overwrite
                 job = _job_again(ctx, from_image, as_of, output_dir, options)
             else:
                 selection = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
@@ -168,23 +180,27 @@ def _job_again(
     options: dict[str, Any],
 ) -> Job:
     """Plan one picture as its own metadata say; the model's place may be given."""
-    from fedgfe_store import EmbeddingStore
     from fedgfe_store.generation.job import prepare
-    from fedgfe_store.generation.recipe import Recipe
+    from fedgfe_store.generation.recipe import AGAIN_FOLDER, Recipe
 
     _refuse_beside_image(ctx)
-    obj: Context = ctx.obj
     recipe = Recipe.read(path)
-    own = recipe.store
-    if obj.store_given or own is None or own == obj.store.resolve():
-        own = obj.store
-    store = EmbeddingStore.open(own, as_of=as_of)
     chosen = {**options, **recipe.options}
     chosen["model"] = options["model"] or chosen["model"]
-    selection = recipe.select(store, report=_remark)
-    job = prepare(selection, output_dir or path.parent, report=_remark, **chosen)
+    stores = _stores_in_reach(ctx.obj, recipe.store)
+    selection = recipe.find(stores, as_of=as_of, report=_remark)
+    folder = path.parent if options["again"] else path.parent / AGAIN_FOLDER
+    job = prepare(selection, output_dir or folder, report=_remark, **chosen)
     recipe.check(job)
     return recipe.with_its_noise(job)
+
+
+def _stores_in_reach(obj: Context, named: Path | None) -> list[Path]:
+    """Give the store of the command line, then that which a picture names."""
+    if named is None or named.resolve() == obj.store.resolve():
+        return [obj.store]
+    in_reach = obj.store_given or obj.store.exists()
+    return [obj.store, named] if in_reach else [named]
 
 
 def _refuse_beside_image(ctx: click.Context) -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ._options import Filters, KeyList, filter_options, folder_option, image_folder, quiet_option
+from ._options import (
+    Filters,
+    KeyList,
+    filter_options,
+    folder_option,
+    image_folder,
+    outdated_line,
+    quiet_option,
+    store_in_reach,
+)
 from ._progress import progress
 from ._tables import counted
 
@@ -62,7 +73,8 @@ def command(
     """Draw contact sheets of rendered images, or one sample over the rounds.
 
     Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
-    larger than 4096 pixels goes into several files.
+    larger than 4096 pixels goes into several files. Pictures whose record is deleted or has another
+    embedding now are marked, where the store is in reach.
 
     \b
     fedgfe-store sheet --node server --split test
@@ -78,6 +90,7 @@ def command(
         shown = sheets.animate(pictures, output, thumbnail=thumbnail or 256)
         rounds = ", ".join(str(picture.key.round) for picture in shown)
         click.echo(f"{output}: {shown[0].key.class_name}, rounds {rounds}")
+        _tell_outdated(shown)
         return
     sheet = sheets.arrange(pictures, rows=rows, columns=columns)
     with progress(len(sheet.cells), "pictures", quiet=quiet) as advance:
@@ -91,6 +104,13 @@ def command(
         )
     for line in _told(sheet, len(pictures), files):
         click.echo(line)
+    _tell_outdated(sheet.cells.values())
+
+
+def _tell_outdated(pictures: Iterable[Picture]) -> None:
+    marks = Counter(picture.mark for picture in pictures if picture.mark)
+    if marks:
+        click.echo(outdated_line(marks))
 
 
 def _pictures(obj: Context, folder: Path, filters: Filters) -> list[Picture]:
@@ -100,13 +120,14 @@ def _pictures(obj: Context, folder: Path, filters: Filters) -> list[Picture]:
     from fedgfe_store.pictures import find_pictures, key_values
     from fedgfe_store.records import KEY_COLUMNS
 
+    store = store_in_reach(obj.store)
     if not filters:
-        return find_pictures(folder)
+        return find_pictures(folder, store=store)
     known = find_pictures(folder)
     samples = {name: v for name, v in filters.typed.items() if name not in KEY_COLUMNS}
     keys = replace(filters, typed={n: v for n, v in filters.typed.items() if n not in samples})
     wanted = keys.looked_up(lambda name: key_values(known, name), str(folder))
-    pictures = find_pictures(folder, **wanted)
+    pictures = find_pictures(folder, store=store, **wanted)
     if not samples:
         return pictures
     selection = replace(filters, typed=samples, per_class=None).select(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ._options import Filters
+
 if TYPE_CHECKING:
     from .main import Context
 
@@ -94,7 +96,10 @@ def command(
     with generate.make_context("generate", list(arguments), parent=ctx.parent) as checked:
         names = (checked.params[name] for name in ("checkpoint", "checkpoint_dir", "pattern"))
         old = OldFlags(*names)
+        filters = Filters.of(checked.params)
     obj: Context = ctx.obj
+    if not old.given:
+        _remark_on(filters, obj.store)
     # Checkpoints have a store of their own, which goes after one that is named.
     store = ["--store", str(obj.store)] if obj.store_given or not old.given else []
     options = {
@@ -106,6 +111,20 @@ def command(
     }
     directives = [f"--{name}={value}" for name, value in options.items() if value]
     click.echo(job_script([*directives, *_always(parts), *sbatch], setup, store, arguments, parts))
+
+
+def _remark_on(filters: Filters, path: Path) -> None:
+    """Say which names are not in the store yet; by the time that the job runs they may be."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import NotFoundError
+
+    if not filters or not path.exists():
+        return
+    try:
+        filters.resolved(EmbeddingStore.open(path))
+    except NotFoundError as error:
+        for line in str(error).splitlines():
+            click.echo(f"note: {line}", err=True)
 
 
 def _always(parts: int) -> list[str]:

@@ -55,8 +55,13 @@ _SHOWN_REASONS = 5
     help="Parts that the work is shared out in [those of the latest run].",
 )
 @click.option("--failed", is_flag=True, help="List the failed images with their reasons.")
+@click.option(
+    "--deleted",
+    is_flag=True,
+    help="List the images in the folder whose record is deleted.",
+)
 @format_option(
-    "csv and json give one group per line, by node, round and class, or the failed images."
+    "csv and json give one group per line, by node, round and class, or the images listed."
 )
 @click.pass_obj
 def command(
@@ -68,12 +73,14 @@ def command(
     images_per_record: int | None,
     parts: int | None,
     failed: bool,
+    deleted: bool,
     form: str,
 ) -> None:
     """Show which images are done, missing, stale or failed.
 
     Stale images were made from another embedding or with other settings than the folder's latest
-    ones. No model is loaded, so this runs on a login node.
+    ones. Images of records that the store does not have any more are counted apart. No model is
+    loaded, so this runs on a login node.
 
     \b
     fedgfe-store status --round 5
@@ -83,6 +90,8 @@ def command(
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.generation.status import image_status
 
+    if failed and deleted:
+        raise click.UsageError("expected --failed or --deleted, got both")
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     folder = output_dir or default_folder(selection)
     with progress(len(selection), "records") as advance:
@@ -90,9 +99,12 @@ def command(
             selection, folder, images_per_record=images_per_record, progress=advance
         )
     if form != "table":
-        table = (
-            _failures(status) if failed else status.counts(by or ["node", "round", "class_name"])
-        )
+        if failed:
+            table = _failures(status)
+        elif deleted:
+            table = _deleted(status)
+        else:
+            table = status.counts(by or ["node", "round", "class_name"])
         print_data(table, form)
         return
     _print_head(selection, status)
@@ -101,12 +113,38 @@ def command(
     _print_stale(status)
     if failed and status.totals["failed"]:
         _print_failures(status)
+    _print_deleted(status, listed=deleted)
     _print_rest(status, parts)
 
 
 def _failures(status: ImageStatus) -> pd.DataFrame:
     frame = status.frame
     return frame[frame["status"] == "failed"].drop(columns="status")
+
+
+def _deleted(status: ImageStatus) -> pd.DataFrame:
+    import pandas as pd
+
+    from fedgfe_store.records import KEY_COLUMNS
+
+    rows = [
+        [*(getattr(picture.key, name) for name in KEY_COLUMNS), picture.image, picture.file]
+        for picture in status.deleted
+    ]
+    return pd.DataFrame(rows, columns=[*KEY_COLUMNS, "image", "file"])
+
+
+def _print_deleted(status: ImageStatus, *, listed: bool) -> None:
+    if not status.deleted:
+        return
+    if listed:
+        headers = [name.removesuffix("_name") for name in _deleted(status)]
+        rows = _deleted(status).to_numpy().tolist()
+        print_table(headers, rows, right=("round", "index", "image"))
+        click.echo()
+    more = "" if listed else " (--deleted lists them)"
+    count = counted(len(status.deleted), "image")
+    click.echo(f"deleted: {count} in the folder of records that are deleted{more}")
 
 
 def _print_head(selection: Selection, status: ImageStatus) -> None:

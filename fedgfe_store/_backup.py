@@ -17,7 +17,7 @@ from fedgfe_store._layout import KEY_CHUNK
 from fedgfe_store._lock import WriterLock
 from fedgfe_store._recovery import granule_of
 from fedgfe_store._snapshot import Snapshot
-from fedgfe_store.errors import ConflictError, NotFoundError
+from fedgfe_store.errors import ConflictError, DamagedDataError, NotFoundError
 
 Advance = Callable[[int], object]
 
@@ -172,6 +172,8 @@ class _Copying:
 
     def _bring(self, file: Path, *, may_link: bool) -> None:
         place = self._target / file.relative_to(self._source)
+        if file.exists() and not file.is_file():  # a pipe would keep us waiting for ever
+            raise DamagedDataError(f"{file} is damaged: it is no ordinary file")
         try:
             if _is_same(file, place, by_contents=not may_link):
                 return

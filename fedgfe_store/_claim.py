@@ -20,12 +20,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from fedgfe_store import _files, _workers
-from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
+from fedgfe_store._checksums import UnreadableError
+from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError, NotFoundError
 
 RENEWAL_SECONDS = 10.0
 """How often a living owner touches its claim."""
@@ -35,6 +36,8 @@ _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.5
 _LOOK_SECONDS = 1.0
 """How often a waiting writer asks whether the owner lives, which makes a file."""
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+_LONGEST = 2**16
+"""Bytes of a claim, at most."""
 _NAME = re.compile(r"claim\.(\d+)\.(\d+)")
 
 _log = logging.getLogger("fedgfe_store")
@@ -67,8 +70,8 @@ class Owner:
     def of(cls, file: Path) -> Owner | None:
         """Return the owner named in the claim `file`; None where it is gone or names none."""
         try:
-            return cls(**json.loads(file.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
+            return cls(**json.loads(_files.read_regular(file, _LONGEST)))
+        except (FileNotFoundError, ValueError, TypeError, RecursionError):
             return None
 
     @property
@@ -128,6 +131,7 @@ class Claim:
         self._made: list[Path] = []
         # No `threading.Event`: an interruption within its lock would let `release` wait for ever.
         self._stop: SimpleQueue[None] = SimpleQueue()
+        self._abandoned = False
 
     @classmethod
     def take(
@@ -166,28 +170,24 @@ class Claim:
                 waiting.wait(rivals[max(rivals)])
                 continue
             claim = cls(path, number, Owner.this())
-            if not claim._make(max(rivals, default=-1) + 1):
-                continue
-            claim.after_others, claim.alone = bool(rivals), dead
-            if claim._is_next(published) and (not rivals or claim._cleared(clear, published)):
-                return claim
+            try:
+                if not claim._make(max(rivals, default=-1) + 1):
+                    continue
+                claim.after_others, claim.alone = bool(rivals), dead
+                if claim._is_next(published) and (not rivals or claim._cleared(clear, published)):
+                    return claim
+            except BaseException:
+                claim.release()
+                raise
             claim.release()
 
     def _is_next(self, published: Callable[[], int]) -> bool:
         """Whether the commit has not been published meanwhile, before its claims were removed."""
-        try:
-            return published() + 1 == self.number
-        except BaseException:
-            self.release()
-            raise
+        return published() + 1 == self.number
 
     def _cleared(self, clear: Callable[[], None], published: Callable[[], int]) -> bool:
         """Take from a late owner what it could still put in place, then look whether it has."""
-        try:
-            clear()
-        except BaseException:
-            self.release()
-            raise
+        clear()
         return self._is_next(published)
 
     def _make(self, epoch: int) -> bool:
@@ -213,7 +213,9 @@ class Claim:
         if made:
             _files.sync_folder(self._path)
             _held.add(self.token)
-            _workers.Thread(self._renew, "fedgfe-store-claim").start()
+            # Not holding the claim: one that an interruption lost is abandoned, see `__del__`.
+            renew = partial(_renew, self._stop, self._made)
+            _workers.Thread(renew, "fedgfe-store-claim").start()
         return made
 
     def _link(self, target: Path) -> bool:
@@ -221,16 +223,6 @@ class Claim:
             return _exclusive_link(self._made[-1], target, self.token)
         except FileNotFoundError:
             return False
-
-    def _renew(self) -> None:
-        while True:
-            try:
-                return self._stop.get(timeout=RENEWAL_SECONDS)
-            except Empty:
-                pass
-            # Gone if it was taken over, which the owner learns from its next `fence`.
-            with contextlib.suppress(OSError):
-                os.utime(self._made[-1])
 
     def fence(self) -> None:
         """Make sure that no one has taken this claim over: from now on that takes a minute again.
@@ -266,8 +258,7 @@ class Claim:
 
     def release(self, *, published: bool = False) -> None:
         """Give the claim back; once its commit is `published`, all claims up to it are removed."""
-        self._stop.put(None)
-        _held.discard(self.token)
+        self.abandon()
         spent = set(self._made)
         if published:
             for number, files in claims(self._path).items():
@@ -279,6 +270,21 @@ class Claim:
         """Hold the claim no longer; what is left of it is one of a writer that died."""
         self._stop.put(None)
         _held.discard(self.token)
+        self._abandoned = True
+
+    def __del__(self) -> None:
+        if not self._abandoned and self._owner.pid == os.getpid():
+            self.abandon()
+
+
+def _renew(stop: SimpleQueue[None], made: list[Path]) -> None:
+    while True:
+        try:
+            return stop.get(timeout=RENEWAL_SECONDS)
+        except Empty:
+            # Gone if it was taken over, which the owner learns from its next `fence`.
+            with contextlib.suppress(OSError, IndexError):
+                os.utime(made[-1])
 
 
 class _Waiting:
@@ -296,7 +302,8 @@ class _Waiting:
         if time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _LOOK_SECONDS
-        return age(claim) > TAKEOVER_SECONDS
+        # One from the future was copied, or the clock was set back: no one touches it either.
+        return abs(age(claim)) > TAKEOVER_SECONDS
 
     def wait(self, claim: Path) -> None:
         owner = Owner.of(claim) or "another writer"
@@ -346,10 +353,15 @@ def age(file: Path) -> float:
             probe.unlink(missing_ok=True)
     try:
         # Opened first: network disks keep what they know of a file that no one opens.
-        with open(file, "rb") as held:
-            return now - os.fstat(held.fileno()).st_mtime
+        held = _files.open_regular(file)
     except FileNotFoundError:
         return 0.0
+    except UnreadableError as error:
+        raise DamagedDataError(f"{file}: {error}, and names no writer: remove it") from error
+    try:
+        return now - os.fstat(held).st_mtime
+    finally:
+        os.close(held)
 
 
 def _all_dead(files: dict[int, Path]) -> bool:

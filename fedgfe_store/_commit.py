@@ -51,6 +51,7 @@ _log = logging.getLogger("fedgfe_store")
 def create(path: Path, schema: Schema, *, timeout: float) -> None:
     """Make an empty store at `path`, on the disk up to the folder's name."""
     started = time.monotonic()
+    schema.check_new()
     _files.make_folders(path.resolve().parent)
     lock = WriterLock(path, timeout)
     try:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from fedgfe_store._labels import Label, label_of
 from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.generation.images import UNREADABLE
 
 if TYPE_CHECKING:
     from fedgfe_store.pictures import Picture
@@ -20,6 +21,7 @@ SMALLEST, LARGEST = 32, 1024
 """Pixels that a thumbnail can have."""
 
 _GAP = 6
+_FRAME = 2
 _INK, _FAINT, _LINE, _RED = (30, 30, 30), (110, 110, 110), (225, 225, 225), (190, 40, 40)
 _PAGE = 4096
 _NARROWEST = 240
@@ -126,8 +128,12 @@ def _draw_cells(
                 _mark(draw, corner, style, damaged=picture is not None)
             if picture is None:
                 continue
+            if picture.mark and thumbnail is not None:
+                outline = *corner, corner[0] + style.size - 1, corner[1] + style.high - 1
+                draw.rectangle(outline, outline=_RED, width=_FRAME)
             place = corner[0] + style.size // 2, corner[1] + style.high
-            style.small.write(draw, place, sheet.caption(picture), _FAINT, anchor="mt")
+            ink = _RED if picture.mark else _FAINT
+            style.small.write(draw, place, sheet.caption(picture), ink, anchor="mt")
             progress(1)
             if thumbnail is None:
                 report(f"{picture.file} is damaged")
@@ -140,7 +146,7 @@ def _load(picture: Picture | None, size: int) -> Image.Image | None:
     try:
         with Image.open(picture.file) as image:
             return _fitted(image, size)
-    except (OSError, SyntaxError, ValueError):
+    except (*UNREADABLE, ValueError):
         return None
 
 
@@ -206,7 +212,8 @@ def draw_frame(picture: Picture, title: str, rounds: Sequence[int], size: int) -
     draw = ImageDraw.Draw(image)
     label.write(draw, (_GAP, _GAP), title, _INK)
     _paste(image, thumbnail, (_GAP, top), (size, size))
-    label.write(draw, (_GAP, top + size + _GAP), f"round {picture.key.round}", _INK)
+    said = ", ".join(filter(None, [f"round {picture.key.round}", picture.mark]))
+    label.write(draw, (_GAP, top + size + _GAP), said, _RED if picture.mark else _INK)
     line = image.height - _GAP - 1
     done = (rounds.index(picture.key.round) + 1) / len(rounds)
     draw.line((_GAP, line, _GAP + size - 1, line), _LINE, 3)

@@ -15,6 +15,9 @@ from typing import BinaryIO
 from fedgfe_store import _workers
 from fedgfe_store._checksums import UnreadableError
 
+NOT_THROUGH_LINKS: int = os.O_NOFOLLOW if os.name == "posix" else 0
+"""Flag of `os.open` that refuses a link in place of the file."""
+
 TEMPORARY = ".tmp"
 """How the names of files end that are not in place yet."""
 _LEFT_HALF_WRITTEN = (".partial", TEMPORARY)
@@ -106,14 +109,20 @@ def flushed(path: str | Path, *, name: Path | None = None) -> Iterator[BinaryIO]
 
     What the system refuses names `name`, or the file: writing and flushing do not say which.
     """
+    with naming(name or path), open(path, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let what the system refuses name `path`, where it names no file, as a full disk does."""
     try:
-        with open(path, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(name or path)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -164,11 +173,18 @@ def is_temporary(path: Path) -> bool:
     return path.name.endswith(_LEFT_HALF_WRITTEN) and path.is_file()
 
 
+def temporaries(folder: Path) -> list[Path]:
+    """Return what a killed writer left half written in `folder`; nothing where there is none."""
+    found: list[Path] = []
+    with _absent_ignored():
+        found += folder.iterdir()
+    return sorted(filter(is_temporary, found))
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove what a killed writer left half written in `folder`."""
-    for path in folder.iterdir():
-        if is_temporary(path):
-            path.unlink(missing_ok=True)
+    for path in temporaries(folder):
+        path.unlink(missing_ok=True)
 
 
 def usage(folder: Path) -> tuple[int, int]:
@@ -189,5 +205,18 @@ def chunk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
     One that a compaction removes meanwhile is left out.
     """
     for path in folder.glob("c.*"):
-        with contextlib.suppress(FileNotFoundError):
-            yield path, path.stat().st_size
+        size = None
+        with _absent_ignored():
+            size = path.stat().st_size
+        if size is not None:
+            yield path, size
+
+
+@contextmanager
+def _absent_ignored() -> Iterator[None]:
+    """End the block where something is not there, or its folder or the link to it leads nowhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise

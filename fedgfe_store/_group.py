@@ -114,9 +114,6 @@ class Group:
             check_group_values(schema, ours["commit_point"], arrays, names)
             point = CommitPoint(**ours["commit_point"])
             sound = ours["checksum"] == _checksum(ours, arrays)
-            check_group_values(schema, ours["commit_point"], arrays, names)
-            point = CommitPoint(**ours["commit_point"])
-            sound = ours["checksum"] == _checksum(ours, arrays)
             group = cls(schema, point, arrays, document, raw, version)
             if version > 1:
                 group = replace(

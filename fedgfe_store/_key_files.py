@@ -12,7 +12,7 @@ from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
 
 from fedgfe_store._bounds import KEY_FILE_BYTES, unpacked
-from fedgfe_store._checksums import checksum, unsealed
+from fedgfe_store._checksums import UnreadableError, checksum, unsealed
 from fedgfe_store._files import read_regular
 from fedgfe_store._layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn
 
@@ -61,7 +61,10 @@ def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
     OSError
         If there is no file, or it cannot be read.
     """
-    data = read_regular(key_file(path, column.name, chunk), KEY_FILE_BYTES)
+    try:
+        data = read_regular(key_file(path, column.name, chunk), KEY_FILE_BYTES)
+    except NotADirectoryError as error:
+        raise UnreadableError("its folder is none") from error
     return _decoded(column, unpacked(column, unsealed(data)), n)
 
 

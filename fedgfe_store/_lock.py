@@ -8,13 +8,18 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from fedgfe_store import _files
+from fedgfe_store import _files, _workers
 from fedgfe_store.errors import BusyError
+
+T = TypeVar("T")
 
 _PATIENCE = 1.0
 """Seconds of waiting for another writer that go without saying."""
@@ -50,33 +55,46 @@ class WriterLock:
     def __init__(self, path: Path, timeout: float) -> None:
         real = path.resolve()
         self._file = real.with_name(f".{real.name}.lock")
-        # A lock that is no lock but a file which a dead writer leaves behind would never be free.
-        self._lock = FileLock(self._file, fallback_to_soft=False, on_acquired=_lock_ranges_too)
+        self._lock = _in_another_thread(self._made)
         self._note = real.with_name(f".{real.name}.writer")
+        try:
+            self._wait(path, timeout)
+            self._put_note()
+        except BaseException:
+            self._give_back()
+            raise
+
+    def _wait(self, path: Path, timeout: float) -> None:
         started = time.monotonic()
-        if not self._acquired(min(timeout, _PATIENCE)):
-            if timeout > _PATIENCE:
-                _log.warning("%s: waiting up to %g s for %s", path, timeout, self._holder())
-            if not self._acquired(max(0, timeout - (time.monotonic() - started))):
-                raise BusyError(
-                    f"{path} is being written by {self._holder()}: gave up after {timeout:g} s"
-                )
-        self._sign()
+        if self._acquired(min(timeout, _PATIENCE)):
+            return
+        if timeout > _PATIENCE:
+            _log.warning("%s: waiting up to %g s for %s", path, timeout, self._holder())
+        if not self._acquired(max(0, timeout - (time.monotonic() - started))):
+            raise BusyError(
+                f"{path} is being written by {self._holder()}: gave up after {timeout:g} s"
+            )
 
     def _acquired(self, timeout: float) -> bool:
         end = time.monotonic() + timeout
-        while True:
-            try:
-                return self._try(max(0, end - time.monotonic()))
-            except _HeldElsewhereError:
-                if time.monotonic() >= end:
-                    return False
-                time.sleep(min(_PAUSE, max(0, end - time.monotonic())))
+        while not self._try():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(_PAUSE, left))
+        return True
 
-    def _try(self, timeout: float) -> bool:
+    def _made(self) -> FileLock:
+        # A lock that is no lock but a file which a dead writer leaves behind would never be free.
+        return FileLock(
+            self._file, thread_local=False, fallback_to_soft=False, on_acquired=_lock_ranges_too
+        )
+
+    def _try(self) -> bool:
+        """Take the lock if it is free."""
         try:
-            self._lock.acquire(timeout=timeout)
-        except Timeout:
+            _in_another_thread(partial(self._lock.acquire, timeout=0))
+        except (Timeout, _HeldElsewhereError):
             return False
         except NotImplementedError:
             self._do_without("the system offers none")
@@ -97,13 +115,6 @@ class WriterLock:
             self._file,
             reason,
         )
-
-    def _sign(self) -> None:
-        try:
-            self._put_note()
-        except BaseException:
-            self._lock.release()
-            raise
 
     def _put_note(self) -> None:
         # Under another name first, so that nothing is written through a link that lies there.
@@ -126,7 +137,22 @@ class WriterLock:
         try:
             self._note.unlink(missing_ok=True)
         finally:
-            self._lock.release()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        try:
+            _in_another_thread(self._lock.release)
+        finally:  # where that was interrupted before it began
+            if self._lock.is_locked:
+                _in_another_thread(self._lock.release)
+
+
+def _in_another_thread(call: Callable[[], T]) -> T:
+    """Return what `call` does, in a thread that is never interrupted.
+
+    An interruption within `FileLock`'s own locks would let every later one wait for ever.
+    """
+    return _workers.run(_workers.writers(), call, [()])[0]
 
 
 class _HeldElsewhereError(Exception):

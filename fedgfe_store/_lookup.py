@@ -18,6 +18,7 @@ _RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})")
 _NOUNS = {"class_name": "class", "sample_id": "sample id", "file_id": "file id"}
 _MOST_COMPARED = 20_000
 _MOST_SHOWN = 12
+_LONGEST_LIST = 400
 
 Wanted = list[Any]
 """Values of one filter: names or numbers, and ranges."""
@@ -69,12 +70,11 @@ class Known:
         return sorted(set(self._values.tolist()))
 
     def shown(self) -> str:
-        """Return the values that there are in one line."""
-        if self.column in NUMBERS:
-            listed = numbers(self.distinct).split(", ")
-            cut = [*listed[:_MOST_SHOWN], "...", listed[-1]]
-            return ", ".join(listed if len(listed) <= _MOST_SHOWN + 1 else cut)
-        return names(self.distinct)
+        """Return the values that there are in one line, of which a long one is cut."""
+        text = numbers(self.distinct) if self.column in NUMBERS else names(self.distinct)
+        if len(text) <= _LONGEST_LIST:
+            return text
+        return f"{text[:_LONGEST_LIST].rpartition(', ')[0]}, ..."
 
     def nearest(self, wanted: str | int | range) -> list[Any]:
         """Return the values that are most like one that no record has; none where none is."""

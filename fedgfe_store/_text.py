@@ -88,3 +88,10 @@ def numbers_first(name: str) -> tuple[bool, int, str]:
 def shortened(text: str, most: int) -> str:
     """Return `text` cut to at most `most` characters, with a mark where something is missing."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def printable(text: str) -> str:
+    """Return `text`, such as a file's name, in one line that any terminal shows as it stands."""
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgfe_store import _files
+from fedgfe_store._bounds import GROUP_BYTES, parsed_group
 from fedgfe_store._claim import claims
 from fedgfe_store._compact import live_per_granule
 from fedgfe_store._group import GROUP_FILE
@@ -97,7 +97,7 @@ def _metadata_problems(snapshot: Snapshot) -> Iterator[str]:
     for name, committed in snapshot.group.arrays.items():
         file = snapshot.root / name / GROUP_FILE
         try:
-            found = json.loads(file.read_bytes())
+            found = parsed_group(_files.read_regular(file, GROUP_BYTES))
             same = {**found, "shape": found["shape"][1:]} == {
                 **committed,
                 "shape": committed["shape"][1:],
@@ -170,7 +170,7 @@ def _leftovers(snapshot: Snapshot) -> Iterator[str]:
             f"(the next commit clears them)"
         )
     for folder in (snapshot.root, *folders):
-        yield from (str(file) for file in sorted(folder.iterdir()) if _files.is_temporary(file))
+        yield from map(str, _files.temporaries(folder))
     unneeded = _unneeded(snapshot)
     for name in snapshot.group.arrays:
         tensor = name in snapshot.schema.columns

@@ -80,6 +80,20 @@ class Selection:
         """Number of the commit that is seen."""
         return self._snapshot.commit
 
+    @property
+    def store_id(self) -> str | None:
+        """Identity of the store; None for one of format version 1."""
+        return self._snapshot.group.id
+
+    @property
+    def as_of(self) -> int | None:
+        """The commit that was asked for; None where the store was seen as it is."""
+        return self._snapshot.as_of
+
+    def others(self, **filters: Any) -> Selection:
+        """Return other records of the same store and commit; see `EmbeddingStore.select`."""
+        return Selection.of(self._snapshot, filters)
+
     def __len__(self) -> int:
         """Return the number of records."""
         return len(self.rows)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from fedgfe_store._drawing import LARGEST, SMALLEST, Style, draw_frame, draw_page
+from fedgfe_store._files import write_file
 from fedgfe_store._labels import clean, label_of
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.pairing import sample_numbers
@@ -64,10 +65,10 @@ class Sheet:
         return label_of(self.common.values(), self.common)
 
     def caption(self, picture: Picture) -> str:
-        """Return in words what a picture's row and column and the title do not say of it."""
+        """Return in words what row, column and title do not say of a picture, its mark included."""
         told = {*self.by_row, *self.by_column, *self.common}
         rest = {name: value for name, value in _facts(picture).items() if name not in told}
-        return label_of(rest.values(), rest)
+        return ", ".join(filter(None, [label_of(rest.values(), rest), picture.mark]))
 
 
 def arrange(
@@ -233,13 +234,9 @@ def _page_names(file: Path, count: int) -> list[Path]:
 
 def _save(image: Image.Image, file: Path, **options: Any) -> None:
     """Write a picture under its name at once, so that a stopped run leaves no half of one."""
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
-    try:
-        image.save(temporary, **options)
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    data = BytesIO()
+    image.save(data, Image.registered_extensions()[file.suffix.lower()], **options)
+    write_file(file, data.getbuffer())
 
 
 def animate(pictures: Iterable[Picture], file: Path, *, thumbnail: int = 256) -> list[Picture]:

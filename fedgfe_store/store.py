@@ -70,7 +70,7 @@ class EmbeddingStore:
         BusyError
             If another process holds the store for longer than `timeout`.
         """
-        _commit.create(Path(path), schema, timeout=timeout)
+        _commit.create(_folder(path), schema, timeout=timeout)
         return cls.open(path)
 
     @classmethod
@@ -95,7 +95,7 @@ class EmbeddingStore:
         """
         if as_of is not None and not is_whole(as_of):
             raise SchemaMismatchError(f"as_of: expected the number of a commit, got {as_of!r}")
-        return cls(Snapshot.latest(Path(path), as_of))
+        return cls(Snapshot.latest(_folder(path), as_of))
 
     @property
     def path(self) -> Path:
@@ -496,3 +496,14 @@ class EmbeddingStore:
         from fedgfe_store._history import history
 
         return history(self._snapshot)
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a folder's, if it can be one."""
+    try:
+        folder = Path(path)
+    except TypeError:
+        raise SchemaMismatchError(f"path: expected that of a folder, got {path!r}") from None
+    if "\0" in str(folder):
+        raise SchemaMismatchError(f"path: expected that of a folder, got {str(folder)!r}")
+    return folder

@@ -101,7 +101,8 @@ class Batches(IterableDataset[Batch]):
         return math.ceil(len(self._selection) / self._size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return prefetch(self._read(), self._prefetch) if self._prefetch else self._read()
+        ahead = min(self._prefetch, len(self))
+        return prefetch(self._read(), ahead) if ahead else self._read()
 
     def _read(self) -> Iterator[Batch]:
         worker = get_worker_info()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation.images import image_name, read_provenance
+from fedgfe_store.generation.images import image_name, read_provenance, write_png
 from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import seed_of
@@ -112,16 +112,102 @@ def test_a_picture_is_made_again_from_its_own_metadata(
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_a_sound_picture_is_made_again_in_its_place(
+def test_making_a_picture_again_leaves_the_picture_alone(
+    flux: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    make(store.path, flux, tmp_path / "out")
+    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    before, expected = (path.stat().st_ino, path.read_bytes()), pixels(path)
+    code, output = run(store.path, "--from-image", str(path))
+    assert (code, "1 images rendered" in output) == (0, True), output
+    assert "out of date" not in output
+    assert (path.stat().st_ino, path.read_bytes()) == before
+    again = tmp_path / "out" / "again" / path.name
+    assert np.abs(pixels(again).astype(int) - expected).max() <= 1
+    for target, more in ((again, []), (path, ["--output-dir", str(path.parent)])):
+        before = target.stat().st_ino, target.read_bytes()
+        code, output = run(store.path, "--from-image", str(path), *more)
+        assert (code, f"{target} is there already" in output) == (1, True), output
+        assert "--overwrite" in output
+        assert "--output-dir" in output
+        assert (target.stat().st_ino, target.read_bytes()) == before
+
+
+def test_a_picture_is_overwritten_where_that_is_asked_for(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out")
     path = sorted((tmp_path / "out").glob("*.png"))[0]
     before, expected = path.stat().st_ino, pixels(path)
-    code, output = run(store.path, "--from-image", str(path))
-    assert (code, "1 images rendered" in output) == (0, True)
+    code, output = run(store.path, "--from-image", str(path), "--overwrite")
+    assert (code, "1 images rendered" in output) == (0, True), output
+    assert "1 images: 0 done, 0 missing, 1 to be made again\n" in output
     assert path.stat().st_ino != before
     assert np.abs(pixels(path).astype(int) - expected).max() <= 1
+    code, output = run(store.path, "--overwrite")
+    assert (code, "--overwrite goes with --from-image" in output) == (2, True), output
+
+
+def test_the_store_in_reach_comes_before_the_one_that_the_picture_names(
+    flux: Path, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(store.path, flux, tmp_path / "out")
+    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    shutil.copytree(store.path, "embeddings.zarr")
+    again = ["generate", "--device", "cpu", "--from-image", str(path), "--output-dir"]
+    result = CliRunner().invoke(group, [*again, "copy"])
+    assert result.exit_code == 0, result.output
+    assert "records: 1 of embeddings.zarr, commit 1" in result.output
+
+    other = EmbeddingStore.create(here / "other.zarr", SMALL)
+    fill(other, node=7, round=5)
+    shutil.rmtree("embeddings.zarr")
+    shutil.copytree(other.path, "embeddings.zarr")
+    for given in ([], ["--store", "other.zarr"]):
+        result = CliRunner().invoke(group, [*given, *again, f"named {len(given)}"])
+        assert result.exit_code == 0, result.output
+        assert f"records: 1 of {store.path}, commit 1" in result.output
+        assert f"using {store.path} instead" in result.output
+
+    shutil.rmtree(store.path)
+    shutil.copytree(other.path, store.path)
+    result = CliRunner().invoke(group, [*again, "none"])
+    assert result.exit_code == 1
+    assert "embeddings.zarr: expected a record node 0" in result.output
+    assert f"{store.path}: expected a record node 0" in result.output
+    assert not Path("none").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": {"node": 5}},
+        {"key": None},
+        {"image": "1"},
+        {"digests": ["t5"]},
+        {"commit": None},
+        {"fingerprint": 5},
+        {"store": 5, "commit": "x"},
+        {"settings": {"width": SIZE, "height": SIZE, "steps": "2"}},
+    ],
+)
+def test_metadata_of_the_wrong_kind_is_one_clear_line(
+    flux: Path, store: EmbeddingStore, tmp_path: Path, change: dict[str, object]
+) -> None:
+    provenance = {
+        "key": {"node": "0", "round": 5, "split": "train", "class_name": "dog", "index": 0},
+        "image": 0,
+        "settings": {"width": SIZE, "height": SIZE},
+        **change,
+    }
+    path = tmp_path / "a.png"
+    write_png(path, np.zeros((SIZE, SIZE, 3), np.uint8), provenance)
+    code, output = run(store.path, "--from-image", str(path))
+    assert (code, output.count("\n")) == (1, 1), output
+    assert f"{path}: expected a picture that says how it was made" in output
 
 
 def test_a_changed_record_is_taken_as_of_the_pictures_commit(
@@ -136,10 +222,10 @@ def test_a_changed_record_is_taken_as_of_the_pictures_commit(
     code, output = run(store.path, "--from-image", str(path))
     assert code == 0
     assert "has changed since commit 1: using it as of then" in output
-    np.testing.assert_array_equal(pixels(path), expected)
+    np.testing.assert_array_equal(pixels(path.parent / "again" / path.name), expected)
     store.delete(node=0)
     store.compact()
-    code, output = run(store.path, "--from-image", str(path))
+    code, output = run(store.path, "--from-image", str(path), "--overwrite")
     assert code == 3
     assert "compacted away" in output
 
@@ -169,6 +255,7 @@ def test_what_cannot_be_made_again_says_why(
         store.path, "--from-image", str(path), "--output-dir", str(tmp_path / "seeded")
     )
     assert (code, "is another picture (seed 3 -> 0)" in output) == (1, True), output
+    store.path.rename(tmp_path / "gone.zarr")
     code, output = run(other.path, "--from-image", str(path))
     assert (code, "expected a record node 0, round 5" in output) == (1, True), output
 
@@ -184,4 +271,4 @@ def test_stable_diffusion_is_made_again_with_its_negative(tmp_path: Path) -> Non
     assert (code, "cannot be made again: negative" in output) == (1, True), output
     code, output = run(store.path, "--from-image", str(path), "--negative", "blur")
     assert code == 0, output
-    assert np.abs(pixels(path).astype(int) - expected).max() <= 1
+    assert np.abs(pixels(path.parent / "again" / path.name).astype(int) - expected).max() <= 1

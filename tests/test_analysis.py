@@ -543,7 +543,8 @@ def test_csv_and_json_have_all_digits(filled):
 def test_the_past_and_nothing(filled):
     store, _ = filled
     assert "\n12 records of" in run(store, "--as-of", 1).output
-    result = run(store, "--round", 99)
+    assert run(store, "--round", 99).exit_code == 1
+    result = run(store, "--round", 99, "--allow-empty")
     assert result.exit_code == 0
     assert result.output.startswith("0 records of")
 

@@ -72,7 +72,8 @@ def test_records_are_kept_with_key_notes_and_values(store):
             index=[0, 1, 0],
             sample_id=["a", "b", "c"],
             audio_path="/data/x.wav",
-            extra={"file_id": 7},
+            file_id=["x", "", None],
+            extra={"take": 7},
             **{name: torch.from_numpy(array) for name, array in tensors.items()},
         )
     assert (batch.added, batch.replaced, batch.skipped, batch.left_out) == (3, 0, 0, ())
@@ -89,7 +90,8 @@ def test_records_are_kept_with_key_notes_and_values(store):
         "node_2_train_dog_1_r5.png",
         "node_2_train_cat_0_r5.png",
     ]
-    assert set(records["extra"]) == {'{"file_id": 7}'}
+    assert records["file_id"].tolist() == ["x", "", ""]
+    assert set(records["extra"]) == {'{"take": 7}'}
     assert records["timestamp"].nunique() == 1
     assert abs((records["timestamp"][0] - before).total_seconds()) < 60
 
@@ -351,26 +353,17 @@ def test_bad_options(store, options, message):
         Recorder(store, **options)
 
 
-def test_another_encoder_is_refused(tmp_path):
-    schema = Schema.flux(3, width=8, clip=(4,), metadata=Metadata(encoder="t5-xxl"))
-    store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
-    recorder = Recorder(store, metadata=Metadata(encoder="t5-small"), background=False)
-    with recorder, pytest.raises(SchemaMismatchError, match="expected 't5-xxl'.*'t5-small'"):
-        put(recorder, 0, 1)
-
-
-def test_a_restart_replaces_records_one_by_one(store):
+def test_a_restart_replaces_a_round_as_a_whole_and_one_that_comes_again_alike_not_at_all(store):
     for seed, n in ((0, 4), (1, 3)):
         with Recorder(store) as recorder:
             batch, _ = put(recorder, 0, 1, n, seed)
             put(recorder, 0, 2, 2, 7)
-    assert (batch.added, batch.replaced) == (0, 3)
+    assert (batch.added, batch.replaced, batch.removed) == (0, 3, 1)
     store.refresh()
-    expected = np.concatenate([values(3, 1)["t5"], values(4, 0)["t5"][3:]])
     found = store.select(round=1)
     order = np.argsort(found.records["index"])
-    assert np.array_equal(found.read("t5")[order], expected)
-    assert (len(store), store.commit) == (6, 3), "round 2 came again unchanged"
+    assert np.array_equal(found.read("t5")[order], values(3, 1)["t5"])
+    assert (len(store), store.commit) == (5, 3), "round 2 came again unchanged"
 
 
 def test_if_exists_error_and_skip(store):
@@ -556,6 +549,21 @@ def test_under_warn_training_goes_on_and_the_round_is_listed(store, monkeypatch,
     store.refresh()
     kept = store.select().records[["node", "round"]].drop_duplicates().to_numpy().tolist()
     assert kept == [["0", 1], ["0", 3], ["server", 2]]
+
+
+def test_an_error_that_nobody_expects_says_of_what_it_is_also_under_warn(store, monkeypatch):
+    recorder = Recorder(store, on_error="warn")
+    with monkeypatch.context() as patched:
+        patched.setattr(_pages.Page, "records", lambda page: {}["x"])
+        put(recorder, 3, 7)
+        with pytest.raises(KeyError) as caught:
+            recorder.flush()
+    assert caught.value.__notes__[-1] == f"while node 3, round 7 was recorded to {store.path}"
+    assert [str(each) for each in recorder.missing] == ["node 3, round 7 (KeyError: 'x')"]
+    recorder.flush()
+    put(recorder, 3, 7)
+    recorder.close()
+    assert not recorder.missing
 
 
 def test_a_busy_store(store, caplog):

@@ -191,7 +191,8 @@ def test_the_command_takes_the_stores_folder_and_reports_what_is_left_out(
     result = CliRunner().invoke(group, ["gallery"])
     assert result.exit_code == 3, result.output
     assert result.stdout.startswith(f"2 pictures in {folder}/gallery.html, ")
-    assert result.stdout.endswith("; 2 thumbnails made\n")
+    # Their digests are made up.
+    assert result.stdout.endswith("; 2 thumbnails made\nout of date: 2 embedding changed\n")
     assert result.stderr == "left out: torn.png: damaged\n"
 
 
@@ -463,3 +464,18 @@ def test_ten_thousand_pictures_make_a_small_page_with_few_nodes(watched, tmp_pat
     assert page.evaluate(nodes) < 700
     facet(page, "Round", "7").click()
     expect(status(page)).to_have_text("500 of 10,001 pictures")
+
+
+@NEEDS_CHROMIUM
+def test_pictures_out_of_date_carry_a_badge(watched, store, tmp_path):
+    fill(store, node=0, round=1, classes="dog", n=1)
+    # Made-up digests are those of another embedding; the other picture's record is not there.
+    for index in (0, 1):
+        add(tmp_path / "images", key(index=index))
+    page = watched.open(make_gallery(tmp_path / "images", store=store).page)
+    badges = page.locator(".cell .badge")
+    assert badges.all_inner_texts() == ["embedding changed", "record deleted"]
+    page.fill("#search", "deleted")
+    expect(status(page)).to_have_text("1 of 2 pictures")
+    page.locator(".cell").click()
+    expect(fact(page, "out of date")).to_have_text("record deleted")

@@ -45,6 +45,10 @@ def test_a_loader_gives_each_batch_once_and_in_order(filled, options):
     assert seen(loader) == seen(batches)
 
 
+def test_any_number_of_batches_may_be_read_ahead(filled):
+    assert [len(b) for b in filled.select().batches(16, prefetch=2**70)] == [16, 4]
+
+
 def test_workers_of_a_loader_share_the_batches(filled, monkeypatch):
     """As two processes of it do, each with a copy of the dataset; a loader takes them in turn."""
     batches = filled.select().batches(3)

@@ -94,6 +94,14 @@ def test_no_command_takes_a_typo_for_an_empty_success(filled, command, tmp_path,
     assert len(EmbeddingStore.open(filled.path)) == 54
 
 
+def test_a_job_script_is_written_with_a_note_on_what_is_not_there_yet(filled, tmp_path):
+    result = run(filled, "slurm", "--", "--class", "dgo,cat", "--round", "5")
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"note: no class dgo in {filled.path}, commit 9; the nearest")
+    assert "generate --class dgo,cat --round 5" in result.stdout
+    assert run(filled, "slurm", "--", "--class", "cat").stderr == ""
+
+
 def test_several_mistakes_are_named_at_once(filled):
     output = run(filled, "query", "--class", "dgo,dog,kat", "--round", "7").output
     assert [line.split(" in ")[0].removeprefix("error: ") for line in output.splitlines()] == [
@@ -120,8 +128,6 @@ def test_pipelines_may_allow_what_is_empty(filled, tmp_path):
     assert queried(filled, *options) == []
     status = run(filled, "status", *options, "--output-dir", tmp_path)
     assert (status.exit_code, "records: 0" in status.output) == (0, True)
-    exported = run(filled, "export", *options, "--output-dir", tmp_path)
-    assert (exported.exit_code, exported.output[:7]) == (0, "0 files")
     assert len(queried(filled, "--class", "dgo,dog", "--allow-empty")) == 27
 
 
@@ -130,6 +136,17 @@ def test_a_store_without_records_says_so(store):
     result = run(store, "query", "--class", "dog")
     assert result.exit_code == 1
     assert result.output.endswith("which has no records\n")
+
+
+def test_what_there_is_fits_a_few_lines(store):
+    with store.append(node=0, round=0) as batch:
+        names = [str(2 * n) for n in range(500)]
+        keys = {"split": "train", "class_name": "dog", "index": range(0, 1000, 2)}
+        batch.add(**keys, sample_id=names, **values(500))
+    for option in ("--sample-id=7", "--index=7"):
+        output = run(store, "query", option).output
+        assert output.endswith(", ...\n")
+        assert len(output) < 700
 
 
 def test_in_python_what_is_not_there_selects_nothing(filled):
@@ -203,6 +220,17 @@ def test_a_node_that_is_no_plain_number_stands_beside_the_number(store, name):
     listed = run(store, "info").output
     assert f"0-2, 7, {name if name == '007' else json.dumps(name)}\n" in listed
     assert {record["node"] for record in queried(store, "--node", name)} == {name}
+
+
+def test_files_are_named_like_samples(store):
+    with store.append(node=0, round=0) as batch:
+        for place, name in enumerate(["a,b", "clip-7"]):
+            keys = {"split": "train", "class_name": "dog", "index": place, "file_id": name}
+            batch.add(**keys, **values(1))
+    assert [record["index"] for record in queried(store, "--file-id", "a,b")] == [0]
+    output = run(store, "query", "--file-id", "clip-8").output
+    assert "no file id clip-8 in" in output
+    assert output.endswith('the nearest: clip-7; there are "a,b", clip-7\n')
 
 
 def test_sheets_go_by_the_pictures_that_there_are(filled, tmp_path):

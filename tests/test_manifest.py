@@ -93,10 +93,13 @@ def test_the_latest_line_of_each_image_counts(tmp_path: Path) -> None:
     assert listed_files(tmp_path) == {"a.png", "d.png"}
 
 
-def test_lines_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
+def test_lines_that_no_run_writes_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_bytes(b'3\n"x"\n[]\n\xff\xfe\n{"file": 3}\n{"file": "a.png"}\n')
-    assert list(read_manifest(tmp_path)) == [{"file": 3}, {"file": "a.png"}]
+    wrong = [{"settings": "x"}, {"fingerprint": []}, {"error": 5}, {"key": 1}, {"seconds": "1"}]
+    path.write_bytes(path.read_bytes() + b"".join(json.dumps(w).encode() + b"\n" for w in wrong))
+    path.write_bytes(path.read_bytes() + b"[" * 100_000 + b"\n" + b"9" * 5000 + b"\n")
+    assert list(read_manifest(tmp_path)) == [{"file": "a.png"}]
     assert latest(tmp_path, dict) == {"a.png": {"file": "a.png"}}
 
 

@@ -200,6 +200,23 @@ def test_a_configuration_without_a_scaling_factor_takes_the_decoders_own(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("text_encoder/config.json", "hidden_size", True),
+        ("text_encoder_2/config.json", "num_layers", [[]]),
+        ("tokenizer/tokenizer_config.json", "model_max_length", True),
+        ("text_encoder/config.json", "num_attention_heads", "x"),
+    ],
+)
+def test_encoders_values_of_a_wrong_type_are_told(
+    flux: Path, tmp_path: Path, file: str, key: str, value: object
+) -> None:
+    found = {**json.loads((flux / file).read_text()), key: value}
+    copy = spoilt(flux, tmp_path / "copy", file, json.dumps(found).encode())
+    assert_told(copy, lambda: encode(copy, tmp_path / "texts.zarr"))
+
+
+@pytest.mark.parametrize(
     "weight_map", [None, [], {}, {"a": 1}, {"a": ["x"]}, {"a": "../vae/config.json"}, {"a": ".."}]
 )
 def test_an_index_of_weights_lists_files_beside_it(

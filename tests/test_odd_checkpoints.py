@@ -361,6 +361,17 @@ def test_odd_values_at_the_top(tmp_path: Path, key: str) -> None:
     assert all("\n" not in (file.error or "") for file in report.files)
 
 
+def test_odd_values_of_text_caches(tmp_path: Path) -> None:
+    for number, odd in enumerate(ODD):
+        for kind in ("flux", "sd"):
+            name = f"{kind}_{number}_text_embs_dict.pt"
+            legacy.save(tmp_path / "c", {"dog": {kind: odd}, number: {kind: {"t5": odd}}}, name)
+    legacy.node_file(tmp_path / "c", n=1)
+    report = import_checkpoints(tmp_path / "s.zarr", tmp_path / "c")
+    assert report.records == 1
+    assert [file.error for file in report.files] == [None] * len(report.files)
+
+
 def test_odd_values_of_entries(tmp_path: Path) -> None:
     good = legacy.entry(T5, CLIP, 0, class_name="good")
     odd = [
@@ -494,6 +505,15 @@ def test_a_strange_ledger_only_costs_reading_the_files_again(tmp_path: Path, led
     (tmp_path / ".s.zarr.imported").write_bytes(ledger + b"\n")
     (report,) = import_checkpoints(tmp_path / "s.zarr", tmp_path, new_only=True).files
     assert (report.unchanged, report.known) == (1, False)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_ledger_that_is_no_file_does_not_hang(tmp_path: Path, make: Any) -> None:
+    legacy.node_file(tmp_path, n=1)
+    make(tmp_path / ".s.zarr.imported")
+    for records in (1, 0):
+        (report,) = import_checkpoints(tmp_path / "s.zarr", tmp_path, new_only=True).files
+        assert (report.records, report.known) == (records, False)
 
 
 def test_names_of_another_case_are_told(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation import manifest as manifest_module
 from fedgfe_store.generation import plan as plan_module
 from fedgfe_store.generation.job import prepare
@@ -95,21 +94,6 @@ def test_records_are_where_their_keys_say_one_by_one(keys: list[RecordKey], coun
         part = Shard(index, count)
         expected = [place for place, key in enumerate(keys) if part.holds(key)]
         assert places_of(columns, part).tolist() == expected
-
-
-def test_a_file_system_that_ignores_case_is_noticed_across_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = EmbeddingStore.create(tmp_path / "e.zarr", Schema.flux(1, width=1, clip=(1,)))
-    with store.append(node=0, round=0) as batch:
-        one = {"t5": np.ones((2, 1, 1), np.float32), "clip": np.ones((2, 1), np.float32)}
-        batch.add(split="train", class_name=["dog", "Dog"], index=0, **one)
-    monkeypatch.setattr(plan_module, "_ignores_case", lambda folder: True)
-    parts = [Shard(i, 16) for i in range(16)]
-    assert max(sum(part.holds(key) for key in store.select().keys()) for part in parts) == 1
-    for part in parts:
-        with pytest.raises(ConflictError, match=r"class dog.*class Dog"):
-            plan_images(store.select(), SETTINGS, tmp_path, shard=part)
 
 
 def test_a_part_that_is_done_reads_no_other_parts_lists(
@@ -214,3 +198,7 @@ def test_records_that_a_compaction_moves_are_found_without_looking_at_all(
     monkeypatch.setattr(RecordKey, "__init__", counted)
     assert render(job, pipeline=options["pipeline"]).done == 4
     assert len(built) < 40
+
+
+def test_a_folder_that_would_lie_in_the_root_can_be_planned(selection: Selection) -> None:
+    assert len(plan_images(selection.take([0]), SETTINGS, Path("/no-such-folder")).items) == 1

@@ -17,11 +17,11 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.generation import plan as plan_module
 from fedgfe_store.generation.images import image_name, key_json, write_png
 from fedgfe_store.generation.manifest import Manifest, read_manifest, seconds_per_image
 from fedgfe_store.generation.plan import Plan, PlanItem, plan_images
 from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
+from fedgfe_store.generation.status import image_status
 from fedgfe_store.records import RecordKey
 
 SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)
@@ -201,14 +201,31 @@ def test_the_summary_gives_counts_batches_disk_and_time(plan: Plan, store: Embed
     assert "time: about 2 min 0 s" in again(plan, store).summary(batch_size=3)
 
 
-def test_names_that_differ_in_case_only_need_a_file_system_that_tells_them_apart(
-    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_names_that_differ_in_case_only_are_images_of_their_own(
+    store: EmbeddingStore, tmp_path: Path
 ) -> None:
-    fill(store, node=0, round=5, classes="dog Dog", n=1)
-    assert len(plan_images(store.select(), SETTINGS, tmp_path).items) == 2
-    monkeypatch.setattr(plan_module, "_ignores_case", lambda folder: True)
-    with pytest.raises(ConflictError, match=r"class dog.*class Dog"):
-        plan_images(store.select(), SETTINGS, tmp_path)
+    fill(store, node=0, round=5, classes="dog Dog DOG", n=1)
+    items = plan_images(store.select(), SETTINGS, tmp_path).items
+    assert len({item.path.name.lower() for item in items}) == 3
+    assert items[0].path.name == "node_0_train_dog_0_r5.png"
+
+
+def test_images_with_capital_letters_under_their_older_names_are_found(
+    store: EmbeddingStore, tmp_path: Path
+) -> None:
+    fill(store, node=0, round=5, classes="dog Dog DOG", n=1)
+    folder = tmp_path / "images"
+    dog, capital, shouted = plan_images(store.select(), SETTINGS, folder).items
+    older = folder / "node_0_train_Dog_0_r5.png"
+    render(replace(capital, path=older))
+    # A file system that ignores case took two for one: what lies there is the other one's.
+    render(replace(dog, path=folder / "node_0_train_DOG_0_r5.png"))
+    plan = plan_images(store.select(), SETTINGS, folder)
+    assert statuses(plan) == ["missing", "done", "missing"]
+    assert [item.path for item in plan.items] == [dog.path, older, shouted.path]
+    frame = image_status(store.select(), folder).frame
+    assert frame["status"].tolist() == ["missing", "done", "missing"]
+    assert frame["file"].tolist() == [dog.path.name, older.name, shouted.path.name]
 
 
 def test_ten_thousand_images_are_planned(tmp_path: Path) -> None:

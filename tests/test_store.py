@@ -475,3 +475,10 @@ def test_a_relative_path_means_the_same_after_a_change_of_directory(tmp_path, mo
     store.refresh()
     assert (len(store), store.verify().sound, len(store.history())) == (6, True, 4)
     assert not list(tmp_path.glob("elsewhere/*"))
+
+
+@pytest.mark.parametrize("path", ["a\0b", 7, None, b"x"])
+def test_what_is_no_path_is_refused_in_one_line(path):
+    for call in (EmbeddingStore.open, lambda p: EmbeddingStore.create(p, SMALL)):
+        with pytest.raises(SchemaMismatchError, match="path: expected that of a folder"):
+            call(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
+from fedgfe_store.generation import claims as claims_module
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.manifest import read_manifest
@@ -82,6 +84,20 @@ def test_two_processes_share_the_work(flux: Path, selection: Selection, tmp_path
     outputs = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
     check_whole(selection, folder)
+
+
+def test_where_locks_are_refused_a_run_says_so_once_and_leaves_no_claims(
+    flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(claims_module.fcntl, "lockf", refuse)
+    part, remarks = selection.take(range(8)), []
+    options = {**SETTINGS, "pipeline": FakePipeline(flux), "report": remarks.append}
+    assert generate(part, tmp_path / "out", **options).done == 8
+    assert ["no file locks in" in remark for remark in remarks] == [True]
+    assert not list((tmp_path / "out").glob(".fedgfe-claim-*"))
 
 
 def test_what_another_process_holds_or_has_made_is_left_to_it(
@@ -159,19 +175,19 @@ def test_one_command_for_all_gpus_of_a_machine(
         timeout=120,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "shard 0/2" in result.stdout + result.stderr
+    assert "part 0/2" in result.stdout + result.stderr
     check_whole(selection, tmp_path / "out")
     manifests = sorted(path.name for path in (tmp_path / "out").glob("manifest*"))
     assert manifests == ["manifest-0-of-2.jsonl", "manifest-1-of-2.jsonl"]
 
 
-def test_shards_by_hand_make_one_folder(
+def test_parts_by_hand_make_one_folder(
     flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = command(selection, flux, tmp_path / "out")
     counts = []
     for text in ("0/3", "1/3", "2/3"):
-        result = CliRunner().invoke(group, [*arguments, "--shard", text])
+        result = CliRunner().invoke(group, [*arguments, "--part", text])
         assert result.exit_code == 0, result.output
         counts.append(len(list((tmp_path / "out").glob("*.png"))))
     assert 0 < counts[0] < counts[1] < counts[2] == RECORDS
@@ -179,8 +195,8 @@ def test_shards_by_hand_make_one_folder(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
     for name, value in (("MIN", "0"), ("MAX", "7"), ("COUNT", "8"), ("STEP", "1")):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    result = CliRunner().invoke(group, [*arguments, "--dry-run"])
-    assert "shard 5/8" in result.output
+    result = CliRunner().invoke(group, [*arguments, "--part", "auto", "--dry-run"])
+    assert "part 5/8" in result.output
     result = CliRunner().invoke(group, [*arguments, "--shard", "3/3"])
     assert (result.exit_code, "expected i/n with 0 <= i < n" in result.output) == (1, True)
 

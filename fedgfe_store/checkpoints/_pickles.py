@@ -249,7 +249,9 @@ def _what_zip(names: list[str]) -> str:
 
 
 def _cut_short(path: Path, error: Exception) -> DamagedDataError:
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    detail = (str(error).strip().splitlines() or [""])[0][:160]
+    if " " not in detail:  # such as a KeyError's, of an instruction that there is none of
+        detail = f"{type(error).__name__} {detail}".rstrip()
     return DamagedDataError(f"{path}: cut short or damaged ({detail})")
 
 

@@ -530,7 +530,7 @@ class _Tally:
 
 
 def _source(path: Path) -> str:
-    name = path.name if path.name.isprintable() else ascii(path.name)
+    name = path.name if path.name.isprintable() else ascii(path.name)[1:-1]
     return f"import {name}"
 
 

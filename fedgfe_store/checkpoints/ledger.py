@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -79,6 +80,8 @@ class Ledger:
         """Return the last line of each file, of those lines that count, by `Imported.file`."""
         try:
             status = self._path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a folder, or a pipe that nobody writes to
+                return {}
             stamp = status.st_size, status.st_mtime_ns
             if stamp != self._stamp:
                 self._lines, self._stamp = self._read(), stamp

@@ -53,7 +53,7 @@ def read_text_cache(
     DamagedDataError
         If it is damaged, see `read_checkpoint`.
     SchemaMismatchError
-        If it holds anything but tensors and plain values, or is no such cache.
+        If it is no such cache, or the safe reader refuses it.
     """
     path = Path(path)
     source = _pickles.inspect(path)

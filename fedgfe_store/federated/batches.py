@@ -139,8 +139,8 @@ def _plain_details(details: Mapping[Any, Any], where: str) -> dict[str, Any]:
         try:
             if value is not None:
                 kept[str(key)] = plain(value)
-        except Unusable:
+        except Unusable as reason:
             raise SchemaMismatchError(
-                f"{where}: {key}: expected a plain value, got a tensor of several"
+                f"{where}: {key}: expected a plain value, got one that cannot be kept ({reason})"
             ) from None
     return kept

@@ -301,8 +301,9 @@ class Recorder:
         self._blocks[threading.get_ident()] = block
 
     def _forget(self, block: RoundBatch) -> None:
-        for thread in [thread for thread, each in self._blocks.items() if each is block]:
-            del self._blocks[thread]
+        for thread, each in list(self._blocks.items()):  # other threads begin blocks meanwhile
+            if each is block:
+                self._blocks.pop(thread, None)
 
     def _drop_block(self) -> None:
         """Drop the block that this thread has left, though an interruption kept it from ending."""

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fedgfe_store._files import write_file
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.gallery.page import render_page
 from fedgfe_store.gallery.thumbnails import thumbnail_name, update_thumbnail
-from fedgfe_store.pictures import ListedPicture, inspect_picture, listed_pictures
+from fedgfe_store.generation.images import UNREADABLE, png_names
+from fedgfe_store.pictures import (
+    ListedPicture,
+    inspect_picture,
+    listed_pictures,
+    mark_outdated,
+)
+
+if TYPE_CHECKING:
+    from fedgfe_store.store import EmbeddingStore
 
 PAGE_NAME = "gallery.html"
 THUMBNAILS = "thumbnails"
@@ -37,6 +48,8 @@ class Gallery:
         Thumbnails that were missing or out of date.
     left_out : mapping
         Why a file is not shown, by its name.
+    outdated : mapping
+        Number of pictures that are marked, by what the mark says.
     """
 
     page: Path
@@ -44,6 +57,7 @@ class Gallery:
     pictures: int
     made: int
     left_out: Mapping[str, str]
+    outdated: Mapping[str, int]
 
 
 def picture_names(folder: Path) -> list[str]:
@@ -66,7 +80,7 @@ def picture_names(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise NotFoundError(f"no folder of pictures at {folder}")
-    names = sorted(path.name for path in folder.glob("*.png") if path.is_file())
+    names = png_names(folder)
     if not names:
         raise NotFoundError(f"no pictures in {folder}: expected PNG files that generate made")
     return names
@@ -76,6 +90,7 @@ def make_gallery(
     folder: Path,
     output: Path | None = None,
     *,
+    store: EmbeddingStore | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Gallery:
     """Make one static page of a folder's pictures; it works from the disk, without a network.
@@ -90,6 +105,8 @@ def make_gallery(
     output : Path, optional
         The page, by default ``gallery.html`` in the folder. Thumbnails lie beside it: in
         ``thumbnails`` where it is in the folder, else in a folder named after the page.
+    store : EmbeddingStore, optional
+        Mark the pictures of its records that are out of date.
     progress : callable, optional
         Called with 1 for each file that is looked at.
 
@@ -121,14 +138,17 @@ def make_gallery(
     if not shown:
         name, reason = next(iter(left_out.items()))
         raise NotFoundError(f"nothing to show of {len(names)} files in {folder}: {name}: {reason}")
+    pictures = [picture for picture, _ in shown]
+    marks = mark_outdated(pictures, store)
     text = render_page(
-        [picture for picture, _ in shown],
+        [replace(picture, mark=mark) for picture, mark in zip(pictures, marks, strict=True)],
         title=os.fsencode(folder.resolve().name).decode("utf-8", "replace"),
         picture_url=_folder_url(folder, page.parent),
         thumbnail_url=_folder_url(thumbnails, page.parent),
     )
     write_file(page, text.encode("utf-8"))
-    return Gallery(page, thumbnails, len(shown), sum(made for _, made in shown), left_out)
+    made = sum(was_made for _, was_made in shown)
+    return Gallery(page, thumbnails, len(shown), made, left_out, Counter(filter(None, marks)))
 
 
 class _Preparing:
@@ -145,7 +165,7 @@ class _Preparing:
         thumbnail = self._thumbnails / thumbnail_name(name)
         try:
             return found, update_thumbnail(path, thumbnail)
-        except (OSError, SyntaxError) as error:
+        except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             return "damaged"

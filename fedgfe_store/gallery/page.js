@@ -40,6 +40,7 @@ function sampleName(i) {
   const image = Number(data.image[i]) ? `, image ${data.image[i]}` : "";
   return `${nodeName(i)}, ${value("split", i)} ${data.index[i]}${image}`;
 }
+const markOf = (i) => (data.mark && data.mark[i]) || "";
 const roundName = (i) => `round ${value("round", i)}`;
 
 /* Filters */
@@ -49,7 +50,7 @@ function haystack(i) {
     const shared = data.values.shared[data.shared[i]];
     const model = shared.settings ? shared.settings.model : "";
     haystacks[i] = [value("class", i), nodeName(i), roundName(i), value("split", i), data.index[i],
-      fileName(i), data.own.seed ? data.own.seed[i] : "", model, shared.fingerprint]
+      fileName(i), data.own.seed ? data.own.seed[i] : "", model, shared.fingerprint, markOf(i)]
       .join("\n").toLowerCase();
   }
   return haystacks[i];
@@ -192,11 +193,15 @@ function draw() {
   markActive();
 }
 
+function badge(i) {
+  return markOf(i) ? [element("span", { className: "badge" }, markOf(i))] : [];
+}
+
 function thumbnail(i) {
   const image = element("img", { loading: "lazy", decoding: "async", alt: "" });
   image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth < 100));
   image.src = thumbnailUrl(i);
-  return element("span", {}, image);
+  return element("span", {}, image, ...badge(i));
 }
 
 function makeCell(at) {
@@ -209,10 +214,12 @@ function makeCell(at) {
     element("p", {}, where));
   if (partner) frames.append(thumbnail(other));
   const shown = partner ? `rounds ${value("round", i)} and ${value("round", other)}` : roundName(i);
-  cell.setAttribute("aria-label", `${value("class", i)}, ${sampleName(i)}, ${shown}`);
+  const marks = [i, other].filter((each) => each !== null).map(markOf).filter(Boolean);
+  const told = [shown, ...new Set(marks)];
+  cell.setAttribute("aria-label", `${value("class", i)}, ${sampleName(i)}, ${told.join(", ")}`);
   cell.setAttribute("aria-setsize", items.length);
   cell.setAttribute("aria-posinset", at + 1);
-  cell.title = `${value("class", i)}\n${sampleName(i)}\n${shown}`;
+  cell.title = `${value("class", i)}\n${sampleName(i)}\n${told.join("\n")}`;
   cell.style.left = `${(at % columns) * (cellWidth + GAP)}px`;
   cell.style.top = `${Math.floor(at / columns) * rowHeight}px`;
   cell.style.width = `${cellWidth}px`;
@@ -255,7 +262,7 @@ function gridKey(event) {
 /* Viewer */
 
 const GROUPS = ["Record", "Picture", "Settings", "Embeddings", "Made with"];
-const EMBEDDINGS = new Set(["store", "commit"]);
+const EMBEDDINGS = new Set(["store", "experiment", "store_id", "commit"]);
 
 function* flat(name, content) {
   if (content === null || content === undefined || content === "") return;
@@ -278,6 +285,7 @@ function facts(i) {
   put("Record", "index", data.index[i]);
   put("Record", "image", data.image[i]);
   put("Picture", "file", fileName(i));
+  put("Picture", "out of date", markOf(i));
   for (const [name, column] of Object.entries(data.own)) {
     const as = SHOWN_AS[name], text = column[i];
     const shown = as && text !== null ? as(String(text)) : text;

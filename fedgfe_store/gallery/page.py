@@ -67,9 +67,10 @@ def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``file``, ``index``, ``sample`` (see `sample_numbers`), ``image`` and each of ``own`` have
-        one value for each picture, latest round first; ``node``, ``round``, ``split``, ``class``
-        and ``shared`` a place in the lists of the same names under ``values``. Whole numbers that
+        ``file``, ``index``, ``sample`` (see `sample_numbers`), ``image``, ``mark`` and each of
+        ``own`` have one value for each picture, latest round first; ``node``, ``round``,
+        ``split``, ``class`` and ``shared`` a place in the lists of the same names under
+        ``values``. Without a mark on any picture there is no ``mark``. Whole numbers that
         JavaScript would round are text.
     """
     keys = {"node": str, "round": int, "split": str, "class": str}
@@ -98,6 +99,7 @@ def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
         "index": [_exact(p.key.index) for p in shown],
         "sample": [_exact(number) for number in samples],
         "image": [_exact(p.image) for p in shown],
+        **({"mark": [p.mark for p in shown]} if any(p.mark for p in shown) else {}),
         "own": {
             name: [_exact(facts.get(name)) for facts in own]
             for name in dict.fromkeys(name for facts in own for name in facts)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
+
+from fedgfe_store._files import naming
 
 SIZE = 256
 """Longest side of a thumbnail in pixels; smaller pictures keep their size."""
@@ -43,16 +46,20 @@ def update_thumbnail(picture: Path, thumbnail: Path) -> bool:
     made_from = picture.stat()
     if thumbnail.exists() and thumbnail.stat().st_mtime_ns == made_from.st_mtime_ns:
         return False
-    with Image.open(picture, formats=["PNG"]) as image:
+    with naming(picture), Image.open(picture, formats=["PNG"]) as image:
         small = image.convert("RGB")
     # A small picture is shown enlarged, and every flaw with it.
     lossless = max(small.size) <= SIZE
     small.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS, reducing_gap=3)
+    data = BytesIO()
+    small.save(data, "WEBP", quality=_QUALITY, lossless=lossless, method=2)
     temporary = thumbnail.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        small.save(temporary, "WEBP", quality=_QUALITY, lossless=lossless, method=2)
-        os.utime(temporary, ns=(made_from.st_atime_ns, made_from.st_mtime_ns))
-        os.replace(temporary, thumbnail)
+        with naming(thumbnail):
+            with temporary.open("xb") as file:
+                file.write(data.getbuffer())
+            os.utime(temporary, ns=(made_from.st_atime_ns, made_from.st_mtime_ns))
+            os.replace(temporary, thumbnail)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import xxhash
 
+from fedgfe_store._files import NOT_THROUGH_LINKS
 from fedgfe_store.errors import ConflictError
+from fedgfe_store.generation.claim_files import EXPIRES_AFTER, ClaimFiles
 
 try:
     import fcntl
@@ -22,7 +26,9 @@ except ImportError:  # Windows
 CLAIMS_NAME = ".fedgfe-claims"
 
 _OFFSETS = 2**62
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_IN_A_FILE = -1
+_LOOKS_EVERY = 0.5
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 _open: set[tuple[int, int, int]] = set()
 _opening = threading.Lock()
 
@@ -34,12 +40,19 @@ class Claims:
     for good: to remove it while somebody works would split the claims in two. The kernel gives
     the locks of a process back when it ends, however it ends, so none is ever stale.
 
+    Where the file system refuses locks, a claim is a file, see `ClaimFiles`: then what a process
+    of another machine held when it was killed is free a minute later.
+
     After `take` look at the image again, since another process may have finished it before.
 
     Parameters
     ----------
     folder : Path
         An existing folder.
+    report : callable
+        Hears of it, once, if there are no locks.
+    ended : callable
+        Whether to wait for others no longer.
 
     Raises
     ------
@@ -48,52 +61,90 @@ class Claims:
         process gives back all locks that the process has on it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        report: Callable[[str], object] = lambda line: None,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> None:
         path = folder / CLAIMS_NAME
         with _opening:
             if path.exists() and _identity(os.stat(path)) in _open:
                 raise ConflictError(f"{folder}: claims are open in this process already")
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if path.is_symlink():
+                raise ConflictError(f"{path}: expected a file, got a link; remove it")
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | NOT_THROUGH_LINKS, 0o666)
             self._identity = _identity(os.fstat(self._file))
             _open.add(self._identity)
         self._lock = threading.Lock()
         self._taken: dict[str, int] = {}
         self._locked: Counter[int] = Counter()
-        self._supported = fcntl is not None
-        if self._lock_byte(_OFFSETS):
-            self._unlock_byte(_OFFSETS)
+        self._folder, self._report, self._ended = folder, report, ended
+        self._files: ClaimFiles | None = None
+        self._waiting = False
+        try:
+            if fcntl is None:
+                self._go_on_with_files("this system has none")
+            elif self._lock_byte(_OFFSETS):
+                self._unlock_byte(_OFFSETS)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def supported(self) -> bool:
-        """Whether file system and operating system have such locks.
+        """Whether file system and operating system have such locks; else files take their place."""
+        return self._files is None
 
-        Where they have none, every name that this process has not taken may be taken.
-        """
-        return self._supported
-
-    def take(self, name: str) -> bool:
-        """Claim a name, without waiting.
+    def take(self, name: str, *, wait: bool = False) -> bool:
+        """Claim a name.
 
         Parameters
         ----------
         name : str
             File name of an image.
+        wait : bool
+            Where files take the place of locks: if it is another's, wait until that process
+            has shown that it is alive, or been silent for too long.
 
         Returns
         -------
         bool
             False if anybody has it: another process, or a thread of this one.
         """
+        while True:
+            with self._lock:
+                if self._take(name):
+                    return True
+                if not wait or self._files is None or not self._files.is_silent(name):
+                    return False
+                if not self._waiting:
+                    self._waiting = True
+                    self._files.ask()
+                    self._report(
+                        f"waiting up to {EXPIRES_AFTER:.0f} s to learn whether the processes live "
+                        f"that have claimed images in {self._folder}"
+                    )
+            if self._ended():
+                return False
+            time.sleep(_LOOKS_EVERY)
+
+    def _take(self, name: str) -> bool:
+        if name in self._taken:
+            return False
         offset = _offset(name)
-        with self._lock:
-            if name in self._taken:
+        # Another name of ours may share the byte, and a process never excludes itself.
+        locked = self._locked[offset] > 0 or (self._files is None and self._lock_byte(offset))
+        if self._files is not None:
+            if not self._files.take(name):
                 return False
-            # Another name of ours may share the byte, and a process never excludes itself.
-            if not self._locked[offset] and not self._lock_byte(offset):
-                return False
-            self._taken[name] = offset
-            self._locked[offset] += 1
-            return True
+            offset = _IN_A_FILE
+        elif not locked:
+            return False
+        self._taken[name] = offset
+        self._locked[offset] += 1
+        return True
 
     def release(self, name: str) -> None:
         """Give a name back.
@@ -105,33 +156,44 @@ class Claims:
         """
         with self._lock:
             offset = self._taken.pop(name)
+            if offset == _IN_A_FILE and self._files is not None:
+                self._files.release(name)
             self._locked[offset] -= 1
             if not self._locked[offset]:
                 del self._locked[offset]
                 self._unlock_byte(offset)
 
     def _lock_byte(self, offset: int) -> bool:
-        if not self._supported:
-            return True
+        """Lock a byte; False if another process has it, or there are no locks."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            if error.errno not in _NO_LOCKS:
+            if error.errno in _NO_LOCKS:
+                self._go_on_with_files(os.strerror(error.errno))
+            elif error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            self._supported = False
+            return False
         return True
 
     def _unlock_byte(self, offset: int) -> None:
-        if self._supported:
+        if offset != _IN_A_FILE and self._files is None:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, offset)
+
+    def _go_on_with_files(self, reason: str) -> None:
+        self._report(
+            f"no file locks in {self._folder} ({reason}): images are claimed by files instead"
+        )
+        self._files = ClaimFiles(self._folder, self._folder / CLAIMS_NAME)
 
     def close(self) -> None:
         """Give all names back."""
-        with _opening:
-            os.close(self._file)
-            _open.discard(self._identity)
+        try:
+            if self._files is not None:
+                self._files.close()
+        finally:
+            with _opening:
+                os.close(self._file)
+                _open.discard(self._identity)
 
     def __enter__(self) -> Self:
         return self

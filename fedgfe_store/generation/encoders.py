@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.errors import NotFoundError
 from fedgfe_store.generation.devices import DTYPES, clear_cache, enough_memory
 from fedgfe_store.generation.loading import load_encoder, loading, naming, quiet_loading
-from fedgfe_store.generation.model_files import digest_files, read_json
+from fedgfe_store.generation.model_files import check_number, digest_files, read_json
 from fedgfe_store.generation.models import Model
 from fedgfe_store.generation.offload import Footprint, Offload
 from fedgfe_store.generation.pipelines import Placement
@@ -113,13 +113,13 @@ def encoder_footprint(model: Model, item_bytes: int) -> Footprint:
     """
     parts = [part for part in model.encoder_parts if part.startswith("text_encoder")]
     larger, *smaller = sorted(parts, key=model.parameters, reverse=True)
-    config = model.config(larger)
+    layers = "num_layers" if "num_layers" in model.config(larger) else "num_hidden_layers"
     weights = model.parameters(larger) * item_bytes
     work = BATCH_TOKENS * _VALUES_PER_TOKEN * item_bytes
     return Footprint(
         denoiser=weights,
         vae=sum(map(model.parameters, smaller)) * item_bytes,
-        block=weights // int(config.get("num_layers") or config.get("num_hidden_layers") or 1),
+        block=weights // _number(model, larger, layers),
         denoising=work,
         decoding=work if smaller else 0,
     )
@@ -270,9 +270,6 @@ def _clip_sequence(pipeline: Any, prompts: list[str], device: str) -> torch.Tens
 
 
 def _number(model: Model, part: str, key: str, name: str = "config.json") -> int:
-    value = model.config(part, name).get(key)
-    if not isinstance(value, int) or not 1 <= value < 2**31:
-        raise SchemaMismatchError(
-            f"model {model.name}: expected a number {key} in {part}/{name}, got {value!r}"
-        )
-    return value
+    config = model.config(part, name)
+    check_number(config, key, str(model.folder / part / name))
+    return int(config[key])

@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from fedgfe_store.records import SERVER, RecordKey
 
@@ -25,11 +26,15 @@ FileState = Literal["ours", "foreign", "damaged"]
 TEXT_KEY = "fedgfe_store"
 """Keyword of the PNG text chunk that holds the provenance."""
 
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no sound picture; an `OSError` may be the disk's, too."""
+
 _END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _MAX_NAME_BYTES = 200
 _PLAIN = re.compile(
-    r"(?:server|node_[A-Za-z0-9.-]+)_[A-Za-z0-9.-]+_[A-Za-z0-9._-]+_[0-9]+_r[0-9]+(?:_i[0-9]+)?"
+    r"(?:server|node_[a-z0-9.-]+)_[a-z0-9.-]+_[a-z0-9._-]+_[0-9]+_r[0-9]+(?:_i[0-9]+)?"
 )
+_HASHED = re.compile(r"_h[0-9a-f]{32}\.png$")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _TEMP = re.compile(r"\.fedgfe-([0-9a-f]{8})-([0-9]+)-[0-9]+\.tmp")
 _STALE_TEMP_SECONDS = 24 * 3600
@@ -50,15 +55,30 @@ def image_name(key: RecordKey, number: int = 0) -> str:
     -------
     str
         ``node_0_train_dog_0_r5.png`` or ``server_train_dog_0_r5.png``, with ``_i1`` before the
-        dot for image number 1. A key that cannot be read back from such a name gets its parts
-        with unsafe characters replaced and a hash of the key at the end, so that two keys never
-        share a name and every file system takes it.
+        dot for image number 1. A key that cannot be read back from such a name, or has capital
+        letters, gets its parts with unsafe characters replaced and a hash of the key at the end,
+        so that two keys never share a name, every file system takes it, and one that ignores
+        case or folds Unicode takes no two for one.
     """
     name = _plain_name(key, number)
     parts_are_plain = "_" not in key.node + key.split and _PLAIN.fullmatch(name)
     if parts_are_plain and len(name) <= _MAX_NAME_BYTES - 4:
         return f"{name}.png"
     return f"{_hashed_name(key, number)}.png"
+
+
+def older_name(key: RecordKey, number: int = 0) -> str | None:
+    """Give the name that an image with capital letters had before; None if it is the same.
+
+    Files of such names are still found, but only where they say themselves what they show: a
+    file system that ignores case may have taken two of them for one.
+    """
+    if not re.search("[A-Z]", key.node + key.split + key.class_name):
+        return None
+    lower = {n: getattr(key, n).lower() for n in ("node", "split", "class_name")}
+    would_be = image_name(replace(key, **lower), number)
+    # The hash alone tells the two kinds apart: letters of the readable part stay as they are.
+    return f"{_plain_name(key, number)}.png" if not _HASHED.search(would_be) else None
 
 
 def _plain_name(key: RecordKey, number: int) -> str:
@@ -75,6 +95,19 @@ def _hashed_name(key: RecordKey, number: int) -> str:
     return f"{readable}_h{xxhash.xxh3_128_hexdigest(identity)}"
 
 
+def png_names(folder: Path) -> list[str]:
+    """Name the PNG files of a folder, sorted; without a folder there are none.
+
+    Hidden ones are none of ours: macOS keeps what else it knows of ``x.png`` in ``._x.png``.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = (e.name for e in entries if e.name.endswith(".png") and e.is_file())
+            return sorted(name for name in found if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def key_json(key: RecordKey) -> dict[str, Any]:
     """Give a key as JSON-ready fields, in a fixed order."""
     return {
@@ -84,6 +117,15 @@ def key_json(key: RecordKey) -> dict[str, Any]:
         "class_name": key.class_name,
         "index": key.index,
     }
+
+
+def read_key(fields: Any) -> RecordKey | None:
+    """Read a key back from what `key_json` gave; None if it is anything else."""
+    kinds = {"node": str, "round": int, "split": str, "class_name": str, "index": int}
+    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
+        return None
+    fits = all(isinstance(fields[name], kind) for name, kind in kinds.items())
+    return RecordKey(**fields) if fits else None
 
 
 def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> int:
@@ -110,7 +152,7 @@ def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) ->
     """
     info = PngImagePlugin.PngInfo()
     info.add_text(TEXT_KEY, json.dumps(text))
-    temp = path.parent / f".fedgfe-{_writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
+    temp = path.parent / f".fedgfe-{writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
     try:
         with temp.open("xb") as file:
             Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
@@ -153,13 +195,15 @@ def inspect_image(path: Path) -> tuple[FileState, dict[str, Any] | None]:
     provenance : dict or None
         None unless the image is ours.
     """
+    if not path.is_file():  # to open a pipe would wait for ever
+        return "damaged", None
     try:
         with path.open("rb") as file, Image.open(file, formats=["PNG"]) as image:
             size, text = image.size, image.info.get(TEXT_KEY)
             image.verify()
             file.seek(-len(_END_CHUNK), os.SEEK_END)
             ended = file.read() == _END_CHUNK
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except (*UNREADABLE, ValueError):
         return "damaged", None
     if not ended:
         return "damaged", None
@@ -168,7 +212,7 @@ def inspect_image(path: Path) -> tuple[FileState, dict[str, Any] | None]:
     try:
         provenance = json.loads(text)
         expected = provenance["settings"]["width"], provenance["settings"]["height"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "damaged", None
     return ("ours", provenance) if size == expected else ("damaged", None)
 
@@ -187,7 +231,7 @@ def remove_stale_temps(folder: Path) -> int:
     removed = 0
     for path in folder.glob(".fedgfe-*.tmp"):
         match = _TEMP.fullmatch(path.name)
-        if match and (_writer_is_gone(match[1], int(match[2])) or _is_old(path)):
+        if match and (writer_is_gone(match[1], int(match[2])) or _is_old(path)):
             path.unlink(missing_ok=True)
             removed += 1
     return removed
@@ -200,8 +244,9 @@ def _is_old(path: Path) -> bool:
         return False
 
 
-def _writer_is_gone(token: str, pid: int) -> bool:
-    if token != _writer_token() or os.name != "posix":
+def writer_is_gone(token: str, pid: int) -> bool:
+    """Whether a process is known to run no more: one of this machine, by its `writer_token`."""
+    if token != writer_token() or os.name != "posix":
         return False
     try:
         os.kill(pid, 0)
@@ -213,7 +258,7 @@ def _writer_is_gone(token: str, pid: int) -> bool:
 
 
 @cache
-def _writer_token() -> str:
+def writer_token() -> str:
     """Identify the machine and, where there are such, the process namespace."""
     namespace = Path("/proc/self/ns/pid")
     place = os.readlink(namespace) if namespace.is_symlink() else ""

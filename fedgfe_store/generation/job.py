@@ -13,6 +13,7 @@ import torch
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.devices import DTYPES, choose_device, choose_dtype, free_bytes
+from fedgfe_store.generation.identity import others_in
 from fedgfe_store.generation.manifest import settings_of
 from fedgfe_store.generation.models import Model, resolve_model
 from fedgfe_store.generation.negative import Negative, find_negative
@@ -70,6 +71,7 @@ class Options(TypedDict, total=False):
     shard: Shard
     limit: int | None
     on_stale: OnStale
+    replace_others: bool
     again: bool
 
 
@@ -157,6 +159,7 @@ def prepare(
     shard: Shard = WHOLE,
     limit: int | None = None,
     on_stale: OnStale = "error",
+    replace_others: bool = False,
     again: bool = False,
     pipeline: ImagePipeline | None = None,
     keep_negative: bool = True,
@@ -215,6 +218,8 @@ def prepare(
         Render at most so many images.
     on_stale : {"error", "regenerate", "keep"}
         What to do about images made with other settings, see `plan_images`.
+    replace_others : bool
+        Replace images of other experiments, too.
     again : bool
         Render images that are done, too.
     pipeline : ImagePipeline, optional
@@ -236,7 +241,7 @@ def prepare(
     SchemaMismatchError
         If the store does not fit the model, or an option is not valid or not possible here.
     ConflictError
-        If the folder holds images made with other settings.
+        If the folder holds images made with other settings, or of another store.
     """
     if not len(selection):
         raise NotFoundError("selection: expected at least one record, got none")
@@ -279,8 +284,11 @@ def prepare(
         shard=shard,
         limit=limit,
         on_stale=on_stale,
+        replace_others=replace_others,
         again=again,
     )
+    for other in others_in(plan.folder, plan.identity):
+        report(f"{plan.folder} holds images of {other}, too: this is {plan.identity}")
     return Job(
         selection,
         plan,

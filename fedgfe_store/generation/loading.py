@@ -107,6 +107,8 @@ def load_network(model: Model, part: str, dtype: torch.dtype, **options: Any) ->
             variant=model.weights(part).variant,
             dtype=dtype,
             local_files_only=True,
+            # They are told below; those of quantized weights are diffusers' own business.
+            ignore_mismatched_sizes="quantization_config" not in options,
             output_loading_info=True,
             **options,
         )

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from math import inf, isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from fedgfe_store.generation.images import key_json, read_provenance
+from fedgfe_store._files import NOT_THROUGH_LINKS, write_file
+from fedgfe_store.errors import ConflictError
+from fedgfe_store.generation.images import key_json, png_names, read_provenance
 from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.records import RecordKey
 
 MANIFEST_NAME = "manifest.jsonl"
 _SHARD_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
 _TAIL_BYTES = 256 * 1024
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("file", "error", "fingerprint", "created"), (str,)),
+    **dict.fromkeys(("key", "settings", "digests"), (dict,)),
+    **dict.fromkeys(("image", "seed", "bytes"), (int,)),
+    "seconds": (int, float),
+}
 _RATE_LINES = 100
 
 _T = TypeVar("_T")
@@ -42,8 +51,7 @@ class Manifest:
 
     def __init__(self, folder: Path, shard: Shard = WHOLE) -> None:
         self._name = manifest_name(shard)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        self._file = os.open(folder / self._name, flags, 0o666)
+        self._file = _open(folder / self._name)
         self._lock = threading.Lock()
         self._end_torn_line()
 
@@ -127,7 +135,7 @@ def timestamp(seconds: float | None = None) -> str:
 def read_manifest(
     folder: Path, *, tail_bytes: int | None = None, part: Shard | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Read the lines of a folder's manifests; torn lines are left out.
+    """Read the lines of a folder's manifests; torn ones, and such as no run writes, are left out.
 
     Parameters
     ----------
@@ -150,17 +158,43 @@ def read_manifest(
         yield from _lines(path, tail_bytes)
 
 
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        # A killed writer leaves half a line; its image has the same facts inside.
+        return None
+    if not isinstance(line, dict):
+        return None
+    sound = all(isinstance(line[n], kind) for n, kind in _KINDS.items() if n in line)
+    return line if sound else None
+
+
+def _open(path: Path) -> int:
+    """Open a manifest for appending; where a link lies in its place, put a copy there first.
+
+    A link may lead to any file, which must not be written to.
+    """
+    if path.is_symlink():
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        kept = [text for text in lines if "file" in (_read_line(text) or {})]
+        write_file(path, b"".join(text + b"\n" for text in kept))
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS, 0o666)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise ConflictError(f"{path}: expected a file, got something else")
+    return file
+
+
 def _lines(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         if tail_bytes is not None and path.stat().st_size > tail_bytes:
             file.seek(-tail_bytes, os.SEEK_END)
             file.readline()
         for text in file:
-            # A killed writer leaves half a line; its image has the same facts inside.
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict):
-                    yield line
+            line = _read_line(text)
+            if line is not None:
+                yield line
 
 
 def _manifests(folder: Path, part: Shard | None = None) -> list[Path]:
@@ -242,7 +276,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
             settings = line.get("settings")
             if isinstance(settings, dict):
                 return settings
-    found = map(read_provenance, sorted(folder.glob("*.png")))
+    found = map(read_provenance, (folder / name for name in png_names(folder)))
     return next((provenance["settings"] for provenance in found if provenance), None)
 
 
@@ -285,7 +319,7 @@ def seconds_per_image(folder: Path, fingerprint: str) -> float | None:
     lines = [
         line
         for line in read_manifest(folder, tail_bytes=_TAIL_BYTES)
-        if line.get("fingerprint") == fingerprint and "seconds" in line
+        if line.get("fingerprint") == fingerprint and isfinite(line.get("seconds", inf))
     ]
     latest = [line["seconds"] for line in sorted(lines, key=_created)[-_RATE_LINES:]]
     return sum(latest) / len(latest) if latest else None

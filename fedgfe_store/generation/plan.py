@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.generation.images import FileState, image_name, inspect_image, key_json
+from fedgfe_store.generation.identity import Identity
+from fedgfe_store.generation.images import (
+    FileState,
+    image_name,
+    inspect_image,
+    key_json,
+    older_name,
+    png_names,
+    read_provenance,
+)
 from fedgfe_store.generation.manifest import seconds_per_image
 from fedgfe_store.generation.settings import (
     Settings,
@@ -26,8 +34,6 @@ from fedgfe_store.generation.shards import WHOLE, Shard, places_of
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fedgfe_store.selection import Selection
 
 __all__ = ["Plan", "PlanItem", "Settings", "fingerprint", "plan_images", "seed_of"]
@@ -99,12 +105,19 @@ class Plan:
         Where they go.
     limit : int or None
         Images to render at most in this run.
+    identity : Identity
+        The store that they are of.
+    on_stale, replace_others
+        What may be replaced, as for `plan_images`.
     """
 
     items: tuple[PlanItem, ...]
     settings: Settings
     folder: Path
     limit: int | None = None
+    identity: Identity = field(default_factory=Identity)
+    on_stale: OnStale = "error"
+    replace_others: bool = False
 
     @cached_property
     def todo(self) -> tuple[PlanItem, ...]:
@@ -143,6 +156,14 @@ class Plan:
         """Seconds of rendering; None until images were made here with these settings."""
         return None if self.seconds_each is None else self.seconds_each * len(self.todo)
 
+    def refuses(self, finding: Finding) -> bool:
+        """Whether the file that was found is not to be replaced."""
+        if finding.of_another:
+            return not self.replace_others
+        if self.on_stale == "keep":
+            return finding.keepable
+        return bool(finding.conflict) and self.on_stale == "error"
+
     def shortage(self, batch_size: int, seconds_left: float | None) -> str | None:
         """Say that a batch takes longer than there is time, and what would help; None otherwise.
 
@@ -165,7 +186,10 @@ class Plan:
     def summary(self, batch_size: int) -> str:
         """Describe the plan in a few lines: counts, batches, disk and time."""
         counts, todo = self.counts, len(self.todo)
-        stale = f", {counts['stale']} out of date" if counts["stale"] else ""
+        again = sum(item.reason == AGAIN for item in self.items)
+        outdated = counts["stale"] - again
+        stale = f", {outdated} out of date" if outdated else ""
+        stale += f", {again} to be made again" if again else ""
         kept = f" ({self.kept} kept as they are)" if self.kept else ""
         waiting = f" ({self.waiting} left for another run)" if self.waiting else ""
         lines = [
@@ -204,6 +228,7 @@ def plan_images(
     shard: Shard = WHOLE,
     limit: int | None = None,
     on_stale: OnStale = "error",
+    replace_others: bool = False,
     again: bool = False,
 ) -> Plan:
     """Compare the images of a selection with those in a folder.
@@ -229,6 +254,8 @@ def plan_images(
         Render at most so many images, the first ones that are not done.
     on_stale : {"error", "regenerate", "keep"}
         What to do about sound images made with other settings, or not by this package.
+    replace_others : bool
+        Replace images of other stores, too.
     again : bool
         Render images that are done, too.
 
@@ -240,28 +267,32 @@ def plan_images(
     Raises
     ------
     ConflictError
-        If there are such images and `on_stale` is ``"error"``: what differs, in how many files.
+        If there are such images and `on_stale` is ``"error"``, or images of another store whose
+        place is not given to this one: what differs, in how many files.
     SchemaMismatchError
         If `on_stale` is none of the three.
     """
     if on_stale not in get_args(OnStale):
         raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
     items = _list_items(selection, settings, output_dir, columns, numbers, shard)
-    present = frozenset(os.listdir(output_dir)) if output_dir.is_dir() else frozenset()
+    present = set(png_names(output_dir))
+    identity = Identity.of_store(selection)
     with ThreadPoolExecutor(_CHECKERS) as pool:
-        findings = list(pool.map(lambda item: _check(item, settings, present), items))
-    conflicts = Counter(finding.conflict for finding in findings if finding.conflict)
-    if conflicts and on_stale == "error":
-        raise ConflictError(_conflict_message(conflicts, output_dir))
+        findings = list(pool.map(lambda item: _check(item, settings, present, identity), items))
+    plan = Plan((), settings, output_dir, limit, identity, on_stale, replace_others)
+    refused = [f for f in findings if plan.refuses(f)]
+    if refused and on_stale != "keep":
+        raise ConflictError(_conflict_message(refused, output_dir))
     settled = (
-        replace(f.item, keep=True) if f.keepable and on_stale == "keep" else f.item
+        # With "keep" there may be some; else the run is refused.
+        replace(f.item, keep=True) if plan.refuses(f) else f.item
         for f in findings
     )
     if again:
         settled = (
             replace(i, status="stale", reason=AGAIN) if i.status == "done" else i for i in settled
         )
-    return Plan(tuple(settled), settings, output_dir, limit)
+    return replace(plan, items=tuple(settled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +302,7 @@ class Finding:
     item: PlanItem
     conflict: str = ""
     keepable: bool = False
+    of_another: bool = False
 
 
 def file_stamp(path: Path) -> tuple[int, ...] | None:
@@ -282,19 +314,32 @@ def file_stamp(path: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def made_meanwhile(item: PlanItem, settings: Settings) -> bool:
-    """Whether an image that was not done has been made since, by another process."""
+def look_again(item: PlanItem, plan: Plan) -> Finding | None:
+    """Look at the file of an image to render: None if it is still what it was when planned."""
     if file_stamp(item.path) == item.seen:
-        return False
-    return _check(item, settings, {item.path.name}).item.status == "done"
+        return None
+    return _check(item, plan.settings, {item.path.name}, plan.identity)
 
 
-def _check(item: PlanItem, settings: Settings, present: Set[str]) -> Finding:
+def locate(item: PlanItem, present: Set[str]) -> PlanItem:
+    """Give an image the place where it is, of the names in the folder: an older name counts."""
+    older = older_name(item.key, item.number)
+    if item.path.name in present or older is None or older not in present:
+        return item
+    path = item.path.with_name(older)
+    facts = read_provenance(path) or {}
+    same = (facts.get("key"), facts.get("image")) == (key_json(item.key), item.number)
+    return replace(item, path=path) if same else item
+
+
+def _check(item: PlanItem, settings: Settings, present: Set[str], identity: Identity) -> Finding:
+    item = locate(item, present)
     if item.path.name not in present:
         return Finding(item)
     item = replace(item, seen=file_stamp(item.path))
     state, provenance = inspect_image(item.path)
-    return compare_image(item, state, provenance, settings_json(settings), fingerprint(settings))
+    made_with = settings_json(settings), fingerprint(settings)
+    return compare_image(item, state, provenance, *made_with, identity=identity)
 
 
 def compare_image(
@@ -303,6 +348,8 @@ def compare_image(
     provenance: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
     expected: str,
+    *,
+    identity: Identity,
 ) -> Finding:
     """Compare what an image file says about itself with what it should be.
 
@@ -316,6 +363,8 @@ def compare_image(
         What it should be made with.
     expected : str
         Their fingerprint.
+    identity : Identity
+        The store that it should be of.
 
     Returns
     -------
@@ -326,6 +375,12 @@ def compare_image(
         return Finding(replace(item, reason="damaged file"))
     if provenance is None:
         return _conflict(item, "not made by fedgfe-store")
+    theirs = Identity.of_image(provenance)
+    same = (provenance.get("fingerprint"), provenance.get("digests")) == (expected, item.digests)
+    # A store without a name that was made again from the same files has another id only.
+    if identity.is_another(theirs) and not (same and identity.is_unnamed_beside(theirs)):
+        found = _conflict(item, f"images of {theirs}, not of {identity}")
+        return replace(found, of_another=True)
     if (provenance.get("key"), provenance.get("image")) != (key_json(item.key), item.number):
         return _conflict(item, "image of another record")
     conflict = ""
@@ -340,14 +395,16 @@ def _conflict(item: PlanItem, reason: str) -> Finding:
     return Finding(replace(item, status="stale", reason=reason), reason, keepable=True)
 
 
-def _conflict_message(conflicts: Counter[str], folder: Path) -> str:
+def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
+    conflicts = Counter(finding.conflict for finding in refused)
     lines = [f"  {count} files: {reason}" for reason, count in conflicts.most_common(5)]
     if len(conflicts) > 5:
         lines.append(f"  and {len(conflicts) - 5} other differences")
-    return (
-        f"{folder} holds {conflicts.total()} images that this run would replace:\n"
-        + "\n".join(lines)
-        + "\nSet on-stale to regenerate or keep, or use another output folder."
+    advice = "Set on-stale to regenerate or keep, or use another output folder."
+    if any(finding.of_another for finding in refused):
+        advice += " Images of others are replaced with --replace-others only."
+    return "\n".join(
+        [f"{folder} holds {len(refused)} images that this run would replace:", *lines, advice]
     )
 
 
@@ -383,8 +440,6 @@ def _list_items(
     files = own.records["file_id"].tolist()
     facts = zip(places.tolist(), record_digests(own, columns), files, strict=True)
     records = dict(zip(own.keys(), facts, strict=True))
-    if _ignores_case(folder) and _differ_in_case(keys):
-        _check_names(selection.keys(), folder)
     by_file = settings.noise == "file_id"
     return [
         PlanItem(
@@ -399,34 +454,6 @@ def _list_items(
         for key, (position, digests, file_id) in records.items()
         for number in numbers
     ]
-
-
-def _differ_in_case(keys: Mapping[str, np.ndarray]) -> bool:
-    """Whether any two names of a key column differ in case only: files of no others can."""
-    for column in ("node", "split", "class_name"):
-        names = set(keys[column].tolist())
-        if len({name.lower() for name in names}) < len(names):
-            return True
-    return False
-
-
-def _check_names(keys: Collection[RecordKey], folder: Path) -> None:
-    """Refuse files that one of a file system that ignores case would be."""
-    found: dict[str, list[RecordKey]] = defaultdict(list)
-    for key in dict.fromkeys(keys):
-        found[image_name(key).lower()].append(key)
-    for name, same in found.items():
-        if len(same) > 1:
-            raise ConflictError(
-                f"{folder} is on a file system that ignores case: expected one record for the name "
-                f"{name}, got {len(same)} ({'; '.join(map(str, same))})"
-            )
-
-
-def _ignores_case(folder: Path) -> bool:
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    swapped = existing.with_name(existing.name.swapcase())
-    return existing.name != swapped.name and swapped.exists() and swapped.samefile(existing)
 
 
 def _megabytes(size: int) -> str:

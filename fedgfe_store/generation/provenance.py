@@ -38,6 +38,7 @@ class Provenance:
             "diffusion_type": job.model.kind,
             "model_folder": None if hub_name else str(job.model.folder.resolve()),
             "store": str(job.selection.path.resolve()),
+            **job.plan.identity.to_json(),
             "commit": job.selection.commit,
             "device": placement.device,
             "offload": placement.offload,
@@ -61,8 +62,8 @@ class Provenance:
         -------
         dict
             Key, ``file_id`` where there is one, image number, seed, digests, settings and their
-            fingerprint, store commit, place and library versions; for the PNG's text chunk and
-            the manifest.
+            fingerprint, the store with its identity and commit, place and library versions; for
+            the PNG's text chunk and the manifest.
         """
         known = {"file_id": item.file_id} if item.file_id else {}
         return {

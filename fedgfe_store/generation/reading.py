@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedgfe_store.errors import DamagedDataError, NotFoundError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.job import Job
-from fedgfe_store.generation.plan import PlanItem, made_meanwhile, record_digests
+from fedgfe_store.generation.plan import PlanItem, look_again, record_digests
 from fedgfe_store.records import KEY_COLUMNS
 from fedgfe_store.store import EmbeddingStore
 
@@ -32,7 +32,8 @@ class Batch:
     embeddings : dict
         By column; float32 ``[images, ...]``.
     damaged : dict
-        Images whose record is damaged, and how.
+        Images whose record is damaged, and how; or that another run has put another image in
+        place of meanwhile.
     elsewhere : tuple of PlanItem
         Images that another process has made since they were planned, or is making now.
     """
@@ -58,32 +59,45 @@ def read_batches(job: Job, claims: Claims) -> Iterator[Batch]:
     Batch
         Full batches, but for the last.
     """
-    for items, elsewhere in _claimed(job, claims):
-        batch = _read(job, items) if items else Batch((), {}, {})
-        yield Batch(batch.items, batch.embeddings, batch.damaged, elsewhere)
+    for part in _claimed(job, claims):
+        batch = _read(job, part.taken) if part.taken else Batch((), {}, {})
+        damaged = {**part.refused, **batch.damaged}
+        yield Batch(batch.items, batch.embeddings, damaged, tuple(part.made))
 
 
-def _claimed(
-    job: Job, claims: Claims
-) -> Iterator[tuple[tuple[PlanItem, ...], tuple[PlanItem, ...]]]:
+@dataclass
+class _Part:
+    """Images that were claimed, those that others made or make, and those that are refused."""
+
+    taken: list[PlanItem] = field(default_factory=list)
+    made: list[PlanItem] = field(default_factory=list)
+    refused: dict[PlanItem, str] = field(default_factory=dict)
+
+
+def _claimed(job: Job, claims: Claims) -> Iterator[_Part]:
     """Take images in the plan's order; try those that others hold once more at the end."""
     held: list[PlanItem] = []
-    taken: list[PlanItem] = []
-    made: list[PlanItem] = []
+    part = _Part()
     for last_try, items in ((False, job.plan.todo), (True, held)):
         for item in items:
-            if not claims.take(item.path.name):
-                (made if last_try else held).append(item)
-            elif made_meanwhile(item, job.plan.settings):
+            if not claims.take(item.path.name, wait=last_try):
+                (part.made if last_try else held).append(item)
+                continue
+            found = look_again(item, job.plan)
+            refused = found is not None and job.plan.refuses(found)
+            kept = refused and job.plan.on_stale == "keep"
+            if found is not None and (kept or found.item.status == "done"):
                 claims.release(item.path.name)
-                made.append(item)
+                part.made.append(item)
+            elif found is not None and refused:
+                part.refused[item] = f"{found.conflict}: made meanwhile by another run"
             else:
-                taken.append(item)
-            if len(taken) == job.batch_size:
-                yield tuple(taken), tuple(made)
-                taken, made = [], []
-    if taken or made:
-        yield tuple(taken), tuple(made)
+                part.taken.append(item)
+            if len(part.taken) == job.batch_size:
+                yield part
+                part = _Part()
+    if part.taken or part.made or part.refused:
+        yield part
 
 
 def _read(job: Job, items: Sequence[PlanItem]) -> Batch:

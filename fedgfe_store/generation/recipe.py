@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.images import inspect_image
+from fedgfe_store.errors import (
+    ConflictError,
+    FedgfeStoreError,
+    NotFoundError,
+    SchemaMismatchError,
+)
+from fedgfe_store.generation.images import inspect_image, read_key
 from fedgfe_store.generation.job import Job, Options, Report
 from fedgfe_store.generation.plan import AGAIN, record_digests
 from fedgfe_store.generation.settings import difference, fingerprint, noise_rule, settings_json
@@ -18,6 +23,18 @@ from fedgfe_store.store import EmbeddingStore
 if TYPE_CHECKING:
     from fedgfe_store.generation.settings import Noise
     from fedgfe_store.selection import Selection
+
+AGAIN_FOLDER = "again"
+"""Where a picture that is made again goes unless told otherwise: a folder beside the first one."""
+
+_TEXT, _NUMBER, _MAYBE_TEXT = (str,), (int,), (str, type(None))
+_NEEDED = {"fingerprint": _TEXT, "digests": (dict,), "commit": _NUMBER, "seed": _NUMBER}
+_NEEDED_SETTINGS = {
+    **dict.fromkeys(("model", "revision", "dtype"), _TEXT),
+    **dict.fromkeys(("steps", "height", "width", "seed"), _NUMBER),
+    **dict.fromkeys(("pool", "quantization", "negative"), _MAYBE_TEXT),
+    "guidance": (int, float, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -58,13 +75,22 @@ class Recipe:
         if provenance is None:
             reason = "a damaged file" if state == "damaged" else "one of another program"
             raise SchemaMismatchError(f"{path}: expected a picture of fedgfe-store, got {reason}")
-        return cls(path, RecordKey(**provenance["key"]), provenance["image"], provenance)
+        key, number = read_key(provenance.get("key")), provenance.get("image")
+        unfit = _unfit(provenance, _NEEDED) + _unfit(provenance["settings"], _NEEDED_SETTINGS)
+        if key is None or not isinstance(number, int) or number < 0 or unfit:
+            missing = ", ".join(unfit) or "record"
+            raise SchemaMismatchError(
+                f"{path}: expected a picture that says how it was made, got one without {missing}"
+            )
+        return cls(path, key, number, provenance)
 
     @property
     def store(self) -> Path | None:
         """The store that it was made from, if that is still there."""
-        path = Path(self.provenance.get("store") or "")
-        return path if (path / "zarr.json").is_file() else None
+        named = self.provenance.get("store")
+        if not isinstance(named, str) or not named or "\0" in named:
+            return None
+        return Path(named) if (Path(named) / "zarr.json").is_file() else None
 
     @property
     def options(self) -> Options:
@@ -83,10 +109,44 @@ class Recipe:
             "pool": settings["pool"] or "last",
             "quantize": settings["quantization"],
             "only_image": self.number,
-            "again": True,
             "on_stale": "regenerate",
         }
         return made
+
+    def find(
+        self, stores: Sequence[Path], *, report: Report, as_of: int | None = None
+    ) -> Selection:
+        """Find the record in the first store that has what the picture was made from.
+
+        Parameters
+        ----------
+        stores : sequence of Path
+            Where to look, in this order.
+        report : callable
+            Hears of it when that is not the first one.
+        as_of : int, optional
+            See each store as this commit left it.
+
+        Raises
+        ------
+        FedgfeStoreError
+            If none has it: what each one has.
+        """
+        errors: list[FedgfeStoreError] = []
+        for path in stores:
+            try:
+                found = self.select(EmbeddingStore.open(path, as_of=as_of), report=report)
+            except FedgfeStoreError as error:
+                errors.append(error)
+                continue
+            if errors:
+                report(f"{errors[0]}: using {path} instead")
+            return found
+        if len(errors) == 1:
+            raise errors[0]
+        raise ConflictError(
+            "\n".join([f"{self.path} cannot be made again from any store:", *map(str, errors)])
+        )
 
     def select(self, store: EmbeddingStore, *, report: Report) -> Selection:
         """Find the record, as of the commit that it was made from if it has changed since.
@@ -136,7 +196,7 @@ class Recipe:
         return replace(job, plan=replace(job.plan, items=items))
 
     def check(self, job: Job) -> None:
-        """Make sure that a job has the picture's settings and takes no other one's place.
+        """Make sure that a job has the picture's settings and takes no picture's place unasked.
 
         Raises
         ------
@@ -148,7 +208,19 @@ class Recipe:
             changed = difference(self.provenance["settings"], settings_json(settings))
             raise ConflictError(f"{self.path} cannot be made again: {changed}")
         for item in job.plan.items:
+            if item.status == "done":
+                raise ConflictError(
+                    f"{item.path} is there already: overwrite it (--overwrite), or give another "
+                    f"folder (--output-dir)"
+                )
             if item.status == "stale" and item.reason != AGAIN and item.path != self.path:
                 raise ConflictError(
-                    f"{item.path} is another picture ({item.reason}): give a folder"
+                    f"{item.path} is another picture ({item.reason}): give another folder "
+                    f"(--output-dir)"
                 )
+
+
+def _unfit(facts: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> list[str]:
+    """Name the facts that are missing, or of another type than their picture would give them."""
+    absent = object()
+    return [name for name, kind in kinds.items() if not isinstance(facts.get(name, absent), kind)]

@@ -173,7 +173,10 @@ def render(
         stuck = note_stop(plan.folder, job.shard, stop, report)
         return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
     started = time.perf_counter()
-    with Claims(plan.folder) as claims, Manifest(plan.folder, job.shard) as manifest:
+    with (
+        Claims(plan.folder, report=report, ended=lambda: stop.requested) as claims,
+        Manifest(plan.folder, job.shard) as manifest,
+    ):
 
         def settle(item: PlanItem, error: str | None) -> None:
             if error is not None:

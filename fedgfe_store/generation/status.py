@@ -5,15 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store._text import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.images import image_name, inspect_image, key_json, read_provenance
+from fedgfe_store.generation.identity import Identity
+from fedgfe_store.generation.images import (
+    image_name,
+    inspect_image,
+    key_json,
+    png_names,
+    read_provenance,
+)
 from fedgfe_store.generation.manifest import latest
-from fedgfe_store.generation.plan import PlanItem, compare_image, record_digests
+from fedgfe_store.generation.plan import PlanItem, compare_image, locate, record_digests
 from fedgfe_store.generation.shards import shard_of
+from fedgfe_store.pictures import (
+    DELETED,
+    ListedPicture,
+    inspect_picture,
+    listed_picture,
+    mark_outdated,
+)
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
 if TYPE_CHECKING:
@@ -42,12 +57,15 @@ class ImageStatus:
         What the folder's images are made with; None where there are none.
     images_per_record : int
         Images that each record should have.
+    deleted : tuple of ListedPicture
+        Images in the folder whose record the store does not have any more, by file name.
     """
 
     frame: pd.DataFrame
     folder: Path
     settings: Mapping[str, Any] | None
     images_per_record: int
+    deleted: tuple[ListedPicture, ...] = ()
 
     @property
     def totals(self) -> dict[str, int]:
@@ -118,7 +136,8 @@ def image_status(
     -------
     ImageStatus
         ``"done"`` is a sound file of the record's present embedding and the folder's settings;
-        ``"stale"`` a sound one of another embedding or record, of other settings, or not ours;
+        ``"stale"`` a sound one of another embedding, record or store, of other settings, or not
+        ours;
         ``"failed"`` one that is not there since it could not be made; ``"missing"`` any other.
 
     Raises
@@ -139,7 +158,15 @@ def image_status(
             findings.append(finding)
             if progress is not None and done % number == 0:
                 progress(1)
-    return ImageStatus(_frame(items, findings), folder, state.settings, number)
+    frame, deleted = _frame(items, findings), _deleted(state, selection)
+    return ImageStatus(frame, folder, state.settings, number, deleted)
+
+
+def _deleted(state: _FolderState, selection: Selection) -> tuple[ListedPicture, ...]:
+    others = state.others()
+    marks = mark_outdated(others, selection)
+    found = [picture for picture, mark in zip(others, marks, strict=True) if mark == DELETED]
+    return tuple(sorted(found, key=lambda picture: picture.file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +177,7 @@ class _Line:
     number: int | None
     error: str | None
     fingerprint: str | None
+    other: ListedPicture | None
 
 
 @dataclass(frozen=True)
@@ -166,6 +194,7 @@ class _FolderState:
     @classmethod
     def read(cls, folder: Path, selected: Set[RecordKey]) -> _FolderState:
         settings: dict[str, Mapping[str, Any]] = {}
+        texts: dict[str, str] = {}
 
         def pick(line: dict[str, Any]) -> _Line:
             made_with = line.get("fingerprint")
@@ -173,10 +202,11 @@ class _FolderState:
                 settings.setdefault(made_with, line["settings"])
             error = line.get("error")
             number = _number_of(line, selected)
-            return _Line(str(line.get("created", "")), number, error, made_with)
+            other = listed_picture(line, texts) if number is None else None
+            return _Line(str(line.get("created", "")), number, error, made_with, other)
 
         lines = latest(folder, pick)
-        present = {path.name for path in folder.glob("*.png")}
+        present = set(png_names(folder))
         finished = [line for line in lines.values() if line.fingerprint in settings]
         if finished:
             newest = max(finished, key=lambda line: line.created).fingerprint or ""
@@ -187,15 +217,29 @@ class _FolderState:
 
     def highest_number(self) -> int:
         """Give the highest image number that any of the records has had, at least 0."""
-        first = {image_name(key) for key in self.selected}
-        unlisted = [self.folder / name for name in self.present - self.lines.keys() - first]
         numbers = [line.number for line in self.lines.values()]
-        numbers += [_number_of(read_provenance(path) or {}, self.selected) for path in unlisted]
+        numbers += [p.image for p in self._unlisted.values() if p.key in self.selected]
         return max((number for number in numbers if number is not None), default=0)
+
+    def others(self) -> list[ListedPicture]:
+        """Give the pictures that are there and of other records than the selected ones."""
+        listed = [self.lines[name].other for name in self.present & self.lines.keys()]
+        unlisted = [p for p in self._unlisted.values() if p.key not in self.selected]
+        return [picture for picture in (*listed, *unlisted) if picture is not None]
+
+    @cached_property
+    def _unlisted(self) -> dict[str, ListedPicture]:
+        """Pictures of which neither a line nor their name as a record's first image tells."""
+        first = {image_name(key) for key in self.selected}
+        names = sorted(self.present - self.lines.keys() - first)
+        with ThreadPoolExecutor(_CHECKERS) as pool:
+            found = pool.map(lambda name: inspect_picture(self.folder / name), names)
+            pictures = zip(names, found, strict=True)
+            return {name: each for name, each in pictures if not isinstance(each, str)}
 
 
 def _number_of(facts: Mapping[str, Any], selected: Set[RecordKey]) -> int | None:
-    """Give the image number in a manifest line or provenance of a selected record."""
+    """Give the image number in a manifest line of a selected record."""
     try:
         number = int(facts["image"])
         return number if RecordKey(**facts["key"]) in selected else None
@@ -204,7 +248,8 @@ def _number_of(facts: Mapping[str, Any], selected: Set[RecordKey]) -> int | None
 
 
 def _newest_provenance(folder: Path) -> dict[str, Any] | None:
-    newest_first = sorted(folder.glob("*.png"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    paths = [folder / name for name in png_names(folder)]
+    newest_first = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next(filter(None, map(read_provenance, newest_first)), None)
 
 
@@ -231,17 +276,23 @@ class _Checker:
     def __init__(self, selection: Selection, state: _FolderState) -> None:
         self._state = state
         self._digests = record_digests(selection, selection.schema.columns)
+        self._identity = Identity.of_store(selection)
 
-    def __call__(self, item: PlanItem) -> tuple[str, str]:
+    def __call__(self, item: PlanItem) -> tuple[str, str, str]:
+        item = locate(item, self._state.present)
         name = item.path.name
         if name not in self._state.present:
             line = self._state.lines.get(name)
-            return ("failed", line.error) if line and line.error is not None else ("missing", "")
+            if line is None or line.error is None:
+                return name, "missing", ""
+            return name, "failed", line.error
         state, provenance = inspect_image(item.path)
         item = replace(item, digests=self._expected(item, provenance or {}))
         settings, fingerprint = self._state.settings or {}, self._state.fingerprint
-        found = compare_image(item, state, provenance, settings, fingerprint).item
-        return found.status, found.reason
+        found = compare_image(
+            item, state, provenance, settings, fingerprint, identity=self._identity
+        ).item
+        return name, found.status, found.reason
 
     def _expected(self, item: PlanItem, provenance: Mapping[str, Any]) -> dict[str, str]:
         """Give the digests of the tensors that the image was made from, and of no others."""
@@ -251,13 +302,13 @@ class _Checker:
         return {name: own[name] for name in names if name in own}
 
 
-def _frame(items: Sequence[PlanItem], findings: Sequence[tuple[str, str]]) -> pd.DataFrame:
+def _frame(items: Sequence[PlanItem], findings: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
     import pandas as pd
 
     columns = [*KEY_COLUMNS, "image", "file", "status", "reason"]
     rows = [
-        [*key_json(item.key).values(), item.number, item.path.name, status, reason]
-        for item, (status, reason) in zip(items, findings, strict=True)
+        [*key_json(item.key).values(), item.number, *finding]
+        for item, finding in zip(items, findings, strict=True)
     ]
     frame = pd.DataFrame(rows, columns=columns)
     return frame.astype({"round": "int64", "index": "int64", "image": "int64"})

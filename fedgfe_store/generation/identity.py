@@ -1,0 +1,71 @@
+"""Which store an image was made from: images of one never pass for those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from fedgfe_store.generation.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
+
+_TAIL_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells a store from others, wherever it lies.
+
+    Parameters
+    ----------
+    experiment : str or None
+        Name of its experiment.
+    store_id : str or None
+        What it was given when it was made.
+    """
+
+    experiment: str | None = None
+    store_id: str | None = None
+
+    @classmethod
+    def of_store(cls, selection: Selection) -> Self:
+        """Give the identity of the store that records are from."""
+        return cls(selection.schema.metadata.experiment or None, selection.store_id)
+
+    @classmethod
+    def of_image(cls, facts: Mapping[str, Any]) -> Self:
+        """Give the identity that an image or its manifest line names; older ones name none."""
+        experiment, store_id = facts.get("experiment"), facts.get("store_id")
+        return cls(
+            experiment if isinstance(experiment, str) and experiment else None,
+            store_id if isinstance(store_id, str) and store_id else None,
+        )
+
+    def is_another(self, other: Identity) -> bool:
+        """Whether two stores are known to be of different experiments."""
+        if self.experiment and other.experiment:
+            return self.experiment != other.experiment
+        return bool(self.store_id and other.store_id) and self.store_id != other.store_id
+
+    def is_unnamed_beside(self, other: Identity) -> bool:
+        """Whether one of the two has no experiment's name, so that only their ids can differ."""
+        return not (self.experiment and other.experiment)
+
+    def to_json(self) -> dict[str, str | None]:
+        """Return it as images and manifests have it."""
+        return {"experiment": self.experiment, "store_id": self.store_id}
+
+    def __str__(self) -> str:
+        if self.experiment:
+            return f"experiment {self.experiment}"
+        return f"store {self.store_id[:12]}" if self.store_id else "a store without a name"
+
+
+def others_in(folder: Path, own: Identity) -> list[Identity]:
+    """Give the other stores whose images the latest lines of a folder's manifests list."""
+    lines = read_manifest(folder, tail_bytes=_TAIL_BYTES)
+    found = dict.fromkeys(Identity.of_image(line) for line in lines)
+    return [identity for identity in found if own.is_another(identity)]
