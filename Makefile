@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo notebook test test-gpu lint bench bench-quick clean
+.PHONY: demo notebook test test-gpu soak lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -17,6 +17,11 @@ demo/contact_sheet.png: | $(VENV)/installed
 
 test: lint test-gpu
 	$(BIN)/python -m pytest
+
+# What power cuts, kills, broken disks, locks and copying do to stores; hours. Pieces, seeds and a
+# short form: tools/soak.py --help.
+soak: $(VENV)/installed-dev
+	$(BIN)/python tools/soak.py
 
 # The commands on a simulated GPU, in a process of its own: the device has to be there before torch.
 test-gpu: $(VENV)/installed-dev

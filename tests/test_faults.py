@@ -368,19 +368,6 @@ except OSError as error: print(isinstance(error, DamagedDataError), error.errno,
     assert out.stdout.startswith(f"False {errno.EMFILE} "), (out.stdout, out.stderr)
 
 
-def test_soak(tmp_path):  # cases.md c5; the long version: python tools/soak.py
-    command = [sys.executable, str(TESTS.parent / "tools" / "soak.py"), "--kills", "12"]
-    done = subprocess.run(
-        [*command, "--seed", "3", "--folder", str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("kills 12, commits "), done.stdout
-    assert done.stdout.rstrip().endswith("lost 0")
-
-
 WRITER = """
 import sys; sys.path.insert(0, {tests!r})
 from conftest import values
