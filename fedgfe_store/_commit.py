@@ -32,6 +32,7 @@ from fedgfe_store._recovery import (
     PENDING,
     clear,
     key_chunks,
+    make_sure,
     recover,
     remove_temporary,
     shape_files,
@@ -282,12 +283,7 @@ class Transaction:
         return self.snapshot.extended(Group.read(self.path), rows, marked)
 
     def _place(self) -> None:
-        self._claim.fence()
-        if (self.path / GROUP_FILE).read_bytes() != self.snapshot.group.raw:
-            raise ConflictError(
-                f"{self.path}: another writer came in between while commit {self.commit} was "
-                f"written; nothing of it was published"
-            )
+        make_sure(self.path, self.snapshot.group, self._claim)
         self._staging.place()
 
     def _tell_of_the_upgrade(self) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fill, values
+from conftest import fill
 
-from fedgfe_store import EmbeddingStore, _claim, _commit, _recovery
+from fedgfe_store import EmbeddingStore, _claim, _commit
 from fedgfe_store._staging import Staging
 from fedgfe_store.errors import ConflictError
 
@@ -43,6 +44,14 @@ class Hosts:
         for claim in path.glob("claim.*"):
             os.utime(claim, times=(time.time() - 120,) * 2)
         self.next()
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A store as the release before format version 2 wrote it."""
+    path = tmp_path / "old.zarr"
+    shutil.copytree(Path(__file__).parent / "data" / "federation_v1.zarr", path)
+    return path
 
 
 @pytest.fixture
@@ -84,3 +93,66 @@ def test_a_late_owner_stops_also_when_who_took_over_gave_up(store, hosts, monkey
     # And no one waits for who gave up.
     fill(EmbeddingStore.open(store.path), node=0, round=2)
     check_sound(store.path, 12)
+
+
+class NoClaim:
+    """What a release that knows no claims has of them."""
+
+    token, number, after_others, alone = "0", 0, False, True
+
+    @classmethod
+    def take(cls, path: Path, **options: object) -> NoClaim:
+        return cls()
+
+    def fence(self) -> None: ...
+
+    def forget_others(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+    def release(self, *, published: bool = False) -> None: ...
+
+
+def test_who_gives_up_clears_nothing_of_a_commit_that_came_in_between(old, hosts, monkeypatch):
+    def commit_without_a_claim() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(_commit, "Claim", NoClaim)
+            fill(EmbeddingStore.open(old), node=0, round=8, n=4)
+
+    before = len(EmbeddingStore.open(old))
+    meanwhile(monkeypatch, commit_without_a_claim)
+    with pytest.raises(ConflictError, match="another writer came in between"):
+        fill(EmbeddingStore.open(old), node=0, round=9)
+    check_sound(old, before + 8)
+    fill(EmbeddingStore.open(old), node=0, round=9)
+    check_sound(old, before + 14)
+
+
+def test_a_name_that_a_late_owner_may_unlink_is_not_used_again(store, hosts, monkeypatch):
+    fill(store, node=0, round=1)
+    path = store.path
+    # A writer dies with files in place; another one of its host sleeps before it unlinks them.
+    with monkeypatch.context() as patch:
+        patch.setattr(_commit.Transaction, "_abort", lambda *error: None)
+        meanwhile(monkeypatch, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fill(store, node=0, round=2)
+    unlink, late = Path.unlink, []
+
+    def sleeping(file: Path, missing_ok: bool = False) -> None:
+        if file.name.startswith("c."):
+            if not late:
+                hosts.sleep(path)
+                # The next one gives up, and the one after it commits.
+                late.append(file)
+                assert EmbeddingStore.open(path).delete(class_name="dog", index=99) == 0
+                hosts.next()
+                fill(EmbeddingStore.open(path), node=0, round=2)
+        unlink(file, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", sleeping)
+        with pytest.raises(ConflictError, match="another writer came in between"):
+            fill(EmbeddingStore.open(path), node=0, round=3)
+    assert late
+    check_sound(path, 12)
