@@ -140,14 +140,13 @@ def test_a_name_that_a_late_owner_may_unlink_is_not_used_again(store, hosts, mon
     unlink, late = Path.unlink, []
 
     def sleeping(file: Path, missing_ok: bool = False) -> None:
-        if file.name.startswith("c."):
-            if not late:
-                hosts.sleep(path)
-                # The next one gives up, and the one after it commits.
-                late.append(file)
-                assert EmbeddingStore.open(path).delete(class_name="dog", index=99) == 0
-                hosts.next()
-                fill(EmbeddingStore.open(path), node=0, round=2)
+        if file.name.startswith("c.") and not late:
+            hosts.sleep(path)
+            # The next one gives up, and the one after it commits.
+            late.append(file)
+            assert EmbeddingStore.open(path).delete(class_name="dog", index=99) == 0
+            hosts.next()
+            fill(EmbeddingStore.open(path), node=0, round=2)
         unlink(file, missing_ok=missing_ok)
 
     with monkeypatch.context() as patch:
