@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fill
+from conftest import fill, values
 
 from fedgfe_store import EmbeddingStore, _claim, _commit
 from fedgfe_store._staging import Staging
@@ -155,3 +157,30 @@ def test_a_name_that_a_late_owner_may_unlink_is_not_used_again(store, hosts, mon
             fill(EmbeddingStore.open(path), node=0, round=3)
     assert late
     check_sound(path, 12)
+
+
+def test_a_disk_on_which_both_kinds_of_locks_exclude_each_other(store, monkeypatch):
+    # As NFS does, which makes the same of flock and lockf, and Lustre.
+    held: dict[int, tuple[int, object]] = {}
+
+    def taken(handle: int, operation: int, kind: object) -> None:
+        inode = os.fstat(handle).st_ino
+        if operation & fcntl.LOCK_UN:
+            held.pop(inode, None)
+        elif held.setdefault(inode, (handle, kind)) != (handle, kind):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    close = os.close
+
+    def closed(handle: int) -> None:
+        for inode in [inode for inode, (owner, _) in held.items() if owner == handle]:
+            del held[inode]
+        close(handle)
+
+    monkeypatch.setattr(fcntl, "flock", lambda handle, how: taken(handle, how, fcntl.flock))
+    monkeypatch.setattr(fcntl, "lockf", lambda handle, how: taken(handle, how, fcntl.lockf))
+    monkeypatch.setattr(os, "close", closed)
+    for number in (1, 2):
+        with store.append(node=0, round=number, timeout=0) as batch:
+            batch.add(split="train", class_name="dog", index=0, **values(1))
+    assert not held
