@@ -60,12 +60,18 @@ def create(path: Path, schema: Schema, *, timeout: float) -> None:
         _refuse_occupied(path, group.arrays)
         _files.make_folders(path)
         claim = Claim.take(
-            path, timeout=timeout, since=started, published=lambda: _before(path), clear=_nothing
+            path,
+            timeout=timeout,
+            since=started,
+            published=lambda: _before(path),
+            clear=lambda: remove_temporary(path, group),
         )
+        published = False
         try:
             _publish_empty(path, group, claim)
+            published = True
         finally:
-            claim.release(published=True)
+            claim.release(published=published)
     finally:
         lock.release()
 
@@ -77,10 +83,6 @@ def _before(path: Path) -> int:
     return -1
 
 
-def _nothing() -> None:
-    pass
-
-
 def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
     for name in group.arrays:
         _files.make_folders(path / name)
@@ -89,6 +91,7 @@ def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
     for contents in (shape_files(path, group), {path / GROUP_FILE: group.encode()}):
         staging.write(contents)
         claim.fence()
+        _before(path)
         staging.place()
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fill, values
+from conftest import SMALL, fill, values
 
-from fedgfe_store import EmbeddingStore, _claim, _commit
+from fedgfe_store import EmbeddingStore, _claim, _commit, _files
 from fedgfe_store._staging import Staging
 from fedgfe_store.errors import ConflictError
 
@@ -184,3 +184,66 @@ def test_a_disk_on_which_both_kinds_of_locks_exclude_each_other(store, monkeypat
         with store.append(node=0, round=number, timeout=0) as batch:
             batch.add(split="train", class_name="dog", index=0, **values(1))
     assert not held
+
+
+def test_a_store_is_not_made_again_over_one_that_a_late_maker_has_made(
+    tmp_path, hosts, monkeypatch
+):
+    path = tmp_path / "a.zarr"
+    folders, late = _files.make_folders, []
+
+    def late_maker(folder: Path) -> None:
+        # All but the last rename of the other one was done, and it wakes up only now.
+        if not late and folder.parent == path:
+            late.append(folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(_commit, "Claim", NoClaim)
+                fill(EmbeddingStore.create(path, SMALL), node=0, round=1)
+        folders(folder)
+
+    monkeypatch.setattr(_files, "make_folders", late_maker)
+    with pytest.raises(ConflictError, match="a Zarr group is there already"):
+        EmbeddingStore.create(path, SMALL)
+    check_sound(path, 6)
+
+
+def test_a_maker_that_was_taken_for_dead_leaves_the_claims_of_who_took_over(
+    tmp_path, hosts, monkeypatch
+):
+    path = tmp_path / "a.zarr"
+    folders, made = _files.make_folders, []
+
+    def taken_over(folder: Path) -> None:
+        if not made and folder.parent == path:
+            hosts.sleep(path)
+            made.append(
+                _claim.Claim.take(
+                    path, timeout=0, since=0, published=lambda: -1, clear=lambda: None
+                )
+            )
+        folders(folder)
+
+    monkeypatch.setattr(_files, "make_folders", taken_over)
+    with pytest.raises(ConflictError, match="another writer came in between"):
+        EmbeddingStore.create(path, SMALL)
+    made[0].fence()
+    made[0].release()
+
+
+def test_two_compactions_may_unlink_the_same_files(store, hosts, monkeypatch):
+    fill(store, node=0, round=1)
+    fill(store, node=0, round=2)
+    store.delete(round=1)
+    unlink, late = Path.unlink, []
+
+    def sleeping(file: Path, missing_ok: bool = False) -> None:
+        if file.name.startswith("c.") and not late:
+            late.append(file)
+            hosts.sleep(store.path)
+            EmbeddingStore.open(store.path).compact()
+        unlink(file, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", sleeping)
+    store.compact()
+    assert late
+    check_sound(store.path, 6)
