@@ -285,8 +285,18 @@ class Transaction:
             return self.snapshot.at(Group.read(self.path))
         return self.snapshot.extended(Group.read(self.path), rows, marked)
 
-    def _place(self) -> None:
+    def make_sure(self) -> None:
+        """Make sure that what `snapshot` shows is still the latest state, and this commit next.
+
+        Raises
+        ------
+        ConflictError
+            If another writer came in between.
+        """
         make_sure(self.path, self.snapshot.group, self._claim)
+
+    def _place(self) -> None:
+        self.make_sure()
         self._staging.place()
 
     def _tell_of_the_upgrade(self) -> None:

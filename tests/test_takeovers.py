@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import SMALL, fill, values
 
-from fedgfe_store import EmbeddingStore, _claim, _commit, _files
+from fedgfe_store import EmbeddingStore, _backup, _claim, _commit, _files
+from fedgfe_store._group import Group
 from fedgfe_store._staging import Staging
 from fedgfe_store.errors import ConflictError
 
@@ -247,3 +248,35 @@ def test_two_compactions_may_unlink_the_same_files(store, hosts, monkeypatch):
     store.compact()
     assert late
     check_sound(store.path, 6)
+
+
+def test_a_late_backup_does_not_publish_what_was_compacted_meanwhile(
+    store, hosts, monkeypatch, tmp_path
+):
+    fill(store, node=0, round=1)
+    target = tmp_path / "copy.zarr"
+    store.backup(target)
+    fill(store, node=0, round=2)
+    folders, seen = _backup._Copying.folders, []
+
+    def sleeping(copying: _backup._Copying, group: Group) -> None:
+        seen.append(group)
+        if len(seen) == 2:  # under the claim, before files are brought
+            hosts.sleep(store.path)
+            other = EmbeddingStore.open(store.path)
+            fill(other, node=0, round=3)
+            other.delete(round=[2, 3])
+            other.compact()
+        folders(copying, group)
+
+    monkeypatch.setattr(_backup._Copying, "folders", sleeping)
+    monkeypatch.setattr(_backup._Copying, "tensor_files", only_the_second(_backup, seen))
+    with pytest.raises(ConflictError, match="another writer came in between"):
+        store.backup(target)
+    check_sound(target, 6)
+
+
+def only_the_second(module, seen):
+    """Bring tensor files only under the claim, as where the commit came in since."""
+    bring = module._Copying.tensor_files
+    return lambda copying, group: bring(copying, group) if len(seen) == 2 else None
