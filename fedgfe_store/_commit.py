@@ -239,13 +239,16 @@ class Transaction:
     def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
         values, column = records.tensors.get(name), self.schema.column(name)
-        if values is None:
-            return
-        present = records.columns[f"has_{name}"] if column.optional else None
-        if present is not None and not present.any():
-            return
         files = self.snapshot.tensor_files[name]
-        with self._staging.open(Path(files.file(first // files.granule))) as file:
+        path = Path(files.file(first // files.granule))
+        present = records.columns[f"has_{name}"] if column.optional else None
+        if values is None or (present is not None and not present.any()):
+            if not path.exists():
+                return
+            # A copy of a busy store brought it along. Replaced, not unlinked: a late writer may
+            # not unlink what who took over has put there.
+            values, present = np.empty((0, *column.shape), np.float32), None
+        with self._staging.open(path) as file:
             files.write(file, values, present)
 
     def upgrade(self) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fill
+import xarray as xr
+from conftest import fill, values
 
-from fedgfe_store import EmbeddingStore, _key_files
+from fedgfe_store import EmbeddingStore, Schema, _key_files
 from fedgfe_store._layout import key_columns
 from fedgfe_store._staging import Staging
 from fedgfe_store.errors import DamagedDataError
@@ -171,3 +172,22 @@ def test_chunks_of_a_key_column_that_changed_places_are_damage(tmp_path, monkeyp
 
     with pytest.raises(DamagedDataError, match=f"key column {name}.*not what was committed there"):
         look()
+
+
+def test_what_a_copy_brought_along_is_no_value_of_a_later_record(tmp_path):
+    schema = Schema.flux(3, width=8, clip=(4,), granule=4, audio=(2, 3))
+    store = EmbeddingStore.create(tmp_path / "a.zarr", schema)
+    for number in (1, 2):
+        before = (store.path / "zarr.json").read_bytes()
+        audio = np.ones((4, 2, 3), np.float32)
+        with store.append(node=0, round=number) as batch:
+            batch.add(
+                split="train", class_name="dog", index=range(4), audio=audio, **values(4, 0, schema)
+            )
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store.path, copy)
+    (copy / "zarr.json").write_bytes(before)  # as a copy that reads it first
+    fill(EmbeddingStore.open(copy), node=0, round=3, classes="dog", n=4)
+    with xr.open_zarr(copy) as found:
+        assert np.isfinite(found["audio"].values[:4]).all()
+        assert np.isnan(found["audio"].values[4:]).all()
