@@ -40,7 +40,12 @@ from fedgfe_store._recovery import (
 from fedgfe_store._snapshot import Snapshot, gap
 from fedgfe_store._staging import Staging
 from fedgfe_store._upgrade import identities
-from fedgfe_store.errors import ConflictError, DamagedDataError, FedgfeStoreError
+from fedgfe_store.errors import (
+    ConflictError,
+    DamagedDataError,
+    FedgfeStoreError,
+    NotFoundError,
+)
 from fedgfe_store.records import RecordBatch, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 
@@ -192,7 +197,10 @@ class Transaction:
 
     def _is_published(self) -> bool:
         """Whether the rename that publishes took place, as when only the flush after it failed."""
-        return self._encoded == (self.path / GROUP_FILE).read_bytes()
+        try:
+            return self._encoded == (self.path / GROUP_FILE).read_bytes()
+        except FileNotFoundError:
+            return False
 
     @property
     def schema(self) -> Schema:
@@ -408,7 +416,7 @@ class Transaction:
             if self._staging.placed or (self._begun and self.snapshot.group.version == 1):
                 clear(self.path, self.snapshot.group, self._claim)
             self._claim.release()
-        except ConflictError:  # who took over clears it
+        except (ConflictError, NotFoundError):  # who took over clears it, or it is gone
             return
         except OSError as failure:
             if error is None:
@@ -425,7 +433,11 @@ def _add_outcome(error: BaseException, path: Path, published: int | None) -> Non
     if published is not None:
         error.add_note(f"commit {published} of {path} was published before this failed")
         return
-    commit = Group.read(path).point.commit
+    try:
+        commit = Group.read(path).point.commit
+    except (FedgfeStoreError, OSError) as failure:  # must not hide what went wrong first
+        error.add_note(f"nothing of this commit was published: {failure}")
+        return
     error.add_note(f"nothing of this commit was published: {path} is at commit {commit}")
 
 

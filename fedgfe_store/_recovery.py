@@ -15,7 +15,7 @@ from fedgfe_store._group import GROUP_FILE, Group
 from fedgfe_store._layout import KEY_CHUNK, array_metadata
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._staging import Staging
-from fedgfe_store.errors import ConflictError
+from fedgfe_store.errors import ConflictError, NotFoundError
 
 PENDING = "pending"
 """In stores of version 1, which older releases write too: a commit is being written."""
@@ -52,7 +52,11 @@ def make_sure(path: Path, group: Group, claim: Claim) -> None:
     ------
     ConflictError
         If another writer came in between, also one that knows no claims.
+    NotFoundError
+        If the store has been removed.
     """
+    if not (path / GROUP_FILE).exists():
+        raise NotFoundError(f"{path}: the store is gone, while commit {claim.number} was written")
     claim.fence()
     if (path / GROUP_FILE).read_bytes() != group.raw:
         raise ConflictError(

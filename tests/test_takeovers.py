@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import SMALL, fill, values
 
-from fedgfe_store import EmbeddingStore, _backup, _claim, _commit, _files
+from fedgfe_store import EmbeddingStore, _append, _backup, _claim, _commit, _files
 from fedgfe_store._group import Group
 from fedgfe_store._staging import Staging
-from fedgfe_store.errors import ConflictError
+from fedgfe_store.errors import ConflictError, NotFoundError
 
 
 class NoLock:
@@ -280,3 +280,11 @@ def only_the_second(module, seen):
     """Bring tensor files only under the claim, as where the commit came in since."""
     bring = module._Copying.tensor_files
     return lambda copying, group: bring(copying, group) if len(seen) == 2 else None
+
+
+def test_a_store_that_is_removed_meanwhile_is_said_to_be_gone(store, monkeypatch):
+    monkeypatch.setattr(_append, "_BUFFER_BYTES", 1)
+    gone = "the store is gone, while commit 1 was written"
+    with pytest.raises(NotFoundError, match=gone), store.append(node=0, round=1) as batch:
+        batch.add(split="train", class_name="dog", index=range(4), **values(4))
+        (store.path / "zarr.json").unlink()
