@@ -63,6 +63,8 @@ def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance)
             copying.folders(group)
             copying.tensor_files(group)
             copying.small_files(group)
+            # Had it been taken over, files that were to be brought may be compacted away.
+            transaction.make_sure()
             copying.publish(group)
             removed = copying.remove_others(group)
     finally:

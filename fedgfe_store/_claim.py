@@ -179,7 +179,7 @@ class Claim:
             except BaseException:
                 claim.release()
                 raise
-            claim.release()
+            claim.release(published=True)
 
     def _is_next(self, published: Callable[[], int]) -> bool:
         """Whether the commit has not been published meanwhile, before its claims were removed."""
@@ -257,8 +257,17 @@ class Claim:
             self.after_others = False
 
     def release(self, *, published: bool = False) -> None:
-        """Give the claim back; once its commit is `published`, all claims up to it are removed."""
+        """Give the claim back; once its commit is `published`, all claims up to it are removed.
+
+        One that was taken over from a writer that may still be at work stays, for anyone to take
+        over at once: without it that writer would find its next fence free.
+        """
         self.abandon()
+        if self.after_others and not published:
+            for file in self._made:
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(file, times=(0, 0))
+            return
         spent = set(self._made)
         if published:
             for number, files in claims(self._path).items():

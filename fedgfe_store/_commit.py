@@ -32,6 +32,7 @@ from fedgfe_store._recovery import (
     PENDING,
     clear,
     key_chunks,
+    make_sure,
     recover,
     remove_temporary,
     shape_files,
@@ -59,12 +60,18 @@ def create(path: Path, schema: Schema, *, timeout: float) -> None:
         _refuse_occupied(path, group.arrays)
         _files.make_folders(path)
         claim = Claim.take(
-            path, timeout=timeout, since=started, published=lambda: _before(path), clear=_nothing
+            path,
+            timeout=timeout,
+            since=started,
+            published=lambda: _before(path),
+            clear=lambda: remove_temporary(path, group),
         )
+        published = False
         try:
             _publish_empty(path, group, claim)
+            published = True
         finally:
-            claim.release(published=True)
+            claim.release(published=published)
     finally:
         lock.release()
 
@@ -76,10 +83,6 @@ def _before(path: Path) -> int:
     return -1
 
 
-def _nothing() -> None:
-    pass
-
-
 def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
     for name in group.arrays:
         _files.make_folders(path / name)
@@ -88,6 +91,7 @@ def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
     for contents in (shape_files(path, group), {path / GROUP_FILE: group.encode()}):
         staging.write(contents)
         claim.fence()
+        _before(path)
         staging.place()
 
 
@@ -281,13 +285,18 @@ class Transaction:
             return self.snapshot.at(Group.read(self.path))
         return self.snapshot.extended(Group.read(self.path), rows, marked)
 
+    def make_sure(self) -> None:
+        """Make sure that what `snapshot` shows is still the latest state, and this commit next.
+
+        Raises
+        ------
+        ConflictError
+            If another writer came in between.
+        """
+        make_sure(self.path, self.snapshot.group, self._claim)
+
     def _place(self) -> None:
-        self._claim.fence()
-        if (self.path / GROUP_FILE).read_bytes() != self.snapshot.group.raw:
-            raise ConflictError(
-                f"{self.path}: another writer came in between while commit {self.commit} was "
-                f"written; nothing of it was published"
-            )
+        self.make_sure()
         self._staging.place()
 
     def _tell_of_the_upgrade(self) -> None:

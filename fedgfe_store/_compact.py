@@ -44,7 +44,7 @@ def compact(transaction: Transaction) -> tuple[Compaction, Snapshot]:
     # Only now: a reader of an older commit that misses a file sees by the commit point why.
     freed = _files_of_the_dead(snapshot)
     for file in freed:
-        file.unlink()
+        file.unlink(missing_ok=True)  # as when another host compacts, too
     for name in snapshot.schema.columns:
         _files.sync_folder(snapshot.root / name)
     after = tensor_bytes(snapshot.root, snapshot.schema)

@@ -55,6 +55,7 @@ class WriterLock:
     def __init__(self, path: Path, timeout: float) -> None:
         real = path.resolve()
         self._file = real.with_name(f".{real.name}.lock")
+        self._ranges = _RangeLock(real.with_name(f".{real.name}.lockf"))
         self._lock = _in_another_thread(self._made)
         self._note = real.with_name(f".{real.name}.writer")
         try:
@@ -87,7 +88,7 @@ class WriterLock:
     def _made(self) -> FileLock:
         # A lock that is no lock but a file which a dead writer leaves behind would never be free.
         return FileLock(
-            self._file, thread_local=False, fallback_to_soft=False, on_acquired=_lock_ranges_too
+            self._file, thread_local=False, fallback_to_soft=False, on_acquired=self._ranges.lock
         )
 
     def _try(self) -> bool:
@@ -142,10 +143,16 @@ class WriterLock:
 
     def _give_back(self) -> None:
         try:
-            _in_another_thread(self._lock.release)
+            _in_another_thread(self._unlock)
         finally:  # where that was interrupted before it began
             if self._lock.is_locked:
-                _in_another_thread(self._lock.release)
+                _in_another_thread(self._unlock)
+
+    def _unlock(self) -> None:
+        try:
+            self._ranges.release()
+        finally:
+            self._lock.release()
 
 
 def _in_another_thread(call: Callable[[], T]) -> T:
@@ -160,19 +167,37 @@ class _HeldElsewhereError(Exception):
     """One kind of lock was granted, the other is held by another host."""
 
 
-def _lock_ranges_too(handle: int) -> None:
-    """Take the other kind of lock on the same file: of some network disks only one crosses hosts.
+class _RangeLock:
+    """The other kind of lock, `lockf`: of some network disks only one crosses hosts.
 
-    Closing any handle of the file drops it, as a waiting thread of this process may do; the
-    claim on the commit does not depend on it.
+    On a file of its own: NFS, Lustre and BSD let the two kinds exclude each other, also for one
+    process. Only who has the first kind opens it, as closing any handle of it drops the lock.
     """
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _HELD:
-            raise _HeldElsewhereError from error
-        if error.errno not in _NOT_OFFERED:
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._handle: int | None = None
+
+    def lock(self, _: int) -> None:
+        """Take it, or raise `_HeldElsewhereError`; where the system offers none, do without."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | _files.NOT_THROUGH_LINKS
+        self._handle = os.open(self._file, flags, 0o666)
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NOT_OFFERED:
+                return
+            self.release()
+            if error.errno in _HELD:
+                raise _HeldElsewhereError from error
             raise
+
+    def release(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+    __del__ = release
 
 
 def _signature() -> str:

@@ -15,6 +15,7 @@ from fedgfe_store._group import GROUP_FILE, Group
 from fedgfe_store._layout import KEY_CHUNK, array_metadata
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._staging import Staging
+from fedgfe_store.errors import ConflictError
 
 PENDING = "pending"
 """In stores of version 1, which older releases write too: a commit is being written."""
@@ -35,7 +36,7 @@ def recover(path: Path, group: Group, claim: Claim) -> int:
     beyond = list(_tensor_files_beyond(path, group))
     first = group.point.records
     if not claim.alone and beyond:
-        # Who cleared these files before may still unlink one: the same name must not be used again.
+        # Who was to clear these files may still unlink one: the same name must not be used again.
         first = (max(number for _, number in beyond) + 1) * group.schema.granule
     remove_temporary(path, group)
     clear(path, group, claim)
@@ -44,18 +45,36 @@ def recover(path: Path, group: Group, claim: Claim) -> int:
     return first
 
 
+def make_sure(path: Path, group: Group, claim: Claim) -> None:
+    """Make sure that the `claim` on the commit after `group` holds, and no one made that commit.
+
+    Raises
+    ------
+    ConflictError
+        If another writer came in between, also one that knows no claims.
+    """
+    claim.fence()
+    if (path / GROUP_FILE).read_bytes() != group.raw:
+        raise ConflictError(
+            f"{path}: another writer came in between while commit {claim.number} was written; "
+            f"nothing of it was published"
+        )
+
+
 def clear(path: Path, group: Group, claim: Claim) -> None:
     """Clear what lies beyond the commit point of the store at `path`."""
-    beyond = [file for file, _ in _tensor_files_beyond(path, group)]
+    # Files of whoever may still be at work stay until `compact`: a late writer that unlinks them,
+    # too, must not meet others of the same names, and their being there says which those are.
+    beyond = [file for file, _ in _tensor_files_beyond(path, group)] if claim.alone else []
     # Only then: whoever takes over from now on writes behind what was found here.
-    claim.fence()
+    make_sure(path, group, claim)
     for file in beyond:
         file.unlink(missing_ok=True)
     # Key chunks beyond the committed rows stay: whoever gets as far writes them whole.
     staging = Staging(claim.token)
     try:
         staging.write(shape_files(path, group) | _unmarked(path, group))
-        claim.fence()
+        make_sure(path, group, claim)
         # A file for each array: this flushes the folders in which files were unlinked, too.
         staging.place()
     finally:

@@ -12,6 +12,7 @@ from conftest import fill
 
 from fedgfe_store import EmbeddingStore, _key_files
 from fedgfe_store._layout import key_columns
+from fedgfe_store._staging import Staging
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, row_digests
 
@@ -31,7 +32,8 @@ def rewrite(store: EmbeddingStore, name: str, values: np.ndarray) -> None:
     file.write_bytes(_key_files.encode(column, values).contents)
 
 
-def test_a_time_that_no_reader_takes_is_brought_to_one_that_all_take(old):
+def hurt_a_time(old: EmbeddingStore) -> None:
+    """Give the third record a time that no reader takes, as earlier releases published it."""
     snapshot = EmbeddingStore.open(old.path)._snapshot
     rows = np.arange(snapshot.point.records)
     names = (*KEY_COLUMNS, *NOTE_COLUMNS)
@@ -42,6 +44,33 @@ def test_a_time_that_no_reader_takes_is_brought_to_one_that_all_take(old):
     digests = snapshot.column_at("row_digest", rows).copy()
     digests[live] = row_digests(columns)[live]
     rewrite(old, "row_digest", digests)
+
+
+@pytest.mark.parametrize("first", ["timestamp", "row_digest"])
+def test_a_repair_of_times_that_was_broken_off_can_be_made_again(old, monkeypatch, first):
+    hurt_a_time(old)
+
+    def cut_off(staging: Staging) -> None:
+        for path, temporary in staging._waiting.items():
+            if path.parent.name == first:
+                temporary.rename(path)
+        raise OSError("the power is cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "place", cut_off)
+        with pytest.raises(OSError, match="the power is cut"):
+            EmbeddingStore.open(old.path).verify(repair=True)
+    assert not EmbeddingStore.open(old.path).verify().sound
+    found = EmbeddingStore.open(old.path).verify(repair=True)
+    assert found.sound
+    assert found.mended == (f"{old.select().keys()[2]}: its time was one that no reader takes",)
+    mended = EmbeddingStore.open(old.path)
+    assert mended.verify().sound
+    assert mended.select().keys() == old.select().keys()
+
+
+def test_a_time_that_no_reader_takes_is_brought_to_one_that_all_take(old):
+    hurt_a_time(old)
     hurt = EmbeddingStore.open(old.path)
     with pytest.raises(DamagedDataError, match="timestamp"):
         _ = hurt.select().records
