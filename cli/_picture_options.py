@@ -59,7 +59,7 @@ _PICTURE = [
     click.option("--seed", type=int, default=0, show_default=True, help="Base seed of the noise."),
     click.option(
         "--images-per-record",
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, 10_000),
         default=1,
         show_default=True,
         help="Images of each record, each from noise of its own.",

@@ -44,7 +44,7 @@ _SHOWN_REASONS = 5
 )
 @click.option(
     "--images-per-record",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 10_000),
     help="Images that each record should have [as many as any has had].",
 )
 @click.option(

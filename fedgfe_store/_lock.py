@@ -121,7 +121,8 @@ class WriterLock:
         # Under another name first, so that nothing is written through a link that lies there.
         temporary = _files.temporary_of(self._note)
         try:
-            temporary.write_text(_signature())
+            with _files.naming(self._note):
+                temporary.write_text(_signature())
             os.replace(temporary, self._note)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -114,7 +114,7 @@ class Selection:
         filters = dict(self._filters)
         if self._per_class is not None:
             filters["per_class"] = self._per_class
-        parts = [f"{name}={reprlib.repr(value)}" for name, value in filters.items()]
+        parts = [f"{name}={reprlib.repr(_as_given(value))}" for name, value in filters.items()]
         return parts if self._given is None else [*parts, "taken by position"]
 
     @cached_property
@@ -395,3 +395,9 @@ class Selection:
             prefetch=prefetch,
             pin_memory=pin_memory,
         )
+
+
+def _as_given(value: Any) -> Any:
+    """Return a filter's values as people give them: a single range without a list around it."""
+    is_one_range = isinstance(value, list) and len(value) == 1 and isinstance(value[0], range)
+    return value[0] if is_one_range else value

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import fill, values
 
-from fedgfe_store import EmbeddingStore, Metadata, Schema
+from fedgfe_store import EmbeddingStore, Metadata, Schema, _key_files
 from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
 
 EVIL = ["<script>alert('x')</script>", 'a"b/ü & <b>', "x" * 300, "<img src=x onerror=alert(1)>"]
@@ -178,10 +180,17 @@ def test_an_empty_store_and_an_empty_selection(store):
     assert (page.rows, page.facts["records"]) == ([], "0")
 
 
-def test_a_class_without_a_name_is_seen(store):
-    with store.append(node=0, round=0) as batch:
-        batch.add(split="train", class_name="", index=0, **values(1))
-    assert show(store).facts["classes"] == "(empty) 1"
+def test_a_class_without_a_name_is_seen(tmp_path):
+    """As old stores may have one, which new records cannot."""
+    path = tmp_path / "old.zarr"
+    shutil.copytree(Path(__file__).parent / "data" / "federation_v1.zarr", path)
+    store = EmbeddingStore.open(path)
+    column = store._snapshot.group.key_columns["class_name"]
+    nameless = store._snapshot.column("class_name").copy()
+    nameless[:] = ""
+    file = _key_files.key_file(path, "class_name", 0)
+    file.write_bytes(_key_files.encode(column, nameless).contents)
+    assert show(EmbeddingStore.open(path)).facts["classes"] == "(empty) 13"
 
 
 def test_damaged_key_columns_raise(store):

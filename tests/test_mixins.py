@@ -193,7 +193,10 @@ def test_metadata_of_several_samples(tmp_path):
         ({"node_id": 3}, "expected node_id '0', got 3"),
         ({"class_name": None}, "expected class_name, got none"),
         ({"sample_metadata": "x"}, "sample_metadata: expected a dict, or one for each sample"),
-        ({"sample_metadata": {"x": torch.ones(2)}}, "x: expected a plain value, got a tensor of"),
+        (
+            {"sample_metadata": {"x": torch.ones(2)}},
+            "x: expected a plain value, got one that cannot be kept",
+        ),
         ({"sample_metadata": {}, "extra": {}}, "expected extra or an entry's own keys, got both"),
     ],
 )

@@ -166,6 +166,15 @@ def test_an_interruption_at_any_step_of_an_append_commits_all_or_nothing(store):
     assert store.verify().sound
 
 
+@pytest.fixture
+def interruptible():
+    """Let Ctrl-C interrupt: a shell that runs the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_again_and_again_it_still_waits(pool):
     under_way, begun = set(), threading.Event()
 

@@ -2,7 +2,7 @@
 
     python tools/soak.py [PIECE ...] [--short] [--seed 0] [--folder DIR] [--json]
 
-`make soak` runs every piece in its long form, an hour or so of one processor; the tests run the
+`make soak` runs every piece in its long form, some hours of one processor; the tests run the
 short one. The pieces are in `tests/storage`. A fault names the piece, the seed and the place.
 """
 

@@ -222,6 +222,12 @@ def _damage(path: Path) -> None:
     file.write_bytes(data)
 
 
+def _repair(path: Path) -> None:
+    found = EmbeddingStore.open(path).verify(repair=True)
+    if found.problems:  # is said so, and nothing is changed
+        raise DamagedDataError(found.problems[0])
+
+
 def _nothing(path: Path) -> None:
     """Change nothing."""
 
@@ -251,7 +257,7 @@ OPERATIONS = {
     "delete": Operation(_delete),
     "compact": Operation(lambda path: EmbeddingStore.open(path).compact()),
     "merge": Operation(_merge),
-    "repair": Operation(lambda path: EmbeddingStore.open(path).verify(repair=True), damage=_damage),
+    "repair": Operation(_repair, damage=_damage),
     "back up": Operation(_back_up, _nothing, resumes=True),
     "back up again": Operation(_back_up, make_backup, resumes=True),
     "append to version 1": Operation(_append_records, make_version_1),
