@@ -407,7 +407,8 @@ class Transaction:
 
     def _remove_pending(self) -> None:
         if self.snapshot.group.version == 1:
-            (self.path / PENDING).unlink()
+            # Gone where a late writer had still to remove its own.
+            (self.path / PENDING).unlink(missing_ok=True)
             _files.sync_folder(self.path)
 
     def _abort(self, error: BaseException | None) -> None:

@@ -288,3 +288,13 @@ def test_a_store_that_is_removed_meanwhile_is_said_to_be_gone(store, monkeypatch
     with pytest.raises(NotFoundError, match=gone), store.append(node=0, round=1) as batch:
         batch.add(split="train", class_name="dog", index=range(4), **values(4))
         (store.path / "zarr.json").unlink()
+
+
+def test_a_commit_whose_pending_a_late_writer_removed_is_published_without_a_word(
+    old, hosts, monkeypatch
+):
+    store = EmbeddingStore.open(old)
+    before = len(store)
+    meanwhile(monkeypatch, (old / "pending").unlink)
+    fill(store, node=0, round=9)
+    check_sound(old, before + 6)
