@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedgfe_store._text import printable
+from fedgfe_store._text import counted, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -328,8 +328,9 @@ def store_in_reach(path: Path) -> EmbeddingStore | None:
 
 
 def outdated_line(marks: Mapping[str, int]) -> str:
-    """Say how many pictures are marked as out of date, and as what."""
-    parts = [f"{number:,} {mark}" for mark, number in sorted(marks.items())]
+    """Say how many pictures are marked as out of date, and as what: ``2 records deleted``."""
+    words = [(number, *mark.split(" ", 1)) for mark, number in sorted(marks.items())]
+    parts = [f"{counted(number, noun)} {what}" for number, noun, what in words]
     return f"out of date: {', '.join(parts)}"
 
 

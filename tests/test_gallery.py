@@ -192,7 +192,7 @@ def test_the_command_takes_the_stores_folder_and_reports_what_is_left_out(
     assert result.exit_code == 3, result.output
     assert result.stdout.startswith(f"2 pictures in {folder}/gallery.html, ")
     # Their digests are made up.
-    assert result.stdout.endswith("; 2 thumbnails made\nout of date: 2 embedding changed\n")
+    assert result.stdout.endswith("; 2 thumbnails made\nout of date: 2 embeddings changed\n")
     assert result.stderr == "left out: torn.png: damaged\n"
 
 
