@@ -312,7 +312,7 @@ class Transaction:
 
     def _tell_of_the_upgrade(self) -> None:
         _log.warning(
-            "%s is of format version %d now: releases before 0.2 cannot open it any more",
+            "%s is of format version %d now: releases that only know older ones cannot open it",
             self.path,
             FORMAT_VERSION,
         )
