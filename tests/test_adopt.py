@@ -25,7 +25,7 @@ CALLS = [
     f"python ./{NAME}",
     f'python "$HOME/fedgfe/system/{NAME}"',
     f"$HOME/conda/envs/flvit/bin/python system/{NAME}",
-    f"/opt/conda/bin/python3 -u /work/x/system/{NAME}",
+    f"/opt/conda/bin/python3 -u /data/x/system/{NAME}",
     f"$PYTHON system/{NAME}",
     f'"${{PYTHON_BIN}}" -u system/{NAME}',
     f"python \\\n    -u \\\n    system/{NAME}",
