@@ -395,9 +395,15 @@ def _exclusive_link(source: Path, target: Path, token: str) -> bool:
 
 def _exclusive_copy(source: Path, target: Path) -> bool:
     data = source.read_bytes()
+    made = False
     try:
         with _files.flushed(target) as file:
+            made = True
             file.write(data)
     except FileExistsError:
         return False
+    except BaseException:
+        if made:  # it is this writer's: half a claim would keep others waiting
+            target.unlink(missing_ok=True)
+        raise
     return True

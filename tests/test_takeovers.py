@@ -17,7 +17,7 @@ from conftest import SMALL, fill, values
 from fedgfe_store import EmbeddingStore, _append, _backup, _claim, _commit, _files
 from fedgfe_store._group import Group
 from fedgfe_store._staging import Staging
-from fedgfe_store.errors import ConflictError, NotFoundError
+from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
 
 
 class NoLock:
@@ -298,3 +298,47 @@ def test_a_commit_whose_pending_a_late_writer_removed_is_published_without_a_wor
     meanwhile(monkeypatch, (old / "pending").unlink)
     fill(store, node=0, round=9)
     check_sound(old, before + 6)
+
+
+@pytest.fixture
+def no_links(monkeypatch):
+    """A file system that refuses hard links, as exFAT and some network disks do."""
+
+    def link(source, target):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), source)
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("no_links")
+def test_where_links_are_refused_claims_are_made_exclusively_all_the_same(store, hosts):
+    fill(store, node=0, round=1)
+    other = EmbeddingStore.open(store.path)
+    with store.append(node=1, round=1) as batch:
+        batch.add(split="train", class_name="dog", index=range(9), **values(9))
+        batch._write(rest=True)
+        hosts.next()
+        with pytest.raises(BusyError, match="is being written by process"):
+            other.delete(node=0, timeout=0.05)
+    other.delete(node=0)
+    check_sound(store.path, 9)
+    assert not list(store.path.glob("claim.*"))
+
+
+@pytest.mark.usefixtures("no_links")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up open files in /proc")
+def test_half_a_claim_keeps_nobody_waiting(store, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("claim.1.0"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"No space left.*claim\.1\.0"):
+            fill(store, node=0, round=1)
+    assert not list(store.path.glob("claim.*"))
+    fill(store, node=0, round=1)
+    check_sound(store.path, 6)
