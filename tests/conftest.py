@@ -11,8 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from fedgfe_store import EmbeddingStore, Schema
+
+# torch is not imported yet; child processes inherit it. Threads of several processes that wait for
+# one another busily take many times as long where a machine does other work, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 SMALL = Schema.flux(3, width=8, clip=(4,), granule=4)
 
