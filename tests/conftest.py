@@ -66,6 +66,14 @@ def store(tmp_path: Path) -> EmbeddingStore:
     return EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
 
 
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a FLUX of random weights, tiny and without encoders."""
+    from generation_fakes import save_random_flux
+
+    return save_random_flux(tmp_path_factory.mktemp("flux"))
+
+
 _watched: list[str] = []
 _watching = False
 

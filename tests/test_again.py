@@ -22,11 +22,6 @@ from fedgfe_store.generation.settings import seed_of
 SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE}
 
 
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> EmbeddingStore:
     store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)

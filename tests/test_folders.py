@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import fill
-from generation_fakes import SIZE, FakePipeline, save_random_flux
+from generation_fakes import SIZE, FakePipeline
 from PIL import Image, PngImagePlugin
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
@@ -32,11 +32,6 @@ from fedgfe_store.sheets import arrange, save_sheet
 MADE_WITH = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)
 PIXELS = np.full((8, 8, 3), 99, np.uint8)
 OPTIONS = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture

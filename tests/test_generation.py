@@ -45,11 +45,6 @@ from fedgfe_store.records import RecordKey
 SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE, "device": "cpu"}
 
 
-@pytest.fixture(scope="session")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
-
-
 @pytest.fixture
 def selection(store: EmbeddingStore) -> Selection:
     """Ten records of two classes at round 5."""

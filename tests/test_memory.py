@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from conftest import SMALL, fill
-from generation_fakes import SIZE, FakePipeline, checksum, save_random_flux
+from generation_fakes import SIZE, FakePipeline, checksum
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -25,11 +25,6 @@ from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.selection import Selection
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture

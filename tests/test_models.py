@@ -40,11 +40,6 @@ FLUX_DEV = FluxModel(
 )
 
 
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
-
-
 def change_config(folder: Path, file: str, **changes: object) -> None:
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, values
-from generation_fakes import SIZE, FakePipeline, save_random_flux
+from generation_fakes import SIZE, FakePipeline
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore
@@ -24,11 +24,6 @@ FILES = {5: ("a", "b", "c"), 6: ("c", "a", "b")}
 
 def key(round: int, index: int) -> RecordKey:
     return RecordKey("0", round, "train", "dog", index)
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture

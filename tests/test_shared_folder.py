@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, values
-from generation_fakes import SIZE, FakePipeline, save_random_flux
+from generation_fakes import SIZE, FakePipeline
 
 from fedgfe_store import EmbeddingStore, Metadata
 from fedgfe_store.cli.main import group
@@ -23,11 +23,6 @@ from fedgfe_store.generation.status import image_status
 
 SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
 PIXELS = np.full((SIZE, SIZE, 3), 99, np.uint8)
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
 
 
 def make_store(path: Path, experiment: str | None, *, node: int = 0, n: int = 4) -> EmbeddingStore:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import SMALL, fill
-from generation_fakes import SIZE, FakePipeline, save_random_flux
+from generation_fakes import SIZE, FakePipeline
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore
@@ -27,11 +27,6 @@ from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
 from fedgfe_store.selection import Selection
 
 NAMES = ["SIGTERM", "SIGUSR1", "SIGINT"]
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from conftest import SMALL, fill
-from generation_fakes import SIZE, FakePipeline, save_random_flux
+from generation_fakes import SIZE, FakePipeline
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
@@ -26,11 +26,6 @@ from fedgfe_store.generation.stopping import SIGNAL_LEAD, Stop, expected_stop
 from fedgfe_store.selection import Selection
 
 OPTIONS = {"steps": 3, "height": SIZE, "width": SIZE, "batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, fill
-from generation_fakes import SIZE, FakePipeline, save_random_flux
+from generation_fakes import SIZE, FakePipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -34,11 +34,6 @@ from fedgfe_store.selection import Selection
 
 RECORDS = 120
 SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_flux(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture(scope="module")
