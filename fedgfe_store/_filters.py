@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fedgfe_store._text import is_number
+from fedgfe_store._text import is_number, is_utf8
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import is_whole
 
@@ -66,15 +66,6 @@ def _one(name: str, value: Any) -> str | int | range:
     else:
         wanted = "text"
     raise SchemaMismatchError(f"{name}: expected {wanted}, got {reprlib.repr(value)}")
-
-
-def is_utf8(text: str) -> bool:
-    """Whether `text` can be written as UTF-8, which bytes that a shell passed on may not be."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_names(given: Iterable[str], known: Iterable[str]) -> None:

@@ -72,6 +72,15 @@ def shown(value: object, *, most: int = 120) -> str:
     return shortened(text, most)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether `text` can be written as UTF-8, which bytes that a shell passed on may not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_number(name: str) -> bool:
     """Whether `name` is a whole number as Python writes it: not ``007``, and of 18 digits at most.
 

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, Literal, Self
 
 from fedgfe_store._names import check_axes, check_columns, check_new_columns
-from fedgfe_store._text import shown
+from fedgfe_store._text import is_utf8, shown
 from fedgfe_store.errors import SchemaMismatchError
 
 Kind = Literal["flux", "sd"]
@@ -50,7 +50,7 @@ class Metadata:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             for text in value if isinstance(value, tuple) else (value,):
-                if text is not None and not (isinstance(text, str) and _is_utf8(text)):
+                if text is not None and not (isinstance(text, str) and is_utf8(text)):
                     raise SchemaMismatchError(f"{name}: expected text, got {shown(text)}")
 
 
@@ -314,7 +314,7 @@ def _check_column(column: TensorColumn) -> None:
     shape, dims = column.shape, column.dims
     fits = isinstance(shape, tuple) and isinstance(dims, tuple)
     fits = fits and all(_is_int(n) and n > 0 for n in shape)
-    fits = fits and all(isinstance(axis, str) and _is_utf8(axis) for axis in dims)
+    fits = fits and all(isinstance(axis, str) and is_utf8(axis) for axis in dims)
     if not fits or not 0 < len(shape) == len(dims) <= _MOST_AXES:
         raise SchemaMismatchError(
             f"{name}: expected a shape of positive whole numbers with one name for each "
@@ -345,7 +345,3 @@ def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(f"expected a list, got {shown(value)}")
     return value
-
-
-def _is_utf8(text: str) -> bool:
-    return text == text.encode(errors="replace").decode()
