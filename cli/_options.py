@@ -212,7 +212,7 @@ def class_names(
     from fedgfe_store._lookup import Known, look_up, said
 
     empty = np.empty(0, np.dtypes.StringDType())
-    values = empty if selection is None else selection.everything().column("class_name")
+    values = empty if selection is None else selection.others().column("class_name")
     known = Known("class_name", values)
     found = look_up({"class_name": list(texts)}, lambda column: known, "", strict=False)
     for name in found["class_name"]:

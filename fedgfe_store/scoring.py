@@ -141,7 +141,7 @@ def find_pictures(selection: Selection, folder: Path) -> Found:
     if not pictures:
         raise NotFoundError(f"no picture in {folder} of the {len(selection)} records selected")
     left_out = {path.name: why for path, why in found.items() if isinstance(why, str)}
-    classes = sorted(set(selection.everything().column("class_name").tolist()))
+    classes = sorted(set(selection.others().column("class_name").tolist()))
     return Found(folder, pictures, classes, left_out)
 
 

@@ -91,7 +91,10 @@ class Selection:
         return self._snapshot.as_of
 
     def others(self, **filters: Any) -> Selection:
-        """Return other records of the same store and commit; see `EmbeddingStore.select`."""
+        """Return other records of the same store and commit, by default all.
+
+        The filters are those of `EmbeddingStore.select`.
+        """
         return Selection.of(self._snapshot, filters)
 
     def __len__(self) -> int:
@@ -237,10 +240,6 @@ class Selection:
                 here &= self._snapshot.column_at(f"has_{tensor.name}", self.rows)
             gone |= here
         return gone
-
-    def everything(self) -> Selection:
-        """Return all records that the same commit shows."""
-        return Selection(self._snapshot, {}, per_class=None)
 
     def take(self, positions: Sequence[int] | Sequence[bool] | np.ndarray | slice) -> Selection:
         """Return some of the records as a selection.
