@@ -143,17 +143,23 @@ class Transaction:
     def _open(self, timeout: float, known: Snapshot) -> None:
         started = time.monotonic()
         self._lock = WriterLock(self.path, timeout)
-        claim = None
+        claim, group = None, known.group
+
+        def published() -> int:
+            nonlocal group
+            group = Group.read(self.path)
+            return group.point.commit
+
         try:
+            # Asks what is published after the claim is made, too: that is the state it is on.
             claim = self._claim = Claim.take(
                 self.path,
                 timeout=timeout,
                 since=started,
-                published=lambda: Group.read(self.path).point.commit,
-                clear=lambda: remove_temporary(self.path, Group.read(self.path)),
+                published=published,
+                clear=lambda: remove_temporary(self.path, group),
             )
             self._staging = Staging(claim.token)
-            group = Group.read(self.path)
             self._tail = recover(self.path, group, claim)
             same = known.as_of is None and known.group.raw == group.raw
             self.snapshot = known if same else known.at(group)

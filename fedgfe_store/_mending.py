@@ -106,9 +106,9 @@ def _are_stray(
     """Whether `rows` are marked by commits that deleted nothing, or put nothing in their place."""
     created = snapshot.column("created_in")
     stray = np.asarray(kinds == "append")
-    moved = np.flatnonzero((kinds == "replace") | (kinds == "compact"))
-    for place in moved.tolist():
-        successors = np.flatnonzero(created == commits[place])
-        keys = snapshot.keys(np.append(successors, rows[place]))
-        stray[place] = keys[-1] not in keys[:-1]
+    moved = (kinds == "replace") | (kinds == "compact")
+    for commit in np.unique(commits[moved]).tolist():
+        successors = set(snapshot.keys(np.flatnonzero(created == commit)))
+        places = np.flatnonzero(moved & (commits == commit))
+        stray[places] = [key not in successors for key in snapshot.keys(rows[places])]
     return stray
