@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 
@@ -108,5 +108,5 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Run `fedgfe-store demo` once, as `make demo` does."""
     where = tmp_path_factory.mktemp("newcomer")
     command = [sys.executable, "-m", "fedgfe_store.cli.main", "demo"]
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=True)
+    done = finished(command, cwd=where)
     return Demo(where / "demo", done.stdout)

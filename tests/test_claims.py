@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from processes import Process, started
 
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation import claims as claims_module
@@ -51,29 +53,22 @@ module.fcntl.lockf = refuse
 class Other:
     """Another process that takes and releases what it is told to."""
 
-    def __init__(self, folder: Path, code: str = TAKER) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, process: Process) -> None:
+        self.process = process
 
     def ask(self, line: str) -> str:
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
+        self.process.tell(line)
+        return self.process.line()
 
-    def __enter__(self) -> Other:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.communicate()
+@contextmanager
+def another(folder: Path, code: str = TAKER) -> Iterator[Other]:
+    with started([sys.executable, "-c", code, folder]) as process:
+        yield Other(process)
 
 
 def test_a_name_is_taken_by_one_process_only(tmp_path: Path) -> None:
-    with Claims(tmp_path) as claims, Other(tmp_path) as other:
+    with Claims(tmp_path) as claims, another(tmp_path) as other:
         assert claims.supported
         assert claims.take("a.png")
         assert other.ask("take a.png") == "False"
@@ -87,7 +82,7 @@ def test_a_name_is_taken_by_one_process_only(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_nothing_taken(tmp_path: Path) -> None:
-    with Claims(tmp_path) as claims, Other(tmp_path) as other:
+    with Claims(tmp_path) as claims, another(tmp_path) as other:
         assert other.ask("take a.png") == "True"
         assert not claims.take("a.png")
         other.process.kill()
@@ -102,17 +97,13 @@ def test_racing_processes_share_all_names_out(tmp_path: Path) -> None:
 
 
 def check_racing(tmp_path: Path, racer: str, names: int = 300) -> None:
-    others = [Other(tmp_path, racer) for _ in range(3)]
-    try:
-        for other in others:
-            assert other.process.stdout.readline() == "ready\n"
-        for other in others:
-            other.process.stdin.write("go\n")
-            other.process.stdin.flush()
-        taken = Counter(n for o in others for n in o.process.stdout.readline().split())
-    finally:
-        for other in others:
-            other.__exit__()
+    command = [sys.executable, "-c", racer, tmp_path]
+    with ExitStack() as stack:
+        racers = [stack.enter_context(started(command)) for _ in range(3)]
+        assert [process.line() for process in racers] == ["ready"] * 3
+        for process in racers:
+            process.tell("go")
+        taken = Counter(name for process in racers for name in process.line().split())
     assert taken == Counter(f"{i}.png" for i in range(names))
 
 
@@ -128,7 +119,7 @@ def test_names_that_share_a_byte_are_released_one_by_one(
 ) -> None:
     byte = claims_module._offset("x.png")
     monkeypatch.setattr(claims_module, "_offset", lambda name: byte)
-    with Claims(tmp_path) as claims, Other(tmp_path) as other:
+    with Claims(tmp_path) as claims, another(tmp_path) as other:
         assert claims.take("x.png")
         assert claims.take("y.png")
         claims.release("x.png")
@@ -146,7 +137,7 @@ def test_only_what_is_taken_can_be_released(tmp_path: Path) -> None:
 
 
 def test_a_process_opens_a_folders_claims_once(tmp_path: Path) -> None:
-    with Claims(tmp_path) as claims, Other(tmp_path) as other:
+    with Claims(tmp_path) as claims, another(tmp_path) as other:
         assert claims.take("a.png")
         link = tmp_path.parent / "link"
         link.symlink_to(tmp_path)
@@ -159,7 +150,7 @@ def test_a_process_opens_a_folders_claims_once(tmp_path: Path) -> None:
 
 
 def test_closing_gives_all_names_back(tmp_path: Path) -> None:
-    with Other(tmp_path) as other:
+    with another(tmp_path) as other:
         with Claims(tmp_path) as claims:
             assert claims.take("a.png")
         assert other.ask("take a.png") == "True"
@@ -182,7 +173,7 @@ def test_without_locks_files_claim_and_one_remark_says_so(tmp_path: Path) -> Non
     remarks: list[str] = []
     with (
         Claims(tmp_path, report=remarks.append) as claims,
-        Other(tmp_path, WITHOUT_LOCKS + TAKER) as other,
+        another(tmp_path, WITHOUT_LOCKS + TAKER) as other,
     ):
         assert not claims.supported
         assert other.ask("take a.png") == "True"
@@ -200,7 +191,7 @@ def test_without_locks_files_claim_and_one_remark_says_so(tmp_path: Path) -> Non
 
 def test_an_operating_system_without_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims_module, "fcntl", None)
-    with Claims(tmp_path) as claims, Other(tmp_path, WITHOUT_LOCKS + TAKER) as other:
+    with Claims(tmp_path) as claims, another(tmp_path, WITHOUT_LOCKS + TAKER) as other:
         assert not claims.supported
         assert claims.take("a.png")
         assert other.ask("take a.png") == "False"
@@ -232,7 +223,7 @@ def test_locks_that_are_refused_in_the_middle(
 def test_without_locks_a_killed_process_of_this_machine_leaves_nothing_taken(
     tmp_path: Path,
 ) -> None:
-    with Claims(tmp_path) as claims, Other(tmp_path, WITHOUT_LOCKS + TAKER) as other:
+    with Claims(tmp_path) as claims, another(tmp_path, WITHOUT_LOCKS + TAKER) as other:
         for name in ("a.png", "b.png"):
             assert other.ask(f"take {name}") == "True"
             assert not claims.take(name)
@@ -283,17 +274,19 @@ def test_without_locks_waiting_tells_the_living_from_the_dead(
 ) -> None:
     monkeypatch.setattr(claims_module, "_LOOKS_EVERY", 0.01)
     remarks: list[str] = []
-    other = Other(
-        tmp_path,
-        WITHOUT_LOCKS
-        + "from fedgfe_store.generation import claim_files\nclaim_files.RENEWED_EVERY = 0.05\n"
-        + TAKER,
-    )
-    with other, Claims(tmp_path, report=remarks.append) as claims:
+    often = "from fedgfe_store.generation import claim_files\nclaim_files.RENEWED_EVERY = 0.05\n"
+    code = WITHOUT_LOCKS + often + TAKER
+
+    def grows_old(seconds: float) -> None:
+        of_another_machine(tmp_path, "dead.png", age=61)
+
+    with another(tmp_path, code) as other, Claims(tmp_path, report=remarks.append) as claims:
         assert other.ask("take living.png") == "True"
-        of_another_machine(tmp_path, "dead.png", age=59.5)
+        of_another_machine(tmp_path, "dead.png", age=0)
         assert not claims.take("dead.png")
-        assert claims.take("dead.png", wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", grows_old)
+            assert claims.take("dead.png", wait=True)
         assert not claims.take("living.png", wait=True)
     assert ["waiting up to 60 s" in line for line in remarks] == [False, True]
     of_another_machine(tmp_path, "a.png", age=0)
@@ -310,7 +303,7 @@ def test_without_locks_who_slept_too_long_does_not_free_what_another_took_over(
         old = tmp_path / ".fedgfe-claim-a.png-0"
         old.write_text("00000000 1")
         os.utime(old, (1, 1))
-        with Other(tmp_path, WITHOUT_LOCKS + TAKER) as other:
+        with another(tmp_path, WITHOUT_LOCKS + TAKER) as other:
             assert other.ask("take a.png") == "True"
             claims.release("a.png")
             assert not claims.take("a.png")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 from conftest import fill
+from processes import finished
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import _COMMANDS, group
@@ -34,15 +34,15 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         "heavy = {'torch', 'zarr', 'pandas', 'numpy', 'xarray', 'diffusers'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = finished([sys.executable, "-c", code])
     assert out.stdout.splitlines()[-1] == "[]"
     assert all(f"\n  {name} " in out.stdout for name in _COMMANDS)
 
 
 def test_no_global_module_is_named_cli(tmp_path):
     command = [sys.executable, "-c", "import cli"]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
-    assert b"No module named 'cli'" in out.stderr
+    out = finished(command, cwd=tmp_path, check=False)
+    assert "No module named 'cli'" in out.stderr
 
 
 @pytest.mark.parametrize(

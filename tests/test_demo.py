@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 from pictures import accuracy, distances
 from PIL import Image
+from processes import finished
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.checkpoints import import_checkpoints
@@ -60,7 +60,7 @@ def test_the_sheet_shows_classes_by_rounds(demo):
 
 def test_the_store_beside_it_generates_as_it_stands(demo):
     command = [sys.executable, "-m", "fedgfe_store.cli.main", "generate", "--round", "5"]
-    done = subprocess.run(command, cwd=demo.folder, capture_output=True, text=True, check=True)
+    done = finished(command, cwd=demo.folder)
     assert "model: tiny" in done.stdout
     assert "0 images rendered, 120 were there already: output_images/demo" in done.stdout
 
@@ -68,9 +68,7 @@ def test_the_store_beside_it_generates_as_it_stands(demo):
 def test_a_second_run_finds_everything_done(demo):
     before = (demo.folder / "embeddings.zarr" / "zarr.json").read_bytes()
     command = [sys.executable, "-m", "fedgfe_store.cli.main", "demo"]
-    done = subprocess.run(
-        command, cwd=demo.folder.parent, capture_output=True, text=True, check=True
-    )
+    done = finished(command, cwd=demo.folder.parent)
     assert "all its rounds are recorded already" in done.stdout
     assert "0 new records, 480 unchanged" in done.stdout
     assert "480 were there already" in done.stdout

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import SMALL, fill
+from processes import finished
 
 from fedgfe_store import EmbeddingStore
 
@@ -44,7 +44,7 @@ def trace(tmp_path):
     def run(path: Path, code: str) -> list[list[str]]:
         log = tmp_path / "calls"
         head = TRACED.format(tests=str(Path(__file__).parent), path=str(path), log=str(log))
-        subprocess.run([sys.executable, "-c", head + code], check=True)
+        finished([sys.executable, "-c", head + code])
         return [line.split("\t") for line in log.read_text().splitlines()]
 
     return run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from click.testing import CliRunner, Result
 from conftest import fill
 from diffusers import FluxPipeline, StableDiffusionPipeline
 from generation_fakes import load_sd, save_random_flux, save_random_sd
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.cli.main import group
@@ -375,9 +375,7 @@ def test_a_cached_model_with_encoders_of_configuration_only_is_fetched(
 
     def run() -> str:
         command = [sys.executable, "-c", HUB]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        return finished(command, env=environment).stdout
 
     assert run() == "whole\n"
     (snapshot / "text_encoder_2" / "model.safetensors").unlink()

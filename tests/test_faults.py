@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, fill, values
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, FedgfeStoreError, Metadata, Schema
 from fedgfe_store.checkpoints import import_checkpoints
@@ -289,7 +290,7 @@ def test_a_disk_that_is_full_at_the_nth_flush(tmp_path, monkeypatch):
 
 
 def _fails(command: list[str]) -> bool:
-    return subprocess.run(command, check=False, capture_output=True).returncode != 0
+    return finished(command, check=False).returncode != 0
 
 
 @pytest.fixture
@@ -301,7 +302,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if shutil.which("mount") is None or _fails(command):
         pytest.skip("this process may not mount a tmpfs")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    finished(["umount", str(folder)])
 
 
 def test_a_full_disk(small_disk):
@@ -337,7 +338,7 @@ def test_a_read_only_folder(tmp_path):
     if _fails(["mount", "--bind", folder, folder]):
         pytest.skip("this process may not mount a folder read-only")
     try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        finished(["mount", "-o", "remount,ro,bind", folder])
         for change in (lambda: append(store, round=2), lambda: store.delete(round=1)):
             with pytest.raises(OSError, match=r"Read-only file system: '.*s\.zarr") as error:
                 change()
@@ -348,7 +349,7 @@ def test_a_read_only_folder(tmp_path):
         assert done.exit_code == 1
         assert done.output.startswith("error: [Errno 30] Read-only file system: ")
     finally:
-        subprocess.run(["umount", folder], check=True)
+        finished(["umount", folder])
     check_later_append(store, before, 6)
 
 
@@ -364,7 +365,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (used, used))
 try: selection.read("t5")
 except OSError as error: print(isinstance(error, DamagedDataError), error.errno, error)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = finished([sys.executable, "-c", code])
     assert out.stdout.startswith(f"False {errno.EMFILE} "), (out.stdout, out.stderr)
 
 
@@ -497,12 +498,8 @@ def test_workers_of_a_dataloader_read_an_open_store(store, tmp_path, start):  # 
     fill(store, node=0, round=1)
     fill(store, node=0, round=2)
     (tmp_path / "loader.py").write_text(LOADER)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "loader.py"), str(store.path), start],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
+    done = finished(
+        [sys.executable, str(tmp_path / "loader.py"), str(store.path), start], check=False
     )
     assert done.stdout == "same 6\n", done.stderr
 
@@ -567,7 +564,7 @@ def test_marks_of_a_dead_writer_do_not_come_to_life(store, change):
         append(store, round=round_, n=6)
     store.delete(round=3, index=5)
     command = [sys.executable, "-c", DIE_BEFORE_PUBLISHING, str(store.path)]
-    assert subprocess.run(command, check=False).returncode == 9
+    assert finished(command, check=False).returncode == 9
     seen = EmbeddingStore.open(store.path)
     assert len(seen) == len(seen.select(round=1)) + 11 == 17
     if change == "append":

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import SMALL, values
 from interruptions import strikes
+from processes import finished
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
@@ -803,7 +804,7 @@ def put(round):
 def run(store: EmbeddingStore, code: str) -> subprocess.CompletedProcess[str]:
     head = SCRIPT.format(tests=str(Path(__file__).parent), path=str(store.path))
     command = [sys.executable, "-c", head + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return finished(command, check=False)
 
 
 def test_a_forgotten_close_loses_nothing_but_a_block_that_never_ended(store):

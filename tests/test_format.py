@@ -17,6 +17,7 @@ import tensorstore
 import xarray as xr
 import zarr
 from conftest import SMALL, fill, values
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import (
@@ -165,7 +166,7 @@ def test_every_way_to_open_agrees_after_appends(store):  # cases.md c16, c17
         fill(store, node=0, round=round_)
     inside = xr.open_zarr(store.path)
     code = f"import xarray as xr; print(dict(xr.open_zarr({str(store.path)!r}).sizes))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = finished([sys.executable, "-c", code])
     assert out.stdout.strip() == str(dict(inside.sizes))
     shapes = {name: array.shape for name, array in zarr.open_group(store.path, mode="r").arrays()}
     unconsolidated = zarr.open_group(store.path, mode="r", use_consolidated=False)

@@ -14,6 +14,7 @@ import legacy
 import pytest
 from click.testing import CliRunner
 from generation_fakes import save_random_sd
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.cli.main import group
@@ -244,12 +245,10 @@ def run(command: str):
 def in_bash(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script with the installed `fedgfe-store` on the path."""
     path = f"{folder.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run(
+    return finished(
         ["bash", "-e", "-c", here(script)],
         cwd=folder,
         env={**os.environ, "PATH": path, **environment},
-        capture_output=True,
-        text=True,
         check=False,
     )
 

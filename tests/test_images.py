@@ -17,6 +17,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from processes import finished
 
 from fedgfe_store.generation.images import (
     image_name,
@@ -122,12 +123,8 @@ def test_a_name_is_the_same_in_every_process() -> None:
         "print(image_name(RecordKey('0', 5, 'train', 'a/b', 0)))"
     )
     outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
+        finished(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}
         ).stdout.strip()
         for seed in ("1", "2")
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from legacy import tensors
+from processes import finished, started
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.checkpoints import import_checkpoints
@@ -260,14 +260,12 @@ def test_processes_that_begin_at_once_share_the_work(tmp_path):
         "print(sum(not f.known for f in report.files), len(report.failed), report.records)\n"
     )
     command = [sys.executable, "-c", code, str(store_of(tmp_path)), str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, **pipes) for _ in range(3)]
-    for process in running:
-        assert process.stdout.readline() == "ready\n"
-    for process in running:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = [process.communicate(timeout=120)[0].split() for process in running]
+    with ExitStack() as stack:
+        running = [stack.enter_context(started(command)) for _ in range(3)]
+        assert [process.line() for process in running] == ["ready"] * 3
+        for process in running:
+            process.tell()
+        said = [process.line().split() for process in running]
     read, failed, added = (sum(map(int, column)) for column in zip(*said, strict=True))
     assert (read, failed, added) == (6, 0, 24)
     store = EmbeddingStore.open(store_of(tmp_path))
@@ -289,10 +287,10 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     again(folder)
     legacy.node_file(folder, 1, n=1)
     bound = ["mount", "--bind", folder, folder]
-    if subprocess.run(bound, check=False, capture_output=True).returncode:
+    if finished(bound, check=False).returncode:
         pytest.skip("this process may not mount a folder read-only")
     try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        finished(["mount", "-o", "remount,ro,bind", folder])
         assert again(folder, folder / "node_0_embeddings_r5.pt").files[0].known
         with pytest.raises(OSError, match="Read-only file system") as error:
             again(folder)
@@ -302,4 +300,4 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         assert import_checkpoints(elsewhere, folder, new_only=True).records == 2
         assert all(f.known for f in import_checkpoints(elsewhere, folder, new_only=True).files)
     finally:
-        subprocess.run(["umount", folder], check=True)
+        finished(["umount", folder])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
 import sys
 from itertools import zip_longest
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fill
+from processes import finished
 from torch.utils.data import DataLoader, IterableDataset
 
 from fedgfe_store.analysis import (
@@ -75,7 +75,7 @@ def test_selecting_loads_no_torch(filled):
         f"EmbeddingStore.open({str(filled.path)!r}).select(round=1).records; "
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    finished([sys.executable, "-c", code])
 
 
 @pytest.mark.parametrize("function", [centroids, summarize, project])

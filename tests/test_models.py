@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from generation_fakes import load_flux, save_random_flux
+from processes import finished
 
 from fedgfe_store.demo.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
@@ -133,7 +133,7 @@ def resolve_offline(name: str, cache: Path) -> str:
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_CACHE", None)
     command = [sys.executable, "-c", RESOLVE, name]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = finished(command, env=environment)
     return result.stdout
 
 

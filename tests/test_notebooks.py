@@ -6,12 +6,12 @@ import base64
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from processes import finished
 
 from fedgfe_store.cli.main import _COMMANDS
 
@@ -52,7 +52,7 @@ def test_it_runs_and_shows_what_is_kept(file, demo, tmp_path):
     copy = shutil.copy(file, tmp_path)
     before = sorted(demo.folder.rglob("*"))
     command = [sys.executable, ROOT / "tools" / "run_notebooks.py", copy, "--demo", demo.folder]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = finished(command, check=False)
     assert done.returncode == 0, done.stderr
     kept, fresh = (code_cells(nbformat.read(path, as_version=4)) for path in (file, copy))
     assert [cell.source for cell in kept] == [cell.source for cell in fresh]

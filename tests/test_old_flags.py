@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import legacy
 import pytest
 from click.testing import CliRunner
+from processes import finished
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.checkpoints import import_checkpoints
@@ -210,10 +210,10 @@ def test_verbose_tells_what_was_imported_and_what_was_known():
 def test_a_folder_that_may_not_be_written(tmp_path):
     generate("--checkpoint", NODE_0)
     bound = ["mount", "--bind", FOLDER, FOLDER]
-    if subprocess.run(bound, check=False, capture_output=True).returncode:
+    if finished(bound, check=False).returncode:
         pytest.skip("this process may not mount a folder read-only")
     try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", FOLDER], check=True)
+        finished(["mount", "-o", "remount,ro,bind", FOLDER])
         assert generate("--checkpoint", NODE_0).exit_code == 0
         result = generate(*DIR)
         assert result.exit_code == 1
@@ -222,7 +222,7 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         assert note.endswith("name a store in another folder with --store")
         assert "records: 4 of" in generate(*DIR, store=tmp_path / "s.zarr").output
     finally:
-        subprocess.run(["umount", FOLDER], check=True)
+        finished(["umount", FOLDER])
 
 
 def test_plain_imports_count_too():

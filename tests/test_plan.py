@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import fill
 from PIL import Image
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
@@ -281,7 +281,7 @@ def test_seeds_are_the_same_in_every_process() -> None:
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
     command = [sys.executable, "-c", code]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    output = finished(command, env=environment)
     assert int(output.stdout) == seed_of(3, KEY, 1)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import values
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.federated import (
@@ -233,7 +233,7 @@ os._exit(9)
 
 def test_after_a_killed_process(store):
     command = [sys.executable, "-c", KILLED, str(store.path), str(Path(__file__).parent)]
-    assert subprocess.run(command, check=False).returncode == 9
+    assert finished(command, check=False).returncode == 9
     with Recorder(store) as recorder:
         put(recorder, shuffled(3), seed=3, round=2)
     assert indices(store.path, round=1) == sorted(shuffled(1))

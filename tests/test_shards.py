@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import finished
 
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.shards import AskedPart, Shard, detect_shard, local_device
@@ -82,7 +82,7 @@ def test_shards_are_the_same_in_every_process_and_version() -> None:
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
     command = [sys.executable, "-c", code]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    output = finished(command, env=environment)
     assert output.stdout.strip() == "[3, 5, 1, 4, 4, 6, 1, 0, 0, 7, 4, 6]"
 
 
@@ -256,6 +256,6 @@ def test_real_launchers_make_shards(launcher: list[str], tmp_path: Path) -> None
     program = [sys.executable, "-c", code, str(tmp_path)]
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD"))}
     command = [sys.executable, "-m", *launcher, *program]
-    done = subprocess.run(command, env=outside, capture_output=True, text=True, check=False)
+    done = finished(command, env=outside, check=False)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / i).read_text() for i in "01"] == ["0/2 on 0", "1/2 on 1"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from processes import finished
 
 from fedgfe_store.cli.main import group
 
@@ -49,7 +49,7 @@ def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
         path = f"{programs}{os.pathsep}{outside['PATH']}"
         inside = {**outside, **environ, "PATH": path, "CALLS": str(calls), "CODE": str(code)}
-        done = subprocess.run(["bash"], input=text, text=True, cwd="/", env=inside, check=False)
+        done = finished(["bash"], input=text, cwd="/", env=inside, check=False)
         found: list[list[str]] = []
         for word in calls.read_text().split("\0")[:-1]:
             if word in ("srun", "scontrol"):
@@ -142,7 +142,7 @@ def test_options_of_sbatch_with_spaces_and_quotes() -> None:
     text = script(*words, "--job-name", "two words", "--", "--round", "5")
     assert directives(text)[0] == "--job-name=two words"
     assert directives(text)[-4:] == given
-    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert finished(["bash", "-n"], input=text, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import fill, values
 from PIL import Image
+from processes import finished
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
@@ -344,7 +344,7 @@ def test_the_default_folder_is_that_of_generate_and_torch_is_not_needed(
         "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = finished(command, cwd=tmp_path)
     assert "folder: output_images/embeddings\n" in done.stdout
     assert done.stdout.endswith("nothing is missing\n[]\n")
     assert ["all", "6", "0", "0", "0", "6"] in rows(done.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from datetime import UTC, datetime
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, fill, values
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, FedgfeStoreError, Metadata, Schema
 from fedgfe_store.errors import (
@@ -71,7 +71,7 @@ def test_bfloat16_tensors_widen_exactly_also_in_a_fresh_process(store):  # cases
         "assert 'ml_dtypes' not in sys.modules\n"
         "print(x.bfloat16().view(torch.int16).flatten().tolist())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = finished([sys.executable, "-c", code])
     assert out.stdout.strip() == str(t5.view(torch.int16).flatten().tolist())
 
 
@@ -395,9 +395,7 @@ def test_a_busy_store_says_so(store):
             "              t5=np.ones((3, 8), np.float32), clip=np.ones(4, np.float32))\n"
             "except BusyError as error: print(error)\n"
         )
-        out = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
+        out = finished([sys.executable, "-c", code])
         assert "gave up after 0.2 s" in out.stdout, out.stderr
     assert issubclass(BusyError, TimeoutError)
     assert len(EmbeddingStore.open(store.path)) == 1

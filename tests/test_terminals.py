@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import values
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.checkpoints import export_checkpoints
@@ -87,7 +87,7 @@ def test_data_are_utf8_whatever_the_terminal(foreign):
 def test_a_process_on_another_terminal_prints_too(foreign):
     environ = os.environ | {"PYTHONIOENCODING": "cp1251"}
     command = [sys.executable, "-m", "fedgfe_store.cli.main", "--store", foreign.path, "query"]
-    done = subprocess.run(command, capture_output=True, env=environ, check=True)
+    done = finished(command, env=environ, encoding="cp1251")
     assert rb"z\xfcrich" in done.stdout
 
 

@@ -19,6 +19,7 @@ from generation_fakes import SIZE, FakePipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from processes import finished
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
@@ -162,13 +163,7 @@ def test_one_command_for_all_gpus_of_a_machine(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = Path(sys.executable).with_name("fedgfe-store")
     arguments = [str(program), *command(selection, flux, tmp_path / "out")]
-    result = subprocess.run(
-        [sys.executable, *launcher, "--no-python", *arguments],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=120,
-    )
+    result = finished([sys.executable, *launcher, "--no-python", *arguments], check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "part 0/2" in result.stdout + result.stderr
     check_whole(selection, tmp_path / "out")

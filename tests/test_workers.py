@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, fill
 from interruptions import strikes
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, _workers
 from fedgfe_store.errors import DamagedDataError
@@ -250,5 +250,5 @@ def test_a_forked_child_reads_and_writes_with_threads_of_its_own(store):
     fill(store, node=0, round=1)
     # In a process of its own: what other tests have loaded may not like a fork.
     command = [sys.executable, "-c", FORK, str(store.path)]
-    assert subprocess.run(command, cwd=Path(__file__).parent, check=False).returncode == 0
+    assert finished(command, cwd=Path(__file__).parent, check=False).returncode == 0
     assert len(EmbeddingStore.open(store.path)) == 12

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ import xarray as xr
 import zarr
 import zarr.storage
 from conftest import SMALL, fill, values
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
@@ -140,7 +140,7 @@ def test_torch_is_not_imported(filled):
         f"dataset = xarray.open_dataset({str(filled.path)!r}, engine='fedgfe').load()\n"
         "print(dataset.sizes['record'], 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = finished([sys.executable, "-c", code])
     assert done.stdout.split() == ["23", "False"]
 
 
@@ -149,7 +149,7 @@ def test_looking_for_engines_imports_little():
         "import sys, xarray\nxarray.backends.list_engines()\n"
         "print({'zarr', 'torch', 'numcodecs'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = finished([sys.executable, "-c", code])
     assert done.stdout.strip() == "set()"
 
 

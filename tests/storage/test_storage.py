@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import finished
 
 COPIES = ("live-copies", "backups")
 SOAK = Path(__file__).parents[2] / "tools" / "soak.py"
@@ -23,13 +22,7 @@ pytestmark = pytest.mark.skipif(
 def soaked(*pieces: str) -> dict[str, Any]:
     """Run pieces in a process of their own, as they fork, and return their figures."""
     command = [sys.executable, "-W", "ignore::DeprecationWarning", str(SOAK), "--short", "--json"]
-    done = subprocess.run(
-        [*command, *pieces],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = finished([*command, *pieces], check=False)
     assert done.stdout, done.stderr
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
