@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import wave
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,20 +176,60 @@ def test_pictures_of_held_out_sounds_are_clear_in_the_end_and_not_at_first(round
     assert right(rounds[-1], 1) >= 0.9
 
 
-def test_the_number_of_threads_changes_no_bit(training):
-    clips = make_clips("0", "test", [1] * len(CLASSES))
-    given = []
+# The adapters of the nodes and the server, and what they say of clips. Torch has a thread for each
+# processor that it sees.
+TRAINING = """
+import hashlib, os, sys
+if sys.argv[1] == "one":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from fedgfe_store.demo.federation import NODES, embed, federate, held_out_clips, training_clips
+before = torch.get_num_threads()
+clips, digest = held_out_clips().first(2), hashlib.sha256()
+for step in federate([training_clips(node) for node in NODES], rounds=2):
+    for node, adapter in sorted(step.adapters.items()):
+        for tensor in (*adapter.state_dict().values(), *embed(adapter, clips)):
+            digest.update(tensor.numpy().tobytes())
+assert torch.get_num_threads() == before, "the caller's threads are not restored"
+print(digest.hexdigest(), before)
+"""
+
+
+def trained(processors: str, hash_seed: str) -> tuple[str, int]:
+    """Train in a process of its own; return a digest of all tensors, and torch's threads there."""
+    free = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING, processors],
+        env={**free, "PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    digest, threads = done.stdout.split()
+    return digest, int(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be confined")
+def test_training_gives_the_same_bytes_on_one_processor_and_on_more():
+    alone, together = trained("one", "1"), trained("all", "2")
+    assert alone[1] == 1
+    assert together[1] > 1 or len(os.sched_getaffinity(0)) == 1
+    assert alone[0] == together[0]
+
+
+def test_training_leaves_the_callers_threads_alone(training):
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            (only,) = federate(training, rounds=1, seed=4)
-            given.append(embed(only.adapters["server"], clips))
-            assert torch.get_num_threads() == threads
+        torch.set_num_threads(2)
+        (step,) = federate(training, rounds=1)
+        evaluate(step.adapters["server"], training[0])
+        with pytest.raises(SchemaMismatchError):
+            average([step.adapters["0"].state_dict()], [1, 2])
+        with pytest.raises(IndexError):
+            train(step.adapters["0"], replace(training[0], classes=torch.tensor([10**6])), seed=0)
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(given[0][0], given[1][0])
-    assert torch.equal(given[0][1], given[1][1])
 
 
 def test_making_an_adapter_leaves_torchs_random_numbers_alone():
