@@ -101,7 +101,7 @@ def _machine() -> str:
     """Return what is the same for two processes only if each sees whether the other lives."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not on Linux, where a host's name has to do
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
