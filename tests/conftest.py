@@ -17,7 +17,9 @@ from fedgfe_store import EmbeddingStore, Schema
 
 # torch is not imported yet; child processes inherit it. Threads of several processes that wait for
 # one another busily take many times as long where a machine does other work, too.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):  # tables into a pipe would be in bold letters
+    os.environ.pop(name, None)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
