@@ -8,7 +8,7 @@ done again, has to give what lies there.
 
 from __future__ import annotations
 
-import _pyio
+import _pyio  # type: ignore[import-not-found]  # typeshed has no stub of it
 import builtins
 import errno
 import io
@@ -73,7 +73,7 @@ class Watch:
                 self._real[name[4:]] = getattr(os, name[4:])
                 setattr(os, name[4:], getattr(self, name))
         self._real["builtins.open"] = builtins.open
-        builtins.open = io.open = self._open  # type: ignore[assignment]
+        builtins.open = io.open = self._open
         return self
 
     def __exit__(
@@ -382,7 +382,7 @@ REFUSED = {errno.EMFILE: OPENING, errno.ENOSPC: GROWING, errno.EIO: CHANGING}
 def no_flushes() -> Iterator[None]:
     """Let flushes take no time, where only what is seen by processes matters."""
     real = os.fsync, os.fdatasync
-    os.fsync = os.fdatasync = lambda handle: None
+    os.fsync = os.fdatasync = lambda fd: None
     try:
         yield
     finally:
