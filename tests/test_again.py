@@ -113,7 +113,7 @@ def test_making_a_picture_again_leaves_the_picture_alone(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     before, expected = (path.stat().st_ino, path.read_bytes()), pixels(path)
     code, output = run(store.path, "--from-image", str(path))
     assert (code, "1 images rendered" in output) == (0, True), output
@@ -134,7 +134,7 @@ def test_a_picture_is_overwritten_where_that_is_asked_for(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     before, expected = path.stat().st_ino, pixels(path)
     code, output = run(store.path, "--from-image", str(path), "--overwrite")
     assert (code, "1 images rendered" in output) == (0, True), output
@@ -149,7 +149,7 @@ def test_the_store_in_reach_comes_before_the_one_that_the_picture_names(
     flux: Path, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(store.path, flux, tmp_path / "out")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -211,7 +211,7 @@ def test_a_changed_record_is_taken_as_of_the_pictures_commit(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out", "--batch-size", "1")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     expected, key = pixels(path), provenance_of(path)["key"]
     with store.append(node=key["node"], round=key["round"], if_exists="replace") as batch:
         rest = {name: key[name] for name in ("split", "class_name", "index")}
@@ -231,7 +231,7 @@ def test_what_cannot_be_made_again_says_why(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     other = EmbeddingStore.create(tmp_path / "other.zarr", SMALL)
     fill(other, node=1, round=5)
     foreign = tmp_path / "foreign.png"
@@ -262,7 +262,7 @@ def test_stable_diffusion_is_made_again_with_its_negative(tmp_path: Path) -> Non
     store = EmbeddingStore.create(tmp_path / "e.zarr", Schema.flux(3, width=8, clip=(77, 8)))
     fill(store, node=0, round=1, n=1)
     make(store.path, sd, tmp_path / "out", "--diffusion-type", "sd", "--negative", "blur")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     expected = pixels(path)
     code, output = run(store.path, "--from-image", str(path))
     assert (code, "cannot be made again: negative" in output) == (1, True), output

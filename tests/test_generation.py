@@ -709,7 +709,7 @@ def test_a_run_killed_while_it_saves_goes_on_where_it_was(
     left = pictures(folder)
     assert 0 < len(left) < 10
     assert list(folder.glob(".fedgfe-*.tmp"))
-    written = sorted(left)[0]
+    written = min(left)
     manifest = folder / "manifest.jsonl"
     lines = [line for line in manifest.read_text().splitlines() if written not in line]
     manifest.write_text("".join(f"{line}\n" for line in lines))

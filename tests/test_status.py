@@ -174,7 +174,7 @@ def test_only_tensors_that_the_picture_depends_on_count(folder: Folder) -> None:
     folder.make(2, digests={})
     folder.make(3, digests={"audio": "0" * 16})
     folder.make(4, digests=3)
-    same = dict(t5=values(1, 1)["t5"][0], clip=np.zeros(4, np.float32))
+    same = {"t5": values(1, 1)["t5"][0], "clip": np.zeros(4, np.float32)}
     old = folder.store.select(index=[0, 1], class_name="dog")
     with folder.store.append(node=0, round=5, if_exists="replace") as batch:
         for position in range(2):

@@ -198,7 +198,8 @@ class Watch:
         handle = file if isinstance(file, int) else file.fileno()
         full = self._below(handle)
         if full is None:
-            return self._real[name](handle)
+            self._real[name](handle)
+            return
         with self._lock:
             self.before("flush", full, _nothing)
             found = os.fstat(handle)
@@ -248,7 +249,8 @@ class Watch:
         to: str = "",
     ) -> None:
         if full is None:
-            return self._real[name](*arguments, **options)
+            self._real[name](*arguments, **options)
+            return
         with self._lock:
             self.before(kind, full, _nothing)
             self._real[name](*arguments, **options)
