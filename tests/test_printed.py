@@ -40,9 +40,9 @@ def test_layout_makes_no_difference(seed, digits, width, scale):
         assert alike(printed, str(values))
     tables = [frame(each[:, :5]) for each in (values, moved)]
     with pd.option_context("display.precision", digits, "display.width", width):
-        printed = tables[1].to_string(), text_of(tables[1]._repr_html_())
-    assert alike(printed[0], tables[0].to_string())
-    assert alike(printed[1], text_of(tables[0]._repr_html_()))
+        plain, page = tables[1].to_string(), tables[1].to_html()
+    assert alike(plain, tables[0].to_string())
+    assert alike(text_of(page), text_of(tables[0].to_html()))
     assert alike(repr(dataset(moved, seed)), repr(dataset(values, seed + 1)))
 
 
