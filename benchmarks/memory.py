@@ -1,6 +1,6 @@
 """Peak memory of importing a folder of checkpoints and of rendering one round of it.
 
-    python benchmarks/memory.py [--gigabytes 2]
+    python -m benchmarks.memory [--gigabytes 2]
 
 Each job runs in a process of its own; its peak is counted above what the libraries' import took.
 """
@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 import click
-from quick import checkpoint
+
+from benchmarks.quick import checkpoint
 
 _JOB = """
 import json, resource, sys, time
@@ -35,7 +36,8 @@ print(json.dumps({{"before": before, "peak": peak(), "seconds": seconds, "result
 def run(job: str) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", "-c", _JOB.format(job=job)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 @click.command()

@@ -622,7 +622,7 @@ def test_natural_order(tmp_path: Path) -> None:
 
 
 def test_folder_with_late_rounds(tmp_path: Path) -> None:
-    expected = {}
+    expected: dict[Any, Any] = {}
     for number, (node, round) in enumerate([(0, 7), (0, 6), (1, 7), (1, 5), (0, 5)]):
         folder = tmp_path / f"batch{number}"
         _, made = legacy.node_file(folder, node, round, n=2)
@@ -711,7 +711,7 @@ def test_a_text_cache_alone_makes_a_store(tmp_path: Path) -> None:
 def test_what_does_not_fit_of_a_text_cache_is_counted(tmp_path: Path) -> None:
     t5, clip = legacy.tensors(2)
     nan, long = torch.full((1, 17, 4096), torch.nan), torch.ones(1, 512, 4096)
-    more = {
+    more: dict[str, Any] = {
         "long": {"flux": {"prompt_embeds": long, "pooled_prompt_embeds": clip[:1]}},
         "half": {"flux": {"prompt_embeds": t5[:1], "pooled_prompt_embeds": None}},
         "bad": {"flux": {"prompt_embeds": nan, "pooled_prompt_embeds": clip[:1]}},
@@ -739,8 +739,9 @@ def test_a_text_cache_none_of_which_fits_is_refused(tmp_path: Path) -> None:
     legacy.node_file(tmp_path)
     legacy.text_cache(tmp_path, tokens=32)
     report = import_checkpoints(tmp_path / "s.zarr", tmp_path)
-    assert "expected tensors as in the store (flux: t5 [17, 4096]" in report.files[1].error
-    assert "got flux: t5 [32, 4096], clip [768]" in report.files[1].error
+    error = report.files[1].error or ""
+    assert "expected tensors as in the store (flux: t5 [17, 4096]" in error
+    assert "got flux: t5 [32, 4096], clip [768]" in error
 
 
 def test_text_caches_are_loaded_safely(tmp_path: Path) -> None:
@@ -842,7 +843,7 @@ def test_command_abbreviates_classes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.kill
 def test_killed_import_goes_on(tmp_path: Path) -> None:
-    expected = {}
+    expected: dict[Any, Any] = {}
     for round in range(1, 6):
         _, made = legacy.node_file(tmp_path / "c", 0, round, n=40)
         expected |= {("0", round, "train", *key): value for key, value in made.items()}

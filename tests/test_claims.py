@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -60,11 +62,13 @@ class Other:
         )
 
     def ask(self, line: str) -> str:
+        assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
+        assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def __enter__(self) -> Other:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -106,11 +110,16 @@ def check_racing(tmp_path: Path, racer: str, names: int = 300) -> None:
     others = [Other(tmp_path, racer) for _ in range(3)]
     try:
         for other in others:
+            assert other.process.stdout is not None
             assert other.process.stdout.readline() == "ready\n"
         for other in others:
+            assert other.process.stdin is not None
             other.process.stdin.write("go\n")
             other.process.stdin.flush()
-        taken = Counter(n for o in others for n in o.process.stdout.readline().split())
+        taken: Counter[str] = Counter()
+        for other in others:
+            assert other.process.stdout is not None
+            taken.update(other.process.stdout.readline().split())
     finally:
         for other in others:
             other.__exit__()
@@ -174,7 +183,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     def refuse(*arguments: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(claims_module.fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
 
 
 @pytest.mark.parametrize("no_locks", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], indirect=True)
@@ -218,7 +227,7 @@ def test_locks_that_are_refused_in_the_middle(
     remarks: list[str] = []
     with Claims(tmp_path, report=remarks.append) as claims:
         assert claims.take("a.png")
-        monkeypatch.setattr(claims_module.fcntl, "lockf", refuse)
+        monkeypatch.setattr(fcntl, "lockf", refuse)
         assert claims.take("b.png")
         assert claims.take("c.png")
         assert not claims.take("a.png")
@@ -361,7 +370,7 @@ def test_other_errors_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.EIO, "broken")
 
     with Claims(tmp_path) as claims:
-        monkeypatch.setattr(claims_module.fcntl, "lockf", fail)
+        monkeypatch.setattr(fcntl, "lockf", fail)
         with pytest.raises(OSError, match="broken"):
             claims.take("a.png")
         assert claims.supported

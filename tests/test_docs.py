@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -58,7 +59,7 @@ def test_commands_print_what_the_page_shows(page, folder):
 def test_the_readmes_python_runs_in_the_demos_folder(folder):
     parts = blocks("README.md", "python")
     assert len(parts) == 5
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for part in parts:
         exec(compile(part, "README.md", "exec"), names)
     assert names["drift"] > 0

@@ -387,9 +387,9 @@ def check_view(path: Path) -> int:
     selection = store.select()
     frame, t5 = selection.records, selection.read("t5")
     assert len(store) == len(frame) == 5 * store.commit
-    for (node, number), part in frame.groupby(["node", "round"]):
+    for _, part in frame.groupby(["node", "round"]):
         assert part["index"].tolist() == [0, 1, 2, 3, 4]
-        expected = values(5, int(node) * 100 + number)["t5"]
+        expected = values(5, int(part["node"].iloc[0]) * 100 + int(part["round"].iloc[0]))["t5"]
         assert np.array_equal(t5[part.index.to_numpy()], expected)
     return store.commit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import wave
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_features_do_not_hear_loudness():
 
 
 def test_clips_differ_by_all_that_names_them_and_by_nothing_else():
-    named = {"node": "0", "split": "train", "index": 0}
+    named: dict[str, Any] = {"node": "0", "split": "train", "index": 0}
     first = make_clip("drum", **named)
     assert first.shape == (SAMPLE_RATE,)
     assert 0.3 <= np.abs(first).max() <= 0.9
@@ -220,7 +221,7 @@ def test_a_broken_off_experiment_is_finished_with_the_same_embeddings(short, tmp
         experiment.run(broken, audio=tmp_path / "audio", report=stop)
     assert len(broken.select()) == 120
     experiment.run(broken, audio=tmp_path / "audio")
-    reports = []
+    reports: list[Any] = []
     experiment.run(broken, audio=tmp_path / "audio", report=reports.append)
     assert reports == []
     digests = [

@@ -36,6 +36,17 @@ def plain(path: Path) -> xr.Dataset:
     return dataset.isel(record=np.flatnonzero(visible))
 
 
+def zarr_array(path: Path, name: str) -> zarr.Array:
+    """Open a column as zarr-python finds it in the store."""
+    array = zarr.open_group(path, mode="r")[name]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def zarr_values(array: zarr.Array) -> np.ndarray:
+    return np.asarray(array[:])
+
+
 def raw_tensor(path: Path, name: str):
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}}
     return tensorstore.open(spec, read=True).result()
@@ -54,7 +65,7 @@ def test_other_readers_see_the_same_numbers(tmp_path, precision):
         ours = selection.read(name)
         assert np.array_equal(raw_tensor(store.path, name)[rows].read().result(), ours)
         assert np.array_equal(other[name].to_numpy(), ours)
-        assert np.array_equal(zarr.open_group(store.path, mode="r")[name][:][rows], ours)
+        assert np.array_equal(zarr_values(zarr_array(store.path, name))[rows], ours)
     frame = selection.records
     for name in ("node", "round", "split", "class_name", "index", "sample_id", "t5_digest"):
         assert other[name].to_numpy().tolist() == frame[name].tolist()
@@ -108,14 +119,15 @@ def test_the_size_of_chunks_is_that_of_the_store(tmp_path, monkeypatch, records)
         patched.setattr("fedgfe_store.schema._CHUNK_BYTES", records * 3 * 8 * 4)
         store = EmbeddingStore.create(tmp_path / "s.zarr", SMALL)
     given = fill(store, node=0, round=1, n=5)
-    array = zarr.open_group(store.path, mode="r")["t5"]
+    array = zarr_array(store.path, "t5")
+    assert array.shards is not None
     assert (array.shards[0], array.chunks[0]) == (4, records)
     selection = EmbeddingStore.open(store.path).select()
     order = np.random.default_rng(0).integers(0, 10, 25)
     for part in (selection, selection.take(order), selection.take([3]), selection.take([5, 4])):
         expected = [given[key.class_name, key.index]["t5"] for key in part.keys()]
         assert np.array_equal(part.read("t5"), expected)
-    assert np.array_equal(array[:][selection.rows], selection.read("t5"))
+    assert np.array_equal(zarr_values(array)[selection.rows], selection.read("t5"))
 
 
 def sealed(content: bytes) -> bytes:
@@ -185,7 +197,7 @@ def test_other_peoples_attributes_and_arrays_are_kept(store):
     fill(reopened, node=0, round=2)
     group = zarr.open_group(store.path, mode="r")
     assert group.attrs["note"] == "mine"
-    assert zarr.open_array(store.path / "labels")[:].tolist() == [4, 5]
+    assert zarr_values(zarr.open_array(store.path / "labels")).tolist() == [4, 5]
 
 
 WRITER = """
@@ -208,6 +220,7 @@ for round in range(100, 10_000):
 def start_writer(path: Path) -> subprocess.Popen[str]:
     code = WRITER.format(path=str(path), tests=str(Path(__file__).parent))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -245,6 +258,7 @@ def test_readers_while_a_writer_appends_and_after_it_was_killed(store):  # cases
             check_commits(store.path, 0)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
+        assert writer.stdout is not None
         numbers = [int(line) for line in writer.stdout.read().split()]
         writer.stdout.close()
         acknowledged = max(numbers, default=99) - 99

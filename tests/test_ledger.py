@@ -261,11 +261,15 @@ def test_processes_that_begin_at_once_share_the_work(tmp_path):
         "print(sum(not f.known for f in report.files), len(report.failed), report.records)\n"
     )
     command = [sys.executable, "-c", code, str(store_of(tmp_path)), str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     for process in running:
+        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     for process in running:
+        assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
     said = [process.communicate(timeout=120)[0].split() for process in running]

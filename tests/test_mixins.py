@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import legacy
 import miniature
@@ -24,7 +25,7 @@ import torch
 from click.testing import CliRunner
 
 from fedgfe_store import EmbeddingStore, Metadata
-from fedgfe_store._commit import WriterLock
+from fedgfe_store._lock import WriterLock
 from fedgfe_store.checkpoints import import_checkpoints
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
@@ -426,8 +427,11 @@ def test_the_guides_commands_render_what_the_miniature_recorded(tmp_path, monkey
 
 
 def test_fedgfes_own_switch_and_frequencies(tmp_path):
-    switches = {"save_embeddings_instead_of_images": None, "embeddings_save_frequency": None}
-    own = {"generate_embeddings_only": True, "generate_nodes_images_frequency": 2}
+    switches: dict[str, Any] = {
+        "save_embeddings_instead_of_images": None,
+        "embeddings_save_frequency": None,
+    }
+    own: dict[str, Any] = {"generate_embeddings_only": True, "generate_nodes_images_frequency": 2}
     miniature.main(config(tmp_path, **switches, **own))
     found = content(tmp_path / "checkpoints" / "embeddings.zarr")
     assert found.keys() == {key for key in expected([2]) if key[0] != "server"}
@@ -440,7 +444,8 @@ def test_embeddings_switched_off(tmp_path):
 
 def test_a_server_that_lacks_something_is_told_before_any_training():
     class Server(EmbeddingServerMixin):
-        pass
+        config: dict[str, Any]
+        clients: list[Any]
 
     server = Server()
     with pytest.raises(SchemaMismatchError, match="expected an attribute config with a section"):
@@ -491,6 +496,7 @@ def test_while_a_client_computes_those_before_it_are_written(tmp_path):
     second.id, second.embedding_splits = 1, ("train",)
     lock = WriterLock(tmp_path / "embeddings.zarr", 1)
     path = Round(tmp_path, first, second).save_round_embeddings()
+    assert path is not None
     assert EmbeddingStore.open(path).commit == 3
     assert [key[0] for key in content(path)] == ["0", "0", "1", "1", "server"]
     first.save_embeddings_to_checkpoint("train", tmp_path, 4)
@@ -516,6 +522,7 @@ def test_a_disk_that_is_full_at_the_end_of_a_round(tmp_path, monkeypatch, on_err
                 ("server", 3),
             ]
     path = server.save_round_embeddings()
+    assert path is not None
     assert server.missing_embeddings == ()
     assert [key[0] for key in content(path)] == ["0", "0", "server"]
 

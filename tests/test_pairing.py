@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def key(round: int, index: int, class_name: str = "dog", node: str = "0") -> Rec
 
 def shuffled(rounds: tuple[int, ...] = ROUNDS, files: int = FILES) -> dict[RecordKey, str]:
     """Give the file of each record, as a loader that shuffles numbers them in every round."""
-    found, rng = {}, random.Random(3)
+    found: dict[Any, str] = {}
+    rng = random.Random(3)
     for round_ in rounds:
         for class_name in CLASSES:
             names = [f"{class_name}/{number}.wav" for number in range(files)]

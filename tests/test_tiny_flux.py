@@ -138,10 +138,10 @@ def test_strong_noise_makes_the_pictures_unclear(pipeline):
 def test_a_pictogram_is_nearest_to_itself_and_far_from_the_others():
     rng = np.random.default_rng(0)
     for name in CLASSES:
-        near = np.sort(distances(draw(name)))
+        near = np.sort(distances(np.asarray(draw(name))))
         assert near[0] == 0
         assert near[1] > 50
-        assert nearest_class(draw(name, rng=rng)) == name
+        assert nearest_class(np.asarray(draw(name, rng=rng))) == name
         assert draw(name, size=32).size == (32, 32)
     with pytest.raises(SchemaMismatchError, match=r"class.*dog.*cat"):
         draw("cat")

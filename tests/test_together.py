@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -22,7 +24,6 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation import claims as claims_module
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.manifest import read_manifest
@@ -33,7 +34,7 @@ from fedgfe_store.generation.shards import Shard
 from fedgfe_store.selection import Selection
 
 RECORDS = 120
-SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
+SETTINGS: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +86,13 @@ def test_two_processes_share_the_work(flux: Path, selection: Selection, tmp_path
 def test_where_locks_are_refused_a_run_says_so_once_and_leaves_no_claims(
     flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(claims_module.fcntl, "lockf", refuse)
-    part, remarks = selection.take(range(8)), []
-    options = {**SETTINGS, "pipeline": FakePipeline(flux), "report": remarks.append}
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    part = selection.take(range(8))
+    remarks: list[str] = []
+    options: dict[str, Any] = {**SETTINGS, "pipeline": FakePipeline(flux), "report": remarks.append}
     assert generate(part, tmp_path / "out", **options).done == 8
     assert ["no file locks in" in remark for remark in remarks] == [True]
     assert not list((tmp_path / "out").glob(".fedgfe-claim-*"))
@@ -104,10 +106,10 @@ def test_what_another_process_holds_or_has_made_is_left_to_it(
     class Meanwhile(FakePipeline):
         """Another process makes the last image while this one makes the first."""
 
-        def denoise(self, *args: object, **options: object) -> object:
+        def denoise(self, *args: Any, **options: Any) -> Any:
             if not self.batch_sizes:
                 other = selection.take([7])
-                options_of_other = {**SETTINGS, "pipeline": FakePipeline(flux)}
+                options_of_other: dict[str, Any] = {**SETTINGS, "pipeline": FakePipeline(flux)}
                 generate(other, tmp_path / "other", **options_of_other)
                 os.rename(tmp_path / "other" / names[7], tmp_path / "out" / names[7])
             return super().denoise(*args, **options)
@@ -120,10 +122,12 @@ def test_what_another_process_holds_or_has_made_is_left_to_it(
         text=True,
     )
     with holder:
+        assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         part = selection.take(range(8))
-        options = {**SETTINGS, "batch_size": 1, "pipeline": Meanwhile(flux)}
+        options: dict[str, Any] = {**SETTINGS, "batch_size": 1, "pipeline": Meanwhile(flux)}
         report = generate(part, tmp_path / "out", **options)
+        assert holder.stdin is not None
         holder.stdin.close()
     assert (report.done, report.elsewhere, report.left) == (6, 2, 0)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {*names} - {names[1]}

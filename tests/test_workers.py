@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_where_no_thread_can_be_started_it_says_so_and_nothing_is_run(monkeypatc
     def refused(*_):
         raise RuntimeError("can't start new thread")
 
-    ran = []
+    ran: list[Any] = []
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="new thread"):
         patched.setattr("_thread.start_new_thread", refused)
         _workers.run(_workers.Pool(1), ran.append, [(1,)])
@@ -184,10 +185,13 @@ def test_interrupted_again_and_again_it_still_waits(pool):
         time.sleep(0.2)
         under_way.remove(number)
 
+    main = threading.main_thread().ident
+    assert main is not None
+
     def interrupt():
         begun.wait()
         for _ in range(5):
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            signal.pthread_kill(main, signal.SIGINT)
             time.sleep(0.02)
 
     thread = threading.Thread(target=interrupt)

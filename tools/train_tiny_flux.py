@@ -167,7 +167,8 @@ def vae_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     code = vae.encode(pictures).latent_dist
     wrong = vae.decode(code.sample()).sample - pictures
     edges = wrong.diff(dim=2).abs().mean() + wrong.diff(dim=3).abs().mean()
-    return wrong.abs().mean() + wrong.square().mean() + edges + 1e-5 * code.kl().mean()
+    loss: Tensor = wrong.abs().mean() + wrong.square().mean() + edges + 1e-5 * code.kl().mean()
+    return loss
 
 
 def train_vae(pictures: Tensor, *, steps: int, batch: int = 8) -> AutoencoderKL:
@@ -202,7 +203,8 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 def pack(latents: Tensor) -> Tensor:
     """Pack latents [n, 16, 8, 8] as FLUX does, into [n, 16, 64]."""
-    return FluxPipeline._pack_latents(latents, *latents.shape)
+    packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+    return packed
 
 
 def make_pool(vae: AutoencoderKL, pictures: Tensor) -> tuple[Conditions, Tensor]:
@@ -237,7 +239,8 @@ class Embedder:
         bank = self._noise[part]
         own = bank[torch.randint(len(bank), (len(noise),))]
         level = (noise * (1 - CONFUSION)).sqrt().view(-1, *[1] * (own.ndim - 1))
-        return torch.tensordot(coefficients, self._anchors[part], dims=1).addcmul_(level, own)
+        clean: Tensor = torch.tensordot(coefficients, self._anchors[part], dims=1)
+        return clean.addcmul_(level, own)
 
 
 def new_transformer() -> FluxTransformer2DModel:
