@@ -840,6 +840,8 @@ def test_command_abbreviates_classes(tmp_path: Path) -> None:
 # processes
 
 
+@pytest.mark.slow
+@pytest.mark.kill
 def test_killed_import_goes_on(tmp_path: Path) -> None:
     expected: dict[Any, Any] = {}
     for round in range(1, 6):
@@ -867,6 +869,7 @@ def test_killed_import_goes_on(tmp_path: Path) -> None:
     assert all(same(found[key][0], expected[key][0]) for key in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_dry_run_of_a_large_file_takes_little_memory(tmp_path: Path) -> None:
     n = 3600

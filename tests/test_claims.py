@@ -90,6 +90,7 @@ def test_a_name_is_taken_by_one_process_only(tmp_path: Path) -> None:
         assert not claims.take("a.png")
 
 
+@pytest.mark.kill
 def test_a_killed_process_leaves_nothing_taken(tmp_path: Path) -> None:
     with Claims(tmp_path) as claims, Other(tmp_path) as other:
         assert other.ask("take a.png") == "True"
@@ -237,6 +238,7 @@ def test_locks_that_are_refused_in_the_middle(
     assert [path.name for path in tmp_path.iterdir()] == [".fedgfe-claims"]
 
 
+@pytest.mark.kill
 @pytest.mark.usefixtures("no_locks")
 def test_without_locks_a_killed_process_of_this_machine_leaves_nothing_taken(
     tmp_path: Path,

@@ -365,6 +365,7 @@ except NotFoundError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_cached_model_with_encoders_of_configuration_only_is_fetched(
     flux: Path, tmp_path: Path
 ) -> None:

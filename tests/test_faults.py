@@ -111,6 +111,7 @@ def check_group_error(path: Path, error: FedgfeStoreError) -> str:
     return "says so"
 
 
+@pytest.mark.slow
 def test_400_flipped_bytes_are_named_or_harmless(sound):  # cases.md c5, d3
     expected, kinds, rng = everything(sound), files_by_kind(sound), random.Random(4)
     for kind, count in {"tensor": 150, "key column": 120, "group": 80, "array": 50}.items():
@@ -393,6 +394,7 @@ def check_view(path: Path) -> int:
     return store.commit
 
 
+@pytest.mark.slow
 def test_8_writers_and_2_readers(store):  # cases.md c6
     sources = [
         WRITER.format(tests=str(TESTS), path=str(store.path), node=node) for node in range(8)
@@ -492,6 +494,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_dataloader_read_an_open_store(store, tmp_path, start):  # cases.md c10
     fill(store, node=0, round=1)
@@ -561,6 +564,7 @@ EmbeddingStore.open(sys.argv[1]).delete(round=1)
 """
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("change", ["append", "replace", "delete", "compact"])
 def test_marks_of_a_dead_writer_do_not_come_to_life(store, change):
     for round_ in (1, 2, 3):

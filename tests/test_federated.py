@@ -809,6 +809,7 @@ def run(store: EmbeddingStore, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.slow
 def test_a_forgotten_close_loses_nothing_but_a_block_that_never_ended(store):
     code = """
 for round in range(5): put(round)
@@ -824,6 +825,7 @@ raise SystemExit(7)
     assert store.select().records["round"].tolist() == [n for n in range(5) for _ in range(4)]
 
 
+@pytest.mark.slow
 def test_a_recorder_that_nobody_holds_any_more_is_written(store):
     code = "for round in range(3): put(round)\ndel recorder, put\nimport gc; gc.collect()"
     done = run(store, code)
@@ -832,6 +834,7 @@ def test_a_recorder_that_nobody_holds_any_more_is_written(store):
     assert len(store) == 12
 
 
+@pytest.mark.slow
 def test_a_forked_process_that_leaves_an_open_block_touches_nothing_of_its_parents(store):
     code = """
 import torch
@@ -881,6 +884,7 @@ if os.getpid() != before:
     assert store.verify().sound
 
 
+@pytest.mark.slow
 def test_a_forked_process_leaves_the_recorder_alone(store):
     code = """
 put(1)

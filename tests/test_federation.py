@@ -145,6 +145,7 @@ def test_training_lowers_the_loss(training):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_federation_learns_what_no_node_trained_on(rounds, held_out):
     losses = [evaluate(r.adapters["server"], held_out)[0] for r in rounds]
     assert losses[0] > 3
@@ -154,6 +155,7 @@ def test_the_federation_learns_what_no_node_trained_on(rounds, held_out):
     assert evaluate(rounds[-1].adapters["server"], held_out)[1] >= 0.95
 
 
+@pytest.mark.slow
 def test_another_seed_learns_too():
     seed = 1
     clips = [training_clips(node, seed=seed) for node in NODES]
@@ -161,6 +163,7 @@ def test_another_seed_learns_too():
     assert evaluate(last.adapters["server"], held_out_clips(seed=seed))[1] >= 0.9
 
 
+@pytest.mark.slow
 def test_pictures_of_held_out_sounds_are_clear_in_the_end_and_not_at_first(rounds, held_out):
     pipeline = load()
     classes = held_out.class_names
@@ -248,6 +251,7 @@ def short(monkeypatch):
     monkeypatch.setattr(experiment, "RECORDED", (1, 2))
 
 
+@pytest.mark.slow
 def test_a_broken_off_experiment_is_finished_with_the_same_embeddings(short, tmp_path):
     whole, broken = (
         EmbeddingStore.create(tmp_path / name, Schema.flux(17)) for name in ("whole", "broken")

@@ -245,6 +245,8 @@ def check_commits(path: Path, acknowledged: int) -> int:
     return len(rounds)
 
 
+@pytest.mark.slow
+@pytest.mark.kill
 def test_readers_while_a_writer_appends_and_after_it_was_killed(store):  # cases.md c5
     fill(store, node=0, round=1)
     done = 0

@@ -695,6 +695,8 @@ generate(EmbeddingStore.open(store).select(), folder, model=model, steps=2, heig
 """
 
 
+@pytest.mark.slow
+@pytest.mark.kill
 def test_a_run_killed_while_it_saves_goes_on_where_it_was(
     flux: Path, make: Callable[..., GenerationReport], selection: Selection, tmp_path: Path
 ) -> None:

@@ -203,6 +203,7 @@ write_png(Path(sys.argv[1]), np.zeros((3, 5, 3), np.uint8), {"settings": {"width
 """
 
 
+@pytest.mark.kill
 def test_a_killed_writer_leaves_only_a_temp_file_that_goes_next_time(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     command = [sys.executable, "-c", KILLED_WRITER, str(path)]

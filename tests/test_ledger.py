@@ -250,6 +250,7 @@ def test_a_ledger_that_cannot_be_written_is_a_warning(folder, caplog):
     assert "will be read again next time" in caplog.text
 
 
+@pytest.mark.slow
 def test_processes_that_begin_at_once_share_the_work(tmp_path):
     for node in range(6):
         legacy.node_file(tmp_path, node, n=4)

@@ -117,6 +117,7 @@ def test_a_group_of_offloaded_batches_survives_a_full_device(
     check_pictures(selection, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_tiles_are_used_on_request_only_and_the_picture_says_so(
     flux: Path, selection: Selection, tmp_path: Path
 ) -> None:
@@ -276,6 +277,7 @@ def test_the_last_batch_is_padded_where_the_model_is_compiled(
     check_pictures(selection, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_draws_the_same_and_is_compiled_once(
     flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -538,6 +538,8 @@ def killed(path: Path, seconds: float) -> None:
     assert child.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
+@pytest.mark.kill
 def test_killed_in_round_2_and_started_again_it_ends_with_the_same_store(tmp_path):
     def begin(name: str) -> tuple[Path, Path]:
         path = config(tmp_path / name, embeddings_save_frequency=1)

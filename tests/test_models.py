@@ -138,6 +138,7 @@ def resolve_offline(name: str, cache: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_hub_model_that_is_not_at_hand_says_at_once_how_to_get_it(tmp_path: Path) -> None:
     message = resolve_offline("black-forest-labs/FLUX.1-dev", tmp_path)
     assert "hf download black-forest-labs/FLUX.1-dev" in message

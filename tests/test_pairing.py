@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import NEEDS_CHROMIUM, chromium, empty_page
+from browser import chromium, drives_chromium, empty_page
 from conftest import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,7 +129,7 @@ def test_the_gallery_compares_the_same_files(tmp_path: Path) -> None:
         assert all(sample[one] == sample[other] for one, other in found)
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_the_page_shows_the_same_files_side_by_side(tmp_path: Path) -> None:
     sample = draw(tmp_path, shuffled())
     page_file = make_gallery(tmp_path).page

@@ -192,6 +192,7 @@ def test_a_damaged_kept_embedding_is_named_and_never_used(
     assert make(store.select(), tmp_path / "first").skipped == 6
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_or_file_changes_the_pictures(
     sd: Path, make: Callable[..., GenerationReport], selection: Selection, tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ from fedgfe_store.demo.pictograms import CLASSES, draw
 from fedgfe_store.demo.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
 from fedgfe_store.errors import SchemaMismatchError
 
+pytestmark = pytest.mark.model
+
 
 def load(dtype: torch.dtype | None = None) -> FluxPipeline:
     options = {} if dtype is None else {"dtype": dtype}

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import SMALL, fill
 from generation_fakes import SIZE, FakePipeline
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -66,6 +66,7 @@ def check_whole(selection: Selection, folder: Path) -> None:
     assert not list(folder.glob(".fedgfe-*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(flux: Path, selection: Selection, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     started = [
@@ -160,6 +161,7 @@ def test_claims_are_given_back_as_images_are_written(
     assert max(held) < 40, "no more than is read ahead, rendered and waiting to be written"
 
 
+@pytest.mark.slow
 def test_one_command_for_all_gpus_of_a_machine(
     flux: Path, selection: Selection, tmp_path: Path
 ) -> None:
@@ -209,6 +211,7 @@ def test_a_rank_without_work_is_done(flux: Path, selection: Selection, tmp_path:
     assert "0 images rendered" in result.output
 
 
+@settings(max_examples=30)  # each makes up to 33 plans
 @given(
     n=st.integers(1, 16),
     done=st.sets(st.integers(0, RECORDS - 1)),
@@ -235,6 +238,8 @@ def test_shards_are_disjoint_complete_and_stable(
 KILLS = 3
 
 
+@pytest.mark.slow
+@pytest.mark.kill
 def test_killed_runs_lose_nothing_and_repeat_only_what_was_in_flight(
     flux: Path, selection: Selection, tmp_path: Path
 ) -> None:
