@@ -19,13 +19,14 @@ import torch
 from click.testing import CliRunner
 from conftest import SMALL, fill, values
 from generation_fakes import SIZE, FakePipeline, checksum, load_flux, save_random_flux
+from noisy_anchors import noisy
 from numpy.typing import NDArray
 from pictures import accuracy, provenance_of
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema, Selection
 from fedgfe_store.cli.main import group
-from fedgfe_store.demo.anchors import class_anchor, noisy
+from fedgfe_store.demo.anchors import class_anchor
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.errors import (
     ConflictError,

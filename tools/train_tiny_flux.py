@@ -2,13 +2,14 @@
 
 First a small AutoencoderKL learns to code 64 x 64 pictograms as FLUX codes pictures (16 latent
 channels at 1/8 of the size). Then a FluxTransformer2DModel learns rectified flow on its latents,
-given embeddings as `fedgfe_store.demo.anchors.noisy` makes them. What it has to draw is what an
+given embeddings as `noisy` in ``tests/noisy_anchors.py`` makes them. What it has to draw is what an
 ideal observer would expect to see: the mean of the classes' pictograms, weighted by how likely
 each class is given the embedding, and blurred the more, the noisier the embedding is.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,12 @@ from diffusers import (
 from torch import Tensor
 from torch.nn import functional
 
-from fedgfe_store.demo.anchors import CLIP_SHAPE, CONFUSION, T5_SHAPE, class_anchor
+from fedgfe_store.demo.anchors import CLIP_SHAPE, T5_SHAPE, class_anchor
 from fedgfe_store.demo.pictograms import CLASSES, draw
 from fedgfe_store.demo.tiny import TINY_SIZE, tiny_flux_path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from noisy_anchors import CONFUSION
 
 JITTERS = 128
 """Variants of each pictogram; all classes share a variant's place, size and tint."""
