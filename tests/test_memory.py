@@ -278,6 +278,7 @@ def test_the_last_batch_is_padded_where_the_model_is_compiled(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_model_draws_the_same_and_is_compiled_once(
     flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

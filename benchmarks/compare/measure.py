@@ -155,7 +155,7 @@ def bounds(folder: Path, plan: Plan) -> dict[str, float]:
     def read() -> None:
         for file in files(folder / "torch"):
             with file.open("rb", buffering=0) as opened:
-                while opened.readinto(np.empty_like(piece)):  # type: ignore[arg-type]
+                while opened.readinto(np.empty_like(piece).data):
                     pass
 
     def write() -> None:
