@@ -10,7 +10,7 @@ export TIMEFORMAT := took %0R s, %0U + %0S s of the processors
 # One process of tests a core, of which each runs whole files: a file's tests share what they make.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo notebook test test-fast test-gpu soak lint bench bench-quick clean
+.PHONY: demo notebook test test-fast test-gpu test-pythons soak lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -24,6 +24,22 @@ demo/contact_sheet.png: | $(VENV)/installed
 
 test: lint test-gpu
 	time $(BIN)/python -m pytest $(PARALLEL)
+
+# All of it with every one of these Pythons that is there, each in an environment of its own.
+PYTHONS := 3.11 3.12 3.13
+
+test-pythons:
+	@tested=; failed=; \
+	for version in $(PYTHONS); do \
+	    if ! python$$version -c "" 2> /dev/null; then \
+	        echo "python$$version: not tested, there is none"; \
+	        continue; \
+	    fi; \
+	    tested+=" $$version"; \
+	    $(MAKE) test PYTHON=python$$version VENV=.venv-$$version || failed+=" $$version"; \
+	done; \
+	echo "tested:$${tested:- no Python}, failed:$${failed:- none}"; \
+	[ -n "$$tested" ] && [ -z "$$failed" ]
 
 # While one works: all but what is slow, drives a browser or kills.
 test-fast: $(VENV)/installed-dev
@@ -69,4 +85,4 @@ $(VENV)/installed-bench: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo
+	rm -rf $(VENV) $(PYTHONS:%=.venv-%) build dist *.egg-info demo

@@ -41,6 +41,7 @@ def after_a_command(leave_out: Sequence[str] = (), **environ: str) -> list[objec
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe:UserWarning")  # once benchmarks ran
 def test_torch_has_one_thread_in_tests_and_their_children(method):
     assert torch.get_num_threads() == 1
     with get_context(method).Pool(1) as pool:
