@@ -215,7 +215,10 @@ class Claim:
             _held.add(self.token)
             # Not holding the claim: one that an interruption lost is abandoned, see `__del__`.
             renew = partial(_renew, self._stop, self._made)
-            _workers.Thread(renew, "fedgfe-store-claim").start()
+            with contextlib.suppress(
+                RuntimeError
+            ):  # no thread can begin; `fence` sees what comes of that
+                _workers.Thread(renew, "fedgfe-store-claim").start()
         return made
 
     def _link(self, target: Path) -> bool:

@@ -49,9 +49,11 @@ def run(pool: Pool, function: Callable[..., T], arguments: Iterable[tuple[Any, .
 
     Of several errors the first in order is raised. No call is under way, or begins, when this has
     returned or raised, also where it was interrupted: what follows may undo what the calls did.
-    `arguments` are drawn in the pool's threads, one at a time and as they are needed.
+    `arguments` are drawn in the pool's threads, one at a time and as they are needed. Where no
+    thread can begin, as when the interpreter ends, this one makes the calls.
     """
-    pool.begin()
+    if not pool.begin():
+        return [function(*each) for each in arguments]
     task = _Task(pool, function, arguments)
     try:
         try:
@@ -186,10 +188,14 @@ class Pool:
         self._lock = threading.Lock()
         self._threads = self._idle = 0
 
-    def begin(self) -> None:
-        """See to it that there is a thread; threads make further ones themselves."""
+    def begin(self) -> bool:
+        """See to it that there is a thread, or say that there cannot be; they make further ones."""
         if not self._threads:
-            Thread(self._work, self._name).start()
+            try:
+                Thread(self._work, self._name).start()
+            except RuntimeError:
+                return False
+        return True
 
     def grow(self) -> None:
         """Make another thread if all have something to do."""
