@@ -85,7 +85,7 @@ class Thread:
         self._ticket: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._ticket.put(function)
         self._ended: SimpleQueue[None] = SimpleQueue()
-        self._done = False
+        self._coming = self._done = False
 
     @property
     def process(self) -> int | None:
@@ -95,7 +95,12 @@ class Thread:
     def start(self) -> None:
         """Let the function be called, unless it is or was already."""
         if not self._ticket.empty():
-            _thread.start_new_thread(self._begin, ())
+            try:
+                _thread.start_new_thread(self._begin, ())
+            except RuntimeError:  # there cannot be another thread: the one before will do
+                if not self._coming:
+                    raise
+            self._coming = True
 
     def join(self) -> None:
         """Wait until the function has returned; it is called if `start` was interrupted."""
