@@ -3,7 +3,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo notebook test test-gpu soak lint bench bench-quick clean
+SHELL := bash
+# What `time` says of a command below.
+export TIMEFORMAT := took %0R s, %0U + %0S s of the processors
+
+# One process of tests a core, of which each runs whole files: a file's tests share what they make.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo notebook test test-fast test-gpu test-pythons soak lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -16,7 +23,27 @@ demo/contact_sheet.png: | $(VENV)/installed
 	$(BIN)/fedgfe-store demo
 
 test: lint test-gpu
-	$(BIN)/python -m pytest
+	time $(BIN)/python -m pytest $(PARALLEL)
+
+# All of it with every one of these Pythons that is there, each in an environment of its own.
+PYTHONS := 3.11 3.12 3.13
+
+test-pythons:
+	@tested=; failed=; \
+	for version in $(PYTHONS); do \
+	    if ! python$$version -c "" 2> /dev/null; then \
+	        echo "python$$version: not tested, there is none"; \
+	        continue; \
+	    fi; \
+	    tested+=" $$version"; \
+	    $(MAKE) test PYTHON=python$$version VENV=.venv-$$version || failed+=" $$version"; \
+	done; \
+	echo "tested:$${tested:- no Python}, failed:$${failed:- none}"; \
+	[ -n "$$tested" ] && [ -z "$$failed" ]
+
+# While one works: all but what is slow, drives a browser or kills.
+test-fast: $(VENV)/installed-dev
+	time $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not browser and not kill"
 
 # What power cuts, kills, broken disks, locks and copying do to stores; hours. Pieces, seeds and a
 # short form: tools/soak.py --help.
@@ -25,12 +52,12 @@ soak: $(VENV)/installed-dev
 
 # The commands on a simulated GPU, in a process of its own: the device has to be there before torch.
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/virtual_gpu
+	time $(BIN)/python -m pytest tests/virtual_gpu
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	time $(BIN)/mypy
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.compare
@@ -58,4 +85,4 @@ $(VENV)/installed-bench: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo
+	rm -rf $(VENV) $(PYTHONS:%=.venv-%) build dist *.egg-info demo

@@ -67,8 +67,8 @@ def main(appends: int, records: int, every: int) -> None:
         for number in range(1, appends + 1):
             times.append(append(store, number, records))
             if number % every == 0:
-                report(f"appends {number - every + 1} to {number}", np.mean(times[-every:]))
-        first, last = np.mean(times[:GROUP]), np.mean(times[-GROUP:])
+                report(f"appends {number - every + 1} to {number}", float(np.mean(times[-every:])))
+        first, last = float(np.mean(times[:GROUP])), float(np.mean(times[-GROUP:]))
         report(f"first {GROUP} appends, mean", first)
         report(f"last {GROUP} appends, mean", last, f"ratio {last / first:.2f}")
         report("write and fsync, before", probe)

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,8 +43,9 @@ class Variant:
 
 
 def codec(cname: str, level: int, shuffle: str = "bitshuffle") -> Variant:
-    configuration = {**_layout._BLOSC["configuration"], "cname": cname, "clevel": level}
-    constant = {**_layout._BLOSC, "configuration": {**configuration, "shuffle": shuffle}}
+    blosc: dict[str, Any] = _layout._BLOSC
+    configuration = {**blosc["configuration"], "cname": cname, "clevel": level}
+    constant = {**blosc, "configuration": {**configuration, "shuffle": shuffle}}
     return Variant(f"{cname} {level}, {shuffle}", {"_layout._BLOSC": constant})
 
 
@@ -108,7 +110,7 @@ def measure(variant: Variant, shape: Shape, rounds: list[Round], folder: Path) -
     schema = Schema.flux(shape.tokens, width=shape.width, clip=(shape.clip,), **variant.schema)
     with applied(variant):
         store = EmbeddingStore.create(folder / "s.zarr", schema)
-        appended = min([timed(lambda d=data: append(store, d)) for data in rounds][1:])
+        appended = min([timed(partial(append, store, data)) for data in rounds][1:])
         nbytes, files = size(store.path)
         rows = np.random.default_rng(3).permutation(sum(map(len, rounds)))[:64]
         path = store.path
@@ -137,7 +139,7 @@ def measure_keys(variant: Variant, folder: Path) -> list[float]:
     with applied(variant):
         store = EmbeddingStore.create(folder / "s.zarr", schema)
         seconds = [
-            timed(lambda n=n: append(store, Round(n, t5, clip, names, numbers))) for n in range(50)
+            timed(partial(append, store, Round(n, t5, clip, names, numbers))) for n in range(50)
         ]
         path = store.path
         query = timed(lambda: len(EmbeddingStore.open(path).select(class_name="dog", round=7)))
@@ -183,9 +185,8 @@ def main(repeats: int, output: Path) -> None:
         for title, (shape, records, variants) in TABLES.items():
             click.echo(title, err=True)
             rounds = [make_round(shape, number, records) for number in range(3)]
-            rows = rows_of(
-                HEAD, variants, repeats, lambda v, s=shape, r=rounds: measure(v, s, r, folder)
-            )  # fmt: skip
+            one = partial(measure, shape=shape, rounds=rounds, folder=folder)
+            rows = rows_of(HEAD, variants, repeats, one)
             parts += [f"## {title}", table(HEAD, rows)]
         click.echo("Key columns", err=True)
         rows = rows_of(KEY_HEAD, KEY_CHUNKS, repeats, lambda v: measure_keys(v, folder))

@@ -17,9 +17,11 @@ import gc
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,9 +34,11 @@ from diffusers import (
 
 from fedgfe_store.generation.devices import DTYPES, clear_cache, is_out_of_memory
 from fedgfe_store.generation.flux import FluxImages, FluxModel
+from fedgfe_store.generation.offload import Offload
 from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.settings import Settings
 
+T = TypeVar("T")
 STEPS = 28
 MEASURED_STEPS = 4
 T5_BYTES, CLIP_BYTES = 4_762_310_656 * 2, 123_060_480 * 2
@@ -65,7 +69,7 @@ class Case:
     pixels: int
     tokens: int
     batch: int
-    offload: str = "none"
+    offload: Offload = "none"
     compiled: bool = False
     encoders: bool = False
 
@@ -79,8 +83,9 @@ def cases(small: bool) -> Iterator[Case]:
         yield Case(pixels, 17, batch, encoders=True)
         yield Case(pixels, 17, batch, compiled=True)
         if not small:
-            for offload in ("model", "group", "sequential"):
-                yield Case(pixels, 17, batch, offload)
+            yield Case(pixels, 17, batch, "model")
+            yield Case(pixels, 17, batch, "group")
+            yield Case(pixels, 17, batch, "sequential")
 
 
 def load(case: Case, device: str, dtype: str, *, small: bool) -> FluxImages:
@@ -125,6 +130,7 @@ def embeddings(case: Case, images: FluxImages) -> dict[str, torch.Tensor]:
 def measure(case: Case, device: str, dtype: str, *, small: bool) -> tuple[str, np.ndarray | None]:
     """Give a row of the table, and the first picture."""
     cuda = torch.device(device).type == "cuda"
+    images: FluxImages | None = None
     try:
         images = load(case, device, dtype, small=small)
         held = (
@@ -137,8 +143,8 @@ def measure(case: Case, device: str, dtype: str, *, small: bool) -> tuple[str, n
         images.denoise(inputs, seeds, Settings(**{**vars(settings), "steps": 1}))
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        denoising, latents = timed(device, lambda: images.denoise(inputs, seeds, settings))
-        decoding, pictures = timed(device, lambda: images.decode(latents, settings))
+        denoising, latents = timed(device, partial(images.denoise, inputs, seeds, settings))
+        decoding, pictures = timed(device, partial(images.decode, latents, settings))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -153,7 +159,7 @@ def measure(case: Case, device: str, dtype: str, *, small: bool) -> tuple[str, n
     return f"{head(case)} {each:.2f} | {peak} | {swapped} |", pictures[0]
 
 
-def timed(device: str, work: object) -> tuple[float, object]:
+def timed(device: str, work: Callable[[], T]) -> tuple[float, T]:
     """Time one call, the device's work included."""
     cuda = torch.device(device).type == "cuda"
     if cuda:

@@ -48,7 +48,7 @@ def draw(folder: Path, pictures: int, size: int) -> None:
     settings = Settings("tiny", "0" * 32, "bfloat16", 28, 3.5, size, size)
     shared = {"settings": asdict(settings), "fingerprint": fingerprint(settings), "image": 0}
     keys = itertools.product(range(10), range(40), [f"class_{i}" for i in range(10)], range(1000))
-    drawn = []
+    drawn: list[Path] = []
     with Manifest(folder) as manifest:
         for number, (node, round_, name, index) in enumerate(
             itertools.islice(keys, 0, pictures * (4_000_000 // pictures), 4_000_000 // pictures)

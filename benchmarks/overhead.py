@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +72,7 @@ class Sleeper:
         self.busy += time.perf_counter() - started
 
 
-def photograph() -> Picture:
+def photograph() -> np.ndarray:
     """Make a picture that compresses like a photograph: smooth parts and some grain."""
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
     waves = [np.sin(7 * x + 3 * y), np.cos(5 * y - x), np.sin(9 * x * y)]
@@ -147,8 +146,15 @@ def ours(
     store: EmbeddingStore, checkpoint: Path, folder: Path, pipeline: Sleeper, batch_size: int
 ) -> None:
     """Render with `generate`."""
-    size = {"height": SIZE, "width": SIZE, "batch_size": batch_size, "steps": 28}
-    report = generate(store.select(), folder, pipeline=pipeline, **size)
+    report = generate(
+        store.select(),
+        folder,
+        pipeline=pipeline,
+        height=SIZE,
+        width=SIZE,
+        batch_size=batch_size,
+        steps=28,
+    )
     assert not report.failed
 
 
@@ -176,8 +182,9 @@ def save(
     settings = Settings("", "", "float32", 28, 3.5, SIZE, SIZE)
     latents = pipeline.denoise(embeddings, range(len(embeddings["t5"])), settings)
     for offset, picture in enumerate(pipeline.decode(latents, settings)):
+        assert picture is not None
         Image.fromarray(picture).save(folder / f"{first + offset}.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

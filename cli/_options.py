@@ -15,15 +15,22 @@ from fedgfe_store._text import counted, printable
 
 if TYPE_CHECKING:
     import numpy as np
+    from click.decorators import FC
 
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
+
+    NumbersType = click.ParamType[list[int | range], object]
+    NamesType = click.ParamType[list[str], object]
+else:
+    # Not generic before click 8.4.
+    NumbersType = NamesType = click.ParamType
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _NUMERIC = ("round", "index")
 
 
-class NumberList(click.ParamType):
+class NumberList(NumbersType):
     """Whole numbers and ranges: ``1,5,10-20``."""
 
     name = "numbers"
@@ -54,7 +61,7 @@ KEYS = {
 """Key columns by the names of their filters."""
 
 
-class KeyList(click.ParamType):
+class KeyList(NamesType):
     """Key columns by the names of their filters: ``round,class``; those of `known` only."""
 
     name = "keys"
@@ -261,7 +268,7 @@ wait_option = click.option(
 )
 
 
-def folder_option(name: str) -> Any:
+def folder_option(name: str) -> Callable[[FC], FC]:
     """Return the option ``--NAME-dir`` (and ``--NAME_dir``, as old scripts have it) of images."""
     return click.option(
         f"--{name}-dir",
@@ -271,7 +278,7 @@ def folder_option(name: str) -> Any:
     )
 
 
-def format_option(text: str) -> Any:
+def format_option(text: str) -> Callable[[FC], FC]:
     """Return the option ``--format``, whose value is the argument `form`; `text` is its help."""
     return click.option(
         "--format",
@@ -329,8 +336,8 @@ def store_in_reach(path: Path) -> EmbeddingStore | None:
 
 def outdated_line(marks: Mapping[str, int]) -> str:
     """Say how many pictures are marked as out of date, and as what: ``2 records deleted``."""
-    words = [(number, *mark.split(" ", 1)) for mark, number in sorted(marks.items())]
-    parts = [f"{counted(number, noun)} {what}" for number, noun, what in words]
+    words = [(number, mark.partition(" ")) for mark, number in sorted(marks.items())]
+    parts = [f"{counted(number, noun)} {what}" for number, (noun, _, what) in words]
     return f"out of date: {', '.join(parts)}"
 
 

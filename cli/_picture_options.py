@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    BatchSizeType = click.ParamType[int | None, object]
+else:
+    # Not generic before click 8.4.
+    BatchSizeType = click.ParamType
 
-class BatchSize(click.ParamType):
+
+class BatchSize(BatchSizeType):
     """A whole number from 1, or ``auto``, which is None."""
 
     name = "batch size"

@@ -55,7 +55,8 @@ def as_text(frame: pd.DataFrame, form: str, **options: Any) -> str:
         return frame.to_csv(index=False)
     if not len(frame):
         return ""
-    return frame.to_json(orient="records", lines=True, force_ascii=False, **options)
+    text: str = frame.to_json(orient="records", lines=True, force_ascii=False, **options)
+    return text
 
 
 def print_data(frame: pd.DataFrame, form: str, **options: Any) -> None:

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     obj: Context,
+    /,
     prompts: tuple[str, ...],
     classes: tuple[str, ...],
     offload: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedgfe_store.errors import FedgfeStoreError
 
 from ._log import show_notes
 from ._say import print_on_any_terminal
+from ._threads import share_processors
 
 _COMMANDS = {
     "init": ("stores", "init", "Make an empty store."),
@@ -108,6 +110,7 @@ class Context:
 
 def main() -> None:
     """Run the command line and exit."""
+    share_processors(os.environ)
     sys.exit(group(standalone_mode=True))
 
 

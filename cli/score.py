@@ -158,7 +158,7 @@ def _print(scores: Scores, table: pd.DataFrame) -> None:
         similarity=table["similarity"].map("{:.3f}".format),
         agreement=table["agreement"].map(_share),
     )
-    headers = [name.removesuffix("_name") for name in shown]
+    headers = [str(name).removesuffix("_name") for name in shown]
     print_table(headers, shown.to_numpy().tolist(), right=_NUMERIC)
     frame = scores.frame
     line = f"{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}"

@@ -138,7 +138,7 @@ def _print_deleted(status: ImageStatus, *, listed: bool) -> None:
     if not status.deleted:
         return
     if listed:
-        headers = [name.removesuffix("_name") for name in _deleted(status)]
+        headers = [str(name).removesuffix("_name") for name in _deleted(status)]
         rows = _deleted(status).to_numpy().tolist()
         print_table(headers, rows, right=("round", "index", "image"))
         click.echo()
@@ -185,7 +185,7 @@ def _print_stale(status: ImageStatus) -> None:
 
 def _print_failures(status: ImageStatus) -> None:
     failures = _failures(status).drop(columns="file")
-    headers = [name.removesuffix("_name") for name in failures]
+    headers = [str(name).removesuffix("_name") for name in failures]
     print_table(headers, failures.to_numpy().tolist(), right=("round", "index", "image"))
     click.echo()
 

@@ -101,7 +101,7 @@ def _machine() -> str:
     """Return what is the same for two processes only if each sees whether the other lives."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not on Linux, where a host's name has to do
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
@@ -215,7 +215,10 @@ class Claim:
             _held.add(self.token)
             # Not holding the claim: one that an interruption lost is abandoned, see `__del__`.
             renew = partial(_renew, self._stop, self._made)
-            _workers.Thread(renew, "fedgfe-store-claim").start()
+            with contextlib.suppress(
+                RuntimeError
+            ):  # no thread can begin; `fence` sees what comes of that
+                _workers.Thread(renew, "fedgfe-store-claim").start()
         return made
 
     def _link(self, target: Path) -> bool:

@@ -63,7 +63,7 @@ class Group:
     @classmethod
     def new(cls, schema: Schema) -> Self:
         """Return the group of a store without records."""
-        digests = {name: () for name in key_columns(schema)}
+        digests = dict.fromkeys(key_columns(schema), ())
         arrays = array_metadata(schema)
         return cls(schema, CommitPoint(), arrays, {}, id=uuid.uuid4().hex, digests=digests)
 

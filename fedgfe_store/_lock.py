@@ -122,7 +122,7 @@ class WriterLock:
         temporary = _files.temporary_of(self._note)
         try:
             with _files.naming(self._note):
-                temporary.write_text(_signature())
+                temporary.write_text(_signature(), encoding="utf-8")
             os.replace(temporary, self._note)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ class WriterLock:
 
     def _holder(self) -> str:
         try:
-            return self._note.read_text(errors="replace") or "another writer"
+            return self._note.read_text(encoding="utf-8", errors="replace") or "another writer"
         except OSError:
             return "another writer"
 

@@ -49,9 +49,11 @@ def run(pool: Pool, function: Callable[..., T], arguments: Iterable[tuple[Any, .
 
     Of several errors the first in order is raised. No call is under way, or begins, when this has
     returned or raised, also where it was interrupted: what follows may undo what the calls did.
-    `arguments` are drawn in the pool's threads, one at a time and as they are needed.
+    `arguments` are drawn in the pool's threads, one at a time and as they are needed. Where no
+    thread can begin, as when the interpreter ends, this one makes the calls.
     """
-    pool.begin()
+    if not pool.begin():
+        return [function(*each) for each in arguments]
     task = _Task(pool, function, arguments)
     try:
         try:
@@ -83,7 +85,7 @@ class Thread:
         self._ticket: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._ticket.put(function)
         self._ended: SimpleQueue[None] = SimpleQueue()
-        self._done = False
+        self._coming = self._done = False
 
     @property
     def process(self) -> int | None:
@@ -93,7 +95,12 @@ class Thread:
     def start(self) -> None:
         """Let the function be called, unless it is or was already."""
         if not self._ticket.empty():
-            _thread.start_new_thread(self._begin, ())
+            try:
+                _thread.start_new_thread(self._begin, ())
+            except RuntimeError:  # there cannot be another thread: the one before will do
+                if not self._coming:
+                    raise
+            self._coming = True
 
     def join(self) -> None:
         """Wait until the function has returned; it is called if `start` was interrupted."""
@@ -186,10 +193,14 @@ class Pool:
         self._lock = threading.Lock()
         self._threads = self._idle = 0
 
-    def begin(self) -> None:
-        """See to it that there is a thread; threads make further ones themselves."""
+    def begin(self) -> bool:
+        """See to it that there is a thread, or say that there cannot be; they make further ones."""
         if not self._threads:
-            Thread(self._work, self._name).start()
+            try:
+                Thread(self._work, self._name).start()
+            except RuntimeError:
+                return False
+        return True
 
     def grow(self) -> None:
         """Make another thread if all have something to do."""

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
-NEEDS_CHROMIUM = pytest.mark.skipif(
+Test = TypeVar("Test", bound=Callable[..., object])
+_NEEDS_CHROMIUM = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium: none called chromium, and $CHROMIUM names none"
 )
 _ARGUMENTS = (
     "--no-sandbox --disable-gpu --disable-background-networking --no-first-run --disable-sync"
 )
+
+
+def drives_chromium(test: Test) -> Test:
+    """Mark a test as one that drives Chromium, and skip it where there is none."""
+    return pytest.mark.browser(_NEEDS_CHROMIUM(test))
 
 
 class Watched:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from processes import finished
 
@@ -17,7 +20,9 @@ from fedgfe_store import EmbeddingStore, Schema
 
 # torch is not imported yet; child processes inherit it. Threads of several processes that wait for
 # one another busily take many times as long where a machine does other work, too.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):  # tables into a pipe would be in bold letters
+    os.environ.pop(name, None)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
@@ -28,6 +33,27 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave the simulated GPU to ``make test-gpu``: it has to be there before torch."""
     asked = any("virtual_gpu" in argument for argument in config.args)
     return True if collection_path.name == "virtual_gpu" and not asked else None
+
+
+MODELS = {"flux", "sd", "clip", "demo"}
+"""Fixtures that are models, or made with one."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures that they use, and let the longest files begin.
+
+    Processes side by side that begin with those end at about the same time.
+    """
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & MODELS:
+            item.add_marker("model")
+        if "demo" in fixtures:
+            item.add_marker("slow")
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
 
 
 def values(n: int, seed: int = 0, schema: Schema = SMALL) -> dict[str, np.ndarray]:
@@ -105,8 +131,18 @@ class Demo:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """Run `fedgfe-store demo` once, as `make demo` does."""
-    where = tmp_path_factory.mktemp("newcomer")
-    command = [sys.executable, "-m", "fedgfe_store.cli.main", "demo"]
-    done = finished(command, cwd=where)
-    return Demo(where / "demo", done.stdout)
+    """Run `fedgfe-store demo` once, as `make demo` does; each process of tests has a copy."""
+    own = tmp_path_factory.mktemp("newcomer")
+    of_all = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_all = of_all.parent
+    made, said = of_all / "made", of_all / "said.txt"
+    with FileLock(of_all / "demo.lock"):
+        if not said.exists():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            command = [sys.executable, "-m", "fedgfe_store.cli.main", "demo"]
+            done = finished(command, cwd=made)
+            said.write_text(done.stdout)
+    shutil.copytree(made / "demo", own / "demo")
+    return Demo(own / "demo", said.read_text())

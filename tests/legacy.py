@@ -27,8 +27,8 @@ def entry(
     clip: Any,
     index: int = 0,
     *,
-    split: str = "train",
-    class_name: str = "dog",
+    split: Any = "train",
+    class_name: Any = "dog",
     **more: Any,
 ) -> dict[str, Any]:
     """Return an entry as node files have it: no batch axis, sample_id and file_id."""

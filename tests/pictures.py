@@ -1,12 +1,15 @@
-"""Telling which pictogram a picture shows, for tests that look at pictures."""
+"""What tests ask of a picture: which pictogram it shows, and what it says about itself."""
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedgfe_store.demo.pictograms import CLASSES, draw
+from fedgfe_store.generation.images import read_provenance
 
 
 @cache
@@ -30,3 +33,10 @@ def accuracy(images: Sequence[ArrayLike], classes: Sequence[str]) -> float:
     """Return the share of the images that are nearest to their own class's reference picture."""
     assert len(images) == len(classes) > 0
     return float(np.mean([nearest_class(a) == b for a, b in zip(images, classes, strict=True)]))
+
+
+def provenance_of(path: Path) -> dict[str, Any]:
+    """Return what a sound image says about itself."""
+    found = read_provenance(path)
+    assert found is not None, path
+    return found

@@ -107,7 +107,7 @@ def started(
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = {**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}
     given = {**pipes, **options, "start_new_session": True, "env": environment}
-    with Process(list(map(os.fspath, command)), **given) as process:
+    with Process([os.fspath(word) for word in command], **given) as process:
         alarm = threading.Timer(seconds, process.end_as_hung)
         alarm.daemon = True
         alarm.start()
@@ -117,7 +117,7 @@ def started(
             alarm.cancel()
             process.end(process.family())
             if process.hung:
-                raise TimeoutError(f"had not ended after {seconds:.0f} s: {process.args}")
+                raise TimeoutError(f"had not ended after {seconds:.0f} s: {process.args!r}")
 
 
 def finished(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, fill, values
 from generation_fakes import SIZE, FakePipeline, checksum, save_random_flux, save_random_sd
+from pictures import provenance_of
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation.images import image_name, read_provenance, write_png
+from fedgfe_store.generation.images import image_name, write_png
 from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import seed_of
@@ -53,7 +55,7 @@ def test_each_image_has_its_records_pair_and_a_seed_of_its_own(
     flux: Path, store: EmbeddingStore, tmp_path: Path, batch_size: int
 ) -> None:
     selection, pipeline = store.select(), FakePipeline(flux)
-    options = {**SETTINGS, "batch_size": batch_size, "images_per_record": 3}
+    options: dict[str, Any] = {**SETTINGS, "batch_size": batch_size, "images_per_record": 3}
     report = generate(selection, tmp_path / "out", pipeline=pipeline, **options)
     assert report.done == 30
     assert sum(pipeline.batch_sizes) == 30
@@ -74,7 +76,7 @@ def test_more_images_are_added_to_those_that_are_there(
 ) -> None:
     selection = store.select()
     for count, expected in ((1, 10), (3, 20), (2, 0)):
-        options = {**SETTINGS, "images_per_record": count}
+        options: dict[str, Any] = {**SETTINGS, "images_per_record": count}
         report = generate(selection, tmp_path, pipeline=FakePipeline(flux), **options)
         assert report.done == expected
     numbers = [line["image"] for line in read_manifest(tmp_path)]
@@ -91,7 +93,7 @@ def test_a_picture_is_made_again_from_its_own_metadata(
     path = folder / image_name(key, 1)
     elsewhere = tmp_path / "a picture by mail.png"
     shutil.copy(path, elsewhere)
-    expected, provenance = pixels(path), read_provenance(path)
+    expected, provenance = pixels(path), provenance_of(path)
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.png") if p != path}
     path.write_bytes(b"")
     monkeypatch.chdir(tmp_path)
@@ -101,7 +103,7 @@ def test_a_picture_is_made_again_from_its_own_metadata(
     assert result.exit_code == 0, result.output
     assert "1 images rendered" in result.output
     np.testing.assert_array_equal(pixels(path), expected)
-    again = read_provenance(path)
+    again = provenance_of(path)
     for name in ("key", "image", "seed", "digests", "settings", "fingerprint"):
         assert again[name] == provenance[name]
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -111,7 +113,7 @@ def test_making_a_picture_again_leaves_the_picture_alone(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     before, expected = (path.stat().st_ino, path.read_bytes()), pixels(path)
     code, output = run(store.path, "--from-image", str(path))
     assert (code, "1 images rendered" in output) == (0, True), output
@@ -132,7 +134,7 @@ def test_a_picture_is_overwritten_where_that_is_asked_for(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     before, expected = path.stat().st_ino, pixels(path)
     code, output = run(store.path, "--from-image", str(path), "--overwrite")
     assert (code, "1 images rendered" in output) == (0, True), output
@@ -147,7 +149,7 @@ def test_the_store_in_reach_comes_before_the_one_that_the_picture_names(
     flux: Path, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(store.path, flux, tmp_path / "out")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -190,7 +192,7 @@ def test_the_store_in_reach_comes_before_the_one_that_the_picture_names(
     ],
 )
 def test_metadata_of_the_wrong_kind_is_one_clear_line(
-    flux: Path, store: EmbeddingStore, tmp_path: Path, change: dict[str, object]
+    flux: Path, store: EmbeddingStore, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     provenance = {
         "key": {"node": "0", "round": 5, "split": "train", "class_name": "dog", "index": 0},
@@ -209,8 +211,8 @@ def test_a_changed_record_is_taken_as_of_the_pictures_commit(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out", "--batch-size", "1")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
-    expected, key = pixels(path), read_provenance(path)["key"]
+    path = min((tmp_path / "out").glob("*.png"))
+    expected, key = pixels(path), provenance_of(path)["key"]
     with store.append(node=key["node"], round=key["round"], if_exists="replace") as batch:
         rest = {name: key[name] for name in ("split", "class_name", "index")}
         batch.add(**rest, **values(1, seed=99))
@@ -229,7 +231,7 @@ def test_what_cannot_be_made_again_says_why(
     flux: Path, store: EmbeddingStore, tmp_path: Path
 ) -> None:
     make(store.path, flux, tmp_path / "out")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     other = EmbeddingStore.create(tmp_path / "other.zarr", SMALL)
     fill(other, node=1, round=5)
     foreign = tmp_path / "foreign.png"
@@ -260,7 +262,7 @@ def test_stable_diffusion_is_made_again_with_its_negative(tmp_path: Path) -> Non
     store = EmbeddingStore.create(tmp_path / "e.zarr", Schema.flux(3, width=8, clip=(77, 8)))
     fill(store, node=0, round=1, n=1)
     make(store.path, sd, tmp_path / "out", "--diffusion-type", "sd", "--negative", "blur")
-    path = sorted((tmp_path / "out").glob("*.png"))[0]
+    path = min((tmp_path / "out").glob("*.png"))
     expected = pixels(path)
     code, output = run(store.path, "--from-image", str(path))
     assert (code, "cannot be made again: negative" in output) == (1, True), output

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tracemalloc
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -63,7 +64,7 @@ def filled(tmp_path_factory):
 
 def grouped(model, by, vector):
     """Vectors of each group, float64 ``[n, d]``, by plain Python."""
-    groups = {}
+    groups: dict[Any, Any] = {}
     for key, tensors in model.items():
         label = tuple(key[KEYS.index(name)] for name in by)
         groups.setdefault(label, []).append(vector(tensors))
@@ -109,7 +110,7 @@ def rms(rows, centre):
 def test_centroids_are_those_of_numpy(filled, by, options, vector, batch_bytes, monkeypatch):
     store, model = filled
     monkeypatch.setattr("fedgfe_store.analysis._scan._BATCH_BYTES", batch_bytes)
-    read = []
+    read: list[Any] = []
     found = centroids(store.select(), by, progress=read.append, **options)
     expected = grouped(model, by, vector)
     labels = list(zip(*(found[name].to_numpy().tolist() for name in by), strict=True))
@@ -263,7 +264,7 @@ def same_up_to_sign(found, expected, **tolerance):
 def test_projection_is_that_of_an_exact_pca(filled):
     store, model = filled
     selection = store.select(class_name=["dog", "cat"])
-    read = []
+    read: list[Any] = []
     found = project(selection, components=3, progress=read.append)
     keys = list(zip(*(found[name].to_numpy().tolist() for name in KEYS), strict=True))
     assert keys == [(k.node, k.round, k.split, k.class_name, k.index) for k in selection.keys()]
@@ -318,7 +319,7 @@ def with_audio(tmp_path):
 
 
 def test_records_without_audio_are_left_out(with_audio):
-    read = []
+    read: list[Any] = []
     found = centroids(with_audio.select(), ["round"], column="audio", progress=read.append)
     assert found["count"].to_numpy().tolist() == [1, 1]
     assert found["centroid"].to_numpy().tolist() == [[1.0] * 3, [4.0] * 3]
@@ -579,7 +580,9 @@ def test_a_plot_is_written_beside_the_table(filled, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.output.endswith(f"plot: {tmp_path / 'drift.png'}\n")
     with Image.open(tmp_path / "drift.png") as image:
-        colours = {pixel for _, pixel in image.convert("RGB").getcolors(10**6)}
+        counted = image.convert("RGB").getcolors(10**6)
+    assert counted is not None
+    colours = {pixel for _, pixel in counted}
     assert {(255, 255, 255), (31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours
     result = run(filled[0], "--format", "csv", "--plot", tmp_path / "b.svg")
     assert "plot:" not in result.stdout

@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import socket
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -36,7 +38,7 @@ def put_socket(file: Path) -> None:
     os.close(here)
 
 
-ODD_FILES = {
+ODD_FILES: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
     "folder": Path.mkdir,
     "device": lambda file: file.symlink_to("/dev/zero"),
@@ -165,11 +167,14 @@ def test_frames_that_claim_too_much_are_not_unpacked(kind, name, monkeypatch):
     if name in ("class_name", "extra") and kind == "a small size":
         assert unpacked(COLUMNS[name], packed(HOSTILE[kind])) == b"abc"  # its count is not right
         return
-    given = []
+    given: list[Any] = []
     real = Zstd.decode
-    monkeypatch.setattr(
-        Zstd, "decode", lambda self, buf, out: given.append(out) or real(self, buf, out)
-    )
+
+    def decode(self: Zstd, buf: Any, out: Any) -> Any:
+        given.append(out)
+        return real(self, buf, out)
+
+    monkeypatch.setattr(Zstd, "decode", decode)
     with pytest.raises((UnreadableError, RuntimeError)):
         unpacked(COLUMNS[name], packed(HOSTILE[kind]))
     assert all(len(out) == 16384 * COLUMNS[name].stored.itemsize for out in given)
@@ -242,7 +247,7 @@ def inside(metadata: dict, path: str) -> tuple[dict, object]:
 
 
 SHARDING = "codecs/0/configuration"
-PLACES = {
+PLACES: dict[str, list[Any]] = {
     "chunk_grid/configuration/chunk_shape/0": [True, 0, -4, 8, 2**40, "4", None, 4.0, [4]],
     "chunk_grid/configuration/chunk_shape/1": [True, 0, 2**40, "3"],
     f"{SHARDING}/chunk_shape/0": [True, 0, -1, 3, 2**40, "4", None, 0.5, {}],
@@ -294,8 +299,9 @@ def values_in(data, path=()):
 def test_a_schema_of_any_json_is_one_or_an_error_of_few_kinds():
     good = Schema.flux(3, width=8, clip=(4,), audio=(2, 5)).to_json()
     good = json.loads(json.dumps(good))
+    odd: list[Any] = [None, True, 0, -1, 2**70, 10**5000, 0.5, "x", "\ud800", "a\0", [], {}, [[]]]
     for path in values_in(good):
-        for value in (None, True, 0, -1, 2**70, 10**5000, 0.5, "x", "\ud800", "a\0", [], {}, [[]]):
+        for value in odd:
             changed = deepcopy(good)
             where = changed
             for step in path[:-1]:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -20,7 +21,7 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import NotFoundError
 
 
-def run(store, *args: object, answer: str | None = None):
+def run(store, *args: Any, answer: str | None = None):
     result = CliRunner().invoke(group, ["--store", str(store), *map(str, args)], input=answer)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -97,7 +98,7 @@ def test_delete_needs_a_filter(filled):
 
 
 def test_delete_says_when_another_writer_came_in_between(filled, monkeypatch):
-    def confirm(*args: object, **kwargs: object) -> None:
+    def confirm(*args: Any, **kwargs: Any) -> None:
         fill(filled, node=2, round=1)
 
     monkeypatch.setattr("click.confirm", confirm)
@@ -298,7 +299,7 @@ def test_merge_replaces_when_told(sites):
     a, b = sites
     result = run(a.path, "merge", b.path, "--if-exists", "replace")
     assert table(result.output) == [[str(b.path), "12", "6", "1", "5"]]
-    wanted = {"node": 0, "class_name": "dog", "index": 0}
+    wanted: dict[str, Any] = {"node": 0, "class_name": "dog", "index": 0}
     merged = reopened(a).select(**wanted).read("t5")
     assert (merged == b.select(**wanted).read("t5")).all()
 
@@ -373,8 +374,8 @@ def test_generate_plans_the_past(tmp_path):
 # --wait, and what the system refuses
 
 
-def run_beside_a_writer(store: EmbeddingStore, *args: object):
-    results = []
+def run_beside_a_writer(store: EmbeddingStore, *args: Any):
+    results: list[Any] = []
 
     def meanwhile(records: int) -> None:  # verify holds the lock while it calls this
         if not results:
@@ -435,7 +436,7 @@ def test_what_the_system_refuses_is_one_line_and_what_became_of_the_commit(
 
 
 def test_a_broken_pipe_is_left_alone(filled, monkeypatch):
-    def close(*args: object, **kwargs: object) -> None:
+    def close(*args: Any, **kwargs: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr("fedgfe_store.store.EmbeddingStore.history", close)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_columns_of_other_names_are_as_good(tmp_path):
     assert EmbeddingStore.open(store.path).verify().sound
 
 
-AXES = {
+AXES: dict[str, list[Any]] = {
     "lengths": [("a", (4,), ("x",)), ("b", (5,), ("x",))],
     "with t5": [("a", (4,), ("token",))],
     "record": [("a", (4,), ("record",))],
@@ -113,7 +114,8 @@ def test_shapes_that_no_file_can_hold_are_refused(column):
 
 
 def test_a_granule_is_a_number():
-    for granule in (True, 16385, 0, 4.0, "4", 10**5000):
+    wrong: tuple[Any, ...] = (True, 16385, 0, 4.0, "4", 10**5000)
+    for granule in wrong:
         with pytest.raises(SchemaMismatchError, match="granule: expected 1 to 16384 records, got"):
             Schema.flux(granule=granule)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_other_values_are_noticed(tmp_path):
     read = store.at(tmp_path / store.folder, np.arange(4))
     expected = (read[0] + 1, read[1])
     plan = replace(PLAN, whole=4, rounds=1)
-    fake = SimpleNamespace(name="fake", exact=True, at=lambda path, positions: read)
+    fake: Any = SimpleNamespace(name="fake", exact=True, at=lambda path, positions: read)
     with pytest.raises(AssertionError, match="fake, scattered: other values"):
         cases.check("scattered", fake, tmp_path, plan, expected)
 

@@ -120,6 +120,7 @@ def test_a_new_store_is_on_the_disk_up_to_its_parent(tmp_path, trace):
     assert {str(path / name) for name in SMALL.columns} <= synced
 
 
+@pytest.mark.kill
 def test_a_roll_back_is_on_the_disk_before_it_is_forgotten(store, trace):
     fill(store, node=0, round=1)
     died = """

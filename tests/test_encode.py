@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +54,9 @@ def store(tmp_path: Path) -> EmbeddingStore:
     return EmbeddingStore.create(tmp_path / "s.zarr", schema)
 
 
-def encode(path: Path, *prompts: str, progress: object = lambda n: None, **options: object):
+def encode(
+    path: Path, *prompts: str, progress: Callable[[int], object] = lambda n: None, **options: Any
+):
     plan = plan_references(path, prompts or (PHOTO,), **{"device": "cpu", **options})
     return encode_references(plan, progress=progress)
 
@@ -61,12 +65,12 @@ def counts(report: EncodingReport) -> tuple[int, int, int]:
     return report.added, report.replaced, report.unchanged
 
 
-def texts(path: Path, **filters: object):
+def texts(path: Path, **filters: Any):
     return EmbeddingStore.open(path).select(node="text", **filters)
 
 
 @torch.no_grad()
-def reference(folder: Path, prompts: list[str], tokens: int, **options: object):
+def reference(folder: Path, prompts: list[str], tokens: int, **options: Any):
     """What diffusers makes of each prompt alone, by the whole pipeline."""
     pipeline = FluxPipeline.from_pretrained(folder, **options)
     found = [pipeline.encode_prompt(p, max_sequence_length=tokens)[:2] for p in prompts]
@@ -233,7 +237,7 @@ def test_another_encoder_than_the_stores_is_refused(flux: Path, tmp_path: Path) 
     ],
 )
 def test_what_is_of_no_use_is_refused_by_the_plan(
-    flux: Path, store: EmbeddingStore, options: dict[str, object], message: str
+    flux: Path, store: EmbeddingStore, options: dict[str, Any], message: str
 ) -> None:
     prompts = options.pop("prompts", [PHOTO])
     with pytest.raises(SchemaMismatchError, match=message):
@@ -361,6 +365,7 @@ except NotFoundError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_cached_model_with_encoders_of_configuration_only_is_fetched(
     flux: Path, tmp_path: Path
 ) -> None:
@@ -382,7 +387,7 @@ def test_a_cached_model_with_encoders_of_configuration_only_is_fetched(
     assert "hf download someone/flux" in run()
 
 
-def run(store: Path, *arguments: str | Path) -> Result:
+def run(store: Path, *arguments: str | int | Path) -> Result:
     return CliRunner().invoke(group, ["--store", str(store), *map(str, arguments)])
 
 

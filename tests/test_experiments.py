@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -19,7 +20,7 @@ REFUSED = r"experiment: expected 'vegas' as in .*embeddings\.zarr, got 'esc50'"
 
 
 def made(path, metadata: Metadata, tokens: int = 3) -> EmbeddingStore:
-    sizes = {"width": 8, "clip": (4,)} if tokens == 3 else {}
+    sizes: dict[str, Any] = {"width": 8, "clip": (4,)} if tokens == 3 else {}
     return EmbeddingStore.create(path, Schema.flux(tokens, metadata=metadata, **sizes))
 
 
@@ -81,7 +82,7 @@ class Client(Named, EmbeddingClientMixin):
     id = 0
 
 
-def server(folder, bases=(Named, EmbeddingServerMixin), **settings) -> EmbeddingServerMixin:
+def server(folder, bases=(Named, EmbeddingServerMixin), **settings) -> Any:
     """Return a server at round 1 that records to `folder`."""
     section = {"save_embeddings_instead_of_images": True, "embeddings_checkpoint_dir": folder}
     made = type("Server", bases, {})()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import wave
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pictures import accuracy
+from processes import finished
 from test_tiny_flux import load, render
 
 from fedgfe_store import EmbeddingStore, Schema
@@ -26,7 +31,7 @@ from fedgfe_store.demo.federation import (
     training_clips,
 )
 from fedgfe_store.demo.pictograms import CLASSES
-from fedgfe_store.demo.sounds import MEL_BANDS, SAMPLE_RATE, band_centres, log_mel, make_clip
+from fedgfe_store.demo.sounds import MEL_BANDS, SAMPLE_RATE, log_mel, make_clip
 from fedgfe_store.errors import SchemaMismatchError
 
 ROUNDS = 20
@@ -54,13 +59,11 @@ def test_a_tone_peaks_in_the_band_centred_nearest_to_it(hertz):
     levels = log_mel(torch.sin(2 * torch.pi * hertz * time)[None])
     assert levels.shape == (1, MEL_BANDS, 32)
     loudest = levels[0, :, 2:-2].argmax(dim=0)
-    assert (loudest == int(np.abs(band_centres() - hertz).argmin())).all()
-
-
-def test_band_centres_are_evenly_spaced_in_mel():
-    mels = 2595 * np.log10(1 + band_centres() / 700)
-    assert np.allclose(np.diff(mels), mels[0])
-    assert 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700) == pytest.approx(mels[-1] + mels[0])
+    # Evenly spaced in mel, from nothing to the highest frequency that there is.
+    highest = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
+    mels = highest * np.arange(1, MEL_BANDS + 1) / (MEL_BANDS + 1)
+    centres = 700 * (10 ** (mels / 2595) - 1)
+    assert (loudest == int(np.abs(centres - hertz).argmin())).all()
 
 
 def test_features_do_not_hear_loudness():
@@ -70,7 +73,7 @@ def test_features_do_not_hear_loudness():
 
 
 def test_clips_differ_by_all_that_names_them_and_by_nothing_else():
-    named = {"node": "0", "split": "train", "index": 0}
+    named: dict[str, Any] = {"node": "0", "split": "train", "index": 0}
     first = make_clip("drum", **named)
     assert first.shape == (SAMPLE_RATE,)
     assert 0.3 <= np.abs(first).max() <= 0.9
@@ -140,6 +143,7 @@ def test_training_lowers_the_loss(training):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_federation_learns_what_no_node_trained_on(rounds, held_out):
     losses = [evaluate(r.adapters["server"], held_out)[0] for r in rounds]
     assert losses[0] > 3
@@ -149,6 +153,7 @@ def test_the_federation_learns_what_no_node_trained_on(rounds, held_out):
     assert evaluate(rounds[-1].adapters["server"], held_out)[1] >= 0.95
 
 
+@pytest.mark.slow
 def test_another_seed_learns_too():
     seed = 1
     clips = [training_clips(node, seed=seed) for node in NODES]
@@ -156,6 +161,7 @@ def test_another_seed_learns_too():
     assert evaluate(last.adapters["server"], held_out_clips(seed=seed))[1] >= 0.9
 
 
+@pytest.mark.slow
 def test_pictures_of_held_out_sounds_are_clear_in_the_end_and_not_at_first(rounds, held_out):
     pipeline = load()
     classes = held_out.class_names
@@ -172,20 +178,55 @@ def test_pictures_of_held_out_sounds_are_clear_in_the_end_and_not_at_first(round
     assert right(rounds[-1], 1) >= 0.9
 
 
-def test_the_number_of_threads_changes_no_bit(training):
-    clips = make_clips("0", "test", [1] * len(CLASSES))
-    given = []
+# The adapters of the nodes and the server, and what they say of clips. Torch has a thread for each
+# processor that it sees.
+TRAINING = """
+import hashlib, os, sys
+if sys.argv[1] == "one":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from fedgfe_store.demo.federation import NODES, embed, federate, held_out_clips, training_clips
+before = torch.get_num_threads()
+clips, digest = held_out_clips().first(2), hashlib.sha256()
+for step in federate([training_clips(node) for node in NODES], rounds=2):
+    for node, adapter in sorted(step.adapters.items()):
+        for tensor in (*adapter.state_dict().values(), *embed(adapter, clips)):
+            digest.update(tensor.numpy().tobytes())
+assert torch.get_num_threads() == before, "the caller's threads are not restored"
+print(digest.hexdigest(), before)
+"""
+
+
+def trained(processors: str, hash_seed: str) -> tuple[str, int]:
+    """Train in a process of its own; return a digest of all tensors, and torch's threads there."""
+    free = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [sys.executable, "-c", TRAINING, processors]
+    done = finished(command, env={**free, "PYTHONHASHSEED": hash_seed})
+    digest, threads = done.stdout.split()
+    return digest, int(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be confined")
+def test_training_gives_the_same_bytes_on_one_processor_and_on_more():
+    alone, together = trained("one", "1"), trained("all", "2")
+    assert alone[1] == 1
+    assert together[1] > 1 or len(os.sched_getaffinity(0)) == 1
+    assert alone[0] == together[0]
+
+
+def test_training_leaves_the_callers_threads_alone(training):
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            (only,) = federate(training, rounds=1, seed=4)
-            given.append(embed(only.adapters["server"], clips))
-            assert torch.get_num_threads() == threads
+        torch.set_num_threads(2)
+        (step,) = federate(training, rounds=1)
+        evaluate(step.adapters["server"], training[0])
+        with pytest.raises(SchemaMismatchError):
+            average([step.adapters["0"].state_dict()], [1, 2])
+        with pytest.raises(IndexError):
+            train(step.adapters["0"], replace(training[0], classes=torch.tensor([10**6])), seed=0)
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(given[0][0], given[1][0])
-    assert torch.equal(given[0][1], given[1][1])
 
 
 def test_making_an_adapter_leaves_torchs_random_numbers_alone():
@@ -203,6 +244,7 @@ def short(monkeypatch):
     monkeypatch.setattr(experiment, "RECORDED", (1, 2))
 
 
+@pytest.mark.slow
 def test_a_broken_off_experiment_is_finished_with_the_same_embeddings(short, tmp_path):
     whole, broken = (
         EmbeddingStore.create(tmp_path / name, Schema.flux(17)) for name in ("whole", "broken")
@@ -216,7 +258,7 @@ def test_a_broken_off_experiment_is_finished_with_the_same_embeddings(short, tmp
         experiment.run(broken, audio=tmp_path / "audio", report=stop)
     assert len(broken.select()) == 120
     experiment.run(broken, audio=tmp_path / "audio")
-    reports = []
+    reports: list[Any] = []
     experiment.run(broken, audio=tmp_path / "audio", report=reports.append)
     assert reports == []
     digests = [

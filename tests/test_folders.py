@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from fedgfe_store.sheets import arrange, save_sheet
 
 MADE_WITH = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)
 PIXELS = np.full((8, 8, 3), 99, np.uint8)
-OPTIONS = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
+OPTIONS: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def full(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
         def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def opening(file: object, mode: str = "r", *args: object, **options: object) -> object:
+    def opening(file: object, mode: str = "r", *args: Any, **options: Any) -> object:
         if ("w" in mode or "x" in mode) and ending in os.fspath(file):  # type: ignore[call-overload]
             return Full(file, mode.replace("b", ""))  # type: ignore[arg-type]
         return real(file, mode, *args, **options)  # type: ignore[call-overload]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import google_crc32c
@@ -17,7 +16,7 @@ import tensorstore
 import xarray as xr
 import zarr
 from conftest import SMALL, fill, values
-from processes import finished
+from processes import Process, finished, started
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import (
@@ -35,6 +34,17 @@ def plain(path: Path) -> xr.Dataset:
     created, deleted = dataset["created_in"], dataset["deleted_in"]
     visible = (created > 0) & (created <= commit) & ~((deleted > 0) & (deleted <= commit))
     return dataset.isel(record=np.flatnonzero(visible))
+
+
+def zarr_array(path: Path, name: str) -> zarr.Array:
+    """Open a column as zarr-python finds it in the store."""
+    array = zarr.open_group(path, mode="r")[name]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def zarr_values(array: zarr.Array) -> np.ndarray:
+    return np.asarray(array[:])
 
 
 def raw_tensor(path: Path, name: str):
@@ -55,7 +65,7 @@ def test_other_readers_see_the_same_numbers(tmp_path, precision):
         ours = selection.read(name)
         assert np.array_equal(raw_tensor(store.path, name)[rows].read().result(), ours)
         assert np.array_equal(other[name].to_numpy(), ours)
-        assert np.array_equal(zarr.open_group(store.path, mode="r")[name][:][rows], ours)
+        assert np.array_equal(zarr_values(zarr_array(store.path, name))[rows], ours)
     frame = selection.records
     for name in ("node", "round", "split", "class_name", "index", "sample_id", "t5_digest"):
         assert other[name].to_numpy().tolist() == frame[name].tolist()
@@ -109,14 +119,15 @@ def test_the_size_of_chunks_is_that_of_the_store(tmp_path, monkeypatch, records)
         patched.setattr("fedgfe_store.schema._CHUNK_BYTES", records * 3 * 8 * 4)
         store = EmbeddingStore.create(tmp_path / "s.zarr", SMALL)
     given = fill(store, node=0, round=1, n=5)
-    array = zarr.open_group(store.path, mode="r")["t5"]
+    array = zarr_array(store.path, "t5")
+    assert array.shards is not None
     assert (array.shards[0], array.chunks[0]) == (4, records)
     selection = EmbeddingStore.open(store.path).select()
     order = np.random.default_rng(0).integers(0, 10, 25)
     for part in (selection, selection.take(order), selection.take([3]), selection.take([5, 4])):
         expected = [given[key.class_name, key.index]["t5"] for key in part.keys()]
         assert np.array_equal(part.read("t5"), expected)
-    assert np.array_equal(array[:][selection.rows], selection.read("t5"))
+    assert np.array_equal(zarr_values(array)[selection.rows], selection.read("t5"))
 
 
 def sealed(content: bytes) -> bytes:
@@ -186,7 +197,7 @@ def test_other_peoples_attributes_and_arrays_are_kept(store):
     fill(reopened, node=0, round=2)
     group = zarr.open_group(store.path, mode="r")
     assert group.attrs["note"] == "mine"
-    assert zarr.open_array(store.path / "labels")[:].tolist() == [4, 5]
+    assert zarr_values(zarr.open_array(store.path / "labels")).tolist() == [4, 5]
 
 
 WRITER = """
@@ -206,11 +217,12 @@ for round in range(100, 10_000):
 """
 
 
-def start_writer(path: Path) -> subprocess.Popen[str]:
+@contextmanager
+def writing(path: Path) -> Iterator[Process]:
     code = WRITER.format(path=str(path), tests=str(Path(__file__).parent))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    return process
+    with started([sys.executable, "-c", code]) as process:
+        assert process.line() == "ready"
+        yield process
 
 
 def check_commits(path: Path, acknowledged: int) -> int:
@@ -233,19 +245,18 @@ def check_commits(path: Path, acknowledged: int) -> int:
     return len(rounds)
 
 
+@pytest.mark.slow
+@pytest.mark.kill
 def test_readers_while_a_writer_appends_and_after_it_was_killed(store):  # cases.md c5
     fill(store, node=0, round=1)
     done = 0
     rng = random.Random(5)
     for _ in range(6):
-        writer = start_writer(store.path)
-        deadline = time.monotonic() + rng.uniform(0.1, 1.2)
-        while time.monotonic() < deadline:
-            check_commits(store.path, 0)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        numbers = [int(line) for line in writer.stdout.read().split()]
-        writer.stdout.close()
+        with writing(store.path) as writer:
+            for _ in range(rng.randint(1, 5)):
+                check_commits(store.path, 0)
+            writer.kill()
+            numbers = list(map(int, writer.lines()))
         acknowledged = max(numbers, default=99) - 99
         done = check_commits(store.path, max(done, acknowledged))
     last = EmbeddingStore.open(store.path)
@@ -279,17 +290,13 @@ from fedgfe_store import EmbeddingStore
 store = EmbeddingStore.open({path!r})
 for round in range(5): fill(store, node={node}, round=round)
 """
-    writers = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                code.format(tests=str(Path(__file__).parent), path=str(store.path), node=node),
-            ]
-        )
+    sources = [
+        code.format(tests=str(Path(__file__).parent), path=str(store.path), node=node)
         for node in (0, 1)
     ]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    with ExitStack() as stack:
+        writers = [stack.enter_context(started([sys.executable, "-c", s])) for s in sources]
+        assert [writer.wait() for writer in writers] == [0, 0]
     opened = EmbeddingStore.open(store.path)
     assert (opened.commit, len(opened)) == (10, 60)
     opened.select().read("t5")

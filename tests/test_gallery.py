@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from browser import NEEDS_CHROMIUM, Watched, chromium, empty_page
+from browser import Watched, chromium, drives_chromium, empty_page
 from click.testing import CliRunner
 from conftest import fill
 from PIL import Image
@@ -252,7 +252,7 @@ def focused(page: Page) -> str:
     return page.evaluate("document.activeElement.id")
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_filters_show_the_right_pictures_and_counts(watched, folder):
     page = watched.open(folder / "gallery.html")
     expect(status(page)).to_have_text("480 pictures")
@@ -274,7 +274,7 @@ def test_filters_show_the_right_pictures_and_counts(watched, folder):
     expect(status(page)).to_have_text("480 pictures")
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_search_takes_every_word(watched, folder):
     page = watched.open(folder / "gallery.html")
     page.fill("#search", "SERVER helicopter")
@@ -287,7 +287,7 @@ def test_search_takes_every_word(watched, folder):
     expect(status(page)).to_have_text("480 pictures")
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_a_click_shows_the_picture_with_its_provenance(watched, folder):
     page = watched.open(folder / "gallery.html")
     page.fill("#search", "node_1_train_dog_0_r5.png")
@@ -317,7 +317,7 @@ def test_a_click_shows_the_picture_with_its_provenance(watched, folder):
     assert picture.get_attribute("src") == line["file"]
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_two_rounds_are_compared_sample_by_sample(watched, folder):
     page = watched.open(folder / "gallery.html")
     page.get_by_role("button", name="Compare rounds").click()
@@ -349,7 +349,7 @@ def test_two_rounds_are_compared_sample_by_sample(watched, folder):
     assert page.evaluate(clip) == f"inset(0px 0px 0px {slider.input_value()}%)"
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_only_pictures_with_a_partner_are_compared(watched, tmp_path):
     for round, index in ((1, 0), (2, 0), (1, 1), (2, 2)):
         add(tmp_path, key(round, index=index))
@@ -361,7 +361,7 @@ def test_only_pictures_with_a_partner_are_compared(watched, tmp_path):
     expect(status(page)).to_have_text("4 pictures")
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_everything_can_be_done_from_the_keyboard(watched, folder):
     page = watched.open(folder / "gallery.html")
     active = page.locator(".cell.active")
@@ -397,7 +397,7 @@ def test_everything_can_be_done_from_the_keyboard(watched, folder):
     expect(page.locator("#compare")).to_have_attribute("aria-pressed", "true")
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_every_control_has_a_name(watched, folder):
     page = watched.open(folder / "gallery.html")
     page.keyboard.press("c")
@@ -408,7 +408,7 @@ def test_every_control_has_a_name(watched, folder):
         assert (found.count() > 0, nameless.count()) == (True, 0), role
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_hostile_names_are_shown_as_they_are(watched, tmp_path):
     folder = tmp_path / "<b onmouseover=alert(3)>{{data}}"
     for round in (1, 2):
@@ -437,7 +437,7 @@ def test_hostile_names_are_shown_as_they_are(watched, tmp_path):
     assert widths == [8] * 12
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_ten_thousand_pictures_make_a_small_page_with_few_nodes(watched, tmp_path):
     first = add(tmp_path, key(), listed=False)
     make_gallery(tmp_path)
@@ -466,7 +466,7 @@ def test_ten_thousand_pictures_make_a_small_page_with_few_nodes(watched, tmp_pat
     expect(status(page)).to_have_text("500 of 10,001 pictures")
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_pictures_out_of_date_carry_a_badge(watched, store, tmp_path):
     fill(store, node=0, round=1, classes="dog", n=1)
     # Made-up digests are those of another embedding; the other picture's record is not there.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +18,15 @@ import torch
 from click.testing import CliRunner
 from conftest import SMALL, fill, values
 from generation_fakes import SIZE, FakePipeline, checksum, load_flux, save_random_flux
+from noisy_anchors import noisy
 from numpy.typing import NDArray
-from pictures import accuracy
+from pictures import accuracy, provenance_of
 from PIL import Image
+from processes import started
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema, Selection
 from fedgfe_store.cli.main import group
-from fedgfe_store.demo.anchors import class_anchor, noisy
+from fedgfe_store.demo.anchors import class_anchor
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.errors import (
     ConflictError,
@@ -33,7 +35,7 @@ from fedgfe_store.errors import (
     SchemaMismatchError,
 )
 from fedgfe_store.generation.flux import FluxImages
-from fedgfe_store.generation.images import image_name, read_provenance
+from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.models import resolve_model
 from fedgfe_store.generation.offload import Swap
@@ -42,7 +44,7 @@ from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.records import RecordKey
 
-SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE, "device": "cpu"}
+SETTINGS: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE, "device": "cpu"}
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def remarks() -> list[str]:
 def make(flux: Path, remarks: list[str]) -> Callable[..., GenerationReport]:
     """`generate` with the random FLUX, two steps and small pictures."""
 
-    def run(selection: Selection, folder: Path, **options: object) -> GenerationReport:
+    def run(selection: Selection, folder: Path, **options: Any) -> GenerationReport:
         chosen = {"model": str(flux), "report": remarks.append, **SETTINGS, **options}
         return generate(selection, folder, **chosen)
 
@@ -91,7 +93,7 @@ def furthest(a: dict[str, NDArray[np.uint8]], b: dict[str, NDArray[np.uint8]]) -
 
 
 def direct(
-    pipeline: object, selection: Selection, *, seed: int = 0, guidance: float = 3.5
+    pipeline: Any, selection: Selection, *, seed: int = 0, guidance: float = 3.5
 ) -> NDArray[np.uint8]:
     """What diffusers makes of a selection as one batch, noise drawn by itself."""
     seeds = [seed_of(seed, key) for key in selection.keys()]
@@ -204,7 +206,7 @@ def test_embeddings_are_cast_to_the_transformers_dtype(
 ) -> None:
     report = make(selection, tmp_path, dtype=dtype, batch_size=4)
     assert (report.done, report.failed) == (10, ())
-    assert read_provenance(next(tmp_path.glob("*.png")))["settings"]["dtype"] == dtype
+    assert provenance_of(next(tmp_path.glob("*.png")))["settings"]["dtype"] == dtype
 
 
 def test_a_bfloat16_store_gives_a_bfloat16_model_the_same_pictures(
@@ -304,7 +306,7 @@ def test_guidance_for_a_schnell_like_model_is_said_to_have_no_effect(
     again = make(selection, tmp_path / "plain", model=schnell, steps=None, guidance=7.5)
     assert (again.done, again.skipped) == (0, 10), "the same settings, since guidance has no effect"
     assert [line for line in remarks if "guidance 7.5 has no effect" in line]
-    settings = read_provenance(next((tmp_path / "plain").glob("*.png")))["settings"]
+    settings = provenance_of(next((tmp_path / "plain").glob("*.png")))["settings"]
     assert (settings["steps"], settings["guidance"]) == (4, None)
 
 
@@ -371,7 +373,7 @@ def test_the_guides_shapes_generate_as_they_are(tmp_path: Path, remarks: list[st
         "(first or mean are the alternatives)"
     ]
     assert len(remarks) == 2, "the other remark is that the CPU ignores offload"
-    changed = {"pool": "mean", "report": remarks.append, **SETTINGS}
+    changed: dict[str, Any] = {"pool": "mean", "report": remarks.append, **SETTINGS}
     with pytest.raises(ConflictError, match="pool last -> mean"):
         generate(store.select(), tmp_path / "out", **changed)
 
@@ -427,7 +429,7 @@ def test_a_picture_and_the_manifest_say_where_it_comes_from(
         )
     make(store.select(), tmp_path, seed=9)
     (path,) = tmp_path.glob("*.png")
-    provenance = read_provenance(path)
+    provenance = provenance_of(path)
     assert provenance["key"] == {
         "node": "server",
         "round": 2,
@@ -520,7 +522,7 @@ def test_a_compaction_meanwhile_moves_records_and_loses_none(
     keys = seen.keys()
 
     class Meanwhile(FakePipeline):
-        def denoise(self, *args: object, **options: object) -> torch.Tensor:
+        def denoise(self, *args: Any, **options: Any) -> torch.Tensor:
             if not self.batch_sizes:
                 other = EmbeddingStore.open(store.path)
                 other.delete(node=7, index=range(2, 50))
@@ -594,7 +596,7 @@ def test_no_thread_outlives_a_run(
     flux: Path, make: Callable[..., GenerationReport], selection: Selection, tmp_path: Path
 ) -> None:
     class Failing(FakePipeline):
-        def denoise(self, *args: object, **options: object) -> torch.Tensor:
+        def denoise(self, *args: Any, **options: Any) -> torch.Tensor:
             if len(self.batch_sizes) == 2:
                 raise RuntimeError("a fault")
             return super().denoise(*args, **options)
@@ -685,7 +687,7 @@ def slow(file):
     count += 1
     if count > 3:
         print("writing", flush=True)
-        time.sleep(60)
+        time.sleep(10**6)
     fsync(file)
 os.fsync = slow
 store, folder, model = sys.argv[1:]
@@ -694,20 +696,20 @@ generate(EmbeddingStore.open(store).select(), folder, model=model, steps=2, heig
 """
 
 
+@pytest.mark.slow
+@pytest.mark.kill
 def test_a_run_killed_while_it_saves_goes_on_where_it_was(
     flux: Path, make: Callable[..., GenerationReport], selection: Selection, tmp_path: Path
 ) -> None:
     folder = tmp_path / "images"
     command = [sys.executable, "-c", KILLED_RUN, str(selection.path), str(folder), str(flux)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout.readline() == "writing\n"
-        process.send_signal(signal.SIGKILL)
+    with started(command, stderr=subprocess.DEVNULL) as process:
+        assert process.line() == "writing"
+        process.kill()
     left = pictures(folder)
     assert 0 < len(left) < 10
     assert list(folder.glob(".fedgfe-*.tmp"))
-    written = sorted(left)[0]
+    written = min(left)
     manifest = folder / "manifest.jsonl"
     lines = [line for line in manifest.read_text().splitlines() if written not in line]
     manifest.write_text("".join(f"{line}\n" for line in lines))
@@ -741,7 +743,7 @@ def test_options_that_make_no_sense_are_named(
     make: Callable[..., GenerationReport],
     selection: Selection,
     tmp_path: Path,
-    options: dict[str, object],
+    options: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(SchemaMismatchError, match=message):

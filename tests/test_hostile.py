@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from typing import Any
 
 import pytest
 import xarray as xr
@@ -17,7 +18,9 @@ from fedgfe_store import EmbeddingStore, FedgfeStoreError
 from fedgfe_store.errors import DamagedDataError
 
 KEY_FILES = ["node/c.0", "round/c.0", "created_in/c.0", "extra/c.0", "t5_digest/c.0"]
-VALUES = [None, True, 0, -1, 7, 2**31, 2**70, 0.5, float("nan"), "x", "\ud800", "a\0", [], {}, [[]]]
+VALUES: list[Any] = [
+    *(None, True, 0, -1, 7, 2**31, 2**70, 0.5, float("nan"), "x", "\ud800", "a\0", [], {}, [[]]),
+]
 
 
 @pytest.fixture

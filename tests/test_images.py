@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from processes import finished
+from processes import finished, started
 
 from fedgfe_store.generation.images import (
     image_name,
@@ -65,7 +64,7 @@ keys = st.builds(
 )
 
 
-def key(**changes: object) -> RecordKey:
+def key(**changes: Any) -> RecordKey:
     plain = {"node": "0", "round": 5, "split": "train", "class_name": "dog", "index": 0}
     return RecordKey(**{**plain, **changes})
 
@@ -97,7 +96,9 @@ def test_a_plain_name_reads_back_as_its_key(record: RecordKey, number: int) -> N
     name = image_name(record, number)
     if re.search(r"_h[0-9a-f]{32}\.png$", name):
         return
-    node, split, class_name, index, round_number, image = GUIDE_NAME.fullmatch(name).groups()
+    match = GUIDE_NAME.fullmatch(name)
+    assert match is not None, name
+    node, split, class_name, index, round_number, image = match.groups()
     assert RecordKey(node or "server", int(round_number), split, class_name, int(index)) == record
     assert int(image or 0) == number
 
@@ -138,7 +139,7 @@ def test_a_picture_comes_back_with_its_provenance(tmp_path: Path) -> None:
     assert read_provenance(path) == PROVENANCE
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), PIXELS)
-        assert json.loads(image.text["fedgfe_store"]) == PROVENANCE
+        assert json.loads(image.info["fedgfe_store"]) == PROVENANCE
     assert os.listdir(tmp_path) == ["a.png"]
 
 
@@ -171,7 +172,7 @@ def test_a_foreign_picture_is_told_from_a_damaged_one(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "a.png"
@@ -191,19 +192,19 @@ from pathlib import Path
 from fedgfe_store.generation.images import write_png
 def slow(file):
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(10**6)
 os.fsync = slow
 write_png(Path(sys.argv[1]), np.zeros((3, 5, 3), np.uint8), {"settings": {"width": 5, "height": 3}})
 """
 
 
+@pytest.mark.kill
 def test_a_killed_writer_leaves_only_a_temp_file_that_goes_next_time(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    command = [sys.executable, "-c", KILLED_WRITER, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "writing\n"
+    with started([sys.executable, "-c", KILLED_WRITER, path]) as process:
+        assert process.line() == "writing"
         assert remove_stale_temps(tmp_path) == 0, "the writer lives"
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     assert not path.exists()
     assert len(os.listdir(tmp_path)) == 1
     assert remove_stale_temps(tmp_path) == 1

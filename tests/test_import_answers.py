@@ -198,4 +198,6 @@ def test_failed_files_count_with_their_size(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"x" * 2000)
     result = run("--store", tmp_path / "s.zarr", "import", tmp_path / "a.pt")
     assert result.exit_code == 1
-    assert re.search(r"^1 file, 2.0 kB: 0 new records, 1 failed; no store", result.output, re.M)
+    assert re.search(
+        r"^1 file, 2.0 kB: 0 new records, 1 failed; no store", result.output, re.MULTILINE
+    )

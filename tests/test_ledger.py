@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import legacy
@@ -250,6 +251,7 @@ def test_a_ledger_that_cannot_be_written_is_a_warning(folder, caplog):
     assert "will be read again next time" in caplog.text
 
 
+@pytest.mark.slow
 def test_processes_that_begin_at_once_share_the_work(tmp_path):
     for node in range(6):
         legacy.node_file(tmp_path, node, n=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import SMALL, fill
 from generation_fakes import SIZE, FakePipeline, checksum
+from pictures import provenance_of
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -19,7 +21,7 @@ from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation import devices, offload, quantization, rendering
 from fedgfe_store.generation.flux import FluxImages
-from fedgfe_store.generation.images import image_name, read_provenance
+from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.models import resolve_model
 from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.run import GenerationReport, generate
@@ -38,7 +40,7 @@ class Cramped(FakePipeline):
     """Has memory for `denoises` images at once in denoising, and for `decodes` in decoding."""
 
     def __init__(
-        self, folder: Path, *, denoises: int = 99, decodes: int = 99, tiles: int = 99, **kind: int
+        self, folder: Path, *, denoises: int = 99, decodes: int = 99, tiles: int = 99, **kind: Any
     ) -> None:
         super().__init__(folder, **kind)
         self.denoises, self.decodes, self.tiles = denoises, decodes, tiles
@@ -65,7 +67,7 @@ class Cramped(FakePipeline):
         return super().decode(latents, settings, tiled=tiled)
 
 
-def make(selection: Selection, folder: Path, pipeline: object, **options: object) -> tuple:
+def make(selection: Selection, folder: Path, pipeline: Any, **options: Any) -> tuple:
     remarks: list[str] = []
     options = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 8, **options}
     report = generate(selection, folder, pipeline=pipeline, report=remarks.append, **options)
@@ -90,7 +92,7 @@ def test_denoising_goes_on_in_half_the_batch_and_stays_there(
     assert pipeline.batch_sizes == [2, 2, 2, 2, 2]
     assert remarks == [f"out of memory: going on in batches of {size}" for size in (4, 2)]
     check_pictures(selection, tmp_path / "out")
-    provenance = read_provenance(next((tmp_path / "out").glob("*.png")))
+    provenance = provenance_of(next((tmp_path / "out").glob("*.png")))
     assert provenance["batch_size"] == 2
 
 
@@ -115,6 +117,7 @@ def test_a_group_of_offloaded_batches_survives_a_full_device(
     check_pictures(selection, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_tiles_are_used_on_request_only_and_the_picture_says_so(
     flux: Path, selection: Selection, tmp_path: Path
 ) -> None:
@@ -129,7 +132,7 @@ def test_tiles_are_used_on_request_only_and_the_picture_says_so(
     assert remarks[-1] == "out of memory: decoding tile by tile, which changes pixels"
     assert sum(pipeline.batch_sizes) == 10
     check_pictures(selection, tmp_path / "yes")
-    assert read_provenance(next((tmp_path / "yes").glob("*.png")))["tiled"] is True
+    assert provenance_of(next((tmp_path / "yes").glob("*.png")))["tiled"] is True
 
 
 def test_one_picture_that_does_not_fit_ends_the_run_and_keeps_what_is_done(
@@ -138,7 +141,7 @@ def test_one_picture_that_does_not_fit_ends_the_run_and_keeps_what_is_done(
     class Shrinking(Cramped):
         """Somebody else fills the device meanwhile."""
 
-        def denoise(self, *args: object, **options: object) -> torch.Tensor:
+        def denoise(self, *args: Any, **options: Any) -> torch.Tensor:
             self.denoises = 99 if len(self.batch_sizes) < 2 else 0
             return super().denoise(*args, **options)
 
@@ -159,7 +162,7 @@ def test_what_is_denoised_of_a_group_is_decoded_whatever_ends_the_run(
             super().__init__(flux, batches_per_swap=16)
             self._error = error
 
-        def denoise(self, *args: object, **options: object) -> torch.Tensor:
+        def denoise(self, *args: Any, **options: Any) -> torch.Tensor:
             if len(self.batch_sizes) == 6:
                 raise self._error
             return super().denoise(*args, **options)
@@ -219,7 +222,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
     flux: Path, selection: Selection, tmp_path: Path
 ) -> None:
     class Broken(FakePipeline):
-        def decode(self, *args: object, **options: object) -> list:
+        def decode(self, *args: Any, **options: Any) -> list:
             raise RuntimeError("sizes do not match")
 
     with pytest.raises(RuntimeError, match="sizes do not match"):
@@ -245,7 +248,7 @@ def test_tiling_reaches_the_decoder_and_is_gone_afterwards(
     seen: list[tuple[int, ...]] = []
     decode = vae.decoder.forward
 
-    def watched(latents: torch.Tensor, *args: object) -> torch.Tensor:
+    def watched(latents: torch.Tensor, *args: Any) -> torch.Tensor:
         seen.append(tuple(latents.shape[-2:]))
         return decode(latents, *args)
 
@@ -258,6 +261,8 @@ def test_tiling_reaches_the_decoder_and_is_gone_afterwards(
     (whole,) = pipeline.decode(latents, settings)
     assert seen == [(8, 8)]
     assert (vae.tile_latent_min_size, vae.tile_sample_min_size) == (SIZE // 4, SIZE)
+    assert tiled is not None
+    assert whole is not None
     assert tiled.shape == whole.shape
 
 
@@ -272,6 +277,8 @@ def test_the_last_batch_is_padded_where_the_model_is_compiled(
     check_pictures(selection, tmp_path / "out")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_model_draws_the_same_and_is_compiled_once(
     flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +291,7 @@ def test_a_compiled_model_draws_the_same_and_is_compiled_once(
         lambda self: compiled(self, backend="eager"),
     )
     torch._dynamo.reset()
-    options = {"model": str(flux), "batch_size": 4, "steps": 2, "device": "cpu"}
+    options: dict[str, Any] = {"model": str(flux), "batch_size": 4, "steps": 2, "device": "cpu"}
     generate(selection, tmp_path / "plain", height=SIZE, width=SIZE, **options)
     generate(selection, tmp_path / "compiled", height=SIZE, width=SIZE, compiled=True, **options)
     for path in (tmp_path / "plain").glob("*.png"):
@@ -302,7 +309,7 @@ def test_a_compiled_model_draws_the_same_and_is_compiled_once(
     ],
 )
 def test_speed_options_that_are_not_possible_are_refused_before_loading(
-    flux: Path, selection: Selection, tmp_path: Path, options: dict[str, object], message: str
+    flux: Path, selection: Selection, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SchemaMismatchError, match=message):
         generate(selection, tmp_path, model=str(flux), device="cpu", height=32, width=32, **options)
@@ -329,7 +336,7 @@ def test_quantization_says_what_a_card_lacks(
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda _: package or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    options = {"device": "cuda", "dtype": "bfloat16", "compiled": compiled}
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "compiled": compiled}
     if message is None:
         assert quantization.check_quantization(name, **options) == name
         return
@@ -343,7 +350,7 @@ def test_fp8_takes_no_other_dtype_than_torchao_does(
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    options = {"device": "cuda", "dtype": dtype, "compiled": True}
+    options: dict[str, Any] = {"device": "cuda", "dtype": dtype, "compiled": True}
     with pytest.raises(SchemaMismatchError, match=f"expected dtype bfloat16, .* got {dtype}"):
         quantization.check_quantization("fp8", **options)
     assert quantization.check_quantization("nf4", **options) == "nf4"
@@ -354,13 +361,13 @@ def test_group_offload_pins_no_second_copy_where_the_host_is_short(
     flux: Path, monkeypatch: pytest.MonkeyPatch, available: int, careful: bool
 ) -> None:
     """What diffusers is asked for; it does the rest on a GPU only."""
-    asked: dict[str, object] = {}
+    asked: dict[str, Any] = {}
     network = torch.nn.Linear(1000, 100)
-    network.enable_group_offload = lambda **options: asked.update(options)
+    monkeypatch.setattr(network, "enable_group_offload", asked.update, raising=False)
     pipeline = SimpleNamespace(vae=torch.nn.Linear(1, 1))
     monkeypatch.setattr(pipeline.vae, "to", lambda device: asked.update(vae=device), raising=False)
     memory = SimpleNamespace(available=available)
-    monkeypatch.setattr(offload.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     offload.offload_blocks(pipeline, network, "cuda:1", "group")
     assert asked.pop("onload_device") == torch.device("cuda:1")
     assert asked == {
@@ -380,7 +387,7 @@ def test_a_report_counts_what_failed(flux: Path, selection: Selection, tmp_path:
 
 def test_a_black_picture_is_a_failure(flux: Path, selection: Selection, tmp_path: Path) -> None:
     class Black(FakePipeline):
-        def decode(self, latents: torch.Tensor, *args: object, **options: object) -> list:
+        def decode(self, latents: torch.Tensor, *args: Any, **options: Any) -> list:
             pictures = super().decode(latents, *args, **options)
             return [
                 np.zeros_like(picture) if n == 1 else picture for n, picture in enumerate(pictures)

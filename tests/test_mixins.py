@@ -8,13 +8,13 @@ import json
 import logging
 import os
 import pickle
-import random
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import legacy
 import miniature
@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Metadata
-from fedgfe_store._commit import WriterLock
+from fedgfe_store._lock import WriterLock
 from fedgfe_store.checkpoints import import_checkpoints
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
@@ -426,8 +427,11 @@ def test_the_guides_commands_render_what_the_miniature_recorded(tmp_path, monkey
 
 
 def test_fedgfes_own_switch_and_frequencies(tmp_path):
-    switches = {"save_embeddings_instead_of_images": None, "embeddings_save_frequency": None}
-    own = {"generate_embeddings_only": True, "generate_nodes_images_frequency": 2}
+    switches: dict[str, Any] = {
+        "save_embeddings_instead_of_images": None,
+        "embeddings_save_frequency": None,
+    }
+    own: dict[str, Any] = {"generate_embeddings_only": True, "generate_nodes_images_frequency": 2}
     miniature.main(config(tmp_path, **switches, **own))
     found = content(tmp_path / "checkpoints" / "embeddings.zarr")
     assert found.keys() == {key for key in expected([2]) if key[0] != "server"}
@@ -440,7 +444,8 @@ def test_embeddings_switched_off(tmp_path):
 
 def test_a_server_that_lacks_something_is_told_before_any_training():
     class Server(EmbeddingServerMixin):
-        pass
+        config: dict[str, Any]
+        clients: list[Any]
 
     server = Server()
     with pytest.raises(SchemaMismatchError, match="expected an attribute config with a section"):
@@ -491,6 +496,7 @@ def test_while_a_client_computes_those_before_it_are_written(tmp_path):
     second.id, second.embedding_splits = 1, ("train",)
     lock = WriterLock(tmp_path / "embeddings.zarr", 1)
     path = Round(tmp_path, first, second).save_round_embeddings()
+    assert path is not None
     assert EmbeddingStore.open(path).commit == 3
     assert [key[0] for key in content(path)] == ["0", "0", "1", "1", "server"]
     first.save_embeddings_to_checkpoint("train", tmp_path, 4)
@@ -516,43 +522,52 @@ def test_a_disk_that_is_full_at_the_end_of_a_round(tmp_path, monkeypatch, on_err
                 ("server", 3),
             ]
     path = server.save_round_embeddings()
+    assert path is not None
     assert server.missing_embeddings == ()
     assert [key[0] for key in content(path)] == ["0", "0", "server"]
 
 
-def killed(path: Path, seconds: float) -> None:
-    """Train in another process until so many seconds after the beginning of round 2."""
-    command = [sys.executable, miniature.__file__, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert "round 2\n" in iter(child.stdout.readline, "")
-        time.sleep(seconds)
-        child.send_signal(signal.SIGKILL)
-    assert child.returncode == -signal.SIGKILL
+KILLED = """
+import itertools, os, signal, sys
+from pathlib import Path
+import miniature
+ended, touched, last = 0, itertools.count(), int(sys.argv[2])
+def watch(event, arguments):
+    global ended
+    if event == "os.rename" and str(arguments[1]).endswith("state.json"):
+        ended += 1
+        if ended == 2: print("touched", next(touched), flush=True)
+    elif ended == 1 and event in ("open", "os.rename", "os.link", "os.remove", "os.mkdir"):
+        if "embeddings.zarr" in str(arguments[0]) and next(touched) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+miniature.main(Path(sys.argv[1]))
+"""
 
 
+def train(path: Path, *, until: int = -1) -> subprocess.CompletedProcess[str]:
+    """Train in another process, which dies when it touches the store's files once more than that
+    in round 2.
+    """
+    command = [sys.executable, "-c", KILLED, str(path), str(until)]
+    return finished(command, check=False, cwd=Path(miniature.__file__).parent)
+
+
+@pytest.mark.slow
+@pytest.mark.kill
 def test_killed_in_round_2_and_started_again_it_ends_with_the_same_store(tmp_path):
     def begin(name: str) -> tuple[Path, Path]:
         path = config(tmp_path / name, embeddings_save_frequency=1)
         return path, path.parent / "checkpoints" / "embeddings.zarr"
 
     path, store = begin("whole")
-    start = time.monotonic()
-    miniature.main(path)
-    a_round = (time.monotonic() - start) / 3
+    touched = int(re.findall(r"^touched (\d+)$", train(path).stdout, re.MULTILINE)[0])
+    assert touched > 20
     wanted = content(store)
     assert wanted.keys() == expected([1, 2, 3])
-    waits = random.Random(time.time_ns())
-    hits = 0
-    for trial in range(12):
-        path, store = begin(f"trial {trial}")
-        wait = waits.uniform(0, 0.8 * a_round)
-        killed(path, wait)
-        finished = json.loads((path.parent / "state.json").read_text())["round"]
+    for part in (0.1, 0.5, 0.9):
+        path, store = begin(f"killed at {part}")
+        assert train(path, until=int(part * touched)).returncode == -signal.SIGKILL
         miniature.main(path)
-        assert content(store) == wanted, f"killed {wait:.3f} s into round 2 of {a_round:.3f} s"
+        assert content(store) == wanted, f"killed at {part} of round 2"
         assert EmbeddingStore.open(store).verify().sound
-        hits += finished == 1
-        if hits == 3:
-            return
-    raise AssertionError(f"of 12 kills only {hits} came in round 2")

@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Selection:
 
 
 def render(records: Selection, model: Path, folder: Path) -> list[np.ndarray]:
-    options = {"steps": 2, "height": SIZE, "width": SIZE, "device": "cpu"}
+    options: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE, "device": "cpu"}
     report = generate(records, folder, model=str(model), **options)
     assert not report.failed
     return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
@@ -69,6 +70,11 @@ def score(model: Path, folder: Path) -> torch.Tensor:
     return loaded.embed_texts(["dog"]) @ loaded.embed_images([Image.new("RGB", (20, 20))]).T
 
 
+def put_instead(path: Path, make: Callable[[], object]) -> None:
+    path.unlink()
+    make()
+
+
 # What is written into a file, or done to it, and what is said of it.
 JSON: dict[str, bytes | Callable[[Path], object]] = {
     "nothing": b"",
@@ -79,10 +85,10 @@ JSON: dict[str, bytes | Callable[[Path], object]] = {
     "no UTF-8": bytes(range(256)),
     "a pointer": POINTER,
     "100,000 brackets": b"[" * 100_000,
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a folder": lambda path: put_instead(path, path.mkdir),
     "no file": Path.unlink,
-    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link to itself": lambda path: put_instead(path, lambda: path.symlink_to(path.name)),
+    "a pipe": lambda path: put_instead(path, lambda: os.mkfifo(path)),
 }
 WEIGHTS: dict[str, bytes | Callable[[Path], object]] = {
     "nothing": b"",
@@ -296,7 +302,7 @@ def test_the_fp16_variant_may_be_in_shards_and_the_usual_weights_go_before_it(
     (whole,) = folder.glob("*.safetensors")
     weights = load_file(whole)
     whole.unlink()
-    names = {}
+    names: dict[Any, Any] = {}
     for number, (name, tensor) in enumerate(weights.items()):
         shard = f"diffusion_pytorch_model.fp16-{number % 2 + 1:05}-of-00002.safetensors"
         names.setdefault(shard, {})[name] = tensor

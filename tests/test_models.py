@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -117,8 +116,10 @@ def test_what_is_not_a_flux_model_is_refused(flux: Path, tmp_path: Path) -> None
         resolve_model(str(copy))
 
 
+# A connection that is tried, and waited for, ends the process.
 RESOLVE = """
-import sys
+import os, sys
+sys.addaudithook(lambda event, _: event in ("socket.connect", "socket.getaddrinfo") and os._exit(9))
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.generation.models import resolve_model
 try:
@@ -137,10 +138,9 @@ def resolve_offline(name: str, cache: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_hub_model_that_is_not_at_hand_says_at_once_how_to_get_it(tmp_path: Path) -> None:
-    started = time.monotonic()
     message = resolve_offline("black-forest-labs/FLUX.1-dev", tmp_path)
-    assert time.monotonic() - started < 30
     assert "hf download black-forest-labs/FLUX.1-dev" in message
     assert "licence" in message
     assert "HF_HOME" in message

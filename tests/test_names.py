@@ -85,7 +85,7 @@ def test_positions_of_any_library_take_their_records_in_that_order(part):
         [True, False],
         [0.9, 1.9],
         [0.0, 1.0],
-        np.float32([1]),
+        np.array([1], np.float32),
         torch.tensor([1.5]),
         [True, 2],
         [0, None],
@@ -115,8 +115,8 @@ def test_what_is_no_position_is_refused(part, positions):
 
 @pytest.mark.parametrize(
     "number",
-    [True, np.True_, [True], 1.0, np.float64(1), np.float32([1.9]), "1", b"1", {1: 2}, [[1]],
-     torch.tensor(True), torch.tensor([True]), torch.tensor(1.9), float("nan"), pd.NA,
+    [True, np.True_, [True], 1.0, np.float64(1), np.array([1.9], np.float32), "1", b"1", {1: 2},
+     [[1]], torch.tensor(True), torch.tensor([True]), torch.tensor(1.9), float("nan"), pd.NA,
      pd.Series([True]), pd.DataFrame({1: [0]}), slice(0, 2), np.datetime64(1, "ns"),
      np.timedelta64(1, "ns"), np.ma.array([1, 0], mask=[False, True])],
 )  # fmt: skip

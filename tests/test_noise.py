@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, values
 from generation_fakes import SIZE, FakePipeline
+from pictures import provenance_of
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.images import image_name, read_provenance
+from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of
@@ -36,19 +39,19 @@ def store(tmp_path: Path) -> EmbeddingStore:
     return store
 
 
-def add(store: EmbeddingStore, round_: int, index: object, files: object, **options: str) -> None:
+def add(store: EmbeddingStore, round_: int, index: Any, files: Any, **options: Any) -> None:
     tensors = values(len(index), round_)
     with store.append(node=0, round=round_, **options) as batch:
         batch.add(split="train", class_name="dog", index=index, file_id=files, **tensors)
 
 
-def make(store: EmbeddingStore, folder: Path, flux: Path, **options: object) -> GenerationReport:
-    settings = {"steps": 1, "height": SIZE, "width": SIZE, "pipeline": FakePipeline(flux)}
-    return generate(store.select(), folder, **settings, **options)
+def make(store: EmbeddingStore, folder: Path, flux: Path, **options: Any) -> GenerationReport:
+    settings: dict[str, Any] = {"steps": 1, "height": SIZE, "width": SIZE}
+    return generate(store.select(), folder, pipeline=FakePipeline(flux), **settings, **options)
 
 
 def facts(folder: Path) -> dict[RecordKey, dict]:
-    found = map(read_provenance, sorted(folder.glob("*.png")))
+    found = map(provenance_of, sorted(folder.glob("*.png")))
     return {RecordKey(**each["key"]): each for each in found}
 
 
@@ -95,8 +98,9 @@ def test_a_folder_keeps_its_rule_and_nothing_is_made_again(
 def test_settings_without_a_rule_are_those_of_images_made_before_there_were_rules() -> None:
     settings = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)
     assert fingerprint(settings) == "1bf3f7e87462acf937c083d5c106f057"
+    unknown: Any = "x"
     with pytest.raises(SchemaMismatchError, match="noise: expected index or file_id, got 'x'"):
-        Settings("tiny", "abc", "float32", 2, 3.5, 8, 8, noise="x")
+        Settings("tiny", "abc", "float32", 2, 3.5, 8, 8, noise=unknown)
 
 
 def test_a_folder_of_another_rule_is_named_and_refused(store, flux, tmp_path: Path) -> None:
@@ -132,10 +136,11 @@ def test_a_picture_is_made_again_by_the_rule_that_it_names(
         group, [*words, "--from-image", str(folder / name), "--output-dir", str(again)]
     )
     assert result.exit_code == 0, result.output
-    one, other = read_provenance(folder / name), read_provenance(again / name)
+    one, other = provenance_of(folder / name), provenance_of(again / name)
     assert one["settings"].get("noise", "index") == rule
     for fact in ("seed", "settings", "fingerprint"):
         assert one[fact] == other[fact]
     assert one.get("file_id") == other.get("file_id")
     with Image.open(folder / name) as first, Image.open(again / name) as second:
-        assert first.tobytes() == second.tobytes()
+        # Alone, not in a batch: some processors' kernels round otherwise then.
+        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1

@@ -294,8 +294,8 @@ def test_lengths_beyond_the_file_ask_for_no_memory(data: bytes) -> None:
 def test_changed_instructions_run_nothing(watched: list[str]) -> None:
     values = {name: given for name, (given, _) in HARMLESS.items()}
     whole = [pickle.dumps(values, p) for p in range(pickle.HIGHEST_PROTOCOL + 1)]
-    for data in whole:
-        unpickle(data)
+    for pickled in whole:
+        unpickle(pickled)
     dice = random.Random(0)
     for _ in range(3000):
         data = bytearray(dice.choice(whole))

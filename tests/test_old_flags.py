@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import legacy
 import pytest
@@ -32,7 +33,7 @@ def here(tmp_path, monkeypatch):
         legacy.node_file(FOLDER, node, n=2)
 
 
-def generate(*options: object, store: object = None, limit: int | None = 0):
+def generate(*options: Any, store: object = None, limit: int | None = 0):
     """Run ``generate``, by default without rendering what it has planned."""
     before = ["--store", str(store)] if store else []
     after = [] if limit is None else ["--limit", str(limit)]
@@ -209,7 +210,7 @@ def test_verbose_tells_what_was_imported_and_what_was_known():
 
 def test_a_folder_that_may_not_be_written(tmp_path):
     generate("--checkpoint", NODE_0)
-    bound = ["mount", "--bind", FOLDER, FOLDER]
+    bound = ["mount", "--bind", str(FOLDER), str(FOLDER)]
     if finished(bound, check=False).returncode:
         pytest.skip("this process may not mount a folder read-only")
     try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from browser import NEEDS_CHROMIUM, chromium, empty_page
+from browser import chromium, drives_chromium, empty_page
 from conftest import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +35,8 @@ def key(round: int, index: int, class_name: str = "dog", node: str = "0") -> Rec
 
 def shuffled(rounds: tuple[int, ...] = ROUNDS, files: int = FILES) -> dict[RecordKey, str]:
     """Give the file of each record, as a loader that shuffles numbers them in every round."""
-    found, rng = {}, random.Random(3)
+    found: dict[Any, str] = {}
+    rng = random.Random(3)
     for round_ in rounds:
         for class_name in CLASSES:
             names = [f"{class_name}/{number}.wav" for number in range(files)]
@@ -127,7 +129,7 @@ def test_the_gallery_compares_the_same_files(tmp_path: Path) -> None:
         assert all(sample[one] == sample[other] for one, other in found)
 
 
-@NEEDS_CHROMIUM
+@drives_chromium
 def test_the_page_shows_the_same_files_side_by_side(tmp_path: Path) -> None:
     sample = draw(tmp_path, shuffled())
     page_file = make_gallery(tmp_path).page

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_part_builds_its_own_images_and_no_others(
     built: Counter[str] = Counter()
 
     def counted(name: str, function):
-        def call(*args: object, **options: object) -> object:
+        def call(*args: Any, **options: Any) -> object:
             built[name] += 1
             return function(*args, **options)
 
@@ -101,11 +102,12 @@ def test_a_part_that_is_done_reads_no_other_parts_lists(
 ) -> None:
     fill(store, node=0, round=5, n=4)
     flux, folder = save_random_flux(tmp_path / "flux"), tmp_path / "images"
-    options = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE}
+    options: dict[str, Any] = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE}
     parts = [generate(store.select(), folder, **options, shard=Shard(i, 2)) for i in range(2)]
-    read, lines_of = Counter(), manifest_module._lines
+    read: Counter[Any] = Counter()
+    lines_of = manifest_module._lines
 
-    def lines(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, object]]:
+    def lines(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
         for line in lines_of(path, tail_bytes):
             read[path.name] += tail_bytes is None  # the ends of all are looked at, of any size
             yield line
@@ -123,7 +125,7 @@ def test_what_another_part_has_listed_is_not_listed_again(
 ) -> None:
     fill(store, node=0, round=5, n=4)
     flux, folder = save_random_flux(tmp_path / "flux"), tmp_path / "images"
-    options = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE}
+    options: dict[str, Any] = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE}
     assert generate(store.select(), folder, **options).done == 8
     for i in range(2):
         generate(store.select(), folder, **options, shard=Shard(i, 2))
@@ -184,14 +186,15 @@ def test_records_that_a_compaction_moves_are_found_without_looking_at_all(
     store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
     fill(store, node=0, round=5, n=200)
     flux, folder = save_random_flux(tmp_path / "flux"), tmp_path / "images"
-    options = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE, "batch_size": 2}
+    options: dict[str, Any] = {"height": SIZE, "width": SIZE, "batch_size": 2}
+    options["pipeline"] = FakePipeline(flux)
     job = prepare(store.select(index=range(0, 200, 2)), folder, limit=4, **options)
     other = EmbeddingStore.open(store.path)
     other.delete(index=range(1, 200, 2))
     assert other.compact().records_moved
     built, init = [], RecordKey.__init__
 
-    def counted(self: RecordKey, *args: object) -> None:
+    def counted(self: RecordKey, *args: Any) -> None:
         built.append(args)
         init(self, *args)
 

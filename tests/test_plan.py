@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, w
 KEY = RecordKey("0", 5, "train", "dog", 0)
 
 
-def render(item: PlanItem, settings: Settings = SETTINGS, **changes: object) -> None:
+def render(item: PlanItem, settings: Settings = SETTINGS, **changes: Any) -> None:
     """Put an image of `item` where it belongs, as a run would."""
     provenance = {
         "key": key_json(item.key),
@@ -86,7 +87,7 @@ def test_files_that_do_not_verify_are_rendered_again(plan: Plan, store: Embeddin
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
     with Image.open(small) as image:
-        text = image.text["fedgfe_store"]
+        text = image.info["fedgfe_store"]
     write_png(small, np.zeros((4, 4, 3), np.uint8), json.loads(text))
     later = again(plan, store)
     assert statuses(later) == ["missing"] * 4 + ["done"] * 2
@@ -246,7 +247,7 @@ def test_ten_thousand_images_are_planned(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_covers_each_setting_and_nothing_else() -> None:
-    changed = {
+    changed: dict[str, Any] = {
         "model": "other",
         "revision": "def",
         "dtype": "bfloat16",

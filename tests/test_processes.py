@@ -34,6 +34,7 @@ def test_a_failed_assertion_ends_all_that_was_started():
             pids = [process.pid, int(process.line()), int(process.line())]
             raise AssertionError("a test failed")
     until(lambda: all(map(gone, pids)))
+    assert process.stdout is not None
     assert process.stdout.closed
     assert process.returncode == -9
 

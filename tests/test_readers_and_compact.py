@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -19,7 +20,7 @@ def thin(store, monkeypatch, request):
     for number in range(1, 5):
         fill(store, node=0, round=number)
     store.delete(round=[1, 2, 3])
-    compacted = []
+    compacted: list[Any] = []
 
     def compact():
         if not compacted:

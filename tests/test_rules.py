@@ -150,7 +150,7 @@ def compare(store: EmbeddingStore, model: dict[Key, int]) -> None:
             assert np.array_equal(array, values(1, model[key])[name][0])
 
 
-TestRules = Rules.TestCase
+TestRules = pytest.mark.slow(Rules.TestCase)
 TestRules.settings = settings(
     deadline=None, derandomize=True, max_examples=14, stateful_step_count=14, database=None
 )

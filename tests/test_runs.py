@@ -231,6 +231,7 @@ os._exit(9)
 """
 
 
+@pytest.mark.kill
 def test_after_a_killed_process(store):
     command = [sys.executable, "-c", KILLED, str(store.path), str(Path(__file__).parent)]
     assert finished(command, check=False).returncode == 9

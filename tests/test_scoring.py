@@ -109,7 +109,7 @@ def test_a_table_summarises_each_group(store, folder, clip):
         assert row.similarity == pytest.approx(sum(own["similarity"]) / len(own))
         assert row.agreement == sum(own["agrees"]) / len(own)
         counts = own["closest"].value_counts()
-        assert counts[row.closest] == counts.max()
+        assert counts[str(row.closest)] == counts.max()
     every = scores.table(["node", "round", "split", "class_name", "index", "image"])
     assert (len(every), set(every["pictures"])) == (25, {1})
     for by in ([], ["colour"], ["node", "node"]):

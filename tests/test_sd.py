@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from conftest import fill
 from diffusers import DDPMScheduler
 from generation_fakes import load_sd, save_random_flux, save_random_sd
 from numpy.typing import NDArray
+from pictures import provenance_of
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.images import image_name, read_provenance
+from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.models import resolve_model
 from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.run import GenerationReport, generate
@@ -51,7 +53,7 @@ def selection(store: EmbeddingStore) -> Selection:
 
 @pytest.fixture
 def make(sd: Path) -> Callable[..., GenerationReport]:
-    def run(selection: Selection, folder: Path, **options: object) -> GenerationReport:
+    def run(selection: Selection, folder: Path, **options: Any) -> GenerationReport:
         return generate(selection, folder, **{"model": str(sd), **SETTINGS, **options})
 
     return run
@@ -142,7 +144,7 @@ def test_the_negative_embedding_is_encoded_once_and_kept_in_the_store(
     np.testing.assert_array_equal(values, encoded[0].detach().numpy())
     for weights in (model / "text_encoder").glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes())  # the same encoder, and nothing to load
-    settings = read_provenance(next((tmp_path / "first").glob("*.png")))["settings"]
+    settings = provenance_of(next((tmp_path / "first").glob("*.png")))["settings"]
     assert len(settings["negative"]) == 16
     again = make(store.select(), tmp_path / "first", model=str(model))
     assert (again.done, again.skipped) == (0, 6)
@@ -190,6 +192,7 @@ def test_a_damaged_kept_embedding_is_named_and_never_used(
     assert make(store.select(), tmp_path / "first").skipped == 6
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_or_file_changes_the_pictures(
     sd: Path, make: Callable[..., GenerationReport], selection: Selection, tmp_path: Path
 ) -> None:
@@ -259,7 +262,7 @@ def test_a_flux_store_with_sequences_renders_either_way(
     selection = store.select()
     assert make(selection, tmp_path / "sd", diffusion_type="sd", batch_size=1).done == 4
     np.testing.assert_array_equal(pixels(tmp_path / "sd", selection), direct(sd, selection))
-    provenance = read_provenance(next((tmp_path / "sd").glob("*.png")))
+    provenance = provenance_of(next((tmp_path / "sd").glob("*.png")))
     assert provenance["digests"].keys() == {"clip"}
     assert (provenance["diffusion_type"], provenance["settings"]["pool"]) == ("sd", None)
     flux = save_random_flux(tmp_path / "flux", clip=8)
@@ -324,7 +327,7 @@ def test_the_model_is_given_no_wrong_shape(
         embeddings["negative"] = torch.zeros(negative)
     settings = Settings("", "", "float32", 1, guidance, SIZE, SIZE)
     with pytest.raises(SchemaMismatchError, match=r"embeddings.*: expected"):
-        pipeline.denoise(embeddings, [0, 1], settings)
+        pipeline.denoise(embeddings, [0, 1], settings, on_step=lambda: None)
 
 
 def test_models_for_filling_are_refused(sd: Path, tmp_path: Path) -> None:

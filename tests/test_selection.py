@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ ROUNDS = (1, 2, 10)
 def filled(tmp_path_factory):
     """A store of 3 nodes x 3 rounds x 3 classes x 3 samples, and its records as a plain dict."""
     store = EmbeddingStore.create(tmp_path_factory.mktemp("s") / "s.zarr", SMALL)
-    model = {}
+    model: dict[Any, Any] = {}
     for node, round_ in itertools.product(NODES, ROUNDS):
         given = fill(store, node=node, round=round_, classes="dog cat bird")
         model |= {(node, round_, name, i): tensors for (name, i), tensors in given.items()}
@@ -300,7 +301,7 @@ def test_prefetch_hands_on_errors_after_the_items_before_them():
         yield 2
         raise ValueError("third")
 
-    seen = []
+    seen: list[Any] = []
     with pytest.raises(ValueError, match="third"):
         seen.extend(prefetch(items(), 1))
     iterator = prefetch(items(), 5)

@@ -236,6 +236,7 @@ def test_processes_spread_over_the_devices() -> None:
         local_device({"LOCAL_RANK": "x"}, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, values
 from generation_fakes import SIZE, FakePipeline
+from pictures import provenance_of
 
 from fedgfe_store import EmbeddingStore, Metadata
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.identity import Identity
-from fedgfe_store.generation.images import image_name, read_provenance, write_png
+from fedgfe_store.generation.images import image_name, write_png
 from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.status import image_status
@@ -45,7 +47,7 @@ def theirs(tmp_path: Path) -> EmbeddingStore:
     return make_store(tmp_path / "theirs.zarr", "second")
 
 
-def render(store: EmbeddingStore, flux: Path, folder: Path, **options: object) -> GenerationReport:
+def render(store: EmbeddingStore, flux: Path, folder: Path, **options: Any) -> GenerationReport:
     pipeline = FakePipeline(flux)
     return generate(store.select(), folder, pipeline=pipeline, **{**SETTINGS, **options})
 
@@ -58,7 +60,7 @@ def test_images_and_manifest_name_the_experiment(
     flux: Path, ours: EmbeddingStore, tmp_path: Path
 ) -> None:
     render(ours, flux, tmp_path / "out")
-    found = [read_provenance(path) for path in (tmp_path / "out").glob("*.png")]
+    found = [provenance_of(path) for path in (tmp_path / "out").glob("*.png")]
     for facts in (*found, *read_manifest(tmp_path / "out")):
         assert facts["experiment"] == "first"
         assert Identity.of_image(facts) == Identity.of_store(ours.select())
@@ -150,7 +152,7 @@ def test_images_of_before_are_as_before(flux: Path, ours: EmbeddingStore, tmp_pa
     render(ours, flux, folder)
     manifest = (folder / "manifest.jsonl").read_text().splitlines()
     for line in map(json.loads, manifest):
-        facts = read_provenance(folder / line["file"])
+        facts = provenance_of(folder / line["file"])
         assert facts is not None
         older = {k: v for k, v in facts.items() if k not in ("experiment", "store_id")}
         write_png(folder / line["file"], PIXELS, older)
@@ -178,7 +180,7 @@ def test_stores_are_told_apart_by_name_else_by_id() -> None:
     ],
 )
 def test_what_another_run_puts_there_meanwhile_is_not_replaced(
-    flux: Path, tmp_path: Path, change: dict[str, object], reason: str
+    flux: Path, tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     ours = make_store(tmp_path / "ours.zarr", "first", n=8)
     folder, last = tmp_path / "out", ours.select().keys()[7]
@@ -187,20 +189,20 @@ def test_what_another_run_puts_there_meanwhile_is_not_replaced(
     class Meanwhile(FakePipeline):
         """Another run makes the last image while this one makes the first."""
 
-        def denoise(self, *args: object, **options: object) -> object:
+        def denoise(self, *args: Any, **options: Any) -> Any:
             if not self.batch_sizes:
                 render(ours, flux, tmp_path / "other")
-                facts = read_provenance(tmp_path / "other" / path.name)
+                facts = provenance_of(tmp_path / "other" / path.name)
                 assert facts is not None
                 settings = {**facts["settings"], **change.get("settings", {})}
                 write_png(path, PIXELS, {**facts, **change, "settings": settings})
             return super().denoise(*args, **options)
 
     folder.mkdir()
-    options = {**SETTINGS, "batch_size": 1, "pipeline": Meanwhile(flux)}
+    options: dict[str, Any] = {**SETTINGS, "batch_size": 1, "pipeline": Meanwhile(flux)}
     report = generate(ours.select(), folder, **options)
     assert (report.done, len(report.failed)) == (7, 1)
     assert reason in report.failed[0].reason
-    facts = read_provenance(path)
+    facts = provenance_of(path)
     assert facts is not None
     assert all(facts[name] == value for name, value in change.items() if name != "settings")

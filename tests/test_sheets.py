@@ -7,6 +7,7 @@ import json
 import os
 import re
 import string
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,7 +250,8 @@ def test_missing_and_damaged_cells_are_marked(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:60])
     sheet = arrange(find_pictures(tmp_path / "in"))
     assert sheet.missing == 1
-    reports, done = [], []
+    reports: list[Any] = []
+    done: list[int] = []
     save_sheet(sheet, tmp_path / "a.png", report=reports.append, progress=done.append)
     assert reports == [f"{damaged} is damaged"]
     assert sum(done) == 3
@@ -354,7 +356,7 @@ def test_keys_in_words():
 
 def frames_of(file):
     with Image.open(file) as image:
-        for number in range(image.n_frames):
+        for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
             image.load()
             yield np.asarray(image.convert("RGB")).astype(int), image.info["duration"]
@@ -399,7 +401,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     schema = Schema(SMALL.kind, SMALL.tensors, granule=4, metadata=Metadata(experiment="vegas"))
     store = EmbeddingStore.create("embeddings.zarr", schema)
-    for node, number in itertools.product((0, "server"), (1, 5)):
+    nodes: tuple[str | int, ...] = (0, "server")
+    for node, number in itertools.product(nodes, (1, 5)):
         fill(store, node=node, round=number)
     (tmp_path / "output_images").mkdir()
     return make(tmp_path / "output_images" / "vegas", store.select().keys())

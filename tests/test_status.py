@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ class Folder:
         columns: tuple[str, ...] = ("t5", "clip"),
         listed: bool = True,
         shard: Shard = WHOLE,
-        **changes: object,
+        **changes: Any,
     ) -> None:
         self.minute += 1
         frame = self.store.select().records
@@ -73,12 +74,12 @@ class Folder:
         facts = {"key": key_json(key), "image": image, "error": error}
         self.line({"file": image_name(key, image), **facts})
 
-    def line(self, line: dict[str, object], shard: Shard = WHOLE) -> None:
+    def line(self, line: dict[str, Any], shard: Shard = WHOLE) -> None:
         created = f"2026-01-22T12:{self.minute:02}:00+00:00"
         with Manifest(self.path, shard) as manifest:
             manifest.append({**line, "created": created})
 
-    def status(self, **options: object) -> ImageStatus:
+    def status(self, **options: Any) -> ImageStatus:
         return image_status(self.store.select(), self.path, **options)
 
 
@@ -173,7 +174,7 @@ def test_only_tensors_that_the_picture_depends_on_count(folder: Folder) -> None:
     folder.make(2, digests={})
     folder.make(3, digests={"audio": "0" * 16})
     folder.make(4, digests=3)
-    same = dict(t5=values(1, 1)["t5"][0], clip=np.zeros(4, np.float32))
+    same = {"t5": values(1, 1)["t5"][0], "clip": np.zeros(4, np.float32)}
     old = folder.store.select(index=[0, 1], class_name="dog")
     with folder.store.append(node=0, round=5, if_exists="replace") as batch:
         for position in range(2):
@@ -257,7 +258,7 @@ def test_progress_counts_records(folder: Folder) -> None:
     assert steps == [1] * 6
 
 
-def run(folder: Folder, *words: object) -> Result:
+def run(folder: Folder, *words: Any) -> Result:
     options = ["--store", str(folder.store.path), "status", "--output-dir", str(folder.path)]
     result = CliRunner().invoke(group, [*options, *map(str, words)])
     assert result.exit_code == 0, result.output

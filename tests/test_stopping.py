@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,13 @@ from click.testing import CliRunner
 from conftest import SMALL, fill
 from generation_fakes import SIZE, FakePipeline
 from PIL import Image
+from processes import started, until
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation import writer
 from fedgfe_store.generation.flux import FluxImages, FluxModel
-from fedgfe_store.generation.images import image_name
+from fedgfe_store.generation.images import image_name, write_png
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
 from fedgfe_store.selection import Selection
@@ -50,7 +53,7 @@ def once(name: str, at: int = 1) -> Callable[[], None]:
 def interrupt_decoding(monkeypatch: pytest.MonkeyPatch, name: str, *, at: int) -> None:
     send, decode = once(name, at), FluxImages.decode
 
-    def interrupted(self: FluxImages, *args: object, **options: object) -> list:
+    def interrupted(self: FluxImages, *args: Any, **options: Any) -> list:
         send()
         return decode(self, *args, **options)
 
@@ -93,7 +96,7 @@ def test_while_weights_are_loaded(
 ) -> None:
     load, send = FluxModel.load, once(name)
 
-    def interrupted(self: FluxModel, *args: object) -> FluxImages:
+    def interrupted(self: FluxModel, *args: Any) -> FluxImages:
         send()
         return load(self, *args)
 
@@ -115,7 +118,7 @@ def test_while_denoising_it_stops_at_the_next_step(
     steps: list[int] = []
     send, denoise = once(name, at=8), FluxImages.denoise
 
-    def interrupted(self: FluxImages, *args: object, on_step: Callable[[], None]) -> torch.Tensor:
+    def interrupted(self: FluxImages, *args: Any, on_step: Callable[[], None]) -> torch.Tensor:
         def step() -> None:
             steps.append(1)
             send()
@@ -154,16 +157,15 @@ def test_while_saving_all_that_is_decoded_is_saved(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    number, write = getattr(signal, name), writer.write_png
+    number = getattr(signal, name)
+    calls = itertools.count()
 
-    def interrupted(*args: object) -> int:
-        if interrupted.first:
-            interrupted.first = False
+    def interrupted(path: Path, *args: Any) -> int:
+        if next(calls) == 0:
             os.kill(os.getpid(), number)
         time.sleep(0.05)
-        return write(*args)
+        return write_png(path, *args)
 
-    interrupted.first = True
     monkeypatch.setattr(writer, "write_png", interrupted)
     code, _ = command(selection, tmp_path / "out", flux)
     done = len(sound(tmp_path / "out"))
@@ -178,13 +180,13 @@ def test_denoised_batches_of_a_group_are_decoded_and_saved(
     stop = Stop()
 
     class Interrupted(FakePipeline):
-        def denoise(self, *args: object, **options: object) -> torch.Tensor:
+        def denoise(self, *args: Any, **options: Any) -> torch.Tensor:
             if len(self.batch_sizes) == 2:
                 stop.request("SIGTERM")
             return super().denoise(*args, **options)
 
     pipeline = Interrupted(flux, batches_per_swap=4)
-    options = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
+    options: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
     report = generate(selection, tmp_path / "out", pipeline=pipeline, stop=stop, **options)
     assert (report.done, report.left, report.stopped) == (4, 6, "SIGTERM")
     assert pipeline.calls == ["denoise", "denoise", "denoise", "decode", "decode"]
@@ -208,7 +210,8 @@ def test_handlers_are_as_before_afterwards(
 
 
 def test_a_request_interrupts_only_where_it_may() -> None:
-    stop, heard = Stop(), []
+    stop = Stop()
+    heard: list[str] = []
     with stop_on_signals(stop, announce=heard.append):
         signal.raise_signal(signal.SIGUSR1)
         assert (stop.requested, heard) == (True, ["SIGUSR1"])
@@ -229,22 +232,20 @@ def test_a_stop_works_where_nobody_hears_of_it() -> None:
         assert stop.requested
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_a_pipe_that_breaks_keeps_its_exit_code(
     flux: Path, selection: Selection, tmp_path: Path
 ) -> None:
     size = ["--height", str(SIZE), "--width", str(SIZE), "--steps", "200", "--batch-size", "1"]
     arguments = ["--store", str(selection.path), "generate", "--model", str(flux), *size]
     arguments += ["--device", "cpu", "--output-dir", str(tmp_path / "out"), "--verbose"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "fedgfe_store.cli.main", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as process:
-        while not list((tmp_path / "out").glob("*.png")):
-            time.sleep(0.02)
+    program = [sys.executable, "-m", "fedgfe_store.cli.main", *arguments]
+    with started(program, stderr=subprocess.STDOUT) as process:
+        until(lambda: list((tmp_path / "out").glob("*.png")))
+        assert process.stdout is not None
         process.stdout.close()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 75
+        assert process.wait() == 75
     assert 0 < len(sound(tmp_path / "out")) < 10
 
 
@@ -254,23 +255,20 @@ from fedgfe_store.generation.stopping import Stop, stop_on_signals
 stop = Stop()
 with stop_on_signals(stop, announce=lambda name: print(name, flush=True)):
     print("ready", flush=True)
-    time.sleep(60)
     while True:
-        time.sleep(60)
+        time.sleep(10**6)
 """
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_signal_ends_the_process_at_once(name: str) -> None:
     number = getattr(signal, name)
-    with subprocess.Popen(
-        [sys.executable, "-c", SECOND], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
+    with started([sys.executable, "-c", SECOND]) as process:
+        assert process.line() == "ready"
         process.send_signal(number)
-        assert process.stdout.readline() == f"{name}\n"
+        assert process.line() == name
         process.send_signal(number)  # a launcher's echo of the first
         time.sleep(0.6)
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(timeout=5) == 128 + number
+        assert process.wait() == 128 + number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from datetime import UTC, datetime
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -439,7 +440,7 @@ def test_schema_survives_json():
     ("make", "words"),
     [
         (lambda: Schema.flux(0), "t5"),
-        (lambda: Schema.flux(precision="float8"), "precision"),
+        (lambda: Schema.flux(precision=cast(Any, "float8")), "precision"),
         (lambda: Schema.flux(clip=(1, 2, 3)), "clip"),
         (lambda: Schema.flux(granule=0), "granule"),
         (lambda: Metadata(experiment="a\ud800"), "experiment"),

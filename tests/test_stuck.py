@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -25,7 +25,7 @@ from fedgfe_store.generation.status import image_status
 from fedgfe_store.generation.stopping import SIGNAL_LEAD, Stop, expected_stop
 from fedgfe_store.selection import Selection
 
-OPTIONS = {"steps": 3, "height": SIZE, "width": SIZE, "batch_size": 2}
+OPTIONS: dict[str, Any] = {"steps": 3, "height": SIZE, "width": SIZE, "batch_size": 2}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ class Stopping(FakePipeline):
         super().__init__(folder)
         self._stop, self._reason, self._batch = stop, reason, batch
 
-    def denoise(self, *args: object, **options: object) -> object:
+    def denoise(self, *args: Any, **options: Any) -> Any:
         if len(self.batch_sizes) == self._batch:
             self._stop.request(self._reason)
         return super().denoise(*args, **options)
@@ -104,7 +104,8 @@ def run(selection, flux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run(name: str | None, *more: str, **environ: str) -> Result:
         load = FluxModel.load
 
-        def interrupted(self: FluxModel, *args: object) -> object:
+        def interrupted(self: FluxModel, *args: Any) -> object:
+            assert name is not None
             signal.raise_signal(getattr(signal, name))
             return load(self, *args)
 
@@ -132,11 +133,9 @@ def test_a_job_that_makes_nothing_is_queued_again_once(run, name: str) -> None:
 def test_a_job_that_is_stopped_while_it_plans_is_queued_again_once(
     run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    plan = job.plan_images
-
-    def interrupted(*args: object, **options: object) -> object:
+    def interrupted(*args: Any, **options: Any) -> object:
         signal.raise_signal(signal.SIGUSR1)
-        return plan(*args, **options)
+        return plan_images(*args, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(job, "plan_images", interrupted)
@@ -151,7 +150,7 @@ def test_ctrl_c_may_be_pressed_as_often_as_one_likes(run) -> None:
 
 
 @pytest.fixture
-def rated(selection, tmp_path: Path) -> Iterator[Settings]:
+def rated(selection, tmp_path: Path) -> Settings:
     """A folder whose images took 700 s each."""
     settings = Settings("m", "r", "float32", 3, 3.5, SIZE, SIZE)
     (tmp_path / "out").mkdir()
@@ -168,9 +167,9 @@ def test_a_plan_knows_when_a_batch_takes_longer_than_is_left(selection, rated, t
         "a batch of 2 takes about 23 min 20 s, and it is 16 min 40 s until this run has to stop: "
         "nothing of it would be finished; --batch-size 1 or a longer time limit helps"
     )
-    assert plan.shortage(2, 600.0).endswith(
-        "nothing of it would be finished; a longer time limit helps"
-    )
+    shortage = plan.shortage(2, 600.0)
+    assert shortage is not None
+    assert shortage.endswith("nothing of it would be finished; a longer time limit helps")
     assert plan_images(selection, rated, tmp_path / "new").shortage(2, 1.0) is None
     assert plan_images(selection, rated, tmp_path / "out", limit=0).shortage(2, 0.0) is None
 
@@ -180,7 +179,9 @@ def test_slurm_says_when_a_run_has_to_stop() -> None:
     for environ in ({}, {"SLURM_JOB_END_TIME": ""}, {"SLURM_JOB_END_TIME": "Unknown"}):
         assert Stop(expected_stop(environ)).seconds_left is None
     assert Stop(expected_stop({"SLURM_JOB_END_TIME": "1"})).seconds_left == 0
-    assert Stop(time.time() + 1000).seconds_left > 500
+    left = Stop(time.time() + 1000).seconds_left
+    assert left is not None
+    assert left > 500
 
 
 def test_the_plan_on_the_command_line_says_so_too(run) -> None:
@@ -197,8 +198,14 @@ def test_the_first_steps_say_so_where_no_rate_is_known(selection, flux, tmp_path
     said: dict[str, list[str]] = {}
     for name, deadline in {"past": 0.0, "far": time.time() + 10**6, "unknown": None}.items():
         said[name] = []
-        options = {**OPTIONS, "pipeline": FakePipeline(flux), "report": said[name].append}
-        generate(selection, tmp_path / name, stop=Stop(deadline), **options)
+        generate(
+            selection,
+            tmp_path / name,
+            stop=Stop(deadline),
+            pipeline=FakePipeline(flux),
+            report=said[name].append,
+            **OPTIONS,
+        )
     assert (said["far"], said["unknown"]) == ([], [])
     (line,) = said["past"]
     assert line.startswith("a batch of 2 takes about ")

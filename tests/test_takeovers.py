@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
     return Hosts(monkeypatch)
 
 
-def meanwhile(monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
+def meanwhile(monkeypatch: pytest.MonkeyPatch, what: Callable[[], object]) -> None:
     """Do `what` after files have been put in place for the first time."""
     place = Staging.place
 
@@ -140,7 +141,8 @@ def test_a_name_that_a_late_owner_may_unlink_is_not_used_again(store, hosts, mon
         meanwhile(monkeypatch, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fill(store, node=0, round=2)
-    unlink, late = Path.unlink, []
+    unlink = Path.unlink
+    late: list[Any] = []
 
     def sleeping(file: Path, missing_ok: bool = False) -> None:
         if file.name.startswith("c.") and not late:
@@ -191,7 +193,8 @@ def test_a_store_is_not_made_again_over_one_that_a_late_maker_has_made(
     tmp_path, hosts, monkeypatch
 ):
     path = tmp_path / "a.zarr"
-    folders, late = _files.make_folders, []
+    folders = _files.make_folders
+    late: list[Any] = []
 
     def late_maker(folder: Path) -> None:
         # All but the last rename of the other one was done, and it wakes up only now.
@@ -212,7 +215,8 @@ def test_a_maker_that_was_taken_for_dead_leaves_the_claims_of_who_took_over(
     tmp_path, hosts, monkeypatch
 ):
     path = tmp_path / "a.zarr"
-    folders, made = _files.make_folders, []
+    folders = _files.make_folders
+    made: list[Any] = []
 
     def taken_over(folder: Path) -> None:
         if not made and folder.parent == path:
@@ -235,7 +239,8 @@ def test_two_compactions_may_unlink_the_same_files(store, hosts, monkeypatch):
     fill(store, node=0, round=1)
     fill(store, node=0, round=2)
     store.delete(round=1)
-    unlink, late = Path.unlink, []
+    unlink = Path.unlink
+    late: list[Any] = []
 
     def sleeping(file: Path, missing_ok: bool = False) -> None:
         if file.name.startswith("c.") and not late:

@@ -88,7 +88,7 @@ def test_a_process_on_another_terminal_prints_too(foreign):
     environ = os.environ | {"PYTHONIOENCODING": "cp1251"}
     command = [sys.executable, "-m", "fedgfe_store.cli.main", "--store", foreign.path, "query"]
     done = finished(command, env=environ, encoding="cp1251")
-    assert rb"z\xfcrich" in done.stdout
+    assert r"z\xfcrich" in done.stdout
 
 
 def test_a_file_name_that_is_no_text_is_shown(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -10,20 +11,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, fill
 from generation_fakes import SIZE, FakePipeline
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processes import finished
+from processes import finished, started
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation import claims as claims_module
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.manifest import read_manifest
@@ -34,7 +36,7 @@ from fedgfe_store.generation.shards import Shard
 from fedgfe_store.selection import Selection
 
 RECORDS = 120
-SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
+SETTINGS: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -66,31 +68,27 @@ def check_whole(selection: Selection, folder: Path) -> None:
     assert not list(folder.glob(".fedgfe-*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(flux: Path, selection: Selection, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    started = [
-        subprocess.Popen(
-            [*PROGRAM, *command(selection, flux, folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
+    program = [*PROGRAM, *command(selection, flux, folder)]
+    with ExitStack() as stack:
+        both = [stack.enter_context(started(program, stderr=subprocess.STDOUT)) for _ in range(2)]
+        outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
     check_whole(selection, folder)
 
 
 def test_where_locks_are_refused_a_run_says_so_once_and_leaves_no_claims(
     flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(claims_module.fcntl, "lockf", refuse)
-    part, remarks = selection.take(range(8)), []
-    options = {**SETTINGS, "pipeline": FakePipeline(flux), "report": remarks.append}
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    part = selection.take(range(8))
+    remarks: list[str] = []
+    options: dict[str, Any] = {**SETTINGS, "pipeline": FakePipeline(flux), "report": remarks.append}
     assert generate(part, tmp_path / "out", **options).done == 8
     assert ["no file locks in" in remark for remark in remarks] == [True]
     assert not list((tmp_path / "out").glob(".fedgfe-claim-*"))
@@ -104,27 +102,20 @@ def test_what_another_process_holds_or_has_made_is_left_to_it(
     class Meanwhile(FakePipeline):
         """Another process makes the last image while this one makes the first."""
 
-        def denoise(self, *args: object, **options: object) -> object:
+        def denoise(self, *args: Any, **options: Any) -> Any:
             if not self.batch_sizes:
                 other = selection.take([7])
-                options_of_other = {**SETTINGS, "pipeline": FakePipeline(flux)}
+                options_of_other: dict[str, Any] = {**SETTINGS, "pipeline": FakePipeline(flux)}
                 generate(other, tmp_path / "other", **options_of_other)
                 os.rename(tmp_path / "other" / names[7], tmp_path / "out" / names[7])
             return super().denoise(*args, **options)
 
     (tmp_path / "out").mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "out"), names[1]],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with holder:
-        assert holder.stdout.readline() == "held\n"
+    with started([sys.executable, "-c", HOLDER, tmp_path / "out", names[1]]) as holder:
+        assert holder.line() == "held"
         part = selection.take(range(8))
-        options = {**SETTINGS, "batch_size": 1, "pipeline": Meanwhile(flux)}
+        options: dict[str, Any] = {**SETTINGS, "batch_size": 1, "pipeline": Meanwhile(flux)}
         report = generate(part, tmp_path / "out", **options)
-        holder.stdin.close()
     assert (report.done, report.elsewhere, report.left) == (6, 2, 0)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {*names} - {names[1]}
     assert generate(part, tmp_path / "out", **{**options, "pipeline": FakePipeline(flux)}).done == 1
@@ -157,6 +148,7 @@ def test_claims_are_given_back_as_images_are_written(
     assert max(held) < 40, "no more than is read ahead, rendered and waiting to be written"
 
 
+@pytest.mark.slow
 def test_one_command_for_all_gpus_of_a_machine(
     flux: Path, selection: Selection, tmp_path: Path
 ) -> None:
@@ -200,6 +192,7 @@ def test_a_rank_without_work_is_done(flux: Path, selection: Selection, tmp_path:
     assert "0 images rendered" in result.output
 
 
+@settings(max_examples=30)  # each makes up to 33 plans
 @given(
     n=st.integers(1, 16),
     done=st.sets(st.integers(0, RECORDS - 1)),
@@ -226,6 +219,8 @@ def test_shards_are_disjoint_complete_and_stable(
 KILLS = 3
 
 
+@pytest.mark.slow
+@pytest.mark.kill
 def test_killed_runs_lose_nothing_and_repeat_only_what_was_in_flight(
     flux: Path, selection: Selection, tmp_path: Path
 ) -> None:
@@ -233,16 +228,12 @@ def test_killed_runs_lose_nothing_and_repeat_only_what_was_in_flight(
     folder, rng = tmp_path / "out", random.Random(5)
     for _ in range(KILLS):
         before = len(list(folder.glob("*.png")))
-        process = subprocess.Popen(
-            [*PROGRAM, *command(selection, flux, folder)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while process.poll() is None and len(list(folder.glob("*.png"))) <= before:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.2))
-        process.kill()
-        process.wait()
+        images = before + rng.randint(1, 20)
+        program = [*PROGRAM, *command(selection, flux, folder)]
+        with started(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list(folder.glob("*.png"))) < images:
+                time.sleep(0.01)
+            process.kill()
     result = CliRunner().invoke(group, command(selection, flux, folder))
     assert result.exit_code == 0, result.output
     check_whole(selection, folder)

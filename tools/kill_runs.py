@@ -83,9 +83,17 @@ def make_store(path: Path, images: int) -> EmbeddingStore:
 
 def resume(store: EmbeddingStore, folder: Path, model: Path) -> GenerationReport:
     """Render what is missing, in this process."""
-    size = {"height": SIZE, "width": SIZE, "steps": 4, "batch_size": BATCH}
-    place = {"model": str(model), "device": "cpu", "offload": "none"}
-    return generate(store.select(), folder, **size, **place)
+    return generate(
+        store.select(),
+        folder,
+        model=str(model),
+        device="cpu",
+        offload="none",
+        height=SIZE,
+        width=SIZE,
+        steps=4,
+        batch_size=BATCH,
+    )
 
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:

@@ -41,7 +41,7 @@ def main(notebooks: tuple[Path, ...], demo: Path) -> None:
 
 def execute(file: Path, demo: Path) -> nbformat.NotebookNode:
     """Return a notebook as a clean kernel leaves it, without what differs between machines."""
-    notebook = nbformat.read(file, as_version=4)
+    notebook: nbformat.NotebookNode = nbformat.read(file, as_version=4)
     with tempfile.TemporaryDirectory() as sockets:
         # Sockets rather than ports: ipykernel warns of those, as others could listen.
         kernel = {"transport": "ipc", "ip": f"{sockets}/kernel"}

@@ -2,13 +2,14 @@
 
 First a small AutoencoderKL learns to code 64 x 64 pictograms as FLUX codes pictures (16 latent
 channels at 1/8 of the size). Then a FluxTransformer2DModel learns rectified flow on its latents,
-given embeddings as `fedgfe_store.demo.anchors.noisy` makes them. What it has to draw is what an
+given embeddings as `noisy` in ``tests/noisy_anchors.py`` makes them. What it has to draw is what an
 ideal observer would expect to see: the mean of the classes' pictograms, weighted by how likely
 each class is given the embedding, and blurred the more, the noisier the embedding is.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,12 @@ from diffusers import (
 from torch import Tensor
 from torch.nn import functional
 
-from fedgfe_store.demo.anchors import CLIP_SHAPE, CONFUSION, T5_SHAPE, class_anchor
+from fedgfe_store.demo.anchors import CLIP_SHAPE, T5_SHAPE, class_anchor
 from fedgfe_store.demo.pictograms import CLASSES, draw
 from fedgfe_store.demo.tiny import TINY_SIZE, tiny_flux_path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from noisy_anchors import CONFUSION
 
 JITTERS = 128
 """Variants of each pictogram; all classes share a variant's place, size and tint."""
@@ -167,7 +171,8 @@ def vae_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     code = vae.encode(pictures).latent_dist
     wrong = vae.decode(code.sample()).sample - pictures
     edges = wrong.diff(dim=2).abs().mean() + wrong.diff(dim=3).abs().mean()
-    return wrong.abs().mean() + wrong.square().mean() + edges + 1e-5 * code.kl().mean()
+    loss: Tensor = wrong.abs().mean() + wrong.square().mean() + edges + 1e-5 * code.kl().mean()
+    return loss
 
 
 def train_vae(pictures: Tensor, *, steps: int, batch: int = 8) -> AutoencoderKL:
@@ -202,7 +207,8 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 def pack(latents: Tensor) -> Tensor:
     """Pack latents [n, 16, 8, 8] as FLUX does, into [n, 16, 64]."""
-    return FluxPipeline._pack_latents(latents, *latents.shape)
+    packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+    return packed
 
 
 def make_pool(vae: AutoencoderKL, pictures: Tensor) -> tuple[Conditions, Tensor]:
@@ -237,7 +243,8 @@ class Embedder:
         bank = self._noise[part]
         own = bank[torch.randint(len(bank), (len(noise),))]
         level = (noise * (1 - CONFUSION)).sqrt().view(-1, *[1] * (own.ndim - 1))
-        return torch.tensordot(coefficients, self._anchors[part], dims=1).addcmul_(level, own)
+        clean: Tensor = torch.tensordot(coefficients, self._anchors[part], dims=1)
+        return clean.addcmul_(level, own)
 
 
 def new_transformer() -> FluxTransformer2DModel:

@@ -77,7 +77,7 @@ def run(case: str, fmt: Format, path: Path, plan: Plan) -> Any:
 
 def check(case: str, fmt: Format, path: Path, plan: Plan, expected: Any) -> Any:
     """Fail unless `case` returns what the first format did; return what to expect of the next."""
-    found = _fingerprint(fmt, path) if case == "scan" else run(case, fmt, path, plan)
+    found: Any = _fingerprint(fmt, path) if case == "scan" else run(case, fmt, path, plan)
     if expected is None:
         return found
     if case == "scan":
@@ -102,5 +102,5 @@ def _fingerprint(fmt: Format, path: Path) -> tuple[int, str, str]:
     for tensors in fmt.scan(path):
         records += len(tensors[0])
         for digest, array in zip(hashes, tensors, strict=True):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return records, hashes[0].hexdigest(), hashes[1].hexdigest()

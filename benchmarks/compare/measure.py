@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,7 @@ def reads(
                 path = folder / fmt.folder
                 if cold:
                     forget(path)
-                taken[fmt.name].append(
-                    timed(lambda c=case, f=fmt, p=path: cases.run(c, f, p, plan))
-                )
+                taken[fmt.name].append(timed(partial(cases.run, case, fmt, path, plan)))
     return times
 
 
@@ -88,8 +87,8 @@ def appends(formats: Sequence[Format], folder: Path, plan: Plan, *, report: Repo
             writer.append(fmt.prepare(first))
             os.sync()
             began = time.time() - CLOCK_TICK
-            seconds = timed(lambda w=writer, d=data: w.append(d))
-            flushed = seconds + timed(lambda p=path, b=began: flush(p, b))
+            seconds = timed(partial(writer.append, data))
+            flushed = seconds + timed(partial(flush, path, began))
             writer.close()
             shutil.rmtree(path)
             times["append"].setdefault(fmt.name, []).append(seconds)
@@ -109,7 +108,7 @@ def growth(formats: Sequence[Format], folder: Path, plan: Plan, *, report: Repor
         data = make_round(TINY, number, plan.whole)
         for fmt, writer in writers.items():
             payload = fmt.prepare(data)
-            seconds = timed(lambda w=writer, d=payload: w.append(d))
+            seconds = timed(partial(writer.append, payload))
             for commits in plan.sizes:
                 if commits <= number < commits + plan.repeats:
                     times[f"append_at_{commits}"].setdefault(fmt.name, []).append(seconds)
@@ -156,7 +155,7 @@ def bounds(folder: Path, plan: Plan) -> dict[str, float]:
     def read() -> None:
         for file in files(folder / "torch"):
             with file.open("rb", buffering=0) as opened:
-                while opened.readinto(np.empty_like(piece)):  # type: ignore[arg-type]
+                while opened.readinto(np.empty_like(piece).data):
                     pass
 
     def write() -> None:

@@ -114,7 +114,7 @@ def centroids(
         sums.add(features.read(found.take(part)), codes[part])
         progress(part.stop - part.start)
     attrs = {**features.describe(), "commit": selection.commit}
-    shape = {name: n for name, n in zip(features.dims, features.shape, strict=True)}
+    shape = dict(zip(features.dims, features.shape, strict=True))
     return _dataset(groups, by, sums, shape, attrs)
 
 

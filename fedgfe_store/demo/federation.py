@@ -198,12 +198,13 @@ def average(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tens
             f"weights: expected {len(states)} numbers from 0 up, not all 0, got {list(weights)}"
         )
     shares = [weight / total for weight in weights]
-    return {
-        name: torch.stack(
-            [share * state[name] for share, state in zip(shares, states, strict=True)]
-        ).sum(dim=0)
-        for name in states[0]
-    }
+    with one_thread():
+        return {
+            name: torch.stack(
+                [share * state[name] for share, state in zip(shares, states, strict=True)]
+            ).sum(dim=0)
+            for name in states[0]
+        }
 
 
 @torch.no_grad()

@@ -95,11 +95,6 @@ def log_mel(clips: Tensor) -> Tensor:
     return (levels - mean) / deviation.clamp(min=_FLOOR)
 
 
-def band_centres() -> Signal:
-    """Return the frequencies that the mel bands are centred on, in hertz, float64 [MEL_BANDS]."""
-    return _mel_edges()[1:-1]
-
-
 def save_wav(clip: Signal, path: Path) -> None:
     """Write a clip as 16-bit mono WAV, to be listened to."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,11 +92,6 @@ class Claims:
             self.close()
             raise
 
-    @property
-    def supported(self) -> bool:
-        """Whether file system and operating system have such locks; else files take their place."""
-        return self._files is None
-
     def take(self, name: str, *, wait: bool = False) -> bool:
         """Claim a name.
 

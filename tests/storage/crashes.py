@@ -93,7 +93,7 @@ class Scene:
         made = followed.cached()
         other = [path for path in {*made, *there} if made.get(path, 0) != there.get(path, 0)]
         if other:
-            raise AssertionError(f"written past the recorder: {sorted(other)[0]}")
+            raise AssertionError(f"written past the recorder: {min(other)}")
         return recording
 
 

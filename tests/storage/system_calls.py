@@ -8,7 +8,7 @@ done again, has to give what lies there.
 
 from __future__ import annotations
 
-import _pyio
+import _pyio  # type: ignore[import-not-found]  # typeshed has no stub of it
 import builtins
 import errno
 import io
@@ -73,7 +73,7 @@ class Watch:
                 self._real[name[4:]] = getattr(os, name[4:])
                 setattr(os, name[4:], getattr(self, name))
         self._real["builtins.open"] = builtins.open
-        builtins.open = io.open = self._open  # type: ignore[assignment]
+        builtins.open = io.open = self._open
         return self
 
     def __exit__(
@@ -198,7 +198,8 @@ class Watch:
         handle = file if isinstance(file, int) else file.fileno()
         full = self._below(handle)
         if full is None:
-            return self._real[name](handle)
+            self._real[name](handle)
+            return
         with self._lock:
             self.before("flush", full, _nothing)
             found = os.fstat(handle)
@@ -248,7 +249,8 @@ class Watch:
         to: str = "",
     ) -> None:
         if full is None:
-            return self._real[name](*arguments, **options)
+            self._real[name](*arguments, **options)
+            return
         with self._lock:
             self.before(kind, full, _nothing)
             self._real[name](*arguments, **options)
@@ -382,7 +384,7 @@ REFUSED = {errno.EMFILE: OPENING, errno.ENOSPC: GROWING, errno.EIO: CHANGING}
 def no_flushes() -> Iterator[None]:
     """Let flushes take no time, where only what is seen by processes matters."""
     real = os.fsync, os.fdatasync
-    os.fsync = os.fdatasync = lambda handle: None
+    os.fsync = os.fdatasync = lambda fd: None
     try:
         yield
     finally:

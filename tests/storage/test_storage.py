@@ -13,9 +13,13 @@ from processes import finished
 
 COPIES = ("live-copies", "backups")
 SOAK = Path(__file__).parents[2] / "tools" / "soak.py"
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/fd").is_dir(), reason="the harness asks /proc which file a handle is"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.kill,
+    pytest.mark.skipif(
+        not Path("/proc/self/fd").is_dir(), reason="the harness asks /proc which file a handle is"
+    ),
+]
 
 
 @cache

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class Ended:
 
 def grant_locks(host: str) -> None:
     """Let every lock call of this process succeed, as on another host that is called `host`."""
-    fcntl.flock = fcntl.lockf = lambda *arguments: None  # type: ignore[assignment]
+    fcntl.flock = fcntl.lockf = lambda *arguments: None
     socket.gethostname = lambda: host
 
 
@@ -52,7 +53,7 @@ def refuse_locks(code: int) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    fcntl.flock = fcntl.lockf = refuse  # type: ignore[assignment]
+    fcntl.flock = fcntl.lockf = refuse
 
 
 def hurry() -> None:
@@ -90,7 +91,7 @@ def _race(path: Path, writers: int, rounds: int, prepare: Callable[[int], None])
                     break
         return ended
 
-    children = [Child(lambda node=node: work(node)) for node in range(writers)]
+    children = [Child(partial(work, node)) for node in range(writers)]
     os.close(waiting)
     os.close(go)
     return [ended for child in children for ended in child.result()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-import device
 import pytest
+from virtual_gpu import device
 
 REQUIRED = "FEDGFE_REQUIRE_SIMULATED_GPU"
 """Where this is set, as ``.ci/run`` does, tests that cannot run fail."""

@@ -44,7 +44,7 @@ def build(folder: Path) -> Path:
     torch, temporary = _torch(), library.with_suffix(f".{os.getpid()}")
     compiler = _compiler()
     assert compiler is not None
-    command = [
+    command: list[str | Path] = [
         *(compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-w"),
         *("-isystem", torch / "include", _SOURCE, "-o", temporary),
         *(f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"),
@@ -130,16 +130,19 @@ def _install(device: ctypes.CDLL) -> None:
         limit = device.get_limit(index_of(card))
         return limit - device.get_reserved(index_of(card)), limit
 
-    def exchange(index: int) -> int:
+    def exchange(device: int) -> int:
         before = current()
-        if index >= 0:
-            checked(index)
+        if device >= 0:
+            checked(device)
         return before
 
-    def checked(index: int) -> None:
-        if index >= count():
+    choose = device.set_device
+
+    # The name of the parameter is torch's.
+    def checked(device: int) -> None:
+        if device >= count():
             raise RuntimeError("CUDA error: invalid device ordinal")
-        device.set_device(index)
+        choose(device)
 
     def properties(card: object = None) -> SimpleNamespace:
         major, minor = _CAPABILITY
@@ -176,4 +179,4 @@ def _install(device: ctypes.CDLL) -> None:
     torch._C._cuda_getDeviceCount = count
     torch._C._cuda_exchangeDevice = exchange
     torch._C._cuda_maybeExchangeDevice = exchange
-    torch._C._cuda_getCurrentRawStream = lambda index: 0
+    torch._C._cuda_getCurrentRawStream = lambda device: 0

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from device import Cards
 from generation_fakes import SIZE, save_random_clip, save_random_flux
 from PIL import Image
+from virtual_gpu.device import Cards
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
@@ -160,7 +160,7 @@ def test_encoders_and_clip_that_do_not_fit_are_told_in_a_line(
     said = refused(tmp_path / "texts.zarr", *words)
     assert said.startswith("error: out of memory loading the text encoders of flux in bfloat16 on")
     assert said.endswith("--offload model or sequential may help")
-    words = ("score", "--clip-model", made.clip, "--input-dir", made.pictures, "--quiet")
-    said = refused(made.store, *words)
+    scoring = ("score", "--clip-model", made.clip, "--input-dir", made.pictures, "--quiet")
+    said = refused(made.store, *scoring)
     assert said.startswith(f"error: out of memory loading the model {made.clip} onto cuda:0 (CUDA")
     assert said.endswith("--device cpu may help")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device import MIB, Cards
+from virtual_gpu.device import MIB, Cards
 
 
 def test_tensors_of_different_devices_do_not_mix() -> None:

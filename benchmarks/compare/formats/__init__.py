@@ -23,6 +23,6 @@ NAMES = tuple(_CLASSES)
 def load(name: str) -> Format:
     """Return the format called `name`."""
     module, cls = _CLASSES[name]
-    found = getattr(import_module(f"{__name__}.{module}"), cls)()
+    found: Format = getattr(import_module(f"{__name__}.{module}"), cls)()
     found.name = name
     return found

@@ -105,10 +105,11 @@ class _Columns(Columns):
         return ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
 
     def key(self, name: str) -> np.ndarray:
-        values = np.asarray(self._open(name).read().result())
+        values: np.ndarray = np.asarray(self._open(name).read().result())
         if name != "class_name":
             return values
-        return np.array(json.loads((self._path / "classes.json").read_text()))[values]
+        names = np.array(json.loads((self._path / "classes.json").read_text()))
+        return np.take(names, values)
 
     def take(self, column: str, rows: np.ndarray) -> np.ndarray:
         array = self._open(column)
