@@ -56,8 +56,10 @@ def chromium() -> Iterator[Browser]:
     """Start Chromium, to be shared by several tests."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS.split())
-        yield browser
-        browser.close()
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 @contextmanager

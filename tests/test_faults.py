@@ -478,7 +478,7 @@ class Embeddings(torch.utils.data.Dataset):
 if __name__ == "__main__":
     store = EmbeddingStore.open(sys.argv[1])
     store.select().read("t5")  # our threads are running when the workers start
-    options = {"num_workers": 2, "multiprocessing_context": sys.argv[2], "timeout": 50}
+    options = {"num_workers": 2, "multiprocessing_context": sys.argv[2], "timeout": 600}
     loader = torch.utils.data.DataLoader(Embeddings(store), batch_size=2, **options)
     read = torch.cat(list(loader)).numpy()
     assert np.array_equal(read, store.select(round=1).read("t5"))

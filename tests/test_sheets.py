@@ -326,7 +326,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 # Labels
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.text(alphabet=string.ascii_letters + " _-/.,", max_size=80),
        st.integers(12, 200), st.integers(1, 4))  # fmt: skip
 def test_lines_fit_and_lose_nothing_without_saying_so(text, width, lines):

@@ -58,7 +58,7 @@ def full(tmp_path_factory) -> EmbeddingStore:
 pairs = st.sets(st.tuples(st.sampled_from(NODES), st.sampled_from(ROUNDS)))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(wanted=pairs.filter(len))
 def test_named_files_stand_for_exactly_their_nodes_and_rounds(full, wanted):
     files = tuple(full.path.parent / name_of(*origin) for origin in wanted)
