@@ -41,9 +41,9 @@ test-pythons:
 	echo "tested:$${tested:- no Python}, failed:$${failed:- none}"; \
 	[ -n "$$tested" ] && [ -z "$$failed" ]
 
-# While one works: all but what is slow, drives a browser or kills.
+# While one works: all but what is slow, drives a browser, kills or loads a model.
 test-fast: $(VENV)/installed-dev
-	time $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not browser and not kill"
+	time $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not browser and not kill and not model"
 
 # What power cuts, kills, broken disks, locks and copying do to stores; hours. Pieces, seeds and a
 # short form: tools/soak.py --help.

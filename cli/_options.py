@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     NumbersType = click.ParamType[list[int | range], object]
     NamesType = click.ParamType[list[str], object]
 else:
-    # Not generic before click 8.4.
+    # Not generic at run time in every click that is allowed.
     NumbersType = NamesType = click.ParamType
 
 _NUMBER = re.compile(r"[0-9]{1,18}")

@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     BatchSizeType = click.ParamType[int | None, object]
 else:
-    # Not generic before click 8.4.
+    # Not generic at run time in every click that is allowed.
     BatchSizeType = click.ParamType
 
 

@@ -257,6 +257,7 @@ def test_what_cannot_be_made_again_says_why(
     assert (code, "expected a record node 0, round 5" in output) == (1, True), output
 
 
+@pytest.mark.slow
 def test_stable_diffusion_is_made_again_with_its_negative(tmp_path: Path) -> None:
     sd = save_random_sd(tmp_path / "sd")
     store = EmbeddingStore.create(tmp_path / "e.zarr", Schema.flux(3, width=8, clip=(77, 8)))

@@ -139,6 +139,7 @@ def test_history_in_other_formats(filled):
     ]
 
 
+@pytest.mark.slow
 def test_history_shows_the_newest(store):
     for number in range(22):
         fill(store, node=0, round=number, classes="dog", n=1)
@@ -386,6 +387,7 @@ def run_beside_a_writer(store: EmbeddingStore, *args: Any):
     return results[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["delete --round 1 --yes", "verify --repair", "compact", "merge"]
 )

@@ -135,6 +135,7 @@ def test_400_flipped_bytes_are_named_or_harmless(sound):  # cases.md c5, d3
     assert everything(sound) == expected
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_cut_or_missing(sound):
     expected = everything(sound)
     for kind, files in files_by_kind(sound).items():
@@ -252,6 +253,7 @@ def check_later_append(store: EmbeddingStore, before: dict, n: int) -> None:
     assert (found.sound, found.leftovers) == (True, ())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_nth_flush(tmp_path, monkeypatch):
     real, calls = os.fsync, []
 
@@ -305,6 +307,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     finished(["umount", str(folder)])
 
 
+@pytest.mark.slow
 def test_a_full_disk(small_disk):
     schema = Schema.flux(17, granule=4)
     failed = 0
@@ -414,6 +417,7 @@ def test_8_writers_and_2_readers(store):  # cases.md c6
     assert len(set(seen)) > 10
 
 
+@pytest.mark.slow
 def test_4_threads_append_beside_file_boundaries(store):  # cases.md c3
     failures = []
 

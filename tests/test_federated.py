@@ -769,6 +769,7 @@ def test_storages_are_free_while_the_block_is_still_open(recorder):
         assert all(storage.expired() for storage in storages)
 
 
+@pytest.mark.slow
 def test_the_buffer_is_used_again_and_freed_by_close(store, monkeypatch):
     monkeypatch.setattr(_pages, "PAGE_BYTES", 2 * SMALL.record_nbytes)
 

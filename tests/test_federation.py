@@ -206,6 +206,7 @@ def trained(processors: str, hash_seed: str) -> tuple[str, int]:
     return digest, int(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be confined")
 def test_training_gives_the_same_bytes_on_one_processor_and_on_more():
     alone, together = trained("one", "1"), trained("all", "2")

@@ -172,6 +172,7 @@ def test_integers_keep_their_type_and_zero(store):  # cases.md c15
     assert other["index"].to_numpy().tolist() == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_every_way_to_open_agrees_after_appends(store):  # cases.md c16, c17
     for round_ in range(3):
         fill(store, node=0, round=round_)
@@ -282,6 +283,7 @@ def test_a_reader_of_the_last_commit_is_right_while_a_writer_holds_the_tail(stor
     assert len(reader) == 6
 
 
+@pytest.mark.slow
 def test_two_writers_at_once_lose_nothing(store):
     code = """
 import sys; sys.path.insert(0, {tests!r})

@@ -655,6 +655,7 @@ def test_a_swap_has_one_module_on_the_device_and_takes_it_home() -> None:
     assert (any(away("a")), all(away("b"))) == (False, True)
 
 
+@pytest.mark.slow
 def test_the_tiny_flux_draws_what_each_record_says(tmp_path: Path, remarks: list[str]) -> None:
     rng = np.random.default_rng(0)
     classes = [str(name) for name in rng.permutation(np.repeat(CLASSES, 10))]

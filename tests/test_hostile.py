@@ -43,6 +43,7 @@ def use(path):
     xr.open_dataset(path, engine="fedgfe").load()
 
 
+@pytest.mark.slow
 def test_a_group_file_of_other_values(received):
     file, rng = received / "zarr.json", random.Random(1)
     good = file.read_bytes()

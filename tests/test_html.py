@@ -157,6 +157,7 @@ def test_a_big_store_is_shown_in_part(tmp_path):
     assert len(store._repr_html_()) < 30_000
 
 
+@pytest.mark.slow
 def test_many_rounds_by_many_nodes_are_not_spread_out(tmp_path):
     schema = Schema.flux(1, width=1, clip=(1,), granule=4096)
     store = EmbeddingStore.create(tmp_path / "s.zarr", schema)

@@ -372,6 +372,7 @@ def test_odd_values_of_text_caches(tmp_path: Path) -> None:
     assert [file.error for file in report.files] == [None] * len(report.files)
 
 
+@pytest.mark.slow
 def test_odd_values_of_entries(tmp_path: Path) -> None:
     good = legacy.entry(T5, CLIP, 0, class_name="good")
     odd = [

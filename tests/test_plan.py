@@ -229,6 +229,7 @@ def test_images_with_capital_letters_under_their_older_names_are_found(
     assert frame["file"].tolist() == [dog.path.name, older.name, shouted.path.name]
 
 
+@pytest.mark.slow
 def test_ten_thousand_images_are_planned(tmp_path: Path) -> None:
     store = EmbeddingStore.create(tmp_path / "big.zarr", Schema.flux(1, width=1, clip=(1,)))
     ones = np.ones((10_000, 1, 1), np.float32)

@@ -25,6 +25,7 @@ def dataset(values: np.ndarray, seed: int) -> xr.Dataset:
     return xr.Dataset({"t5": (("record", "feature"), values)}, {"digest": ("record", digests)})
 
 
+@pytest.mark.slow
 @given(
     st.integers(0, 10_000),
     st.integers(3, 8),

@@ -48,6 +48,7 @@ def test_what_a_process_leaves_behind_in_its_group_ends():
     until(lambda: gone(pid))
 
 
+@pytest.mark.slow
 def test_a_hung_process_says_where_it_was():
     code = "import time\ndef waits(): print('here', flush=True); time.sleep(10**6)\nwaits()"
     with pytest.raises(TimeoutError, match="had not ended after 600 s"):
@@ -57,12 +58,14 @@ def test_a_hung_process_says_where_it_was():
             assert any("in waits" in line for line in process.lines())
 
 
+@pytest.mark.slow
 def test_whoever_waits_for_a_line_of_a_hung_process_goes_on():
     with pytest.raises(TimeoutError, match="had not ended after 1 s"):
         with started([sys.executable, "-c", "import time; time.sleep(10**6)"], seconds=1) as hung:
             assert hung.line() == ""
 
 
+@pytest.mark.slow
 def test_a_stopped_process_ends():
     code = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
     with pytest.raises(TimeoutError):

@@ -142,6 +142,7 @@ def test_scattered_records_read_only_their_shards(filled, reads):
         assert np.array_equal(values_, model[key.node, key.round, key.class_name, key.index]["t5"])
 
 
+@pytest.mark.slow
 def test_scattered_selection_of_a_large_store_stays_small(tmp_path):  # cases.md c19
     schema = Schema.flux(64, width=1024, clip=(768,))
     store = EmbeddingStore.create(tmp_path / "s.zarr", schema)

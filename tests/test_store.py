@@ -62,6 +62,7 @@ def test_bfloat16_precision_rounds_as_torch_does(tmp_path):
         assert given[name].tobytes() == array.tobytes(), "the caller's array was changed"
 
 
+@pytest.mark.slow
 def test_bfloat16_tensors_widen_exactly_also_in_a_fresh_process(store):  # cases.md b6
     t5 = torch.from_numpy(values(1)["t5"]).bfloat16()
     t5.view(-1)[:3] = torch.tensor([-0.0, 1e-40, 3e38])
@@ -414,6 +415,7 @@ def test_classes_join_by_name_in_order_of_arrival(tmp_path):  # cases.md c16
         assert np.array_equal(t5, source["dog", key.index]["t5"])
 
 
+@pytest.mark.slow
 def test_few_files_for_many_records(tmp_path):
     for tokens in (17, 512):
         schema = Schema.flux(tokens)

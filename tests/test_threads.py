@@ -39,6 +39,7 @@ def after_a_command(leave_out: Sequence[str] = (), **environ: str) -> list[objec
     return threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:lance is not fork-safe:UserWarning")  # once benchmarks ran
@@ -48,10 +49,12 @@ def test_torch_has_one_thread_in_tests_and_their_children(method):
         assert pool.apply_async(torch.get_num_threads).get(120) == 1
 
 
+@pytest.mark.slow
 def test_torch_has_one_thread_in_programs_that_tests_start():
     assert after_a_command() == [1, "passive"]
 
 
+@pytest.mark.slow
 def test_a_commands_threads_sleep_while_they_wait_and_are_as_many_as_slurm_gave():
     chosen = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
     assert after_a_command(leave_out=chosen, SLURM_CPUS_PER_TASK="1") == [1, "passive"]

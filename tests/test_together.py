@@ -192,6 +192,7 @@ def test_a_rank_without_work_is_done(flux: Path, selection: Selection, tmp_path:
     assert "0 images rendered" in result.output
 
 
+@pytest.mark.slow
 @settings(max_examples=30)  # each makes up to 33 plans
 @given(
     n=st.integers(1, 16),

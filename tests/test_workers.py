@@ -282,6 +282,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_forked_child_reads_and_writes_with_threads_of_its_own(store):
     fill(store, node=0, round=1)
     # In a process of its own: what other tests have loaded may not like a fork.

@@ -134,6 +134,7 @@ def test_an_open_dataset_stays_at_its_commit(store):
     assert len(EmbeddingStore.open(store.path)) == 7
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported(filled):
     code = (
         "import sys, xarray\n"
