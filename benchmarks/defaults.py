@@ -28,7 +28,8 @@ from benchmarks.compare.data import LONG, SHORT, Round, Shape, make_round
 from benchmarks.compare.files import size
 from benchmarks.compare.measure import timed
 from benchmarks.compare.tables import table
-from fedgfe_store import EmbeddingStore, Schema, _layout, _workers
+from fedgfe_store import EmbeddingStore, Schema, _layout
+from fedgfe_store.common import threads as pools
 
 KEY_CHUNK_MODULES = ("_layout", "_key_files", "_snapshot", "_commit")
 
@@ -59,7 +60,7 @@ def granule(records: int) -> Variant:
 
 
 def threads(n: int) -> Variant:
-    return Variant(f"{n} thread{'s' * (n > 1)}", {"_workers.count": lambda: n})
+    return Variant(f"{n} thread{'s' * (n > 1)}", {"common.threads.count": lambda: n})
 
 
 def key_chunk(rows: int) -> Variant:
@@ -94,9 +95,9 @@ def applied(variant: Variant) -> Iterator[None]:
     with ExitStack() as stack:
         for name, value in variant.constants.items():
             stack.enter_context(patch(f"fedgfe_store.{name}", value))
-        _workers._forget()
+        pools._forget()
         yield
-    _workers._forget()
+    pools._forget()
 
 
 def append(store: EmbeddingStore, data: Round) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedgfe_store._text import counted, printable
+from fedgfe_store.common.words import counted, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ class NumberList(NumbersType):
         return [self._number(part.strip(), value, param, ctx) for part in value.split(",")]
 
     def _number(self, part: str, value: str, param: Any, ctx: Any) -> int | range:
-        from fedgfe_store._lookup import read_range
+        from fedgfe_store.common.lookup import read_range
 
         if (found := read_range(part)) is not None:
             return found
@@ -174,7 +174,7 @@ class Filters:
         NotFoundError
             If a name or number is not there.
         """
-        from fedgfe_store._lookup import Known, look_up
+        from fedgfe_store.common.lookup import Known, look_up
 
         found: dict[str, Any] = dict(
             look_up(
@@ -194,7 +194,7 @@ class Filters:
         NotFoundError
             If nothing meets them; says how many records each filter alone leaves out.
         """
-        from fedgfe_store._lookup import no_records
+        from fedgfe_store.common.lookup import no_records
         from fedgfe_store.errors import NotFoundError
 
         if self.allow_empty or not self.typed or len(selection):
@@ -216,7 +216,7 @@ def class_names(
     """
     import numpy as np
 
-    from fedgfe_store._lookup import Known, look_up, said
+    from fedgfe_store.common.lookup import Known, look_up, said
 
     empty = np.empty(0, np.dtypes.StringDType())
     values = empty if selection is None else selection.others().column("class_name")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedgfe_store._text import counted, names, numbers, numbers_first, size
+from fedgfe_store.common.words import counted, names, numbers, numbers_first, size
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -76,7 +76,7 @@ def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout:
 
 def _print_matched(selection: Selection, filters: Filters) -> None:
     """Say what the filters were taken for: the values of each, with the records that have them."""
-    from fedgfe_store._lookup import matched, noun
+    from fedgfe_store.common.lookup import matched, noun
 
     for name in filters.typed:
         click.echo(f"{noun(name)}: {matched(name, selection.column(name).tolist())}")
@@ -135,7 +135,7 @@ def _commit_row(commit: dict[str, Any]) -> list[object]:
 
 
 def _listed(values: tuple[str | int, ...]) -> str:
-    from fedgfe_store._text import quoted
+    from fedgfe_store.common.words import quoted
 
     return ",".join(quoted(str(value)) for value in values)
 

@@ -115,7 +115,7 @@ def _tell_outdated(pictures: Iterable[Picture]) -> None:
 
 def _pictures(obj: Context, folder: Path, filters: Filters) -> list[Picture]:
     from fedgfe_store import EmbeddingStore
-    from fedgfe_store._lookup import said
+    from fedgfe_store.common.lookup import said
     from fedgfe_store.errors import NotFoundError
     from fedgfe_store.pictures import find_pictures, key_values
     from fedgfe_store.records import KEY_COLUMNS

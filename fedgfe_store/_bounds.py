@@ -16,7 +16,7 @@ from numcodecs.zstd import Zstd
 from fedgfe_store._checksums import UnreadableError
 from fedgfe_store._layout import KEY_CHUNK, KeyColumn
 from fedgfe_store._tensor_files import TensorFiles
-from fedgfe_store._text import shown
+from fedgfe_store.common.words import shown
 from fedgfe_store.schema import Schema
 
 GROUP_BYTES = 2**28

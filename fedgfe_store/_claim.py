@@ -24,8 +24,9 @@ from functools import cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from fedgfe_store import _files, _workers
+from fedgfe_store import _files
 from fedgfe_store._checksums import UnreadableError
+from fedgfe_store.common import threads
 from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError, NotFoundError
 
 RENEWAL_SECONDS = 10.0
@@ -218,7 +219,7 @@ class Claim:
             with contextlib.suppress(
                 RuntimeError
             ):  # no thread can begin; `fence` sees what comes of that
-                _workers.Thread(renew, "fedgfe-store-claim").start()
+                threads.Thread(renew, "fedgfe-store-claim").start()
         return made
 
     def _link(self, target: Path) -> bool:

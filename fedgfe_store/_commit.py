@@ -23,7 +23,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from fedgfe_store import _files, _key_files, _workers
+from fedgfe_store import _files, _key_files
 from fedgfe_store._claim import Claim
 from fedgfe_store._group import GROUP_FILE, CommitPoint, Group
 from fedgfe_store._layout import KEY_CHUNK, KeyColumn, key_columns
@@ -40,6 +40,7 @@ from fedgfe_store._recovery import (
 from fedgfe_store._snapshot import Snapshot, gap
 from fedgfe_store._staging import Staging
 from fedgfe_store._upgrade import identities
+from fedgfe_store.common import threads
 from fedgfe_store.errors import (
     ConflictError,
     DamagedDataError,
@@ -230,7 +231,7 @@ class Transaction:
             for start in starts
             for name in self.schema.columns
         )
-        _workers.run(_workers.writers(), self._write_file, work)
+        threads.run(threads.writers(), self._write_file, work)
         skipped = -n % granule
         self._rows.append(_padded(self.schema, records.columns, self.commit, skipped))
         self._tail += n + skipped

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from fedgfe_store import _workers
 from fedgfe_store._checksums import UnreadableError
+from fedgfe_store.common import threads
 
 NOT_THROUGH_LINKS: int = os.O_NOFOLLOW if os.name == "posix" else 0
 """Flag of `os.open` that refuses a link in place of the file."""
@@ -148,7 +148,7 @@ def temporary_of(path: Path) -> Path:
 def sync_folders(files: Iterable[Path]) -> None:
     """Flush the folders that name `files`."""
     folders = {file.parent for file in files}
-    _workers.run(_workers.writers(), sync_folder, ((folder,) for folder in folders))
+    threads.run(threads.writers(), sync_folder, ((folder,) for folder in folders))
 
 
 def sync_tree(folder: Path) -> None:

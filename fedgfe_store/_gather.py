@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedgfe_store import _workers
 from fedgfe_store._checksums import UnreadableError
 from fedgfe_store._tensor_files import OpenFile, TensorFiles
+from fedgfe_store.common import threads
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
 """Bytes of float32 values between which a thread reads on before it takes the next piece."""
@@ -64,10 +64,10 @@ def gather(files: TensorFiles, rows: np.ndarray, out: np.ndarray, check: Check) 
     order = np.argsort(rows, kind="stable")
     request = _Request(files, rows[order], order.tolist(), out, check)
     spans = _spans(files, request.rows, order)
-    share = len(spans) * files.chunk_nbytes // (_PIECES * _workers.count())
+    share = len(spans) * files.chunk_nbytes // (_PIECES * threads.count())
     step = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)
     pieces = ((request, spans[start : start + step]) for start in range(0, len(spans), step))
-    _workers.run(_workers.readers(), _read_piece, pieces)
+    threads.run(threads.readers(), _read_piece, pieces)
 
 
 def _spans(files: TensorFiles, rows: np.ndarray, places: np.ndarray) -> list[_Span]:

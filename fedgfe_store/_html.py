@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedgfe_store import _files
-from fedgfe_store._text import counted, names, numbers, numbers_first, shortened, size
+from fedgfe_store.common.words import counted, names, numbers, numbers_first, shortened, size
 
 if TYPE_CHECKING:
     from fedgfe_store._snapshot import Snapshot

@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from fedgfe_store import _files, _workers
+from fedgfe_store import _files
+from fedgfe_store.common import threads
 from fedgfe_store.errors import BusyError
 
 T = TypeVar("T")
@@ -160,7 +161,7 @@ def _in_another_thread(call: Callable[[], T]) -> T:
 
     An interruption within `FileLock`'s own locks would let every later one wait for ever.
     """
-    return _workers.run(_workers.writers(), call, [()])[0]
+    return threads.run(threads.writers(), call, [()])[0]
 
 
 class _HeldElsewhereError(Exception):

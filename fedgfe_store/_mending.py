@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgfe_store import _key_files
-from fedgfe_store._entry import FIRST_ENTRY, LAST_ENTRY
 from fedgfe_store._layout import KEY_CHUNK
 from fedgfe_store._snapshot import Snapshot
-from fedgfe_store._text import counted
+from fedgfe_store.common.entry import FIRST_ENTRY, LAST_ENTRY
+from fedgfe_store.common.words import counted
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import (
     EARLIEST,

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from fedgfe_store import _files, _workers
+from fedgfe_store import _files
+from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError
 
 
@@ -36,7 +37,7 @@ class Staging:
 
     def write(self, contents: Mapping[Path, bytes]) -> None:
         """Write several files; the disk gathers the flushes of all of them."""
-        _workers.run(_workers.writers(), self._write, contents.items())
+        threads.run(threads.writers(), self._write, contents.items())
 
     def _write(self, path: Path, data: bytes) -> None:
         with self.open(path) as file:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedgfe_store._filters import NUMBERS, is_wanted, wanted_values
+from fedgfe_store.common.filters import NUMBERS, is_wanted, wanted_values
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.identity import Identity
 from fedgfe_store.generation.images import inspect_image, png_names, read_key

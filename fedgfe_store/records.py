@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from fedgfe_store import _workers
-from fedgfe_store._entry import (
+from fedgfe_store.common import threads
+from fedgfe_store.common.entry import (
     ENTRY_MOMENTS,
     EXTRA_DEPTH,
     FIRST_ENTRY,
@@ -24,7 +24,7 @@ from fedgfe_store._entry import (
     milliseconds,
     named,
 )
-from fedgfe_store._text import numbers_first, shown
+from fedgfe_store.common.words import numbers_first, shown
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema, TensorColumn
 
@@ -524,9 +524,9 @@ class _Finishing:
             self._finish(values, groups)
         else:
             # In order, so that of several bad records the first is named.
-            share = -(-len(groups) // _workers.count())
+            share = -(-len(groups) // threads.count())
             pieces = ((values, groups[i : i + share]) for i in range(0, len(groups), share))
-            _workers.run(_workers.readers(), self._finish, pieces)
+            threads.run(threads.readers(), self._finish, pieces)
         return values
 
     def _finish(self, values: np.ndarray, groups: Sequence[slice]) -> None:

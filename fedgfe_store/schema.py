@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Literal, Self
 
-from fedgfe_store._names import check_axes, check_columns, check_new_columns
-from fedgfe_store._text import is_utf8, shown
+from fedgfe_store.common.column_names import check_axes, check_columns, check_new_columns
+from fedgfe_store.common.words import is_utf8, shown
 from fedgfe_store.errors import SchemaMismatchError
 
 Kind = Literal["flux", "sd"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedgfe_store._filters import NUMBERS, matches, position_array, wanted_values
 from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.common.filters import NUMBERS, matches, position_array, wanted_values
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import (
     KEY_COLUMNS,

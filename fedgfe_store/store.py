@@ -14,11 +14,11 @@ import numpy as np
 from fedgfe_store import _commit
 from fedgfe_store._append import AppendBatch, IfExists
 from fedgfe_store._compact import Compaction, compact
-from fedgfe_store._filters import check_names
 from fedgfe_store._group import Group
 from fedgfe_store._mending import find_mending
 from fedgfe_store._snapshot import Snapshot
 from fedgfe_store._verify import Verification, verify
+from fedgfe_store.common.filters import check_names
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import is_whole
 from fedgfe_store.schema import FORMAT_VERSION, Schema

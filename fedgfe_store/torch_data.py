@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from fedgfe_store import _workers
+from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.records import is_whole
 
@@ -172,7 +172,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
         room.put(None)
         thread.join()
 
-    thread = _workers.Thread(work, "fedgfe-store-prefetch")
+    thread = threads.Thread(work, "fedgfe-store-prefetch")
     try:
         try:
             thread.start()
@@ -185,7 +185,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
         stop()
 
 
-def _next(thread: _workers.Thread, ready: SimpleQueue[object]) -> object:
+def _next(thread: threads.Thread, ready: SimpleQueue[object]) -> object:
     if thread.process is not None:
         raise ConflictError(
             f"these batches are read ahead by a thread of process {thread.process}: iterate anew "

@@ -687,7 +687,7 @@ def test_an_interruption_at_any_step_leaves_whole_blocks_and_nobody_waiting(
             recorder.flush()
             flushed.append(begun[-1])
 
-    for _ in strikes(train, ("_workers.py", "recorder.py", "_round.py", "_jobs.py"), every=37):
+    for _ in strikes(train, ("threads.py", "recorder.py", "_round.py", "_jobs.py"), every=37):
         pass
     store.refresh()
     counts = store.select().records["round"].value_counts()

@@ -16,14 +16,15 @@ from conftest import SMALL, fill
 from interruptions import strikes
 from processes import finished
 
-from fedgfe_store import EmbeddingStore, _workers
+from fedgfe_store import EmbeddingStore
+from fedgfe_store.common import threads
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.torch_data import prefetch
 
 
 @pytest.fixture(scope="module")
 def pool():
-    return _workers.Pool(2)
+    return threads.Pool(2)
 
 
 def test_results_are_in_order_and_calls_are_drawn_as_they_are_made(pool):
@@ -41,9 +42,7 @@ def test_results_are_in_order_and_calls_are_drawn_as_they_are_made(pool):
         return number**2
 
     results = []
-    thread = threading.Thread(
-        target=lambda: results.extend(_workers.run(pool, square, arguments()))
-    )
+    thread = threading.Thread(target=lambda: results.extend(threads.run(pool, square, arguments())))
     thread.start()
     while len(drawn) < 3:
         time.sleep(0.01)
@@ -61,10 +60,10 @@ def test_a_small_piece_of_work_does_not_wait_for_all_of_a_large_one(pool):
         time.sleep(0.002)
         calls.append(number)
 
-    thread = threading.Thread(target=_workers.run, args=(pool, large, ((n,) for n in range(200))))
+    thread = threading.Thread(target=threads.run, args=(pool, large, ((n,) for n in range(200))))
     thread.start()
     begun.wait()
-    _workers.run(pool, time.sleep, [(0,)])
+    threads.run(pool, time.sleep, [(0,)])
     assert len(calls) < 150
     thread.join()
     assert sorted(calls) == list(range(200))
@@ -82,7 +81,7 @@ def test_the_first_error_in_order_is_raised_after_all_that_began_has_ended(pool)
         raise ValueError(f"number {number}")
 
     with pytest.raises(ValueError, match="number 0"):
-        _workers.run(pool, work, ((n,) for n in range(9)))
+        threads.run(pool, work, ((n,) for n in range(9)))
     assert not under_way
 
 
@@ -98,7 +97,7 @@ def test_an_error_of_what_gives_the_arguments_is_raised_after_all_that_began_has
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        _workers.run(pool, slow, arguments())
+        threads.run(pool, slow, arguments())
     assert ended == [0]
 
 
@@ -108,20 +107,20 @@ def refuse(*arguments: object, **options: object) -> None:
 
 def test_where_no_thread_can_be_started_the_caller_makes_the_calls(monkeypatch):
     monkeypatch.setattr("_thread.start_new_thread", refuse)
-    threads: list[int] = []
+    idents: list[int] = []
 
     def call(n: int) -> int:
-        threads.append(threading.get_ident())
+        idents.append(threading.get_ident())
         return 10 // n
 
-    pool = _workers.Pool(2)
-    assert _workers.run(pool, call, [(1,), (2,)]) == [10, 5]
+    pool = threads.Pool(2)
+    assert threads.run(pool, call, [(1,), (2,)]) == [10, 5]
     with pytest.raises(ZeroDivisionError):
-        _workers.run(pool, call, [(1,), (0,), (2,)])
-    assert threads == 4 * [threading.get_ident()]
+        threads.run(pool, call, [(1,), (0,), (2,)])
+    assert idents == 4 * [threading.get_ident()]
     monkeypatch.undo()
-    assert _workers.run(pool, call, [(1,), (2,)]) == [10, 5]
-    assert threading.get_ident() not in threads[4:]
+    assert threads.run(pool, call, [(1,), (2,)]) == [10, 5]
+    assert threading.get_ident() not in idents[4:]
 
 
 def test_a_process_that_can_start_no_thread_writes_and_reads(store, tmp_path):
@@ -151,7 +150,7 @@ def test_where_no_second_thread_can_be_started_one_does_it_all(monkeypatch):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    assert _workers.run(_workers.Pool(3), abs, ((-n,) for n in range(20))) == list(range(20))
+    assert threads.run(threads.Pool(3), abs, ((-n,) for n in range(20))) == list(range(20))
 
 
 # Ctrl-C
@@ -167,9 +166,9 @@ def test_an_interruption_at_any_step_of_a_run_leaves_nothing_under_way_and_no_ot
         return number
 
     def interrupted():
-        results.append(_workers.run(pool, work, ((n,) for n in range(4))))
+        results.append(threads.run(pool, work, ((n,) for n in range(4))))
 
-    for place in strikes(interrupted, "_workers.py"):
+    for place in strikes(interrupted, "threads.py"):
         assert not under_way, place
     assert results == [[0, 1, 2, 3]]
 
@@ -186,13 +185,13 @@ def test_an_interruption_at_any_step_of_reading_ahead_ends_its_thread():
 
     for place in strikes(read, "torch_data.py"):
         assert not any(generator.gi_running for generator in made), place
-    for place in strikes(read, "_workers.py"):
+    for place in strikes(read, "threads.py"):
         assert not any(generator.gi_running for generator in made), place
     assert results == [[0, 1, 2, 3]] * 2
 
 
 def test_an_interruption_at_any_step_of_an_append_commits_all_or_nothing(store):
-    for _ in strikes(lambda: fill(store, node=0, round=store.commit + 1), "_workers.py", every=97):
+    for _ in strikes(lambda: fill(store, node=0, round=store.commit + 1), "threads.py", every=97):
         count = len(EmbeddingStore.open(store.path))
         assert count in (6 * store.commit, 6 * store.commit + 6)
         store.refresh()
@@ -229,7 +228,7 @@ def test_interrupted_again_and_again_it_still_waits(pool):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        _workers.run(pool, work, ((n,) for n in range(9)))
+        threads.run(pool, work, ((n,) for n in range(9)))
     assert not under_way
     thread.join()
 

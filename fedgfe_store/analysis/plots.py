@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fedgfe_store._text import shortened
 from fedgfe_store.analysis._extra import extra
 from fedgfe_store.analysis.centroids import Group
+from fedgfe_store.common.words import shortened
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 
 if TYPE_CHECKING:

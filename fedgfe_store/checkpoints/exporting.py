@@ -17,9 +17,9 @@ import torch
 import xxhash
 
 from fedgfe_store import _files
-from fedgfe_store._text import numbers_first
 from fedgfe_store.checkpoints._entries import Unusable, column_of
 from fedgfe_store.checkpoints._header import file_name
+from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
 from fedgfe_store.generation.images import image_name
 from fedgfe_store.records import SERVER, RecordBatch

@@ -1,7 +1,7 @@
 """What is on its way to the writer: jobs, whose records come in pages, and the pool of pages.
 
-As in `fedgfe_store._workers` no lock is taken here, and an interruption at any step costs a page
-at most, which another one takes the place of.
+As in `fedgfe_store.common.threads` no lock is taken here, and an interruption at any step costs a
+page at most, which another one takes the place of.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
-from fedgfe_store import _workers
 from fedgfe_store._append import IfExists
+from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
 from fedgfe_store.federated._jobs import Job, LeftOut, Pool
 from fedgfe_store.federated._round import RoundBatch
@@ -162,7 +162,7 @@ class Recorder:
         )
         self._run = Run()
         self._pool = Pool(whole_number("buffer_bytes", buffer_bytes))
-        self._line = _workers.Line("fedgfe-store-recorder", self)
+        self._line = threads.Line("fedgfe-store-recorder", self)
         self._process = os.getpid()
         self._waiting: dict[Job, None] = {}
         self._blocks: dict[int, RoundBatch] = {}

@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
-from fedgfe_store._text import numbers_first
+from fedgfe_store.common.words import numbers_first
 from fedgfe_store.pairing import sample_numbers
 from fedgfe_store.pictures import ListedPicture
 from fedgfe_store.records import RecordKey

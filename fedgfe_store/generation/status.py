@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fedgfe_store._text import numbers_first
+from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.identity import Identity
 from fedgfe_store.generation.images import (

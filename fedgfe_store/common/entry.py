@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store._text import shortened, shown
+from fedgfe_store.common.words import shortened, shown
 from fedgfe_store.errors import SchemaMismatchError
 
 FIRST_ENTRY, LAST_ENTRY = -9_223_372_036_854, 9_223_372_036_854

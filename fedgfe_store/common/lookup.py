@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store._filters import NUMBERS, matches
-from fedgfe_store._text import is_utf8, names, numbers, quoted, said_range
+from fedgfe_store.common.filters import NUMBERS, matches
+from fedgfe_store.common.words import is_utf8, names, numbers, quoted, said_range
 from fedgfe_store.errors import NotFoundError
 
 _RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})")

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fedgfe_store._text import is_number, is_utf8
+from fedgfe_store.common.words import is_number, is_utf8
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import is_whole
 

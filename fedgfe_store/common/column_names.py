@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from fedgfe_store._text import shown
+from fedgfe_store.common.words import shown
 from fedgfe_store.errors import SchemaMismatchError
 
 ARRAYS = frozenset(
