@@ -28,10 +28,11 @@ from benchmarks.compare.data import LONG, SHORT, Round, Shape, make_round
 from benchmarks.compare.files import size
 from benchmarks.compare.measure import timed
 from benchmarks.compare.tables import table
-from fedgfe_store import EmbeddingStore, Schema, _layout
+from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.common import threads as pools
+from fedgfe_store.storage import layout
 
-KEY_CHUNK_MODULES = ("_layout", "_key_files", "_snapshot", "_commit")
+KEY_CHUNK_MODULES = ("layout", "key_files", "snapshot", "commit")
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Variant:
 
 
 def codec(cname: str, level: int, shuffle: str = "bitshuffle") -> Variant:
-    blosc: dict[str, Any] = _layout._BLOSC
+    blosc: dict[str, Any] = layout._BLOSC
     configuration = {**blosc["configuration"], "cname": cname, "clevel": level}
     constant = {**blosc, "configuration": {**configuration, "shuffle": shuffle}}
-    return Variant(f"{cname} {level}, {shuffle}", {"_layout._BLOSC": constant})
+    return Variant(f"{cname} {level}, {shuffle}", {"storage.layout._BLOSC": constant})
 
 
 def chunk(records: int, shape: Shape) -> Variant:
@@ -64,7 +65,7 @@ def threads(n: int) -> Variant:
 
 
 def key_chunk(rows: int) -> Variant:
-    constants = {f"{module}.KEY_CHUNK": rows for module in KEY_CHUNK_MODULES}
+    constants = {f"storage.{module}.KEY_CHUNK": rows for module in KEY_CHUNK_MODULES}
     return Variant(f"key chunks of {rows:,} rows", constants)
 
 

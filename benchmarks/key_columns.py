@@ -15,8 +15,8 @@ import click
 import numpy as np
 
 from fedgfe_store import EmbeddingStore, Schema
-from fedgfe_store._layout import KEY_CHUNK
-from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.storage.layout import KEY_CHUNK
+from fedgfe_store.storage.snapshot import Snapshot
 
 
 def snapshot_of(folder: Path, rows: int) -> Snapshot:

@@ -14,9 +14,9 @@ from ._tables import counted, names, numbers, print_counts, print_data, print_ta
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedgfe_store._append import AppendBatch
-    from fedgfe_store._verify import Verification
     from fedgfe_store.selection import Selection
+    from fedgfe_store.storage.append import AppendBatch
+    from fedgfe_store.storage.verify import Verification
     from fedgfe_store.store import EmbeddingStore
 
     from .main import Context

@@ -84,10 +84,10 @@ def info(obj: Context, as_of: int | None) -> None:
 
 
 def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, str]]:
-    from fedgfe_store import _files
+    from fedgfe_store.storage.files import usage
 
     schema, metadata = store.schema, store.schema.metadata
-    nbytes, files = _files.usage(store.path)
+    nbytes, files = usage(store.path)
     history = store.history()
     last = f", {history['time'].iloc[-1]:%Y-%m-%d %H:%M} UTC" if len(history) else ""
     return [

@@ -8,12 +8,12 @@ from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedgfe_store import _files
 from fedgfe_store.common.words import counted, names, numbers, numbers_first, shortened, size
+from fedgfe_store.storage.files import usage
 
 if TYPE_CHECKING:
-    from fedgfe_store._snapshot import Snapshot
     from fedgfe_store.selection import Selection
+    from fedgfe_store.storage.snapshot import Snapshot
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ border-top:1px solid rgba(128,128,128,.35)}
 
 def store_html(everything: Selection, snapshot: Snapshot) -> str:
     """Return the store seen at `snapshot`, of which `everything` is the selection, as HTML."""
-    nbytes, files = _files.usage(snapshot.root)
+    nbytes, files = usage(snapshot.root)
     facts = [
         ("experiment", _text(snapshot.schema.metadata.experiment)),
         ("records", _records(everything)),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.common.filters import NUMBERS, matches, position_array, wanted_values
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import (
@@ -22,6 +21,7 @@ from fedgfe_store.records import (
     is_whole,
 )
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,12 +12,12 @@ from typing import Any
 from PIL import Image
 
 from fedgfe_store._drawing import LARGEST, SMALLEST, Style, draw_frame, draw_page
-from fedgfe_store._files import write_file
 from fedgfe_store._labels import clean, label_of
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.pairing import sample_numbers
 from fedgfe_store.pictures import Picture
 from fedgfe_store.records import KEY_COLUMNS, check_keys, key_order
+from fedgfe_store.storage.files import write_file
 
 Place = tuple[Any, ...]
 """The values of a row's or a column's key columns."""

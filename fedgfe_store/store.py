@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedgfe_store import _commit
-from fedgfe_store._append import AppendBatch, IfExists
-from fedgfe_store._compact import Compaction, compact
-from fedgfe_store._group import Group
-from fedgfe_store._mending import find_mending
-from fedgfe_store._snapshot import Snapshot
-from fedgfe_store._verify import Verification, verify
 from fedgfe_store.common.filters import check_names
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import is_whole
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.selection import Selection
+from fedgfe_store.storage import commit as commits
+from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.compact import Compaction, compact
+from fedgfe_store.storage.mending import find_mending
+from fedgfe_store.storage.metadata import Group
+from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.verify import Verification, verify
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedgfe_store._backup import Backup
+    from fedgfe_store.storage.backup import Backup
 
 LOCK_TIMEOUT = 600.0
 """Seconds that a writer waits for another one by default."""
@@ -70,7 +70,7 @@ class EmbeddingStore:
         BusyError
             If another process holds the store for longer than `timeout`.
         """
-        _commit.create(_folder(path), schema, timeout=timeout)
+        commits.create(_folder(path), schema, timeout=timeout)
         return cls.open(path)
 
     @classmethod
@@ -318,7 +318,7 @@ class EmbeddingStore:
             found = verify(self._snapshot, progress=progress)
             rows = np.array([record.row for record in found.damaged], np.int64)
             if len(rows) or mending.chunks:
-                kind: _commit.CommitKind = "repair" if mending.chunks else "delete"
+                kind: commits.CommitKind = "repair" if mending.chunks else "delete"
                 self._snapshot = transaction.publish(kind, deleted=rows, source="verify --repair")
         return replace(found, mended=mending.told)
 
@@ -356,7 +356,7 @@ class EmbeddingStore:
         BusyError
             If another writer holds the store for longer than `timeout`.
         """
-        from fedgfe_store._backup import back_up
+        from fedgfe_store.storage.backup import back_up
 
         self._refuse_past()
         return back_up(self._snapshot, Path(target), timeout=timeout, progress=progress)
@@ -471,9 +471,9 @@ class EmbeddingStore:
                 progress(len(records))
         return batch
 
-    def _transaction(self, timeout: float) -> _commit.Transaction:
+    def _transaction(self, timeout: float) -> commits.Transaction:
         self._refuse_past()
-        return _commit.Transaction(self._snapshot, timeout=timeout)
+        return commits.Transaction(self._snapshot, timeout=timeout)
 
     def _refuse_past(self) -> None:
         if self._snapshot.as_of is not None:
@@ -493,7 +493,7 @@ class EmbeddingStore:
             in both, one that a compaction moved in neither), ``records`` live after it, and
             ``bytes`` on disk of the tensor files that it wrote and that are still there.
         """
-        from fedgfe_store._history import history
+        from fedgfe_store.storage.history import history
 
         return history(self._snapshot)
 

@@ -64,7 +64,7 @@ class FedgfeBackendEntrypoint(BackendEntrypoint):
             return False
         if not path.is_dir():
             return False
-        from fedgfe_store._group import is_store
+        from fedgfe_store.storage.metadata import is_store
 
         return is_store(path)
 

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 from conftest import SMALL, fill, values
 
-from fedgfe_store import EmbeddingStore, _backup
+from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError
+from fedgfe_store.storage import backup
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -25,7 +26,7 @@ def contents(path: Path) -> dict[str, bytes]:
 @pytest.fixture
 def elsewhere(monkeypatch):
     """As if the copy lay on another file system."""
-    monkeypatch.setattr(_backup, "_linked", lambda file, temporary: False)
+    monkeypatch.setattr(backup, "_linked", lambda file, temporary: False)
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -18,11 +18,11 @@ from conftest import SMALL, fill
 from numcodecs.zstd import Zstd
 
 from fedgfe_store import EmbeddingStore, Schema
-from fedgfe_store._bounds import check_group_values, parsed_group, unpacked
-from fedgfe_store._checksums import UnreadableError
-from fedgfe_store._files import read_regular
-from fedgfe_store._layout import array_metadata, key_columns
 from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
+from fedgfe_store.storage.bounds import check_group_values, parsed_group, unpacked
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.files import read_regular
+from fedgfe_store.storage.layout import array_metadata, key_columns
 
 COLUMNS = key_columns(SMALL)
 

@@ -161,7 +161,7 @@ def test_compact_after_a_kill_between_commit_and_unlink(store, monkeypatch):
         fill(store, node=0, round=round_, classes="dog", n=1)
     before = contents(store)
     with monkeypatch.context() as patch:
-        patch.setattr("fedgfe_store._compact._files_of_the_dead", lambda snapshot: [])
+        patch.setattr("fedgfe_store.storage.compact._files_of_the_dead", lambda snapshot: [])
         store.compact()
     assert len(list(store.path.glob("t5/c.*"))) == 5
     assert len(store.verify().leftovers) == 8

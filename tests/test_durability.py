@@ -125,8 +125,8 @@ def test_a_roll_back_is_on_the_disk_before_it_is_forgotten(store, trace):
     fill(store, node=0, round=1)
     died = """
 import _thread
-from fedgfe_store import _append
-_append._BUFFER_BYTES = 1
+from fedgfe_store.storage import append
+append._BUFFER_BYTES = 1
 with EmbeddingStore.open(path).append(node=1, round=1) as batch:
     batch.add(split="train", class_name="dog", index=range(9), **values(9))
     os._exit(0)

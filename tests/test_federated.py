@@ -23,13 +23,13 @@ from processes import finished, meanwhile, until
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
-from fedgfe_store._lock import WriterLock
 from fedgfe_store.errors import (
     BusyError,
     ConflictError,
     SchemaMismatchError,
 )
 from fedgfe_store.federated import Recorder, _pages
+from fedgfe_store.storage.lock import WriterLock
 
 
 def opened(recorder: Recorder) -> EmbeddingStore:

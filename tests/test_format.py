@@ -205,8 +205,9 @@ WRITER = """
 import sys, numpy as np
 sys.path.insert(0, {tests!r})
 from conftest import values
-from fedgfe_store import EmbeddingStore, _append
-_append._BUFFER_BYTES = 4000
+from fedgfe_store import EmbeddingStore
+from fedgfe_store.storage import append
+append._BUFFER_BYTES = 4000
 store = EmbeddingStore.open({path!r})
 print("ready", flush=True)
 for round in range(100, 10_000):
@@ -310,7 +311,7 @@ def no_locks(monkeypatch):
         def release(self):
             pass
 
-    monkeypatch.setattr("fedgfe_store._commit.WriterLock", lambda path, timeout: NoLock())
+    monkeypatch.setattr("fedgfe_store.storage.commit.WriterLock", lambda path, timeout: NoLock())
 
 
 def test_without_locks_a_writer_still_waits_for_the_other(store, no_locks):
@@ -332,7 +333,7 @@ def test_a_writer_taken_for_dead_finds_out_and_hurts_nothing(store, no_locks, mo
         with store.append(node=0, round=1) as batch:
             batch.add(split="train", class_name="dog", index=range(9), **values(9))
             batch._write(rest=True)
-            monkeypatch.setattr("fedgfe_store._claim.TAKEOVER_SECONDS", -1)
+            monkeypatch.setattr("fedgfe_store.storage.claim.TAKEOVER_SECONDS", -1)
             fill(other, node=1, round=1)
     opened = EmbeddingStore.open(store.path)
     assert {k.node for k in opened.select().keys()} == {"1", "5"}

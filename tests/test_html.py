@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import fill, values
 
-from fedgfe_store import EmbeddingStore, Metadata, Schema, _key_files
+from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
+from fedgfe_store.storage import key_files
 
 EVIL = ["<script>alert('x')</script>", 'a"b/ü & <b>', "x" * 300, "<img src=x onerror=alert(1)>"]
 
@@ -189,8 +190,8 @@ def test_a_class_without_a_name_is_seen(tmp_path):
     column = store._snapshot.group.key_columns["class_name"]
     nameless = store._snapshot.column("class_name").copy()
     nameless[:] = ""
-    file = _key_files.key_file(path, "class_name", 0)
-    file.write_bytes(_key_files.encode(column, nameless).contents)
+    file = key_files.key_file(path, "class_name", 0)
+    file.write_bytes(key_files.encode(column, nameless).contents)
     assert show(EmbeddingStore.open(path)).facts["classes"] == "(empty) 13"
 
 

@@ -11,11 +11,12 @@ import pytest
 import xarray as xr
 from conftest import fill, values
 
-from fedgfe_store import EmbeddingStore, Schema, _key_files
-from fedgfe_store._layout import key_columns
-from fedgfe_store._staging import Staging
+from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, row_digests
+from fedgfe_store.storage import key_files
+from fedgfe_store.storage.layout import key_columns
+from fedgfe_store.storage.staging import Staging
 
 DATA = Path(__file__).parent / "data"
 
@@ -29,8 +30,8 @@ def old(tmp_path: Path) -> EmbeddingStore:
 
 def rewrite(store: EmbeddingStore, name: str, values: np.ndarray) -> None:
     column = key_columns(store.schema)[name]
-    file = _key_files.key_file(store.path, name, 0)
-    file.write_bytes(_key_files.encode(column, values).contents)
+    file = key_files.key_file(store.path, name, 0)
+    file.write_bytes(key_files.encode(column, values).contents)
 
 
 def hurt_a_time(old: EmbeddingStore) -> None:
@@ -110,7 +111,7 @@ def test_marks_that_came_to_life_are_cleared(old):
 
 
 def test_other_damage_of_key_columns_is_not_touched(old):
-    file = _key_files.key_file(old.path, "timestamp", 0)
+    file = key_files.key_file(old.path, "timestamp", 0)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
@@ -144,10 +145,10 @@ def test_a_copy_with_marks_beyond_its_commit_is_sound_and_stays_so(store, tmp_pa
     "name", ["round", "node", "created_in", "deleted_in", "row_digest", "t5_digest"]
 )
 def test_chunks_of_a_key_column_that_changed_places_are_damage(tmp_path, monkeypatch, name):
-    for module in ("_layout", "_commit", "_snapshot", "_group", "_key_files", "_recovery"):
-        monkeypatch.setattr(f"fedgfe_store.{module}.KEY_CHUNK", 8)
-    for module in ("_verify", "_bounds"):
-        monkeypatch.setattr(f"fedgfe_store.{module}.KEY_CHUNK", 8)
+    for module in ("layout", "commit", "snapshot", "metadata", "key_files", "recovery"):
+        monkeypatch.setattr(f"fedgfe_store.storage.{module}.KEY_CHUNK", 8)
+    for module in ("verify", "bounds"):
+        monkeypatch.setattr(f"fedgfe_store.storage.{module}.KEY_CHUNK", 8)
     from conftest import SMALL
 
     store = EmbeddingStore.create(tmp_path / "s.zarr", SMALL)

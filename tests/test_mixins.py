@@ -25,7 +25,6 @@ from click.testing import CliRunner
 from processes import finished
 
 from fedgfe_store import EmbeddingStore, Metadata
-from fedgfe_store._lock import WriterLock
 from fedgfe_store.checkpoints import import_checkpoints
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
@@ -35,6 +34,7 @@ from fedgfe_store.federated import (
     EmbeddingServerMixin,
     RecordingSettings,
 )
+from fedgfe_store.storage.lock import WriterLock
 
 FEDA2V = {
     "save_embeddings_instead_of_images": True,

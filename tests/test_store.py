@@ -212,7 +212,7 @@ def test_an_error_in_the_block_commits_nothing(store):
 
 
 def test_an_error_after_data_was_written_rolls_back(store, monkeypatch):
-    monkeypatch.setattr("fedgfe_store._append._BUFFER_BYTES", 1)
+    monkeypatch.setattr("fedgfe_store.storage.append._BUFFER_BYTES", 1)
     add(store, 5)
     before = sorted(store.path.rglob("*"))
     with pytest.raises(ZeroDivisionError), store.append(node=1, round=0) as batch:
@@ -224,7 +224,7 @@ def test_an_error_after_data_was_written_rolls_back(store, monkeypatch):
 
 
 def test_a_stream_of_small_adds_is_one_commit(store, monkeypatch):
-    monkeypatch.setattr("fedgfe_store._append._BUFFER_BYTES", 500)
+    monkeypatch.setattr("fedgfe_store.storage.append._BUFFER_BYTES", 500)
     given = values(23)
     with store.append(node=0, round=1) as batch:
         for i in range(23):

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from conftest import SMALL, fill, values
 
-from fedgfe_store import EmbeddingStore, _append, _backup, _claim, _commit, _files
-from fedgfe_store._group import Group
-from fedgfe_store._staging import Staging
+from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
+from fedgfe_store.storage import append, backup, commit, files
+from fedgfe_store.storage import claim as claims
+from fedgfe_store.storage.metadata import Group
+from fedgfe_store.storage.staging import Staging
 
 
 class NoLock:
@@ -35,13 +37,13 @@ class Hosts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._patch = monkeypatch
         self._names = iter("abcdefgh")
-        monkeypatch.setattr(_commit, "WriterLock", NoLock)
+        monkeypatch.setattr(commit, "WriterLock", NoLock)
         self.next()
 
     def next(self) -> None:
         """Whoever claims from now on is on another host."""
         name = next(self._names)
-        self._patch.setattr(_claim, "_machine", lambda: name)
+        self._patch.setattr(claims, "_machine", lambda: name)
 
     def sleep(self, path: Path) -> None:
         """Let all who hold a claim on the store at `path` be silent for two minutes."""
@@ -120,7 +122,7 @@ class NoClaim:
 def test_who_gives_up_clears_nothing_of_a_commit_that_came_in_between(old, hosts, monkeypatch):
     def commit_without_a_claim() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(_commit, "Claim", NoClaim)
+            patch.setattr(commit, "Claim", NoClaim)
             fill(EmbeddingStore.open(old), node=0, round=8, n=4)
 
     before = len(EmbeddingStore.open(old))
@@ -137,7 +139,7 @@ def test_a_name_that_a_late_owner_may_unlink_is_not_used_again(store, hosts, mon
     path = store.path
     # A writer dies with files in place; another one of its host sleeps before it unlinks them.
     with monkeypatch.context() as patch:
-        patch.setattr(_commit.Transaction, "_abort", lambda *error: None)
+        patch.setattr(commit.Transaction, "_abort", lambda *error: None)
         meanwhile(monkeypatch, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fill(store, node=0, round=2)
@@ -193,7 +195,7 @@ def test_a_store_is_not_made_again_over_one_that_a_late_maker_has_made(
     tmp_path, hosts, monkeypatch
 ):
     path = tmp_path / "a.zarr"
-    folders = _files.make_folders
+    folders = files.make_folders
     late: list[Any] = []
 
     def late_maker(folder: Path) -> None:
@@ -201,11 +203,11 @@ def test_a_store_is_not_made_again_over_one_that_a_late_maker_has_made(
         if not late and folder.parent == path:
             late.append(folder)
             with monkeypatch.context() as patch:
-                patch.setattr(_commit, "Claim", NoClaim)
+                patch.setattr(commit, "Claim", NoClaim)
                 fill(EmbeddingStore.create(path, SMALL), node=0, round=1)
         folders(folder)
 
-    monkeypatch.setattr(_files, "make_folders", late_maker)
+    monkeypatch.setattr(commit, "make_folders", late_maker)
     with pytest.raises(ConflictError, match="a Zarr group is there already"):
         EmbeddingStore.create(path, SMALL)
     check_sound(path, 6)
@@ -215,20 +217,20 @@ def test_a_maker_that_was_taken_for_dead_leaves_the_claims_of_who_took_over(
     tmp_path, hosts, monkeypatch
 ):
     path = tmp_path / "a.zarr"
-    folders = _files.make_folders
+    folders = files.make_folders
     made: list[Any] = []
 
     def taken_over(folder: Path) -> None:
         if not made and folder.parent == path:
             hosts.sleep(path)
             made.append(
-                _claim.Claim.take(
+                claims.Claim.take(
                     path, timeout=0, since=0, published=lambda: -1, clear=lambda: None
                 )
             )
         folders(folder)
 
-    monkeypatch.setattr(_files, "make_folders", taken_over)
+    monkeypatch.setattr(commit, "make_folders", taken_over)
     with pytest.raises(ConflictError, match="another writer came in between"):
         EmbeddingStore.create(path, SMALL)
     made[0].fence()
@@ -262,9 +264,9 @@ def test_a_late_backup_does_not_publish_what_was_compacted_meanwhile(
     target = tmp_path / "copy.zarr"
     store.backup(target)
     fill(store, node=0, round=2)
-    folders, seen = _backup._Copying.folders, []
+    folders, seen = backup._Copying.folders, []
 
-    def sleeping(copying: _backup._Copying, group: Group) -> None:
+    def sleeping(copying: backup._Copying, group: Group) -> None:
         seen.append(group)
         if len(seen) == 2:  # under the claim, before files are brought
             hosts.sleep(store.path)
@@ -274,8 +276,8 @@ def test_a_late_backup_does_not_publish_what_was_compacted_meanwhile(
             other.compact()
         folders(copying, group)
 
-    monkeypatch.setattr(_backup._Copying, "folders", sleeping)
-    monkeypatch.setattr(_backup._Copying, "tensor_files", only_the_second(_backup, seen))
+    monkeypatch.setattr(backup._Copying, "folders", sleeping)
+    monkeypatch.setattr(backup._Copying, "tensor_files", only_the_second(backup, seen))
     with pytest.raises(ConflictError, match="another writer came in between"):
         store.backup(target)
     check_sound(target, 6)
@@ -288,7 +290,7 @@ def only_the_second(module, seen):
 
 
 def test_a_store_that_is_removed_meanwhile_is_said_to_be_gone(store, monkeypatch):
-    monkeypatch.setattr(_append, "_BUFFER_BYTES", 1)
+    monkeypatch.setattr(append, "_BUFFER_BYTES", 1)
     gone = "the store is gone, while commit 1 was written"
     with pytest.raises(NotFoundError, match=gone), store.append(node=0, round=1) as batch:
         batch.add(split="train", class_name="dog", index=range(4), **values(4))

@@ -133,7 +133,7 @@ def test_a_broken_off_upgrade_leaves_version_1(old, monkeypatch):
         raise OSError(28, "No space left on device", "x")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fedgfe_store._staging.Staging.write", full)
+        patched.setattr("fedgfe_store.storage.staging.Staging.write", full)
         with pytest.raises(OSError, match="No space"):
             real.upgrade()
     opened = EmbeddingStore.open(old.path)

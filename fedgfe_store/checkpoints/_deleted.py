@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.checkpoints.reading import Entry
 from fedgfe_store.records import RecordBatch, RecordKey
+from fedgfe_store.storage.snapshot import Snapshot
 
 
 class DeletedRecords:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import xxhash
 
-from fedgfe_store import _files
 from fedgfe_store.checkpoints._entries import Unusable, column_of
 from fedgfe_store.checkpoints._header import file_name
 from fedgfe_store.common.words import numbers_first
@@ -25,6 +24,7 @@ from fedgfe_store.generation.images import image_name
 from fedgfe_store.records import SERVER, RecordBatch
 from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.selection import Selection
+from fedgfe_store.storage import files
 
 Layout = Literal["guide", "upstream"]
 _PLAIN_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -126,7 +126,7 @@ def export_checkpoints(
             f"{folder}: {len(there)} of {len(paths)} files are there already, such as "
             f"{there[0].name}; overwrite them, or use another folder"
         )
-    _files.make_folders(folder.absolute())
+    files.make_folders(folder.absolute())
     written = []
     for (node, round), part in groups.items():
         written.append(_export(part, paths[node, round], node, round, layout))
@@ -201,7 +201,7 @@ def _export(part: Selection, path: Path, node: str, round: int, layout: Layout) 
         }
     except DamagedDataError as error:
         return ExportedFile(path, node, round, len(part), error=str(error))
-    with _files.replacing(path) as file:
+    with files.replacing(path) as file:
         torch.save(content, file)
     return ExportedFile(path, node, round, len(part), path.stat().st_size, tuple(notes))
 

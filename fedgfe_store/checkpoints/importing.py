@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgfe_store._append import IfExists
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.checkpoints._deleted import DeletedRecords
 from fedgfe_store.checkpoints._entries import Skipped
 from fedgfe_store.checkpoints._experiments import Experiment
@@ -42,6 +40,8 @@ from fedgfe_store.errors import (
 )
 from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.schema import Precision, Schema
+from fedgfe_store.storage.append import IfExists
+from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
 
 _GROUP_BYTES = 32 << 20

@@ -16,10 +16,10 @@ from typing import BinaryIO
 import xxhash
 from filelock import FileLock, Timeout
 
-from fedgfe_store import _files
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.checkpoints import _pickles
 from fedgfe_store.errors import BusyError, FedgfeStoreError, NotFoundError
+from fedgfe_store.storage import files
+from fedgfe_store.storage.snapshot import Snapshot
 
 _BLOCK = 1 << 20
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -147,7 +147,7 @@ class Ledger:
             If nothing can be written beside the store.
         """
         try:
-            _files.make_folders(self._home)
+            files.make_folders(self._home)
             self._turns.acquire(timeout=timeout)
         except Timeout:
             raise BusyError(

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from fedgfe_store._append import AppendBatch, IfExists
-from fedgfe_store._group import GROUP_FILE
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.federated._pages import arranged, schema_of
 from fedgfe_store.generation.images import image_name
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema
+from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.metadata import GROUP_FILE
 from fedgfe_store.store import EmbeddingStore
 
 

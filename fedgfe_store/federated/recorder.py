@@ -16,7 +16,6 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
-from fedgfe_store._append import IfExists
 from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
 from fedgfe_store.federated._jobs import Job, LeftOut, Pool
@@ -26,6 +25,7 @@ from fedgfe_store.federated._target import Target
 from fedgfe_store.federated.settings import whole_number
 from fedgfe_store.records import checked_keys
 from fedgfe_store.schema import Metadata, Precision
+from fedgfe_store.storage.append import IfExists
 from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
 
 __all__ = ["LeftOut", "Missing", "OnError", "Recorder", "RoundBatch"]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from fedgfe_store._files import write_file
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.gallery.page import render_page
 from fedgfe_store.gallery.thumbnails import thumbnail_name, update_thumbnail
@@ -22,6 +21,7 @@ from fedgfe_store.pictures import (
     listed_pictures,
     mark_outdated,
 )
+from fedgfe_store.storage.files import write_file
 
 if TYPE_CHECKING:
     from fedgfe_store.store import EmbeddingStore

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedgfe_store._files import naming
+from fedgfe_store.storage.files import naming
 
 SIZE = 256
 """Longest side of a thumbnail in pixels; smaller pictures keep their size."""

@@ -14,9 +14,9 @@ from typing import Self
 
 import xxhash
 
-from fedgfe_store._files import NOT_THROUGH_LINKS
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claim_files import EXPIRES_AFTER, ClaimFiles
+from fedgfe_store.storage.files import NOT_THROUGH_LINKS
 
 try:
     import fcntl

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from fedgfe_store._files import NOT_THROUGH_LINKS, write_file
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.images import key_json, png_names, read_provenance
 from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.records import RecordKey
+from fedgfe_store.storage.files import NOT_THROUGH_LINKS, write_file
 
 MANIFEST_NAME = "manifest.jsonl"
 _SHARD_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")

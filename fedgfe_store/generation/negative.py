@@ -15,11 +15,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from fedgfe_store import _files
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.encoders import TextEncoders, encoder_identity
 from fedgfe_store.generation.models import Model
 from fedgfe_store.generation.pipelines import Placement
+from fedgfe_store.storage import files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -210,13 +210,13 @@ def _keep(store: Path, negative: Negative, prompt: str, encoder: str) -> None:
             attributes={"prompt": prompt, "encoder": encoder, "digest": negative.digest},
         )
         array[:] = negative.values
-        _files.sync_tree(temporary)
+        files.sync_tree(temporary)
         try:
             os.rename(temporary, store / _array_name(prompt, encoder))
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             return  # another run has kept the same meanwhile
-        _files.sync_folder(store)
+        files.sync_folder(store)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

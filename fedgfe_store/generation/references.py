@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fedgfe_store._append import IfExists
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.devices import DTYPES, choose_device, choose_dtype, free_bytes
 from fedgfe_store.generation.encoders import (
@@ -26,6 +25,7 @@ from fedgfe_store.generation.offload import Offload, choose_offload
 from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 from fedgfe_store.schema import Kind, Metadata, Schema
+from fedgfe_store.storage.append import IfExists
 from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
 
 Status = Literal["missing", "done", "other"]

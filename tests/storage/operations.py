@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from fedgfe_store import EmbeddingStore, Schema, _append
+from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError, NotFoundError
+from fedgfe_store.storage import append
 
 SCHEMA = Schema.flux(2, width=8, clip=(4,), audio=(3, 4), granule=4)
 STORE, SOURCE = "s.zarr", "source.zarr"
@@ -185,12 +186,12 @@ def _append_while_gathering(path: Path) -> None:
 @contextmanager
 def small_buffer(nbytes: int) -> Iterator[None]:
     """Let an append write while it gathers, as one of more than 256 MiB does."""
-    usual = _append._BUFFER_BYTES
-    _append._BUFFER_BYTES = nbytes
+    usual = append._BUFFER_BYTES
+    append._BUFFER_BYTES = nbytes
     try:
         yield
     finally:
-        _append._BUFFER_BYTES = usual
+        append._BUFFER_BYTES = usual
 
 
 def _replace_records(path: Path) -> None:

@@ -22,8 +22,9 @@ from figures import Figures
 from operations import SCHEMA, STORE, tensors
 from system_calls import CHANGING, Killer, no_flushes
 
-from fedgfe_store import EmbeddingStore, FedgfeStoreError, _claim
+from fedgfe_store import EmbeddingStore, FedgfeStoreError
 from fedgfe_store.errors import BusyError, ConflictError
+from fedgfe_store.storage import claim
 
 RECORDS = 3
 TAKEOVER = 0.6
@@ -58,7 +59,7 @@ def refuse_locks(code: int) -> None:
 
 def hurry() -> None:
     """Let a writer that gives no sign be taken for dead after `TAKEOVER` seconds."""
-    _claim.RENEWAL_SECONDS, _claim.TAKEOVER_SECONDS = TAKEOVER / 6, TAKEOVER
+    claim.RENEWAL_SECONDS, claim.TAKEOVER_SECONDS = TAKEOVER / 6, TAKEOVER
 
 
 def _append(path: Path, node: int, number: int) -> Ended:

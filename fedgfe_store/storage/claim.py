@@ -24,10 +24,10 @@ from functools import cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from fedgfe_store import _files
-from fedgfe_store._checksums import UnreadableError
 from fedgfe_store.common import threads
 from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError, NotFoundError
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.files import TEMPORARY, flushed, open_regular, read_regular, sync_folder
 
 RENEWAL_SECONDS = 10.0
 """How often a living owner touches its claim."""
@@ -71,7 +71,7 @@ class Owner:
     def of(cls, file: Path) -> Owner | None:
         """Return the owner named in the claim `file`; None where it is gone or names none."""
         try:
-            return cls(**json.loads(_files.read_regular(file, _LONGEST)))
+            return cls(**json.loads(read_regular(file, _LONGEST)))
         except (FileNotFoundError, ValueError, TypeError, RecursionError):
             return None
 
@@ -201,9 +201,9 @@ class Claim:
 
     def _begin(self, target: Path) -> bool:
         data = json.dumps(asdict(self._owner)).encode()
-        temporary = self._path / f"claim.{self.token}{_files.TEMPORARY}"
+        temporary = self._path / f"claim.{self.token}{TEMPORARY}"
         try:
-            with _files.flushed(temporary, name=target) as file:
+            with flushed(temporary, name=target) as file:
                 file.write(data)
             made = _exclusive_link(temporary, target, self.token)
         except FileNotFoundError:
@@ -212,7 +212,7 @@ class Claim:
         finally:
             temporary.unlink(missing_ok=True)
         if made:
-            _files.sync_folder(self._path)
+            sync_folder(self._path)
             _held.add(self.token)
             # Not holding the claim: one that an interruption lost is abandoned, see `__del__`.
             renew = partial(_renew, self._stop, self._made)
@@ -357,7 +357,7 @@ def age(file: Path) -> float:
 
     A file that is gone was touched just now: its owner has published, or given up.
     """
-    probe = file.with_name(f"clock.{uuid.uuid4().hex}{_files.TEMPORARY}")
+    probe = file.with_name(f"clock.{uuid.uuid4().hex}{TEMPORARY}")
     with open(probe, "xb") as clock:
         try:
             os.utime(clock.fileno())
@@ -366,7 +366,7 @@ def age(file: Path) -> float:
             probe.unlink(missing_ok=True)
     try:
         # Opened first: network disks keep what they know of a file that no one opens.
-        held = _files.open_regular(file)
+        held = open_regular(file)
     except FileNotFoundError:
         return 0.0
     except UnreadableError as error:
@@ -401,7 +401,7 @@ def _exclusive_copy(source: Path, target: Path) -> bool:
     data = source.read_bytes()
     made = False
     try:
-        with _files.flushed(target) as file:
+        with flushed(target) as file:
             made = True
             file.write(data)
     except FileExistsError:

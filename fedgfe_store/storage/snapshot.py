@@ -11,12 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store import _key_files
-from fedgfe_store._checksums import UnreadableError
-from fedgfe_store._gather import gather
-from fedgfe_store._group import CommitPoint, Group
-from fedgfe_store._layout import KEY_CHUNK, KeyColumn
-from fedgfe_store._tensor_files import OpenFile, TensorFiles
 from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
 from fedgfe_store.records import (
     EARLIEST,
@@ -31,6 +25,12 @@ from fedgfe_store.records import (
     row_digests,
 )
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage import key_files
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.gather import gather
+from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
+from fedgfe_store.storage.metadata import CommitPoint, Group
+from fedgfe_store.storage.shard_files import OpenFile, TensorFiles
 
 
 class Snapshot:
@@ -159,7 +159,7 @@ class Snapshot:
             return np.full(stop - start, column.skipped, column.dtype)
         where = f"{self.path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
         try:
-            values = _key_files.read_chunk(self.root, column, chunk, stop - start)
+            values = key_files.read_chunk(self.root, column, chunk, stop - start)
         except FileNotFoundError:
             raise DamagedDataError(f"{where} is missing") from None
         except (ValueError, RuntimeError) as error:
@@ -168,7 +168,7 @@ class Snapshot:
             self.stale.add((name, chunk))
             values[beyond] = 0
         if self.group.version > 1:
-            if _key_files.digest(column, values) != self.group.digests[name][chunk]:
+            if key_files.digest(column, values) != self.group.digests[name][chunk]:
                 raise DamagedDataError(f"{where} is damaged: not what was committed there")
         elif wrong := self._gap(column, chunk, values):
             raise DamagedDataError(f"{where} is missing or damaged: {wrong}")

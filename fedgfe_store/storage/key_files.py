@@ -11,10 +11,10 @@ import xxhash
 from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
 
-from fedgfe_store._bounds import KEY_FILE_BYTES, unpacked
-from fedgfe_store._checksums import UnreadableError, checksum, unsealed
-from fedgfe_store._files import read_regular
-from fedgfe_store._layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn
+from fedgfe_store.storage.bounds import KEY_FILE_BYTES, unpacked
+from fedgfe_store.storage.checksums import UnreadableError, checksum, unsealed
+from fedgfe_store.storage.files import read_regular
+from fedgfe_store.storage.layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn
 
 _COUNT = struct.Struct("<I")
 

@@ -23,23 +23,6 @@ from typing import Literal, Self
 
 import numpy as np
 
-from fedgfe_store import _files, _key_files
-from fedgfe_store._claim import Claim
-from fedgfe_store._group import GROUP_FILE, CommitPoint, Group
-from fedgfe_store._layout import KEY_CHUNK, KeyColumn, key_columns
-from fedgfe_store._lock import WriterLock
-from fedgfe_store._recovery import (
-    PENDING,
-    clear,
-    key_chunks,
-    make_sure,
-    recover,
-    remove_temporary,
-    shape_files,
-)
-from fedgfe_store._snapshot import Snapshot, gap
-from fedgfe_store._staging import Staging
-from fedgfe_store._upgrade import identities
 from fedgfe_store.common import threads
 from fedgfe_store.errors import (
     ConflictError,
@@ -49,6 +32,24 @@ from fedgfe_store.errors import (
 )
 from fedgfe_store.records import RecordBatch, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
+from fedgfe_store.storage import key_files
+from fedgfe_store.storage.claim import Claim
+from fedgfe_store.storage.files import is_temporary, make_folders, sync_folder, write_file
+from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn, key_columns
+from fedgfe_store.storage.lock import WriterLock
+from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
+from fedgfe_store.storage.recovery import (
+    PENDING,
+    clear,
+    key_chunks,
+    make_sure,
+    recover,
+    remove_temporary,
+    shape_files,
+)
+from fedgfe_store.storage.snapshot import Snapshot, gap
+from fedgfe_store.storage.staging import Staging
+from fedgfe_store.storage.upgrade import identities
 
 CommitKind = Literal["append", "replace", "delete", "compact", "upgrade", "repair"]
 
@@ -59,12 +60,12 @@ def create(path: Path, schema: Schema, *, timeout: float) -> None:
     """Make an empty store at `path`, on the disk up to the folder's name."""
     started = time.monotonic()
     schema.check_new()
-    _files.make_folders(path.resolve().parent)
+    make_folders(path.resolve().parent)
     lock = WriterLock(path, timeout)
     try:
         group = Group.new(schema)
         _refuse_occupied(path, group.arrays)
-        _files.make_folders(path)
+        make_folders(path)
         claim = Claim.take(
             path,
             timeout=timeout,
@@ -91,7 +92,7 @@ def _before(path: Path) -> int:
 
 def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
     for name in group.arrays:
-        _files.make_folders(path / name)
+        make_folders(path / name)
     remove_temporary(path, group)
     staging = Staging(claim.token)
     for contents in (shape_files(path, group), {path / GROUP_FILE: group.encode()}):
@@ -113,7 +114,7 @@ def _refuse_occupied(path: Path, names: Iterable[str]) -> None:
     expected |= {folder / GROUP_FILE for folder in expected}
     for entry in path.rglob("*"):
         claim = entry.parent == path and entry.name.startswith("claim.")
-        if entry not in expected and not claim and not _files.is_temporary(entry):
+        if entry not in expected and not claim and not is_temporary(entry):
             raise ConflictError(
                 f"cannot make a store at {path}: the folder holds something else ({entry})"
             )
@@ -249,7 +250,7 @@ class Transaction:
             "host": socket.gethostname(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        _files.write_file(self.path / PENDING, json.dumps(note).encode())
+        write_file(self.path / PENDING, json.dumps(note).encode())
 
     def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
@@ -287,7 +288,7 @@ class Transaction:
         rows = self._gathered() | _commit_row(kind, source or "")
         group = self._next_group(kind, rows, len(marked))
         for name in group.arrays.keys() - self.snapshot.group.arrays.keys():
-            _files.make_folders(self.path / name)
+            make_folders(self.path / name)
         chunks = self._key_chunks(group, rows, marked)
         contents, digests = self._encoded_keys(group, chunks)
         group = replace(group, digests=digests)
@@ -389,8 +390,8 @@ class Transaction:
         for (name, number), values in chunks.items():
             column = group.key_columns[name]
             self._check_readable(column, number, values, chunks)
-            encoded = _key_files.encode(column, values)
-            contents[_key_files.key_file(self.path, name, number)] = encoded.contents
+            encoded = key_files.encode(column, values)
+            contents[key_files.key_file(self.path, name, number)] = encoded.contents
             digests[name][number : number + 1] = [encoded.digest]
         if group.version == 1:
             return contents, {}
@@ -416,7 +417,7 @@ class Transaction:
         if self.snapshot.group.version == 1:
             # Gone where a late writer had still to remove its own.
             (self.path / PENDING).unlink(missing_ok=True)
-            _files.sync_folder(self.path)
+            sync_folder(self.path)
 
     def _abort(self, error: BaseException | None) -> None:
         try:

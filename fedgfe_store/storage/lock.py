@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from fedgfe_store import _files
 from fedgfe_store.common import threads
 from fedgfe_store.errors import BusyError
+from fedgfe_store.storage import files
 
 T = TypeVar("T")
 
@@ -120,9 +120,9 @@ class WriterLock:
 
     def _put_note(self) -> None:
         # Under another name first, so that nothing is written through a link that lies there.
-        temporary = _files.temporary_of(self._note)
+        temporary = files.temporary_of(self._note)
         try:
-            with _files.naming(self._note):
+            with files.naming(self._note):
                 temporary.write_text(_signature(), encoding="utf-8")
             os.replace(temporary, self._note)
         except BaseException:
@@ -181,7 +181,7 @@ class _RangeLock:
 
     def lock(self, _: int) -> None:
         """Take it, or raise `_HeldElsewhereError`; where the system offers none, do without."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | _files.NOT_THROUGH_LINKS
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | files.NOT_THROUGH_LINKS
         self._handle = os.open(self._file, flags, 0o666)
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

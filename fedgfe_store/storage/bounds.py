@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numcodecs.zstd import Zstd
 
-from fedgfe_store._checksums import UnreadableError
-from fedgfe_store._layout import KEY_CHUNK, KeyColumn
-from fedgfe_store._tensor_files import TensorFiles
 from fedgfe_store.common.words import shown
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
+from fedgfe_store.storage.shard_files import TensorFiles
 
 GROUP_BYTES = 2**28
 """Longest ``zarr.json``: other people's arrays and attributes are in it, too."""

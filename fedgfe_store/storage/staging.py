@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from fedgfe_store import _files
 from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError
+from fedgfe_store.storage import files
 
 
 class Staging:
@@ -30,9 +30,9 @@ class Staging:
     @contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
         """Open a file that will take the place of `path`; it is on the disk when the block ends."""
-        temporary = path.with_name(f"{path.name}.{self._token}{_files.TEMPORARY}")
+        temporary = path.with_name(f"{path.name}.{self._token}{files.TEMPORARY}")
         self._waiting[path] = temporary
-        with _files.flushed(temporary, name=path) as file:
+        with files.flushed(temporary, name=path) as file:
             yield file
 
     def write(self, contents: Mapping[Path, bytes]) -> None:
@@ -61,7 +61,7 @@ class Staging:
                     f"{path}: another writer came in between, which took this one for dead"
                 ) from None
             del self._waiting[path]
-        _files.sync_folders(folders)
+        files.sync_folders(folders)
 
     def discard(self) -> None:
         """Remove what was written and has not taken its place."""

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedgfe_store._checksums import UnreadableError
-from fedgfe_store._tensor_files import OpenFile, TensorFiles
 from fedgfe_store.common import threads
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.shard_files import OpenFile, TensorFiles
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
 """Bytes of float32 values between which a thread reads on before it takes the next piece."""

@@ -12,18 +12,18 @@ from typing import Any, Self
 
 import xxhash
 
-from fedgfe_store._bounds import GROUP_BYTES, check_group_values, parsed_group
-from fedgfe_store._checksums import UnreadableError
-from fedgfe_store._files import read_regular
-from fedgfe_store._layout import (
+from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
+from fedgfe_store.schema import FORMAT_VERSION, Schema
+from fedgfe_store.storage.bounds import GROUP_BYTES, check_group_values, parsed_group
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.files import read_regular
+from fedgfe_store.storage.layout import (
     DIGEST_DIGITS,
     KEY_CHUNK,
     KeyColumn,
     array_metadata,
     key_columns,
 )
-from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
-from fedgfe_store.schema import FORMAT_VERSION, Schema
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "fedgfe_store"

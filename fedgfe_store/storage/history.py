@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from fedgfe_store import _files
-from fedgfe_store._recovery import granule_of
-from fedgfe_store._snapshot import Snapshot
+from fedgfe_store.storage import files
+from fedgfe_store.storage.recovery import granule_of
+from fedgfe_store.storage.snapshot import Snapshot
 
 
 def history(snapshot: Snapshot) -> pd.DataFrame:
@@ -55,7 +55,7 @@ def _bytes(snapshot: Snapshot) -> np.ndarray:
     writer = snapshot.column("created_in")[::granule]
     sizes = np.zeros(snapshot.point.commit + 1, np.int64)
     for name in snapshot.schema.columns:
-        for file, nbytes in _files.chunk_sizes(snapshot.root / name):
+        for file, nbytes in files.chunk_sizes(snapshot.root / name):
             number = granule_of(file.name)
             if 0 <= number < len(writer):
                 sizes[writer[number]] += nbytes

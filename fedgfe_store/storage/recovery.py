@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgfe_store import _files, _key_files
-from fedgfe_store._claim import Claim
-from fedgfe_store._group import GROUP_FILE, Group
-from fedgfe_store._layout import KEY_CHUNK, array_metadata
-from fedgfe_store._snapshot import Snapshot
-from fedgfe_store._staging import Staging
 from fedgfe_store.errors import ConflictError, NotFoundError
+from fedgfe_store.storage import files, key_files
+from fedgfe_store.storage.claim import Claim
+from fedgfe_store.storage.layout import KEY_CHUNK, array_metadata
+from fedgfe_store.storage.metadata import GROUP_FILE, Group
+from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.staging import Staging
 
 PENDING = "pending"
 """In stores of version 1, which older releases write too: a commit is being written."""
@@ -31,7 +31,7 @@ def recover(path: Path, group: Group, claim: Claim) -> int:
     """
     if not claim.after_others and not (path / PENDING).exists():
         # Of writers that died before they claimed anything; one that waits makes its file anew.
-        _files.remove_temporary(path)
+        files.remove_temporary(path)
         return group.point.records
     beyond = list(_tensor_files_beyond(path, group))
     first = group.point.records
@@ -41,7 +41,7 @@ def recover(path: Path, group: Group, claim: Claim) -> int:
     remove_temporary(path, group)
     clear(path, group, claim)
     claim.forget_others()
-    _files.sync_folder(path)
+    files.sync_folder(path)
     return first
 
 
@@ -91,7 +91,7 @@ def remove_temporary(path: Path, group: Group) -> None:
     # Those of an upgrade that was broken off lie in folders of the newer version.
     for folder in (path, *(path / name for name in array_metadata(group.schema))):
         if folder.is_dir():
-            _files.remove_temporary(folder)
+            files.remove_temporary(folder)
 
 
 def shape_files(path: Path, group: Group) -> dict[Path, bytes]:
@@ -126,6 +126,6 @@ def _unmarked(path: Path, group: Group) -> dict[Path, bytes]:
     chunks = key_chunks(snapshot.column("deleted_in"))
     column = group.key_columns["deleted_in"]
     return {
-        _key_files.key_file(path, name, number): _key_files.encode(column, chunks[number]).contents
+        key_files.key_file(path, name, number): key_files.encode(column, chunks[number]).contents
         for name, number in snapshot.stale
     }

@@ -16,9 +16,10 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numcodecs import blosc
 
-from fedgfe_store import _checksums, _files
-from fedgfe_store._checksums import UnreadableError, checksum, unsealed
 from fedgfe_store.schema import LARGEST_CHUNK
+from fedgfe_store.storage import checksums
+from fedgfe_store.storage.checksums import UnreadableError, checksum, unsealed
+from fedgfe_store.storage.files import named_or_unreadable, open_regular
 
 _ABSENT = 2**64 - 1
 """Place and size of a chunk that a shard does not hold."""
@@ -109,7 +110,7 @@ class TensorFiles:
         encoded = self.codec.encode(values)
         file.write(encoded)
         file.write(checksum(encoded))
-        return len(encoded) + _checksums.SIZE
+        return len(encoded) + checksums.SIZE
 
 
 def _check_coder(codec: Mapping[str, Any]) -> None:
@@ -155,7 +156,7 @@ class OpenFile:
         os.close(self._handle)
 
     def _read_index(self) -> tuple[int, np.ndarray]:
-        size = self._files.granule // self._files.chunk * 16 + _checksums.SIZE
+        size = self._files.granule // self._files.chunk * 16 + checksums.SIZE
         begin = os.fstat(self._handle).st_size - size
         if begin < 0:
             raise UnreadableError("it is too short")
@@ -168,7 +169,7 @@ class OpenFile:
                 more = os.pread(self._handle, size - len(data), offset + len(data))
             except OSError as error:
                 file = self._files.file(self._number)
-                raise _files.named_or_unreadable(error, file) from error
+                raise named_or_unreadable(error, file) from error
             if not more:
                 raise UnreadableError("it is too short")
             data = data + more if data else more
@@ -195,7 +196,7 @@ class OpenFile:
             return
         if offset + size > self._index_at:
             raise UnreadableError("its index points beyond it")
-        if size > out.nbytes + _HEADER + _checksums.SIZE:  # blosc adds no more than its header
+        if size > out.nbytes + _HEADER + checksums.SIZE:  # blosc adds no more than its header
             raise UnreadableError("it holds a chunk of another size")
         encoded = unsealed(self._pread(size, offset))
         sizes = encoded[4:_HEADER].view("<u4").tolist() if len(encoded) >= _HEADER else []
@@ -209,6 +210,6 @@ class OpenFile:
 
 def _opened(file: str) -> int:
     try:
-        return _files.open_regular(file)
+        return open_regular(file)
     except NotADirectoryError as error:
         raise UnreadableError("its folder is none") from error

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgfe_store import _files
-from fedgfe_store._commit import Transaction
-from fedgfe_store._group import GROUP_FILE, Group
-from fedgfe_store._layout import KEY_CHUNK
-from fedgfe_store._lock import WriterLock
-from fedgfe_store._recovery import granule_of
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import ConflictError, DamagedDataError, NotFoundError
+from fedgfe_store.storage import files
+from fedgfe_store.storage.commit import Transaction
+from fedgfe_store.storage.layout import KEY_CHUNK
+from fedgfe_store.storage.lock import WriterLock
+from fedgfe_store.storage.metadata import GROUP_FILE, Group
+from fedgfe_store.storage.recovery import granule_of
+from fedgfe_store.storage.snapshot import Snapshot
 
 Advance = Callable[[int], object]
 
@@ -49,7 +49,7 @@ def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance)
     """Bring the store that `known` shows to `target`; see `EmbeddingStore.backup`."""
     source = known.root.resolve()
     _check_place(source, target)
-    _files.make_folders(target.resolve().parent)
+    files.make_folders(target.resolve().parent)
     lock = WriterLock(target, timeout)
     try:
         _check_earlier(known, target)
@@ -110,7 +110,7 @@ def _check_unfinished(group: Group, target: Path) -> None:
     for entry in target.rglob("*"):
         parts = entry.relative_to(target).parts
         ours = parts[0] in group.arrays and (len(parts) == 1 or _is_ours(entry))
-        if not ours and not _files.is_temporary(entry):
+        if not ours and not files.is_temporary(entry):
             raise ConflictError(f"cannot back up to {target}: it holds something else ({entry})")
 
 
@@ -135,7 +135,7 @@ class _Copying:
     def folders(self, group: Group) -> None:
         """Make the folders of all arrays."""
         for name in group.arrays:
-            _files.make_folders(self._target / name)
+            files.make_folders(self._target / name)
 
     def tensor_files(self, group: Group) -> None:
         """Bring the tensor files of all committed rows that are not there yet."""
@@ -145,7 +145,7 @@ class _Copying:
                 # A compaction removes files without a word while no lock is held.
                 if file.exists():
                     self._bring(file, may_link=True)
-            _files.sync_folder(self._target / name)
+            files.sync_folder(self._target / name)
 
     def small_files(self, group: Group) -> None:
         """Bring key columns and the arrays' own metadata."""
@@ -154,22 +154,22 @@ class _Copying:
                 for file in _committed(self._source / name, -(-group.rows(name) // KEY_CHUNK)):
                     self._bring(file, may_link=False)
             self._bring(self._source / name / GROUP_FILE, may_link=False)
-            _files.sync_folder(self._target / name)
+            files.sync_folder(self._target / name)
 
     def publish(self, group: Group) -> None:
         """Let the copy show what `group` shows, once all that it refers to is there."""
-        _files.write_file(self._target / GROUP_FILE, group.raw)
+        files.write_file(self._target / GROUP_FILE, group.raw)
 
     def remove_others(self, group: Group) -> int:
         """Remove chunk files that the store does not have; return how many."""
         removed = 0
         for name in group.arrays:
-            _files.remove_temporary(self._target / name)
+            files.remove_temporary(self._target / name)
             for file in sorted((self._target / name).glob("c.*")):
                 if not (self._source / name / file.name).exists():
                     file.unlink()
                     removed += 1
-        _files.remove_temporary(self._target)
+        files.remove_temporary(self._target)
         return removed
 
     def _bring(self, file: Path, *, may_link: bool) -> None:
@@ -179,7 +179,7 @@ class _Copying:
         try:
             if _is_same(file, place, by_contents=not may_link):
                 return
-            temporary = _files.temporary_of(place)
+            temporary = files.temporary_of(place)
             try:
                 if may_link and _linked(file, temporary):
                     self.done.linked += 1
@@ -195,7 +195,7 @@ class _Copying:
             raise
 
     def _copy(self, file: Path, temporary: Path) -> None:
-        with open(file, "rb") as source, _files.flushed(temporary, name=temporary) as out:
+        with open(file, "rb") as source, files.flushed(temporary, name=temporary) as out:
             shutil.copyfileobj(source, out, 2**20)
             size = out.tell()
         shutil.copystat(file, temporary)

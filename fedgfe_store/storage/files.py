@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from fedgfe_store._checksums import UnreadableError
 from fedgfe_store.common import threads
+from fedgfe_store.storage.checksums import UnreadableError
 
 NOT_THROUGH_LINKS: int = os.O_NOFOLLOW if os.name == "posix" else 0
 """Flag of `os.open` that refuses a link in place of the file."""

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgfe_store import _key_files
-from fedgfe_store._layout import KEY_CHUNK
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.common.entry import FIRST_ENTRY, LAST_ENTRY
 from fedgfe_store.common.words import counted
 from fedgfe_store.errors import DamagedDataError
@@ -25,6 +22,9 @@ from fedgfe_store.records import (
     key_at,
     row_digests,
 )
+from fedgfe_store.storage import key_files
+from fedgfe_store.storage.layout import KEY_CHUNK
+from fedgfe_store.storage.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _mend_times(
     rows = np.arange(start, min(start + KEY_CHUNK, snapshot.point.records))
     column = snapshot.group.key_columns["timestamp"]
     try:
-        times = _key_files.read_chunk(snapshot.root, column, number, len(rows))
+        times = key_files.read_chunk(snapshot.root, column, number, len(rows))
         names = [name for name in (*KEY_COLUMNS, *NOTE_COLUMNS) if name != "timestamp"]
         columns = {name: snapshot.column_at(name, rows) for name in names}
         digests = snapshot.column_at("row_digest", rows).copy()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgfe_store import _files
-from fedgfe_store._commit import Transaction
-from fedgfe_store._recovery import granule_of
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage.commit import Transaction
+from fedgfe_store.storage.files import chunk_sizes, sync_folder
+from fedgfe_store.storage.recovery import granule_of
+from fedgfe_store.storage.snapshot import Snapshot
 
 _THIN = 0.5
 """Share of live records up to which a granule is worth copying."""
@@ -46,7 +46,7 @@ def compact(transaction: Transaction) -> tuple[Compaction, Snapshot]:
     for file in freed:
         file.unlink(missing_ok=True)  # as when another host compacts, too
     for name in snapshot.schema.columns:
-        _files.sync_folder(snapshot.root / name)
+        sync_folder(snapshot.root / name)
     after = tensor_bytes(snapshot.root, snapshot.schema)
     return Compaction(len(rows), len(freed), before, after), snapshot
 
@@ -95,4 +95,4 @@ def _died_since_the_last_compaction(snapshot: Snapshot, files: list[Path]) -> bo
 
 def tensor_bytes(path: Path, schema: Schema) -> int:
     """Return the bytes that the tensor files of the store at `path` take."""
-    return sum(size for name in schema.columns for _, size in _files.chunk_sizes(path / name))
+    return sum(size for name in schema.columns for _, size in chunk_sizes(path / name))

@@ -9,8 +9,6 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from fedgfe_store._commit import CommitKind, Transaction
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.records import (
     RecordBatch,
@@ -20,6 +18,8 @@ from fedgfe_store.records import (
     key_at,
     keys_of,
 )
+from fedgfe_store.storage.commit import CommitKind, Transaction
+from fedgfe_store.storage.snapshot import Snapshot
 
 IfExists = Literal["error", "replace", "skip"]
 _BUFFER_BYTES = 256 * 2**20

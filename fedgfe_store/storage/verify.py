@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgfe_store import _files
-from fedgfe_store._bounds import GROUP_BYTES, parsed_group
-from fedgfe_store._claim import claims
-from fedgfe_store._compact import live_per_granule
-from fedgfe_store._group import GROUP_FILE
-from fedgfe_store._layout import KEY_CHUNK
-from fedgfe_store._recovery import PENDING, granule_of
-from fedgfe_store._snapshot import Snapshot
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import RecordKey
+from fedgfe_store.storage.bounds import GROUP_BYTES, parsed_group
+from fedgfe_store.storage.claim import claims
+from fedgfe_store.storage.compact import live_per_granule
+from fedgfe_store.storage.files import read_regular, temporaries
+from fedgfe_store.storage.layout import KEY_CHUNK
+from fedgfe_store.storage.metadata import GROUP_FILE
+from fedgfe_store.storage.recovery import PENDING, granule_of
+from fedgfe_store.storage.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _metadata_problems(snapshot: Snapshot) -> Iterator[str]:
     for name, committed in snapshot.group.arrays.items():
         file = snapshot.root / name / GROUP_FILE
         try:
-            found = parsed_group(_files.read_regular(file, GROUP_BYTES))
+            found = parsed_group(read_regular(file, GROUP_BYTES))
             same = {**found, "shape": found["shape"][1:]} == {
                 **committed,
                 "shape": committed["shape"][1:],
@@ -170,7 +170,7 @@ def _leftovers(snapshot: Snapshot) -> Iterator[str]:
             f"(the next commit clears them)"
         )
     for folder in (snapshot.root, *folders):
-        yield from map(str, _files.temporaries(folder))
+        yield from map(str, temporaries(folder))
     unneeded = _unneeded(snapshot)
     for name in snapshot.group.arrays:
         tensor = name in snapshot.schema.columns
