@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     import xarray as xr
 
-    from fedgfe_store.torch_data import Batches
+    from fedgfe_store.readers.torch import Batches
 
 
 class Selection:
@@ -109,7 +109,7 @@ class Selection:
         return f"<Selection of {self.path} at commit {self.commit}: {len(self)} records ({shown})>"
 
     def _repr_html_(self) -> str:
-        from fedgfe_store._html import selection_html
+        from fedgfe_store.readers.html import selection_html
 
         return selection_html(self, self._snapshot, self._description())
 
@@ -332,7 +332,7 @@ class Selection:
             ``.sel(round=5, class_name="dog")`` works. Tensors are read, and checked, when their
             values are used.
         """
-        from fedgfe_store._xarray import to_dataset
+        from fedgfe_store.readers.xarray import to_dataset
 
         return to_dataset(self)
 
@@ -384,7 +384,7 @@ class Selection:
         Batches
             A sized iterable of `Batch`, and a torch ``IterableDataset``.
         """
-        from fedgfe_store.torch_data import Batches
+        from fedgfe_store.readers.torch import Batches
 
         return Batches(
             self,

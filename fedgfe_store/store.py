@@ -131,7 +131,7 @@ class EmbeddingStore:
         )
 
     def _repr_html_(self) -> str:
-        from fedgfe_store._html import store_html
+        from fedgfe_store.readers.html import store_html
 
         return store_html(self.select(), self._snapshot)
 

@@ -56,7 +56,9 @@ def test_workers_of_a_loader_share_the_batches(filled, monkeypatch):
     shares = []
     for number in range(2):
         worker = SimpleNamespace(id=number, num_workers=2)
-        monkeypatch.setattr("fedgfe_store.torch_data.get_worker_info", lambda worker=worker: worker)
+        monkeypatch.setattr(
+            "fedgfe_store.readers.torch.get_worker_info", lambda worker=worker: worker
+        )
         copy = pickle.loads(pickle.dumps(batches))
         shares.append([pickle.loads(pickle.dumps(batch)) for batch in copy])
     monkeypatch.undo()

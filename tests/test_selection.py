@@ -15,8 +15,8 @@ from conftest import SMALL, fill, values
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.readers.torch import prefetch
 from fedgfe_store.storage.layout import KEY_CHUNK
-from fedgfe_store.torch_data import prefetch
 
 NODES = ("0", "1", "server")
 ROUNDS = (1, 2, 10)

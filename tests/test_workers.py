@@ -19,7 +19,7 @@ from processes import finished
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.common import threads
 from fedgfe_store.errors import DamagedDataError
-from fedgfe_store.torch_data import prefetch
+from fedgfe_store.readers.torch import prefetch
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_an_interruption_at_any_step_of_reading_ahead_ends_its_thread():
         made.append(items())
         results.append(list(prefetch(made[-1], 2)))
 
-    for place in strikes(read, "torch_data.py"):
+    for place in strikes(read, "torch.py"):
         assert not any(generator.gi_running for generator in made), place
     for place in strikes(read, "threads.py"):
         assert not any(generator.gi_running for generator in made), place

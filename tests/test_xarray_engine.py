@@ -67,7 +67,7 @@ def test_values_are_read_only_when_they_are_used(filled, reads):
 
 def test_dask_takes_a_file_at_a_time_and_other_processes_get_no_frame(filled, monkeypatch):
     assert xr.open_dataset(filled.path, engine="fedgfe", chunks={}).chunks["record"] == (23,)
-    monkeypatch.setattr("fedgfe_store._xarray._DASK_BYTES", 1)
+    monkeypatch.setattr("fedgfe_store.readers.xarray._DASK_BYTES", 1)
     dataset = xr.open_dataset(filled.path, engine="fedgfe", chunks={})
     assert dataset.chunks["record"] == (4,) * 5 + (3,)
     assert np.array_equal(dataset.t5.to_numpy(), filled.select().read("t5"))

@@ -21,7 +21,7 @@ from fedgfe_store.generation.provenance import Provenance
 from fedgfe_store.generation.reading import Batch, read_batches
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.writer import PictureWriter, Tally
-from fedgfe_store.torch_data import prefetch
+from fedgfe_store.readers.torch import prefetch
 
 _PREFETCHED_BATCHES = 2
 
