@@ -32,11 +32,11 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 
-from fedgfe_store.generation.devices import DTYPES, clear_cache, is_out_of_memory
-from fedgfe_store.generation.flux import FluxImages, FluxModel
-from fedgfe_store.generation.offload import Offload
-from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.settings import Settings
+from fedgfe_store.models.devices import DTYPES, clear_cache, is_out_of_memory
+from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.flux import FluxImages, FluxModel
+from fedgfe_store.models.offload import Offload
 
 T = TypeVar("T")
 STEPS = 28

@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Schema
-from fedgfe_store.demo.tiny import tiny_flux_path
-from fedgfe_store.generation.models import resolve_model
-from fedgfe_store.generation.pipelines import Picture, Placement
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings
+from fedgfe_store.models.diffusers import Picture, Placement
+from fedgfe_store.models.model import resolve_model
+from fedgfe_store.models.tiny import tiny_flux_path
 
 SIZE = 1024
 DECODING = 0.1

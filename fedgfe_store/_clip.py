@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.devices import (
+from fedgfe_store.models.devices import (
     choose_device,
     enough_memory,
     first_line,
     is_out_of_memory,
 )
-from fedgfe_store.generation.loading import naming, quiet_loading, refuse_incomplete
-from fedgfe_store.generation.model_files import find_weights, read_json
+from fedgfe_store.models.files import find_weights, read_json
+from fedgfe_store.models.loading import naming, quiet_loading, refuse_incomplete
 
 # What transformers reads of a model's folder.
 _JSON = (

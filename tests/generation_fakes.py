@@ -33,9 +33,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from fedgfe_store.generation.models import Model, resolve_model
-from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.settings import Settings
+from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.model import Model, resolve_model
 
 SIZE = 32
 NO_ENCODERS = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))

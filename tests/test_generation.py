@@ -34,14 +34,14 @@ from fedgfe_store.errors import (
     NotFoundError,
     SchemaMismatchError,
 )
-from fedgfe_store.generation.flux import FluxImages
 from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.manifest import read_manifest
-from fedgfe_store.generation.models import resolve_model
-from fedgfe_store.generation.offload import Swap
-from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
+from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.flux import FluxImages
+from fedgfe_store.models.model import resolve_model
+from fedgfe_store.models.offload import Swap
 from fedgfe_store.records import RecordKey
 
 SETTINGS: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE, "device": "cpu"}

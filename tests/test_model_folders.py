@@ -23,9 +23,9 @@ from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store._clip import Clip
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.models import resolve_model
 from fedgfe_store.generation.references import encode_references, plan_references
 from fedgfe_store.generation.run import generate
+from fedgfe_store.models.model import resolve_model
 from fedgfe_store.selection import Selection
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n"
@@ -313,7 +313,7 @@ def test_the_fp16_variant_may_be_in_shards_and_the_usual_weights_go_before_it(
     path.write_text(json.dumps({"metadata": {}, **index}))
     model = resolve_model(str(copy))
     assert len(model.weights("transformer").files) == 2
-    from fedgfe_store.generation.loading import load_network
+    from fedgfe_store.models.loading import load_network
 
     network = load_network(model, "transformer", torch.float32)
     assert torch.equal(network.x_embedder.weight, weights["x_embedder.weight"].float())

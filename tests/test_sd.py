@@ -24,10 +24,10 @@ from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.images import image_name
-from fedgfe_store.generation.models import resolve_model
-from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
+from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.model import resolve_model
 from fedgfe_store.selection import Selection
 
 SIZE = 32

@@ -15,7 +15,6 @@ from generation_fakes import SIZE, FakePipeline
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation import job
-from fedgfe_store.generation.flux import FluxModel
 from fedgfe_store.generation.manifest import Manifest, read_manifest
 from fedgfe_store.generation.plan import plan_images
 from fedgfe_store.generation.run import GenerationReport, generate
@@ -23,6 +22,7 @@ from fedgfe_store.generation.settings import Settings, fingerprint
 from fedgfe_store.generation.shards import Shard
 from fedgfe_store.generation.status import image_status
 from fedgfe_store.generation.stopping import SIGNAL_LEAD, Stop, expected_stop
+from fedgfe_store.models.flux import FluxModel
 from fedgfe_store.selection import Selection
 
 OPTIONS: dict[str, Any] = {"steps": 3, "height": SIZE, "width": SIZE, "batch_size": 2}

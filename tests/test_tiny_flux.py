@@ -12,8 +12,8 @@ from pictures import accuracy, distances, nearest_class
 
 from fedgfe_store.demo.anchors import class_anchor
 from fedgfe_store.demo.pictograms import CLASSES, draw
-from fedgfe_store.demo.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.models.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
 
 pytestmark = pytest.mark.model
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from fedgfe_store.demo.anchors import CLIP_SHAPE, T5_SHAPE, class_anchor
 from fedgfe_store.demo.pictograms import CLASSES, draw
-from fedgfe_store.demo.tiny import TINY_SIZE, tiny_flux_path
+from fedgfe_store.models.tiny import TINY_SIZE, tiny_flux_path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from noisy_anchors import CONFUSION

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from fedgfe_store.errors import NotFoundError
-from fedgfe_store.generation.devices import DTYPES, clear_cache, enough_memory
-from fedgfe_store.generation.loading import load_encoder, loading, naming, quiet_loading
-from fedgfe_store.generation.model_files import check_number, digest_files, read_json
-from fedgfe_store.generation.models import Model
-from fedgfe_store.generation.offload import Footprint, Offload
-from fedgfe_store.generation.pipelines import Placement
+from fedgfe_store.models.devices import DTYPES, clear_cache, enough_memory
+from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.files import check_number, digest_files, read_json
+from fedgfe_store.models.loading import load_encoder, loading, naming, quiet_loading
+from fedgfe_store.models.model import Model
+from fedgfe_store.models.offload import Footprint, Offload
 from fedgfe_store.schema import Kind, Metadata, Schema
 
 BATCH_TOKENS = 4096

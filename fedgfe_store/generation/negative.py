@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.encoders import TextEncoders, encoder_identity
-from fedgfe_store.generation.models import Model
-from fedgfe_store.generation.pipelines import Placement
+from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.model import Model
 from fedgfe_store.storage import files
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import fedgfe_store
 from fedgfe_store.generation.images import key_json
 from fedgfe_store.generation.job import Job
-from fedgfe_store.generation.pipelines import Placement
 from fedgfe_store.generation.plan import PlanItem
-from fedgfe_store.generation.quantization import PACKAGES
 from fedgfe_store.generation.settings import fingerprint, settings_json
+from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.quantization import PACKAGES
 
 
 class Provenance:

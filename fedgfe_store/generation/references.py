@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.devices import DTYPES, choose_device, choose_dtype, free_bytes
 from fedgfe_store.generation.encoders import (
     BATCH_TOKENS,
     TextEncoders,
@@ -20,9 +19,10 @@ from fedgfe_store.generation.encoders import (
     encoder_identity,
     encoder_schema,
 )
-from fedgfe_store.generation.models import Model, resolve_model
-from fedgfe_store.generation.offload import Offload, choose_offload
-from fedgfe_store.generation.pipelines import Placement
+from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
+from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.model import Model, resolve_model
+from fedgfe_store.models.offload import Offload, choose_offload
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 from fedgfe_store.schema import Kind, Metadata, Schema
 from fedgfe_store.storage.append import IfExists

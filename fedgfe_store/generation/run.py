@@ -17,12 +17,12 @@ from fedgfe_store.generation.manifest import (
     listed_files,
     timestamp,
 )
-from fedgfe_store.generation.pipelines import ImagePipeline
 from fedgfe_store.generation.plan import Plan, PlanItem
 from fedgfe_store.generation.rendering import Renderer
 from fedgfe_store.generation.shards import Shard
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.writer import Failure, PictureWriter, Progress, Tally
+from fedgfe_store.models.diffusers import ImagePipeline
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection

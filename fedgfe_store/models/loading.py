@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.devices import first_line, is_out_of_memory
+from fedgfe_store.models.devices import first_line, is_out_of_memory
 
 if TYPE_CHECKING:
-    from fedgfe_store.generation.models import Model
+    from fedgfe_store.models.model import Model
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from fedgfe_store.demo.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.model_files import check_number, check_real, check_truth
-from fedgfe_store.generation.models import Model
-from fedgfe_store.generation.pipelines import DiffusersImages, Placement
 from fedgfe_store.generation.settings import Settings
+from fedgfe_store.models.diffusers import DiffusersImages, Placement
+from fedgfe_store.models.files import check_number, check_real, check_truth
+from fedgfe_store.models.model import Model
+from fedgfe_store.models.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
 from fedgfe_store.schema import Schema
 
 # Tensors of the model's width that a block holds at once per token: the residual, q, k, v with

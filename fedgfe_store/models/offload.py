@@ -13,7 +13,7 @@ import torch
 from fedgfe_store.errors import SchemaMismatchError
 
 if TYPE_CHECKING:
-    from fedgfe_store.generation.models import Model
+    from fedgfe_store.models.model import Model
 
 Offload = Literal["none", "model", "group", "sequential"]
 

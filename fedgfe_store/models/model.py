@@ -10,9 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from fedgfe_store.demo.tiny import tiny_flux_path
 from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.model_files import (
+from fedgfe_store.models.files import (
     FP16,
     Weights,
     check_number,
@@ -22,16 +21,17 @@ from fedgfe_store.generation.model_files import (
     find_weights,
     read_json,
 )
+from fedgfe_store.models.tiny import tiny_flux_path
 from fedgfe_store.schema import Kind, Schema
 
 if TYPE_CHECKING:
-    from fedgfe_store.generation.pipelines import ImagePipeline, Placement
+    from fedgfe_store.models.diffusers import ImagePipeline, Placement
 
 MODEL_VARIABLE = "FEDGFE_MODEL"
 
 _FAMILIES: dict[Kind, tuple[str, str]] = {
-    "flux": ("fedgfe_store.generation.flux", "FluxModel"),
-    "sd": ("fedgfe_store.generation.sd", "StableDiffusionModel"),
+    "flux": ("fedgfe_store.models.flux", "FluxModel"),
+    "sd": ("fedgfe_store.models.sd", "StableDiffusionModel"),
 }
 _WEIGHTS = "diffusion_pytorch_model"
 _ENCODER_WEIGHTS = "model"

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.model_files import check_number, check_numbers
-from fedgfe_store.generation.models import Model
-from fedgfe_store.generation.pipelines import DiffusersImages, Placement
 from fedgfe_store.generation.settings import Settings
+from fedgfe_store.models.diffusers import DiffusersImages, Placement
+from fedgfe_store.models.files import check_number, check_numbers
+from fedgfe_store.models.model import Model
 from fedgfe_store.schema import Schema
 
 # Feature maps at full latent resolution that the U-Net holds at once, skip connections included.

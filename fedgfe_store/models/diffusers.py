@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.devices import DTYPES, enough_memory
-from fedgfe_store.generation.loading import load_network, loading, naming
-from fedgfe_store.generation.models import Model
-from fedgfe_store.generation.offload import Offload, Swap, offload_blocks
-from fedgfe_store.generation.quantization import Quantization, quantization_config
 from fedgfe_store.generation.settings import Settings
+from fedgfe_store.models.devices import DTYPES, enough_memory
+from fedgfe_store.models.loading import load_network, loading, naming
+from fedgfe_store.models.model import Model
+from fedgfe_store.models.offload import Offload, Swap, offload_blocks
+from fedgfe_store.models.quantization import Quantization, quantization_config
 
 _SWAP_BATCHES = 16
 

@@ -1,0 +1,1 @@
+"""Which image model, does it fit, where its weights lie; the calls of diffusers."""
