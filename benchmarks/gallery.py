@@ -20,10 +20,10 @@ import click
 import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
-from fedgfe_store.gallery import Gallery, make_gallery
-from fedgfe_store.generation.images import image_name, key_json, write_png
-from fedgfe_store.generation.manifest import Manifest
 from fedgfe_store.generation.settings import Settings, fingerprint
+from fedgfe_store.images.gallery import Gallery, make_gallery
+from fedgfe_store.images.manifest import Manifest
+from fedgfe_store.images.png import image_name, key_json, write_png
 from fedgfe_store.records import RecordKey
 
 _DRAWN = 20

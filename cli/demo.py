@@ -128,8 +128,8 @@ def _write_checkpoints(quiet: bool) -> None:
 
 
 def _draw_sheet() -> None:
-    from fedgfe_store.pictures import find_pictures
-    from fedgfe_store.sheets import arrange, save_sheet
+    from fedgfe_store.images.folder import find_pictures
+    from fedgfe_store.images.sheet import arrange, save_sheet
 
     folder = Path("output_images") / _EXPERIMENT
     pictures = find_pictures(folder, node="server", split="test", index=0)

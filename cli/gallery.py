@@ -45,7 +45,7 @@ def command(
     fedgfe-store gallery
     fedgfe-store gallery --input-dir output_images/another --output another.html
     """
-    from fedgfe_store.gallery import make_gallery, picture_names
+    from fedgfe_store.images.gallery import make_gallery, picture_names
 
     obj: Context = ctx.obj
     folder = input_dir or image_folder(obj.store)

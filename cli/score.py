@@ -27,7 +27,7 @@ from ._tables import as_text, counted, print_data, print_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedgfe_store.scoring import Scores
+    from fedgfe_store.images.scoring import Scores
 
     from .main import Context
 
@@ -116,7 +116,7 @@ def command(
     fedgfe-store score --clip-model models/clip --output scores.csv
     """
     from fedgfe_store import EmbeddingStore
-    from fedgfe_store.scoring import find_pictures, score_pictures
+    from fedgfe_store.images.scoring import find_pictures, score_pictures
 
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")

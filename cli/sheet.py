@@ -24,8 +24,8 @@ from ._progress import progress
 from ._tables import counted
 
 if TYPE_CHECKING:
-    from fedgfe_store.pictures import Picture
-    from fedgfe_store.sheets import Sheet
+    from fedgfe_store.images.folder import Picture
+    from fedgfe_store.images.sheet import Sheet
 
     from .main import Context
 
@@ -81,7 +81,7 @@ def command(
     fedgfe-store sheet --rows node --class dog --index 0 --output dogs.png
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
-    from fedgfe_store import sheets
+    from fedgfe_store.images import sheet as sheets
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
@@ -117,7 +117,7 @@ def _pictures(obj: Context, folder: Path, filters: Filters) -> list[Picture]:
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.common.lookup import said
     from fedgfe_store.errors import NotFoundError
-    from fedgfe_store.pictures import find_pictures, key_values
+    from fedgfe_store.images.folder import find_pictures, key_values
     from fedgfe_store.records import KEY_COLUMNS
 
     store = store_in_reach(obj.store)

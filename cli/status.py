@@ -23,7 +23,7 @@ from ._tables import counted, numbers, print_data, print_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedgfe_store.generation.status import ImageStatus
+    from fedgfe_store.images.status import ImageStatus
     from fedgfe_store.selection import Selection
 
     from .main import Context
@@ -88,7 +88,7 @@ def command(
     fedgfe-store status --by node,round,class --format csv > status.csv
     """
     from fedgfe_store import EmbeddingStore
-    from fedgfe_store.generation.status import image_status
+    from fedgfe_store.images.status import image_status
 
     if failed and deleted:
         raise click.UsageError("expected --failed or --deleted, got both")
@@ -191,7 +191,7 @@ def _print_failures(status: ImageStatus) -> None:
 
 
 def _print_rest(status: ImageStatus, parts: int | None) -> None:
-    from fedgfe_store.generation.manifest import shard_count
+    from fedgfe_store.images.manifest import shard_count
 
     unfinished = status.totals["all"] - status.totals["done"]
     count = parts or shard_count(status.folder)

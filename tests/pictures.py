@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedgfe_store.demo.pictograms import CLASSES, draw
-from fedgfe_store.generation.images import read_provenance
+from fedgfe_store.images.png import read_provenance
 
 
 @cache

@@ -16,10 +16,10 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation.images import image_name, write_png
-from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import seed_of
+from fedgfe_store.images.manifest import read_manifest
+from fedgfe_store.images.png import image_name, write_png
 
 SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE}
 

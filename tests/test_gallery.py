@@ -24,10 +24,10 @@ from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.errors import NotFoundError
-from fedgfe_store.gallery import make_gallery, picture_names
-from fedgfe_store.generation.images import image_name, key_json, write_png
-from fedgfe_store.generation.manifest import Manifest
 from fedgfe_store.generation.settings import Settings, fingerprint
+from fedgfe_store.images.gallery import make_gallery, picture_names
+from fedgfe_store.images.manifest import Manifest
+from fedgfe_store.images.png import image_name, key_json, write_png
 from fedgfe_store.records import RecordKey
 
 SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)

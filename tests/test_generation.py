@@ -34,10 +34,10 @@ from fedgfe_store.errors import (
     NotFoundError,
     SchemaMismatchError,
 )
-from fedgfe_store.generation.images import image_name
-from fedgfe_store.generation.manifest import read_manifest
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
+from fedgfe_store.images.manifest import read_manifest
+from fedgfe_store.images.png import image_name
 from fedgfe_store.models.diffusers import Placement
 from fedgfe_store.models.flux import FluxImages
 from fedgfe_store.models.model import resolve_model

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import finished, started
 
-from fedgfe_store.generation.images import (
+from fedgfe_store.images.png import (
     image_name,
     inspect_image,
     read_provenance,
@@ -119,7 +119,7 @@ def test_a_name_is_the_same_in_every_process() -> None:
         "node_0_train_a-b_0_r5_h" + image_name(key(class_name="a/b"))[-36:]
     )
     code = (
-        "from fedgfe_store.generation.images import image_name;"
+        "from fedgfe_store.images.png import image_name;"
         "from fedgfe_store.records import RecordKey;"
         "print(image_name(RecordKey('0', 5, 'train', 'a/b', 0)))"
     )
@@ -189,7 +189,7 @@ KILLED_WRITER = """
 import os, sys, time
 import numpy as np
 from pathlib import Path
-from fedgfe_store.generation.images import write_png
+from fedgfe_store.images.png import write_png
 def slow(file):
     print("writing", flush=True)
     time.sleep(10**6)

@@ -12,7 +12,9 @@ from conftest import fill
 from generation_fakes import SIZE, FakePipeline, save_random_flux
 
 from fedgfe_store import EmbeddingStore
-from fedgfe_store.generation.manifest import (
+from fedgfe_store.generation.run import generate
+from fedgfe_store.generation.shards import Shard
+from fedgfe_store.images.manifest import (
     Manifest,
     latest,
     listed_files,
@@ -21,8 +23,6 @@ from fedgfe_store.generation.manifest import (
     shard_count,
     timestamp,
 )
-from fedgfe_store.generation.run import generate
-from fedgfe_store.generation.shards import Shard
 from fedgfe_store.records import RecordKey
 
 KEY = RecordKey("server", 5, "train", "dog", 3)

@@ -20,9 +20,9 @@ from torch._dynamo.utils import counters
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation import rendering
-from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
+from fedgfe_store.images.png import image_name
 from fedgfe_store.models import devices, offload, quantization
 from fedgfe_store.models.diffusers import Placement
 from fedgfe_store.models.flux import FluxImages

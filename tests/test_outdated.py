@@ -16,12 +16,12 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.gallery import make_gallery
-from fedgfe_store.generation.images import image_name, key_json, write_png
-from fedgfe_store.generation.manifest import Manifest
 from fedgfe_store.generation.settings import Settings, fingerprint
-from fedgfe_store.generation.status import image_status
-from fedgfe_store.pictures import find_pictures
+from fedgfe_store.images.folder import find_pictures
+from fedgfe_store.images.gallery import make_gallery
+from fedgfe_store.images.manifest import Manifest
+from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.status import image_status
 
 SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=32, width=32)
 

@@ -17,12 +17,12 @@ from playwright.sync_api import expect
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.analysis import centroids, drift
-from fedgfe_store.gallery import make_gallery
-from fedgfe_store.generation.images import image_name, key_json, write_png
-from fedgfe_store.pairing import sample_numbers
-from fedgfe_store.pictures import find_pictures
+from fedgfe_store.images.folder import find_pictures
+from fedgfe_store.images.gallery import make_gallery
+from fedgfe_store.images.pairing import sample_numbers
+from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.sheet import Sheet, animate, arrange
 from fedgfe_store.records import RecordKey
-from fedgfe_store.sheets import Sheet, animate, arrange
 
 FILES = 8
 ROUNDS = (1, 5, 10)

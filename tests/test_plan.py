@@ -18,11 +18,11 @@ from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.generation.images import image_name, key_json, write_png
-from fedgfe_store.generation.manifest import Manifest, read_manifest, seconds_per_image
 from fedgfe_store.generation.plan import Plan, PlanItem, plan_images
 from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
-from fedgfe_store.generation.status import image_status
+from fedgfe_store.images.manifest import Manifest, read_manifest, seconds_per_image
+from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.status import image_status
 from fedgfe_store.records import RecordKey
 
 SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)

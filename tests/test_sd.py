@@ -23,9 +23,9 @@ from PIL import Image
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.images import image_name
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
+from fedgfe_store.images.png import image_name
 from fedgfe_store.models.diffusers import Placement
 from fedgfe_store.models.model import resolve_model
 from fedgfe_store.selection import Selection

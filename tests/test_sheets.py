@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
-from fedgfe_store._labels import Label, label_of
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.images import image_name, key_json, write_png
-from fedgfe_store.pictures import Picture, find_pictures
+from fedgfe_store.images.folder import Picture, find_pictures
+from fedgfe_store.images.labels import Label, label_of
+from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.sheet import animate, arrange, check_output, save_sheet
 from fedgfe_store.records import RecordKey
-from fedgfe_store.sheets import animate, arrange, check_output, save_sheet
 
 NAMES = [
     "<script>alert('x')</script>", 'a"b/ü', "日本語", "中国語", "emoji 🐶", "multi\nline\tname", "",
@@ -274,7 +274,7 @@ def test_pictures_keep_their_shape_and_cells_fit_it(tmp_path, size):
 
 
 def test_a_large_sheet_goes_into_pages_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedgfe_store._drawing._PAGE", 600)
+    monkeypatch.setattr("fedgfe_store.images.drawing._PAGE", 600)
     keys = [key(round=r, class_name=f"class {c:02}") for r in range(13) for c in range(12)]
     colours = make(tmp_path / "in", keys, size=(2, 2))
     sheet = arrange(find_pictures(tmp_path / "in"))

@@ -23,9 +23,9 @@ from processes import started, until
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation import writer
-from fedgfe_store.generation.images import image_name, write_png
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
+from fedgfe_store.images.png import image_name, write_png
 from fedgfe_store.models.flux import FluxImages, FluxModel
 from fedgfe_store.selection import Selection
 

@@ -22,7 +22,7 @@ from fedgfe_store.analysis._scan import (
     with_values,
 )
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.pairing import sample_numbers
+from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.records import KEY_COLUMNS, RecordKey, check_keys, key_order
 from fedgfe_store.selection import Selection
 

@@ -20,7 +20,7 @@ from fedgfe_store.checkpoints._entries import Unusable, column_of
 from fedgfe_store.checkpoints._header import file_name
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
-from fedgfe_store.generation.images import image_name
+from fedgfe_store.images.png import image_name
 from fedgfe_store.records import SERVER, RecordBatch
 from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.selection import Selection

@@ -10,7 +10,7 @@ import threading
 import uuid
 from pathlib import Path
 
-from fedgfe_store.generation.images import writer_is_gone, writer_token
+from fedgfe_store.images.png import writer_is_gone, writer_token
 
 RENEWED_EVERY = 10.0
 """Seconds after which a living process renews its claims."""

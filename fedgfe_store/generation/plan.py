@@ -12,17 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.generation.identity import Identity
-from fedgfe_store.generation.images import (
-    FileState,
-    image_name,
-    inspect_image,
-    key_json,
-    older_name,
-    png_names,
-    read_provenance,
-)
-from fedgfe_store.generation.manifest import seconds_per_image
 from fedgfe_store.generation.settings import (
     Settings,
     difference,
@@ -31,6 +20,17 @@ from fedgfe_store.generation.settings import (
     settings_json,
 )
 from fedgfe_store.generation.shards import WHOLE, Shard, places_of
+from fedgfe_store.images.identity import Identity
+from fedgfe_store.images.manifest import seconds_per_image
+from fedgfe_store.images.png import (
+    FileState,
+    image_name,
+    inspect_image,
+    key_json,
+    older_name,
+    png_names,
+    read_provenance,
+)
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:

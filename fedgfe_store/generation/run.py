@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Unpack
 
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
-from fedgfe_store.generation.images import read_provenance, remove_stale_temps
 from fedgfe_store.generation.job import Job, Options, Report, log_remark, prepare
-from fedgfe_store.generation.manifest import (
-    Manifest,
-    fruitless_stops,
-    listed_files,
-    timestamp,
-)
 from fedgfe_store.generation.plan import Plan, PlanItem
 from fedgfe_store.generation.rendering import Renderer
 from fedgfe_store.generation.shards import Shard
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.writer import Failure, PictureWriter, Progress, Tally
+from fedgfe_store.images.manifest import (
+    Manifest,
+    fruitless_stops,
+    listed_files,
+    timestamp,
+)
+from fedgfe_store.images.png import read_provenance, remove_stale_temps
 from fedgfe_store.models.diffusers import ImagePipeline
 
 if TYPE_CHECKING:

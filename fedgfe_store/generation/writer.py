@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgfe_store.generation.images import write_png
-from fedgfe_store.generation.manifest import Manifest
 from fedgfe_store.generation.plan import PlanItem
+from fedgfe_store.images.manifest import Manifest
+from fedgfe_store.images.png import write_png
 from fedgfe_store.records import RecordKey
 
 _THREADS = 2

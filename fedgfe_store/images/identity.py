@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from fedgfe_store.generation.manifest import read_manifest
+from fedgfe_store.images.manifest import read_manifest
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.identity import Identity
-from fedgfe_store.generation.images import (
-    image_name,
-    inspect_image,
-    key_json,
-    png_names,
-    read_provenance,
-)
-from fedgfe_store.generation.manifest import latest
 from fedgfe_store.generation.plan import PlanItem, compare_image, locate, record_digests
 from fedgfe_store.generation.shards import shard_of
-from fedgfe_store.pictures import (
+from fedgfe_store.images.folder import (
     DELETED,
     ListedPicture,
     inspect_picture,
     listed_picture,
     mark_outdated,
+)
+from fedgfe_store.images.identity import Identity
+from fedgfe_store.images.manifest import latest
+from fedgfe_store.images.png import (
+    image_name,
+    inspect_image,
+    key_json,
+    png_names,
+    read_provenance,
 )
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from fedgfe_store._drawing import LARGEST, SMALLEST, Style, draw_frame, draw_page
-from fedgfe_store._labels import clean, label_of
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.pairing import sample_numbers
-from fedgfe_store.pictures import Picture
+from fedgfe_store.images.drawing import LARGEST, SMALLEST, Style, draw_frame, draw_page
+from fedgfe_store.images.folder import Picture
+from fedgfe_store.images.labels import clean, label_of
+from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.records import KEY_COLUMNS, check_keys, key_order
 from fedgfe_store.storage.files import write_file
 

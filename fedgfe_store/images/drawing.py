@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from fedgfe_store._labels import Label, label_of
 from fedgfe_store.errors import DamagedDataError
-from fedgfe_store.generation.images import UNREADABLE
+from fedgfe_store.images.labels import Label, label_of
+from fedgfe_store.images.png import UNREADABLE
 
 if TYPE_CHECKING:
-    from fedgfe_store.pictures import Picture
-    from fedgfe_store.sheets import Place, Sheet
+    from fedgfe_store.images.folder import Picture
+    from fedgfe_store.images.sheet import Place, Sheet
 
 SMALLEST, LARGEST = 32, 1024
 """Pixels that a thumbnail can have."""

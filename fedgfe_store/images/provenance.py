@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 import fedgfe_store
-from fedgfe_store.generation.images import key_json
 from fedgfe_store.generation.job import Job
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.generation.settings import fingerprint, settings_json
+from fedgfe_store.images.png import key_json
 from fedgfe_store.models.diffusers import Placement
 from fedgfe_store.models.quantization import PACKAGES
 

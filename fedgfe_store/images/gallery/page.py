@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from fedgfe_store.common.words import numbers_first
-from fedgfe_store.pairing import sample_numbers
-from fedgfe_store.pictures import ListedPicture
+from fedgfe_store.images.folder import ListedPicture
+from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.records import RecordKey
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
@@ -137,4 +137,4 @@ def _script_json(content: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("fedgfe_store.gallery").joinpath(name).read_text(encoding="utf-8")
+    return files("fedgfe_store.images.gallery").joinpath(name).read_text(encoding="utf-8")

@@ -15,10 +15,10 @@ import numpy as np
 
 from fedgfe_store.common.filters import NUMBERS, is_wanted, wanted_values
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.identity import Identity
-from fedgfe_store.generation.images import inspect_image, png_names, read_key
-from fedgfe_store.generation.manifest import latest
 from fedgfe_store.generation.plan import record_digests
+from fedgfe_store.images.identity import Identity
+from fedgfe_store.images.manifest import latest
+from fedgfe_store.images.png import inspect_image, png_names, read_key
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 from fedgfe_store.selection import Selection
 

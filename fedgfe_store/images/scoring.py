@@ -12,16 +12,16 @@ from PIL import Image
 
 from fedgfe_store.common.words import names
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.images import key_json
-from fedgfe_store.generation.status import natural_rank
-from fedgfe_store.pictures import ListedPicture, read_pictures
+from fedgfe_store.images.folder import ListedPicture, read_pictures
+from fedgfe_store.images.png import key_json
+from fedgfe_store.images.status import natural_rank
 from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from fedgfe_store._clip import Clip
+    from fedgfe_store.images.clip import Clip
     from fedgfe_store.selection import Selection
 
 GROUPS = (*KEY_COLUMNS, "image")
@@ -190,7 +190,7 @@ def score_pictures(
         If the prompt lacks ``{class}`` or is the same for two classes, `among` lacks the class
         of a picture, the batch size is less than 1, or the model is no CLIP.
     """
-    from fedgfe_store._clip import Clip
+    from fedgfe_store.images.clip import Clip
 
     if batch_size < 1:
         raise SchemaMismatchError(f"batch_size: expected from 1 up, got {batch_size}")

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fedgfe_store.errors import NotFoundError
-from fedgfe_store.gallery.page import render_page
-from fedgfe_store.gallery.thumbnails import thumbnail_name, update_thumbnail
-from fedgfe_store.generation.images import UNREADABLE, png_names
-from fedgfe_store.pictures import (
+from fedgfe_store.images.folder import (
     ListedPicture,
     inspect_picture,
     listed_pictures,
     mark_outdated,
 )
+from fedgfe_store.images.gallery.page import render_page
+from fedgfe_store.images.gallery.thumbnails import thumbnail_name, update_thumbnail
+from fedgfe_store.images.png import UNREADABLE, png_names
 from fedgfe_store.storage.files import write_file
 
 if TYPE_CHECKING:

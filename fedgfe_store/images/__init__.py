@@ -1,0 +1,1 @@
+"""A folder of finished images: the files, what they tell, and ways to look at them together."""
