@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypedDict, cast, get_args
 import torch
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.negative import Negative, find_negative
 from fedgfe_store.generation.plan import OnStale, Plan, plan_images
 from fedgfe_store.generation.settings import Noise, Settings, noise_rule
 from fedgfe_store.generation.shards import WHOLE, Shard
@@ -29,6 +28,7 @@ from fedgfe_store.models.offload import (
 )
 from fedgfe_store.models.quantization import WEIGHT_SHARE, Quantization, check_quantization
 from fedgfe_store.schema import Kind, Schema
+from fedgfe_store.text.negative import Negative, find_negative
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection

@@ -11,14 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.encoders import (
-    BATCH_TOKENS,
-    TextEncoders,
-    check_encoders,
-    encoder_footprint,
-    encoder_identity,
-    encoder_schema,
-)
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
 from fedgfe_store.models.diffusers import Placement
 from fedgfe_store.models.model import Model, resolve_model
@@ -27,6 +19,14 @@ from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 from fedgfe_store.schema import Kind, Metadata, Schema
 from fedgfe_store.storage.append import IfExists
 from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
+from fedgfe_store.text.encoders import (
+    BATCH_TOKENS,
+    TextEncoders,
+    check_encoders,
+    encoder_footprint,
+    encoder_identity,
+    encoder_schema,
+)
 
 Status = Literal["missing", "done", "other"]
 Report = Callable[[str], object]

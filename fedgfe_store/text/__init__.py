@@ -1,0 +1,1 @@
+"""Prompts to embeddings: encoders, and references and negatives as records of a store."""
