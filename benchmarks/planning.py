@@ -17,9 +17,9 @@ import click
 import numpy as np
 
 from fedgfe_store import EmbeddingStore, Schema
+from fedgfe_store.generation.parts import WHOLE, Shard
 from fedgfe_store.generation.plan import plan_images
 from fedgfe_store.generation.settings import Settings
-from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.selection import Selection
 
 SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)

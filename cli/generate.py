@@ -217,7 +217,7 @@ def _place(text: str | None, from_image: Path | None) -> dict[str, Any]:
 
     import torch
 
-    from fedgfe_store.generation.shards import (
+    from fedgfe_store.generation.parts import (
         WHOLE,
         AskedPart,
         detect_shard,

@@ -12,8 +12,8 @@ from conftest import fill
 from generation_fakes import SIZE, FakePipeline, save_random_flux
 
 from fedgfe_store import EmbeddingStore
+from fedgfe_store.generation.parts import Shard
 from fedgfe_store.generation.run import generate
-from fedgfe_store.generation.shards import Shard
 from fedgfe_store.images.manifest import (
     Manifest,
     latest,

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation import rendering
+from fedgfe_store.generation import denoise as denoising
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.images.png import image_name
@@ -234,7 +234,7 @@ def test_the_cache_is_given_back_as_often_as_asked(
     flux: Path, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleared: list[str] = []
-    monkeypatch.setattr(rendering, "clear_cache", cleared.append)
+    monkeypatch.setattr(denoising, "clear_cache", cleared.append)
     make(selection, tmp_path / "out", FakePipeline(flux), batch_size=2, clear_cache_every=2)
     assert cleared == ["cpu", "cpu"]
 

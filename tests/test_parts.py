@@ -19,10 +19,10 @@ from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation import plan as plan_module
 from fedgfe_store.generation.job import prepare
+from fedgfe_store.generation.parts import Shard, places_of
 from fedgfe_store.generation.plan import plan_images
 from fedgfe_store.generation.run import generate, render
 from fedgfe_store.generation.settings import Settings
-from fedgfe_store.generation.shards import Shard, places_of
 from fedgfe_store.images import manifest as manifest_module
 from fedgfe_store.images.manifest import read_manifest
 from fedgfe_store.records import RecordKey

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from processes import finished
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.shards import AskedPart, Shard, detect_shard, local_device
+from fedgfe_store.generation.parts import AskedPart, Shard, detect_shard, local_device
 from fedgfe_store.records import RecordKey
 
 AUTO = AskedPart.parse("auto")
@@ -75,7 +75,7 @@ def test_shards_are_even_and_rounds_of_a_sample_spread() -> None:
 
 def test_shards_are_the_same_in_every_process_and_version() -> None:
     code = (
-        "from fedgfe_store.generation.shards import shard_of\n"
+        "from fedgfe_store.generation.parts import shard_of\n"
         "from fedgfe_store.records import RecordKey\n"
         "keys = [RecordKey('server', 5, 'train', 'chien été', i) for i in range(12)]\n"
         "print([shard_of(key, 8) for key in keys])"
@@ -249,7 +249,7 @@ def test_processes_spread_over_the_devices() -> None:
 def test_real_launchers_make_shards(launcher: list[str], tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib\n"
-        "from fedgfe_store.generation.shards import detect_shard, local_device\n"
+        "from fedgfe_store.generation.parts import detect_shard, local_device\n"
         "shard = detect_shard(os.environ)[0]\n"
         "text = f'{shard} on {local_device(os.environ, 2)}'\n"
         "pathlib.Path(sys.argv[1], str(shard.index)).write_text(text)\n"

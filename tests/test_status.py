@@ -20,8 +20,8 @@ from processes import finished
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.parts import WHOLE, Shard
 from fedgfe_store.generation.settings import Settings, fingerprint
-from fedgfe_store.generation.shards import WHOLE, Shard
 from fedgfe_store.images.manifest import Manifest
 from fedgfe_store.images.png import image_name, key_json, write_png
 from fedgfe_store.images.status import ImageStatus, image_status

@@ -22,7 +22,7 @@ from processes import started, until
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation import writer
+from fedgfe_store.generation import write as writing
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
 from fedgfe_store.images.png import image_name, write_png
@@ -166,7 +166,7 @@ def test_while_saving_all_that_is_decoded_is_saved(
         time.sleep(0.05)
         return write_png(path, *args)
 
-    monkeypatch.setattr(writer, "write_png", interrupted)
+    monkeypatch.setattr(writing, "write_png", interrupted)
     code, _ = command(selection, tmp_path / "out", flux)
     done = len(sound(tmp_path / "out"))
     assert (code, done % 2) == (75, 0)

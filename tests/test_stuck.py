@@ -15,10 +15,10 @@ from generation_fakes import SIZE, FakePipeline
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation import job
+from fedgfe_store.generation.parts import Shard
 from fedgfe_store.generation.plan import plan_images
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, fingerprint
-from fedgfe_store.generation.shards import Shard
 from fedgfe_store.generation.stopping import SIGNAL_LEAD, Stop, expected_stop
 from fedgfe_store.images.manifest import Manifest, read_manifest
 from fedgfe_store.images.status import image_status

@@ -27,10 +27,10 @@ from processes import finished, started
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation.claims import Claims
+from fedgfe_store.generation.parts import Shard
 from fedgfe_store.generation.plan import plan_images
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings
-from fedgfe_store.generation.shards import Shard
 from fedgfe_store.images.manifest import read_manifest
 from fedgfe_store.images.png import image_name
 from fedgfe_store.selection import Selection

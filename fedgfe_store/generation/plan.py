@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.generation.parts import WHOLE, Shard, places_of
 from fedgfe_store.generation.settings import (
     Settings,
     difference,
@@ -19,7 +20,6 @@ from fedgfe_store.generation.settings import (
     seed_of,
     settings_json,
 )
-from fedgfe_store.generation.shards import WHOLE, Shard, places_of
 from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.manifest import seconds_per_image
 from fedgfe_store.images.png import (

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Unpack
 
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
+from fedgfe_store.generation.denoise import Renderer
 from fedgfe_store.generation.job import Job, Options, Report, log_remark, prepare
+from fedgfe_store.generation.parts import Shard
 from fedgfe_store.generation.plan import Plan, PlanItem
-from fedgfe_store.generation.rendering import Renderer
-from fedgfe_store.generation.shards import Shard
 from fedgfe_store.generation.stopping import Stop, Stopped
-from fedgfe_store.generation.writer import Failure, PictureWriter, Progress, Tally
+from fedgfe_store.generation.write import Failure, PictureWriter, Progress, Tally
 from fedgfe_store.images.manifest import (
     Manifest,
     fruitless_stops,

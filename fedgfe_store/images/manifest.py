@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from fedgfe_store.errors import ConflictError
-from fedgfe_store.generation.shards import WHOLE, Shard
+from fedgfe_store.generation.parts import WHOLE, Shard
 from fedgfe_store.images.png import key_json, png_names, read_provenance
 from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.files import NOT_THROUGH_LINKS, write_file

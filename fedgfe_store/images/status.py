@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.parts import shard_of
 from fedgfe_store.generation.plan import PlanItem, compare_image, locate, record_digests
-from fedgfe_store.generation.shards import shard_of
 from fedgfe_store.images.folder import (
     DELETED,
     ListedPicture,
