@@ -17,7 +17,7 @@ from statistics import median
 import click
 import torch
 
-from fedgfe_store.federated import Recorder
+from fedgfe_store.recording import Recorder
 
 BATCH = 50
 """Samples that the model gives at a time."""

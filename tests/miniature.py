@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fedgfe_store.federated import EmbeddingBatch, EmbeddingClientMixin, EmbeddingServerMixin
+from fedgfe_store.recording.fedgfe import EmbeddingBatch, EmbeddingClientMixin, EmbeddingServerMixin
 
 CLASSES = {0: ["dog"], 1: ["cat"], 2: ["dog", "bird"], "server": ["dog", "cat", "bird"]}
 PER_CLASS = {"train": 3, "val": 1, "test": 1}

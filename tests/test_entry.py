@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.federated import Recorder
+from fedgfe_store.recording import Recorder
 
 GIVEN = {"split": "train", "class_name": "dog", "index": [0, 1], "node": 1, "round": 1}
 EAST, WEST = timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))

@@ -13,7 +13,8 @@ from conftest import values
 from cli.main import group
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.federated import EmbeddingClientMixin, EmbeddingServerMixin, Recorder
+from fedgfe_store.recording import Recorder
+from fedgfe_store.recording.fedgfe import EmbeddingClientMixin, EmbeddingServerMixin
 
 FIRST, SECOND = Metadata(experiment="vegas"), Metadata(experiment="esc50")
 REFUSED = r"experiment: expected 'vegas' as in .*embeddings\.zarr, got 'esc50'"

@@ -28,7 +28,8 @@ from fedgfe_store.errors import (
     ConflictError,
     SchemaMismatchError,
 )
-from fedgfe_store.federated import Recorder, _pages
+from fedgfe_store.recording import Recorder
+from fedgfe_store.recording import pages as page_buffers
 from fedgfe_store.storage.lock import WriterLock
 
 
@@ -218,7 +219,7 @@ def test_tensors_under_each_others_name(recorder):
 @pytest.mark.parametrize("small_pages", [False, True])
 def test_any_division_into_calls_and_pages_is_the_same(store, tmp_path, monkeypatch, small_pages):
     if small_pages:
-        monkeypatch.setattr(_pages, "PAGE_BYTES", 3 * SMALL.record_nbytes)
+        monkeypatch.setattr(page_buffers, "PAGE_BYTES", 3 * SMALL.record_nbytes)
     tensors = values(50)
     rng = np.random.default_rng(0)
     with Recorder(store, buffer_bytes=0) as recorder, recorder.record(node=0, round=1) as batch:
@@ -390,7 +391,7 @@ def test_a_block_that_raises_commits_nothing_and_its_exception_passes(
     store, monkeypatch, streaming
 ):
     if streaming:
-        monkeypatch.setattr(_pages, "PAGE_BYTES", SMALL.record_nbytes)
+        monkeypatch.setattr(page_buffers, "PAGE_BYTES", SMALL.record_nbytes)
     mine = KeyError("mine")
     with Recorder(store, buffer_bytes=0) as recorder:
         with pytest.raises(KeyError) as caught:
@@ -559,7 +560,7 @@ def test_under_warn_training_goes_on_and_the_round_is_listed(store, monkeypatch,
 def test_an_error_that_nobody_expects_says_of_what_it_is_also_under_warn(store, monkeypatch):
     recorder = Recorder(store, on_error="warn")
     with monkeypatch.context() as patched:
-        patched.setattr(_pages.Page, "records", lambda page: {"y": 1}["x"])
+        patched.setattr(page_buffers.Page, "records", lambda page: {"y": 1}["x"])
         put(recorder, 3, 7)
         with pytest.raises(KeyError) as caught:
             recorder.flush()
@@ -596,7 +597,7 @@ def test_without_background_the_block_itself_raises(store, monkeypatch):
 
 
 def test_an_error_in_the_middle_of_a_block_larger_than_the_buffer(store, monkeypatch):
-    monkeypatch.setattr(_pages, "PAGE_BYTES", SMALL.record_nbytes)
+    monkeypatch.setattr(page_buffers, "PAGE_BYTES", SMALL.record_nbytes)
     lock = WriterLock(store.path, 1)
     try:
         with Recorder(store, buffer_bytes=0, timeout=0.1, on_error="warn") as recorder:
@@ -625,7 +626,7 @@ def test_training_goes_on_while_another_writer_holds_the_store(store):
 
 
 def test_it_waits_when_the_buffer_is_full(store, monkeypatch):
-    monkeypatch.setattr(_pages, "PAGE_BYTES", 4 * SMALL.record_nbytes)
+    monkeypatch.setattr(page_buffers, "PAGE_BYTES", 4 * SMALL.record_nbytes)
     lock = WriterLock(store.path, 1)
     recorder = Recorder(store, buffer_bytes=3 * 4 * SMALL.record_nbytes)
     recorded = []
@@ -647,7 +648,7 @@ def test_it_waits_when_the_buffer_is_full(store, monkeypatch):
 
 
 def test_threads_with_blocks_larger_than_the_buffer_get_through(store, monkeypatch):
-    monkeypatch.setattr(_pages, "PAGE_BYTES", SMALL.record_nbytes)
+    monkeypatch.setattr(page_buffers, "PAGE_BYTES", SMALL.record_nbytes)
     together = threading.Barrier(4)
 
     def work(recorder, node):
@@ -676,7 +677,7 @@ def test_an_interruption_at_any_step_leaves_whole_blocks_and_nobody_waiting(
     store, monkeypatch, streaming
 ):
     if streaming:
-        monkeypatch.setattr(_pages, "PAGE_BYTES", SMALL.record_nbytes)
+        monkeypatch.setattr(page_buffers, "PAGE_BYTES", SMALL.record_nbytes)
     begun: list[Any] = []
     flushed: list[Any] = []
 
@@ -687,7 +688,9 @@ def test_an_interruption_at_any_step_leaves_whole_blocks_and_nobody_waiting(
             recorder.flush()
             flushed.append(begun[-1])
 
-    for _ in strikes(train, ("threads.py", "recorder.py", "_round.py", "_jobs.py"), every=37):
+    for _ in strikes(
+        train, ("threads.py", "recorder.py", "block.py", "recording/writer.py"), every=37
+    ):
         pass
     store.refresh()
     counts = store.select().records["round"].value_counts()
@@ -717,7 +720,7 @@ def test_a_call_of_add_that_was_broken_off_keeps_its_block_from_being_recorded(
         with recorder.record(node=0, round=1) as batch:
             batch.add(split="train", class_name="dog", index=[0], **values(1))
             with monkeypatch.context() as patched, pytest.raises(RuntimeError):
-                patched.setattr(_pages.Page, "put", broken)
+                patched.setattr(page_buffers.Page, "put", broken)
                 batch.add(split="train", class_name="cat", index=[0], **values(1))
     put(recorder, 0, 2)
     recorder.flush()
@@ -771,11 +774,11 @@ def test_storages_are_free_while_the_block_is_still_open(recorder):
 
 @pytest.mark.slow
 def test_the_buffer_is_used_again_and_freed_by_close(store, monkeypatch):
-    monkeypatch.setattr(_pages, "PAGE_BYTES", 2 * SMALL.record_nbytes)
+    monkeypatch.setattr(page_buffers, "PAGE_BYTES", 2 * SMALL.record_nbytes)
 
     def pages():
         gc.collect()
-        return sum(type(each) is _pages.Page for each in gc.get_objects())
+        return sum(type(each) is page_buffers.Page for each in gc.get_objects())
 
     assert pages() == 0
     recorder = Recorder(store, buffer_bytes=10 * SMALL.record_nbytes)
@@ -793,7 +796,7 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from conftest import values
-from fedgfe_store.federated import Recorder
+from fedgfe_store.recording import Recorder
 recorder = Recorder({path!r})
 def put(round):
     with recorder.record(node=0, round=round) as batch:

@@ -28,7 +28,7 @@ from fedgfe_store import EmbeddingStore, Metadata
 from fedgfe_store.checkpoints import import_checkpoints
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.federated import (
+from fedgfe_store.recording.fedgfe import (
     EmbeddingBatch,
     EmbeddingClientMixin,
     EmbeddingServerMixin,

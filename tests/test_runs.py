@@ -14,12 +14,8 @@ from conftest import values
 from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
-from fedgfe_store.federated import (
-    EmbeddingBatch,
-    EmbeddingClientMixin,
-    EmbeddingServerMixin,
-    Recorder,
-)
+from fedgfe_store.recording import Recorder
+from fedgfe_store.recording.fedgfe import EmbeddingBatch, EmbeddingClientMixin, EmbeddingServerMixin
 
 FLUX = Schema.flux(17)
 
@@ -222,7 +218,7 @@ KILLED = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
 from test_runs import put, shuffled
-from fedgfe_store.federated import Recorder
+from fedgfe_store.recording import Recorder
 recorder = Recorder(sys.argv[1])
 put(recorder, shuffled(1), seed=1)
 put(recorder, shuffled(2), seed=2, round=2)

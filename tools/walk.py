@@ -47,7 +47,7 @@ from rich.table import Table
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.federated import Recorder
+from fedgfe_store.recording import Recorder
 from tools import house
 
 ROOTS = {

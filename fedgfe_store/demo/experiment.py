@@ -24,7 +24,7 @@ from fedgfe_store.demo.federation import (
 )
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.demo.sounds import make_clip, save_wav
-from fedgfe_store.federated import Recorder
+from fedgfe_store.recording import Recorder
 from fedgfe_store.records import SERVER
 from fedgfe_store.schema import Metadata
 from fedgfe_store.selection import Selection

@@ -10,10 +10,10 @@ from typing import Any
 
 from fedgfe_store.checkpoints.sources import STORE_NAME
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.federated._runs import Run
-from fedgfe_store.federated.batches import EmbeddingBatch, is_empty
-from fedgfe_store.federated.recorder import Missing, OnError, Recorder, RoundBatch
-from fedgfe_store.federated.settings import DEFAULT_DIR, RecordingSettings
+from fedgfe_store.recording.fedgfe.entries import EmbeddingBatch, is_empty
+from fedgfe_store.recording.fedgfe.settings import DEFAULT_DIR, RecordingSettings
+from fedgfe_store.recording.recorder import Missing, OnError, Recorder, RoundBatch
+from fedgfe_store.recording.runs import Run
 from fedgfe_store.schema import Metadata, Precision
 
 _log = logging.getLogger("fedgfe_store")

@@ -13,9 +13,9 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import torch
 
-from fedgfe_store.federated._pages import Page, page_records
-from fedgfe_store.federated._runs import Run
-from fedgfe_store.federated._target import Target
+from fedgfe_store.recording.pages import Page, page_records
+from fedgfe_store.recording.runs import Run
+from fedgfe_store.recording.target import Target
 from fedgfe_store.records import RecordBatch, RecordKey
 from fedgfe_store.schema import Schema
 

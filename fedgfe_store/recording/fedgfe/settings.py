@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self
 
 from fedgfe_store.checkpoints.sources import STORE_NAME
+from fedgfe_store.common.entry import whole_number
 from fedgfe_store.errors import SchemaMismatchError
 
 DEFAULT_DIR = "checkpoints/embeddings"
@@ -102,15 +102,6 @@ class RecordingSettings:
         else:
             what = " and ".join(f"{name} {rounds[name]}" for name in who)
         return f"embeddings of {what} to {self.store_path}"
-
-
-def whole_number(name: str, value: Any) -> int:
-    """Return `value` if it is a whole number from 0, else raise `SchemaMismatchError`."""
-    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        number = operator.index(value)
-        if number >= 0:
-            return number
-    raise SchemaMismatchError(f"{name}: expected a whole number from 0, got {value!r}")
 
 
 def _values(section: Any) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.federated._jobs import Job, LeftOut, Pool
-from fedgfe_store.federated._pages import Page
-from fedgfe_store.federated._target import Target
+from fedgfe_store.recording.pages import Page
+from fedgfe_store.recording.target import Target
+from fedgfe_store.recording.writer import Job, LeftOut, Pool
 from fedgfe_store.records import checked_columns
 from fedgfe_store.schema import Schema
 
 if TYPE_CHECKING:
-    from fedgfe_store.federated.recorder import Recorder
+    from fedgfe_store.recording.recorder import Recorder
 
 _log = logging.getLogger("fedgfe_store")
 

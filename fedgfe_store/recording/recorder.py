@@ -17,12 +17,12 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from fedgfe_store.common import threads
+from fedgfe_store.common.entry import whole_number
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
-from fedgfe_store.federated._jobs import Job, LeftOut, Pool
-from fedgfe_store.federated._round import RoundBatch
-from fedgfe_store.federated._runs import Run
-from fedgfe_store.federated._target import Target
-from fedgfe_store.federated.settings import whole_number
+from fedgfe_store.recording.block import RoundBatch
+from fedgfe_store.recording.runs import Run
+from fedgfe_store.recording.target import Target
+from fedgfe_store.recording.writer import Job, LeftOut, Pool
 from fedgfe_store.records import checked_keys
 from fedgfe_store.schema import Metadata, Precision
 from fedgfe_store.storage.append import IfExists

@@ -1,0 +1,8 @@
+"""Recording embeddings while training runs, straight into a store.
+
+`Recorder` goes into any training loop; `fedgfe_store.recording.fedgfe` is for FedGFE's.
+"""
+
+from fedgfe_store.recording.recorder import Recorder
+
+__all__ = ["Recorder"]
