@@ -7,7 +7,7 @@ checkpoints. ``ledger`` remembers what a store has taken in, and ``sources`` tak
 for records. ``exporting`` goes the other way.
 """
 
-from fedgfe_store.checkpoints._entries import Skipped
+from fedgfe_store.checkpoints.entries import Skipped
 from fedgfe_store.checkpoints.exporting import ExportedFile, export_checkpoints
 from fedgfe_store.checkpoints.importing import (
     FileReport,

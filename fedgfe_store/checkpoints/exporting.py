@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import xxhash
 
-from fedgfe_store.checkpoints._entries import Unusable, column_of
-from fedgfe_store.checkpoints._header import file_name
+from fedgfe_store.checkpoints.entries import Unusable, column_of
+from fedgfe_store.checkpoints.header import file_name
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
 from fedgfe_store.images.png import image_name

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgfe_store.checkpoints._deleted import DeletedRecords
-from fedgfe_store.checkpoints._entries import Skipped
-from fedgfe_store.checkpoints._experiments import Experiment
-from fedgfe_store.checkpoints._header import RoundFrom, is_a_time
-from fedgfe_store.checkpoints._identity import Identities
+from fedgfe_store.checkpoints.deleted import DeletedRecords
+from fedgfe_store.checkpoints.entries import Skipped
+from fedgfe_store.checkpoints.experiments import Experiment
+from fedgfe_store.checkpoints.header import RoundFrom, is_a_time
+from fedgfe_store.checkpoints.identity import Identities
 from fedgfe_store.checkpoints.ledger import Ledger, content_digest
 from fedgfe_store.checkpoints.reading import (
     Checkpoint,

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import xxhash
 from filelock import FileLock, Timeout
 
-from fedgfe_store.checkpoints import _pickles
+from fedgfe_store.checkpoints import torch_files
 from fedgfe_store.errors import BusyError, FedgfeStoreError, NotFoundError
 from fedgfe_store.storage import files
 from fedgfe_store.storage.snapshot import Snapshot
@@ -188,8 +188,8 @@ def content_digest(path: Path) -> str:
     DamagedDataError
         It cannot be read or is no checkpoint.
     """
-    if _pickles.inspect(path).zipped:
-        members = _pickles.members(path)
+    if torch_files.inspect(path).zipped:
+        members = torch_files.members(path)
         if all(crc for _, size, crc in members if size):
             text = json.dumps(members).encode("ascii")
             return f"members {xxhash.xxh3_128_hexdigest(text)}"

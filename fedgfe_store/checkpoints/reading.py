@@ -12,8 +12,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from fedgfe_store.checkpoints import _pickles
-from fedgfe_store.checkpoints._entries import (
+from fedgfe_store.checkpoints import torch_files
+from fedgfe_store.checkpoints.entries import (
     Shape,
     Skipped,
     Slot,
@@ -22,7 +22,7 @@ from fedgfe_store.checkpoints._entries import (
     plain,
     survey,
 )
-from fedgfe_store.checkpoints._header import (
+from fedgfe_store.checkpoints.header import (
     RoundFrom,
     classes,
     embeddings,
@@ -114,7 +114,7 @@ class Checkpoint:
     audio: bool
     notes: tuple[str, ...]
     nbytes: int
-    _source: _pickles.Source
+    _source: torch_files.Source
     _found: tuple[Slot | Skipped, ...]
     _unpack: Callable[[Any, Path], list[Any]] = embeddings
 
@@ -160,7 +160,7 @@ class Checkpoint:
                 continue
             if opened is None or (self._source.mapped and used >= _WINDOW_BYTES):
                 opened = None  # unmaps the file before it is mapped again
-                opened, used = self._unpack(_pickles.load(self._source).content, self.path), 0
+                opened, used = self._unpack(torch_files.load(self._source).content, self.path), 0
             columns = _columns(slot, wanted, self.audio)
             try:
                 _check(slot, wanted, columns, seen)
@@ -180,7 +180,7 @@ class Checkpoint:
         DamagedDataError
             If they differ.
         """
-        _pickles.verify(self._source)
+        torch_files.verify(self._source)
 
 
 def read_checkpoint(
@@ -219,8 +219,8 @@ def read_checkpoint(
     path = Path(path)
     if round_from not in (None, *get_args(RoundFrom)):
         raise SchemaMismatchError(f"round_from: expected name or content, got {round_from!r}")
-    source = _pickles.inspect(path)
-    loaded = _pickles.load(source)
+    source = torch_files.inspect(path)
+    loaded = torch_files.load(source)
     content = loaded.content
     entries = embeddings(content, path)
     node, round_number, notes = origin(content, path, round_from)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.checkpoints._header import file_name, named_origin
+from fedgfe_store.checkpoints.header import file_name, named_origin
 from fedgfe_store.checkpoints.importing import FileReport, hides, hint_at_folders, natural_order
 from fedgfe_store.checkpoints.ledger import Ledger
 from fedgfe_store.checkpoints.text_cache import is_named_as_text_cache

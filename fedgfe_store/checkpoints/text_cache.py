@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedgfe_store.checkpoints import _pickles
-from fedgfe_store.checkpoints._entries import mapping, survey
-from fedgfe_store.checkpoints._header import is_text_cache, unread
+from fedgfe_store.checkpoints import torch_files
+from fedgfe_store.checkpoints.entries import mapping, survey
+from fedgfe_store.checkpoints.header import is_text_cache, unread
 from fedgfe_store.checkpoints.reading import Checkpoint
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT
@@ -56,8 +56,8 @@ def read_text_cache(
         If it is no such cache, or the safe reader refuses it.
     """
     path = Path(path)
-    source = _pickles.inspect(path)
-    loaded = _pickles.load(source)
+    source = torch_files.inspect(path)
+    loaded = torch_files.load(source)
     content = loaded.content
     if not is_text_cache(content):
         raise SchemaMismatchError(

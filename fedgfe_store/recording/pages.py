@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgfe_store.checkpoints._entries import (
+from fedgfe_store.checkpoints.entries import (
     T5_WIDTH,
     Shape,
     Unusable,

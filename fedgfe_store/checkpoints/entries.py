@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgfe_store.checkpoints._unpickler import Placeholder
+from fedgfe_store.checkpoints.unpickler import Placeholder
 
 T5_WIDTH = 4096
 CLIP_WIDTH = 768

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fedgfe_store.checkpoints import _entries
-from fedgfe_store.checkpoints._entries import (
+from fedgfe_store.checkpoints import entries
+from fedgfe_store.checkpoints.entries import (
     Slot,
     Unusable,
     brief,
@@ -18,7 +18,7 @@ from fedgfe_store.checkpoints._entries import (
     survey,
     whole,
 )
-from fedgfe_store.checkpoints._unpickler import Placeholder
+from fedgfe_store.checkpoints.unpickler import Placeholder
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import SERVER
 from fedgfe_store.schema import Kind
@@ -112,7 +112,7 @@ def _node(value: Any, path: Path) -> str | None:
         number = whole(value)
         return None if number is None or number.bit_length() > 64 else str(number)
     try:
-        return _entries.name(value.strip(), "node_id") or None
+        return entries.name(value.strip(), "node_id") or None
     except Unusable as reason:
         raise SchemaMismatchError(f"{path}: {reason}") from None
 
@@ -179,6 +179,6 @@ def classes(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _is_class(value: Any) -> bool:
     try:
-        return isinstance(value, (str, int)) and bool(_entries.name(str(value), "class"))
+        return isinstance(value, (str, int)) and bool(entries.name(str(value), "class"))
     except Unusable:
         return False
