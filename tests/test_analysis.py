@@ -109,7 +109,7 @@ def rms(rows, centre):
 @pytest.mark.parametrize("batch_bytes", [1, 700, 10**9])
 def test_centroids_are_those_of_numpy(filled, by, options, vector, batch_bytes, monkeypatch):
     store, model = filled
-    monkeypatch.setattr("fedgfe_store.analysis._scan._BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr("fedgfe_store.analysis.scan._BATCH_BYTES", batch_bytes)
     read: list[Any] = []
     found = centroids(store.select(), by, progress=read.append, **options)
     expected = grouped(model, by, vector)
@@ -482,7 +482,7 @@ def test_memory_is_that_of_a_few_batches(tmp_path, monkeypatch):
         for index in range(600):
             batch.add(split="train", class_name=f"c{index % 3}", index=index, t5=record * index,
                       clip=np.ones(2, np.float32))  # fmt: skip
-    monkeypatch.setattr("fedgfe_store.analysis._scan._BATCH_BYTES", 2**21)
+    monkeypatch.setattr("fedgfe_store.analysis.scan._BATCH_BYTES", 2**21)
     selection = EmbeddingStore.open(store.path).select()
     summarize(selection.take(slice(2)), tokens="flat")
     tracemalloc.start()

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from fedgfe_store.analysis._scan import Vectors, squares
 from fedgfe_store.analysis.centroids import Group, group_keys
+from fedgfe_store.analysis.scan import Vectors, squares
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import SERVER, is_whole
 

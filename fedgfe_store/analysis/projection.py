@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from fedgfe_store.analysis._extra import extra
-from fedgfe_store.analysis._scan import (
+from fedgfe_store.analysis.extra import extra
+from fedgfe_store.analysis.scan import (
     Features,
     Progress,
     Tokens,

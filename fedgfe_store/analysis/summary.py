@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from fedgfe_store.analysis._scan import Progress, Tokens, Vectors, check_selection, key_frame
 from fedgfe_store.analysis.centroids import Group, centroids, combine, group_keys
 from fedgfe_store.analysis.distances import class_spread, distance, distance_to_server
+from fedgfe_store.analysis.scan import Progress, Tokens, Vectors, check_selection, key_frame
 from fedgfe_store.records import SERVER, check_keys, key_order
 from fedgfe_store.selection import Selection
 
