@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from ._codes import SOME_FAILED
-from ._tables import counted
+from .codes import SOME_FAILED
+from .tables import counted
 
 _SCRIPT = "generate_images_from_checkpoint"
 _NEW = "fedgfe-store generate"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Filters, filter_options, format_option, quiet_option, wait_option
-from ._progress import progress
-from ._tables import counted, names, numbers, print_counts, print_data, print_table, size
+from .options import Filters, filter_options, format_option, quiet_option, wait_option
+from .progress import progress
+from .tables import counted, names, numbers, print_counts, print_data, print_table, size
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._options import quiet_option
-from ._progress import progress
-from ._tables import print_table
+from .options import quiet_option
+from .progress import progress
+from .tables import print_table
 
 if TYPE_CHECKING:
     from fedgfe_store.demo.experiment import Report

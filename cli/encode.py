@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import class_names, quiet_option, wait_option
-from ._progress import progress
-from ._tables import counted, print_table
+from .options import class_names, quiet_option, wait_option
+from .progress import progress
+from .tables import counted, print_table
 
 if TYPE_CHECKING:
     from fedgfe_store.text.prompts import EncodingPlan, EncodingReport, Reference

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._codes import SOME_FAILED
-from ._options import Filters, as_of_option, filter_options, quiet_option
-from ._progress import progress
-from ._tables import counted, print_table, size
+from .codes import SOME_FAILED
+from .options import Filters, as_of_option, filter_options, quiet_option
+from .progress import progress
+from .tables import counted, print_table, size
 
 if TYPE_CHECKING:
     from fedgfe_store.checkpoints import ExportedFile

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._codes import SOME_FAILED
-from ._options import (
+from .codes import SOME_FAILED
+from .options import (
     folder_option,
     image_folder,
     outdated_line,
@@ -16,8 +16,8 @@ from ._options import (
     quiet_option,
     store_in_reach,
 )
-from ._progress import progress
-from ._tables import counted, size
+from .progress import progress
+from .tables import counted, size
 
 if TYPE_CHECKING:
     from .main import Context

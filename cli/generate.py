@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._codes import SOME_FAILED, STOPPED, ends_other_processes
-from ._legacy import OldFlags, old_flags
-from ._options import (
+from .codes import SOME_FAILED, STOPPED, ends_other_processes
+from .image_options import picture_options, place_options
+from .legacy import OldFlags, old_flags
+from .options import (
     FILTERS,
     Filters,
     as_of_option,
@@ -20,9 +21,8 @@ from ._options import (
     folder_option,
     quiet_option,
 )
-from ._picture_options import picture_options, place_options
-from ._progress import progress
-from ._say import say
+from .progress import progress
+from .say import say
 
 if TYPE_CHECKING:
     from fedgfe_store.generation.job import Job

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._codes import SOME_FAILED
-from ._options import quiet_option, wait_option
-from ._progress import progress
-from ._tables import counted, print_table, size
+from .codes import SOME_FAILED
+from .options import quiet_option, wait_option
+from .progress import progress
+from .tables import counted, print_table, size
 
 if TYPE_CHECKING:
     from fedgfe_store.checkpoints import FileReport, ImportReport

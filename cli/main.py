@@ -13,9 +13,9 @@ import click
 from fedgfe_store import __version__
 from fedgfe_store.errors import FedgfeStoreError
 
-from ._log import show_notes
-from ._say import print_on_any_terminal
-from ._threads import share_processors
+from .log import show_notes
+from .say import print_on_any_terminal
+from .threads import share_processors
 
 _COMMANDS = {
     "init": ("stores", "init", "Make an empty store."),

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._options import Filters, as_of_option, filter_options, format_option
-from ._tables import counted, print_data, print_table
+from .options import Filters, as_of_option, filter_options, format_option
+from .tables import counted, print_data, print_table
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._codes import SOME_FAILED
-from ._options import (
+from .codes import SOME_FAILED
+from .options import (
     Filters,
     KeyList,
     as_of_option,
@@ -21,8 +21,8 @@ from ._options import (
     print_left_out,
     quiet_option,
 )
-from ._progress import progress
-from ._tables import as_text, counted, print_data, print_table
+from .progress import progress
+from .tables import as_text, counted, print_data, print_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._options import (
+from .options import (
     Filters,
     KeyList,
     filter_options,
@@ -20,8 +20,8 @@ from ._options import (
     quiet_option,
     store_in_reach,
 )
-from ._progress import progress
-from ._tables import counted
+from .progress import progress
+from .tables import counted
 
 if TYPE_CHECKING:
     from fedgfe_store.images.folder import Picture

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._options import Filters
+from .options import Filters
 
 if TYPE_CHECKING:
     from .main import Context
@@ -87,8 +87,8 @@ def command(
     sbatch job.sh
     fedgfe-store status --round 5
     """
-    from ._legacy import OldFlags
     from .generate import command as generate
+    from .legacy import OldFlags
 
     for name in ("--part", "--shard"):
         if any(word == name or word.startswith(f"{name}=") for word in arguments):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Filters, KeyList, as_of_option, filter_options, format_option, quiet_option
-from ._progress import progress
-from ._tables import counted, print_data, print_table
+from .options import Filters, KeyList, as_of_option, filter_options, format_option, quiet_option
+from .progress import progress
+from .tables import counted, print_data, print_table
 
 if TYPE_CHECKING:
     import pandas as pd

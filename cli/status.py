@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import (
+from .options import (
     Filters,
     KeyList,
     as_of_option,
@@ -17,8 +17,8 @@ from ._options import (
     folder_option,
     format_option,
 )
-from ._progress import progress
-from ._tables import counted, numbers, print_data, print_table
+from .progress import progress
+from .tables import counted, numbers, print_data, print_table
 
 if TYPE_CHECKING:
     import pandas as pd

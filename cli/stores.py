@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import as_of_option
-from ._tables import names, numbers, print_counts, size
+from .options import as_of_option
+from .tables import names, numbers, print_counts, size
 
 if TYPE_CHECKING:
     import pandas as pd

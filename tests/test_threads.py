@@ -13,7 +13,7 @@ import pytest
 import torch
 from processes import finished
 
-from fedgfe_store.cli._threads import share_processors
+from fedgfe_store.cli.threads import share_processors
 
 # The command line as it is started, then what torch makes of what it left in the environment.
 AFTER_A_COMMAND = """

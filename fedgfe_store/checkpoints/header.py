@@ -34,6 +34,7 @@ _FILE_NAME = re.compile(r"(?:node_(?P<node>.+)|server)_embeddings_r(?P<round>\d{
 
 
 def embeddings(content: Any, path: Path) -> list[Any]:
+    """Return the entries of a checkpoint's content, or raise `SchemaMismatchError`."""
     top = mapping(content)
     if top is not None and isinstance(top.get("embeddings"), (list, tuple)):
         return list(top["embeddings"])
@@ -118,6 +119,7 @@ def _node(value: Any, path: Path) -> str | None:
 
 
 def timestamp(value: Any) -> tuple[datetime | None, list[str]]:
+    """Return the moment that a checkpoint names, if one can be read, and remarks about it."""
     if value is None:
         return None, []
     try:
@@ -150,6 +152,7 @@ def unread(unknown: Mapping[str, int]) -> list[str]:
 
 
 def plain_metadata(value: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return what JSON can hold of a checkpoint's metadata, and remarks about the rest."""
     kept: dict[str, Any] = {}
     notes = []
     for key, item in (mapping(value) or {}).items():
@@ -162,6 +165,7 @@ def plain_metadata(value: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def kind_of(metadata: Mapping[str, Any], embeddings: list[Any]) -> Kind:
+    """Return which conditioning the entries are: what the metadata says, else what they hold."""
     said = str(metadata.get("diffusion_type")).lower()
     if said in ("flux", "sd"):
         return cast("Kind", said)
@@ -170,6 +174,7 @@ def kind_of(metadata: Mapping[str, Any], embeddings: list[Any]) -> Kind:
 
 
 def classes(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of classes that the metadata lists."""
     for key in ("selected_classes", "federation_classes"):
         names = metadata.get(key)
         if isinstance(names, list) and names:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ._say import say
+from .say import say
 
 LOG_INTERVAL = 60.0
 

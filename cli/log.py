@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ._say import say
+from .say import say
 
 _log = logging.getLogger("fedgfe_store")
 

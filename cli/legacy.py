@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._codes import SOME_FAILED, ends_other_processes
-from ._log import verbose_option
-from ._progress import progress
-from ._tables import counted, size
+from .codes import SOME_FAILED, ends_other_processes
+from .log import verbose_option
+from .progress import progress
+from .tables import counted, size
 
 if TYPE_CHECKING:
     from fedgfe_store.checkpoints import FileReport, Sources
     from fedgfe_store.selection import Selection
 
-    from ._options import Filters
     from .main import Context
+    from .options import Filters
 
 _MOST_SHOWN = 4
 
