@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from places import ROOT
 from printed import near, numbers, words
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import _COMMANDS, group
 
-ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/commands.md", "docs/from_the_old_script.md"]
 
 

@@ -14,6 +14,7 @@ import legacy
 import pytest
 from click.testing import CliRunner
 from generation_fakes import save_random_sd
+from places import ROOT
 from processes import finished
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
@@ -293,7 +294,7 @@ def named(origins: set[tuple[str, int]]) -> set[str]:
 
 
 def test_the_page_for_users_of_the_old_script_shows_every_command():
-    page = (Path(__file__).parent.parent / "docs" / "from_the_old_script.md").read_text()
+    page = (ROOT / "docs" / "from_the_old_script.md").read_text()
     for command in [*(text for text, *_ in COMMANDS.values()), STABLE_DIFFUSION, VERBOSE]:
         options = " ".join(command.replace("\\\n", " ").split())
         in_a_table = options.removeprefix(OLD).strip().replace("|", r"\|")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from places import ROOT
 from printed import near, numbers, text_of, words
 from processes import finished
 
 from fedgfe_store.cli.main import _COMMANDS
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_IMAGE_BYTES = 150_000
 

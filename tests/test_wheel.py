@@ -11,11 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from processes import finished
 
 from fedgfe_store import __version__
 
-ROOT = Path(__file__).parents[1]
 BUILD = (sys.executable, "-m", "build", "--no-isolation")
 
 pytestmark = pytest.mark.slow

@@ -9,27 +9,14 @@ import torch
 from diffusers import FluxPipeline
 from noisy_anchors import noisy
 from pictures import accuracy, distances, nearest_class
+from tiny_flux import load, render
 
 from fedgfe_store.demo.anchors import class_anchor
 from fedgfe_store.demo.pictograms import CLASSES, draw
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.models.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
+from fedgfe_store.models.tiny import tiny_flux_path
 
 pytestmark = pytest.mark.model
-
-
-def load(dtype: torch.dtype | None = None) -> FluxPipeline:
-    options = {} if dtype is None else {"dtype": dtype}
-    pipeline = FluxPipeline.from_pretrained(
-        str(tiny_flux_path()),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        **options,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +45,6 @@ def batches(count: int, sizes: Sequence[int]) -> Iterator[list[int]]:
         for first in range(start, end, size):
             yield list(range(first, min(first + size, end)))
         start = end
-
-
-def render(pipeline, t5, clip, latents, *, steps: int = TINY_STEPS) -> list[np.ndarray]:
-    """Call the ordinary pipeline on one batch; pictures as uint8 [64, 64, 3]."""
-    dtype = pipeline.transformer.dtype
-    images = pipeline(
-        prompt_embeds=t5.to(dtype),
-        pooled_prompt_embeds=clip.to(dtype),
-        latents=latents.to(dtype),
-        height=TINY_SIZE,
-        width=TINY_SIZE,
-        num_inference_steps=steps,
-        guidance_scale=TINY_GUIDANCE,
-    ).images
-    return [np.asarray(image) for image in images]
 
 
 def test_loads_as_an_ordinary_pipeline_of_under_3_mb(pipeline):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import values
+from places import TESTS
 from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
@@ -216,7 +217,7 @@ def test_a_commit_says_which_recorder_it_came_from(store):
 
 KILLED = """
 import os, sys
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_runs import put, shuffled
 from fedgfe_store.recording import Recorder
 recorder = Recorder(sys.argv[1])
@@ -229,7 +230,8 @@ os._exit(9)
 
 @pytest.mark.kill
 def test_after_a_killed_process(store):
-    command = [sys.executable, "-c", KILLED, str(store.path), str(Path(__file__).parent)]
+    folders = [str(TESTS), str(TESTS / "recording")]
+    command = [sys.executable, "-c", KILLED, str(store.path), *folders]
     assert finished(command, check=False).returncode == 9
     with Recorder(store) as recorder:
         put(recorder, shuffled(3), seed=3, round=2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from conftest import fill, values
+from places import DATA
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError
@@ -17,8 +18,6 @@ from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, row_digests
 from fedgfe_store.storage import key_files
 from fedgfe_store.storage.layout import key_columns
 from fedgfe_store.storage.staging import Staging
-
-DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pictures import accuracy
 from processes import finished
-from test_tiny_flux import load, render
+from tiny_flux import load, render
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.demo import experiment

@@ -16,6 +16,7 @@ import tensorstore
 import xarray as xr
 import zarr
 from conftest import SMALL, fill, values
+from places import DATA, TESTS
 from processes import Process, finished, started
 
 from fedgfe_store import EmbeddingStore, Schema
@@ -221,7 +222,7 @@ for round in range(100, 10_000):
 
 @contextmanager
 def writing(path: Path) -> Iterator[Process]:
-    code = WRITER.format(path=str(path), tests=str(Path(__file__).parent))
+    code = WRITER.format(path=str(path), tests=str(TESTS))
     with started([sys.executable, "-c", code]) as process:
         assert process.line() == "ready"
         yield process
@@ -293,10 +294,7 @@ from fedgfe_store import EmbeddingStore
 store = EmbeddingStore.open({path!r})
 for round in range(5): fill(store, node={node}, round=round)
 """
-    sources = [
-        code.format(tests=str(Path(__file__).parent), path=str(store.path), node=node)
-        for node in (0, 1)
-    ]
+    sources = [code.format(tests=str(TESTS), path=str(store.path), node=node) for node in (0, 1)]
     with ExitStack() as stack:
         writers = [stack.enter_context(started([sys.executable, "-c", s])) for s in sources]
         assert [writer.wait() for writer in writers] == [0, 0]
@@ -432,7 +430,7 @@ def test_lost_consolidated_metadata_is_damage_that_says_so(store):
 
 def test_a_store_of_version_1_opens_for_ever():
     """The fixture was written by the first release and must never be written again."""
-    path = Path(__file__).parent / "data" / "version1.zarr"
+    path = DATA / "version1.zarr"
     store = EmbeddingStore.open(path)
     assert (store.commit, len(store), store.schema.precision) == (4, 4, "float32")
     assert store.schema.metadata.classes == ("dog", "cat", "müll")

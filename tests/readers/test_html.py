@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import fill, values
+from places import DATA
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
@@ -185,7 +185,7 @@ def test_an_empty_store_and_an_empty_selection(store):
 def test_a_class_without_a_name_is_seen(tmp_path):
     """As old stores may have one, which new records cannot."""
     path = tmp_path / "old.zarr"
-    shutil.copytree(Path(__file__).parent / "data" / "federation_v1.zarr", path)
+    shutil.copytree(DATA / "federation_v1.zarr", path)
     store = EmbeddingStore.open(path)
     column = store._snapshot.group.key_columns["class_name"]
     nameless = store._snapshot.column("class_name").copy()

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, fill, values
+from places import TESTS
 from processes import finished, meanwhile, started
 
 from fedgfe_store import EmbeddingStore, FedgfeStoreError, Metadata, Schema
@@ -27,7 +28,6 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS
 
-TESTS = Path(__file__).parent
 CHUNKED = Schema.flux(17, width=4096, clip=(768,), audio=(2, 3), granule=8)
 """Several inner chunks a file, as real stores have them."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import legacy
 import pytest
 from click.testing import CliRunner
+from places import DATA
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.checkpoints import export_checkpoints, import_checkpoints
@@ -168,7 +169,7 @@ def test_samples_without_names_are_not_compared(tmp_path: Path) -> None:
 
 def test_a_store_of_the_older_format_stays_one(tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
-    shutil.copytree(Path(__file__).parent / "data" / "federation_v1.zarr", store)
+    shutil.copytree(DATA / "federation_v1.zarr", store)
     t5, clip = legacy.tensors(2, 1, tokens=2)
     entries = [legacy.entry(t5[i], clip[i], i) for i in range(2)]
     entries[0]["sample_metadata"] = {"file_id": "file 7-0", "sample_id": "other"}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SMALL, fill, values
+from places import DATA
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
@@ -56,7 +57,7 @@ class Hosts:
 def old(tmp_path: Path) -> Path:
     """A store as the release before format version 2 wrote it."""
     path = tmp_path / "old.zarr"
-    shutil.copytree(Path(__file__).parent / "data" / "federation_v1.zarr", path)
+    shutil.copytree(DATA / "federation_v1.zarr", path)
     return path
 
 

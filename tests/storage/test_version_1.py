@@ -12,12 +12,12 @@ import pytest
 import xarray as xr
 import xxhash
 from click.testing import CliRunner
+from places import DATA
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
 
-DATA = Path(__file__).parent / "data"
 EXPECTED: list[dict[str, Any]] = json.loads((DATA / "federation_v1.json").read_text("utf-8"))
 COLUMNS = ("t5", "clip", "audio")
 

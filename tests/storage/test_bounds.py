@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, fill
 from numcodecs.zstd import Zstd
+from places import DATA
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
@@ -203,7 +204,7 @@ def test_what_a_writer_left_passes(store):
     checked()
     checked({"commit": 0, "records": 0, "live": 0, "compacted": 0})
     fill(store, node=0, round=1)
-    for path in (store.path, Path(__file__).parent / "data" / "version1.zarr"):
+    for path in (store.path, DATA / "version1.zarr"):
         document = parsed_group((path / "zarr.json").read_bytes())
         ours = document["attributes"]["fedgfe_store"]
         schema = Schema.from_json(ours)

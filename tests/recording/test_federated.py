@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 import torch
 from conftest import SMALL, values
 from interruptions import strikes
+from places import TESTS
 from processes import finished, meanwhile, until
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -805,7 +805,7 @@ def put(round):
 
 
 def run(store: EmbeddingStore, code: str) -> subprocess.CompletedProcess[str]:
-    head = SCRIPT.format(tests=str(Path(__file__).parent), path=str(store.path))
+    head = SCRIPT.format(tests=str(TESTS), path=str(store.path))
     command = [sys.executable, "-c", head + code]
     return finished(command, check=False)
 

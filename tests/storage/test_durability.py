@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, fill
+from places import TESTS
 from processes import finished
 
 from fedgfe_store import EmbeddingStore
@@ -43,7 +44,7 @@ def trace(tmp_path):
 
     def run(path: Path, code: str) -> list[list[str]]:
         log = tmp_path / "calls"
-        head = TRACED.format(tests=str(Path(__file__).parent), path=str(path), log=str(log))
+        head = TRACED.format(tests=str(TESTS), path=str(path), log=str(log))
         finished([sys.executable, "-c", head + code])
         return [line.split("\t") for line in log.read_text().splitlines()]
 

@@ -8,12 +8,12 @@ import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMALL, fill
 from interruptions import strikes
+from places import TESTS
 from processes import finished
 
 from fedgfe_store import EmbeddingStore
@@ -136,7 +136,7 @@ store = EmbeddingStore.open({str(store.path)!r})
 fill(store, node=0, round=1)
 print(store.select().read("t5").tobytes().hex())
 """
-    done = finished([sys.executable, "-c", code], check=False, cwd=Path(__file__).parent)
+    done = finished([sys.executable, "-c", code], check=False, cwd=TESTS)
     assert done.returncode == 0, done.stderr
     other = EmbeddingStore.create(tmp_path / "other.zarr", SMALL)
     fill(other, node=0, round=1)
@@ -286,5 +286,5 @@ def test_a_forked_child_reads_and_writes_with_threads_of_its_own(store):
     fill(store, node=0, round=1)
     # In a process of its own: what other tests have loaded may not like a fork.
     command = [sys.executable, "-c", FORK, str(store.path)]
-    assert finished(command, cwd=Path(__file__).parent, check=False).returncode == 0
+    assert finished(command, cwd=TESTS, check=False).returncode == 0
     assert len(EmbeddingStore.open(store.path)) == 12
