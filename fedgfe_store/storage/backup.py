@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import filecmp
 import os
 import shutil
@@ -179,16 +178,11 @@ class _Copying:
         try:
             if _is_same(file, place, by_contents=not may_link):
                 return
-            temporary = files.temporary_of(place)
-            try:
-                if may_link and _linked(file, temporary):
+            with files.placing(place) as temporary:
+                if may_link and files.linked(file, temporary):
                     self.done.linked += 1
                 else:
                     self._copy(file, temporary)
-                os.replace(temporary, place)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
         except FileNotFoundError:
             if may_link and not file.exists():
                 return
@@ -230,13 +224,3 @@ def _is_same(file: Path, place: Path, *, by_contents: bool) -> bool:
 def _same_time(here: os.stat_result, there: os.stat_result) -> bool:
     # Where a copy lies on a file system that keeps times to two seconds.
     return abs(here.st_mtime_ns - there.st_mtime_ns) <= 2 * 10**9
-
-
-def _linked(file: Path, temporary: Path) -> bool:
-    try:
-        os.link(file, temporary)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
-            return False
-        raise
-    return True
