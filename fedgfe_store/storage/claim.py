@@ -357,6 +357,11 @@ def claims(path: Path) -> dict[int, dict[int, Path]]:
     return found
 
 
+def is_claim(path: Path, entry: Path) -> bool:
+    """Whether `entry` is a claim, or was to become one, on a commit of the store at `path`."""
+    return entry.parent == path and entry.name.startswith("claim.")
+
+
 def age(file: Path) -> float:
     """Return the seconds since `file` was touched, by the clock of its file system.
 

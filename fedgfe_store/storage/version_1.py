@@ -1,10 +1,38 @@
-"""What a store of an older format version lacks, found in what it has."""
+"""Stores of format version 1: what they have besides, and what they lack."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
+
+from fedgfe_store.storage.files import sync_folder, write_file
+
+PENDING = "pending"
+"""Name of a file that says that a commit is being written, which older releases write too."""
+
+
+def put_pending(path: Path, *, token: str, commit: int) -> None:
+    """Say in the store at `path` that `commit` is being written, and by whom."""
+    note = {
+        "token": token,
+        "commit": commit,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_file(path / PENDING, json.dumps(note).encode())
+
+
+def remove_pending(path: Path) -> None:
+    """Say so no longer, once the commit is published."""
+    # Gone where a late writer had still to remove its own.
+    (path / PENDING).unlink(missing_ok=True)
+    sync_folder(path)
 
 
 def identities(extra: np.ndarray) -> np.ndarray:
