@@ -34,9 +34,8 @@ from diffusers import (
 
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.models.devices import DTYPES, clear_cache, is_out_of_memory
-from fedgfe_store.models.diffusers import Placement
 from fedgfe_store.models.flux import FluxImages, FluxModel
-from fedgfe_store.models.offload import Offload
+from fedgfe_store.models.placement import Offload, Placement
 
 T = TypeVar("T")
 STEPS = 28

@@ -25,8 +25,8 @@ from PIL import Image
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings
-from fedgfe_store.models.diffusers import Picture, Placement
-from fedgfe_store.models.model import resolve_model
+from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.placement import Picture, Placement, Sampling
 from fedgfe_store.models.tiny import tiny_flux_path
 
 SIZE = 1024
@@ -49,7 +49,7 @@ class Sleeper:
         self,
         embeddings: Mapping[str, torch.Tensor],
         seeds: Sequence[int],
-        settings: Settings,
+        settings: Sampling,
         *,
         on_step: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Sleeper:
         return torch.zeros(len(seeds), 1)
 
     def decode(
-        self, latents: torch.Tensor, settings: Settings, *, tiled: bool = False
+        self, latents: torch.Tensor, settings: Sampling, *, tiled: bool = False
     ) -> list[Picture | None]:
         """Sleep for the rest, and return pictures."""
         self._sleep(self._seconds * DECODING * len(latents))

@@ -33,9 +33,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from fedgfe_store.generation.settings import Settings
-from fedgfe_store.models.diffusers import Placement
-from fedgfe_store.models.model import Model, resolve_model
+from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.model import Model
+from fedgfe_store.models.placement import Placement, Sampling
 
 SIZE = 32
 NO_ENCODERS = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
@@ -139,7 +139,7 @@ class FakePipeline:
         self,
         embeddings: Mapping[str, torch.Tensor],
         seeds: Sequence[int],
-        settings: Settings,
+        settings: Sampling,
         *,
         on_step: Callable[[], None],
     ) -> torch.Tensor:
@@ -156,7 +156,7 @@ class FakePipeline:
         return result
 
     def decode(
-        self, latents: torch.Tensor, settings: Settings, *, tiled: bool
+        self, latents: torch.Tensor, settings: Sampling, *, tiled: bool
     ) -> list[NDArray[np.uint8] | None]:
         self.calls.append("decode")
         pictures = []

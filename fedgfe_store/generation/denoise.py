@@ -20,7 +20,8 @@ from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import PictureWriter, Tally
 from fedgfe_store.images.provenance import Provenance
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
-from fedgfe_store.models.diffusers import ImagePipeline, Picture
+from fedgfe_store.models.model import ImagePipeline
+from fedgfe_store.models.placement import Picture
 from fedgfe_store.readers.torch import prefetch
 
 _PREFETCHED_BATCHES = 2

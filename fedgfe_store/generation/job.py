@@ -18,15 +18,11 @@ from fedgfe_store.generation.settings import Noise, Settings, noise_rule
 from fedgfe_store.images.identity import others_in
 from fedgfe_store.images.manifest import settings_of
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
-from fedgfe_store.models.diffusers import ImagePipeline, Placement
-from fedgfe_store.models.model import Model, resolve_model
-from fedgfe_store.models.offload import (
-    Footprint,
-    Offload,
-    choose_offload,
-    estimate_footprint,
-)
-from fedgfe_store.models.quantization import WEIGHT_SHARE, Quantization, check_quantization
+from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint
+from fedgfe_store.models.model import ImagePipeline, Model
+from fedgfe_store.models.placement import Offload, Placement, Quantization
+from fedgfe_store.models.quantization import WEIGHT_SHARE, check_quantization
 from fedgfe_store.schema import Kind, Schema
 from fedgfe_store.text.negative import Negative, find_negative
 

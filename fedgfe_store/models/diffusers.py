@@ -1,4 +1,4 @@
-"""Image models behind one small interface, and what all of diffusers' have in common."""
+"""Image models of diffusers: what all families have in common."""
 
 from __future__ import annotations
 
@@ -6,108 +6,20 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, get_args
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.settings import Settings
 from fedgfe_store.models.devices import DTYPES, enough_memory
 from fedgfe_store.models.loading import load_network, loading, naming
 from fedgfe_store.models.model import Model
-from fedgfe_store.models.offload import Offload, Swap, offload_blocks
-from fedgfe_store.models.quantization import Quantization, quantization_config
+from fedgfe_store.models.offload import Swap, offload_blocks
+from fedgfe_store.models.placement import Picture, Placement, Sampling
+from fedgfe_store.models.quantization import quantization_config
 
 _SWAP_BATCHES = 16
-
-Picture = NDArray[np.uint8]
-"""A picture, uint8 ``[height, width, 3]``."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How a model's weights are loaded, and where they lie while it works.
-
-    Parameters
-    ----------
-    dtype : {"float32", "bfloat16", "float16"}
-        What to compute in.
-    device : str
-        Where.
-    offload : {"none", "model", "group", "sequential"}
-        Where the weights wait meanwhile.
-    compiled : bool
-        Whether the denoising network's blocks are compiled.
-    quantization : {"nf4", "fp8"}, optional
-        How the denoising network's weights are kept.
-    """
-
-    dtype: str
-    device: str
-    offload: Offload = "none"
-    compiled: bool = False
-    quantization: Quantization | None = None
-
-    def describe(self, doing: str) -> str:
-        """Say what is done where and how, for errors."""
-        kept = self.quantization or self.dtype
-        return f"{doing} in {kept} on {self.device}, offload {self.offload}"
-
-    def remedy(self, modes: Sequence[Offload] = get_args(Offload)) -> str:
-        """Say what takes less memory than this, for errors; `modes` are those there are."""
-        if torch.device(self.device).type == "cpu":
-            smaller = " or --dtype bfloat16" if self.dtype == "float32" else ""
-            return f"a machine with more memory{smaller} may help"
-        others = [] if self.quantization else modes[modes.index(self.offload) + 1 :]
-        if self.compiled:
-            others = [mode for mode in others if mode == "model"]
-        if not others:
-            return "a GPU with more free memory may help"
-        return f"--offload {' or '.join(others)} may help"
-
-
-class ImagePipeline(Protocol):
-    """What a run needs of an image model.
-
-    Attributes
-    ----------
-    model : Model
-        Which model it is.
-    placement : Placement
-        How it was loaded.
-    batches_per_swap : int
-        Batches to denoise before the first of them is decoded.
-    """
-
-    @property
-    def model(self) -> Model: ...  # noqa: D102
-    @property
-    def placement(self) -> Placement: ...  # noqa: D102
-    @property
-    def batches_per_swap(self) -> int: ...  # noqa: D102
-
-    def denoise(
-        self,
-        embeddings: Mapping[str, torch.Tensor],
-        seeds: Sequence[int],
-        settings: Settings,
-        *,
-        on_step: Callable[[], None],
-    ) -> torch.Tensor:
-        """Denoise a batch under its embeddings, one row and one seed an image.
-
-        `on_step` is called after each step; what it raises ends the batch.
-        """
-        ...
-
-    def decode(
-        self, latents: torch.Tensor, settings: Settings, *, tiled: bool
-    ) -> list[Picture | None]:
-        """Turn denoised latents into pictures; None for one with values that are not finite."""
-        ...
 
 
 class DiffusersImages(ABC):
@@ -191,7 +103,7 @@ class DiffusersImages(ABC):
 
     @abstractmethod
     def arguments(
-        self, embeddings: Mapping[str, torch.Tensor], images: int, settings: Settings
+        self, embeddings: Mapping[str, torch.Tensor], images: int, settings: Sampling
     ) -> dict[str, Any]:
         """Check the embeddings of `images` images; give what the pipeline wants besides noise.
 
@@ -209,7 +121,7 @@ class DiffusersImages(ABC):
         self,
         embeddings: Mapping[str, torch.Tensor],
         seeds: Sequence[int],
-        settings: Settings,
+        settings: Sampling,
         *,
         on_step: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
@@ -221,7 +133,7 @@ class DiffusersImages(ABC):
             The model's columns, any float dtype and device, one row an image.
         seeds : sequence of int
             One an image.
-        settings : Settings
+        settings : Sampling
             Steps, guidance scale and size.
         on_step : callable
             Called after each step; what it raises ends the batch.
@@ -237,36 +149,27 @@ class DiffusersImages(ABC):
             If a shape does not fit; the pipeline itself would not notice.
         """
         with naming(f"model {self.model.folder} cannot denoise"):
-            return self._denoised(embeddings, seeds, settings, on_step)
-
-    def _denoised(
-        self,
-        embeddings: Mapping[str, torch.Tensor],
-        seeds: Sequence[int],
-        settings: Settings,
-        on_step: Callable[[], None],
-    ) -> torch.Tensor:
-        arguments = self.arguments(embeddings, len(seeds), settings)
-        if self._swap:
-            self._swap.bring(self.model.part)
-        # Noise is drawn in float32 on the CPU whatever comes after; the pipelines neither move
-        # nor cast what they are given, and some take the noise's dtype from it.
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        latents = self.draw(generators, settings.height, settings.width)
-        with _compiling() if self.placement.compiled else nullcontext():
-            result: torch.Tensor = self._pipeline(
-                **{name: self._at_home(value) for name, value in arguments.items()},
-                latents=self._at_home(latents),
-                # Schedulers that add noise at each step go on drawing from the image's own.
-                generator=generators,
-                num_inference_steps=settings.steps,
-                height=settings.height,
-                width=settings.width,
-                callback_on_step_end=_calling(on_step),
-                output_type="latent",
-                return_dict=False,
-            )[0]
-        return result
+            arguments = self.arguments(embeddings, len(seeds), settings)
+            if self._swap:
+                self._swap.bring(self.model.part)
+            # Noise is drawn in float32 on the CPU whatever comes after; the pipelines neither move
+            # nor cast what they are given, and some take the noise's dtype from it.
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            latents = self.draw(generators, settings.height, settings.width)
+            with _compiling() if self.placement.compiled else nullcontext():
+                result: torch.Tensor = self._pipeline(
+                    **{name: self._at_home(value) for name, value in arguments.items()},
+                    latents=self._at_home(latents),
+                    # Schedulers that add noise at each step go on drawing from the image's own.
+                    generator=generators,
+                    num_inference_steps=settings.steps,
+                    height=settings.height,
+                    width=settings.width,
+                    callback_on_step_end=_calling(on_step),
+                    output_type="latent",
+                    return_dict=False,
+                )[0]
+            return result
 
     def _at_home(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -275,7 +178,7 @@ class DiffusersImages(ABC):
 
     @torch.no_grad()
     def decode(
-        self, latents: torch.Tensor, settings: Settings, *, tiled: bool = False
+        self, latents: torch.Tensor, settings: Sampling, *, tiled: bool = False
     ) -> list[Picture | None]:
         """Decode latents to the pixels that the pipeline itself would give.
 
@@ -283,7 +186,7 @@ class DiffusersImages(ABC):
         ----------
         latents : torch.Tensor
             As `denoise` returns them, or some rows of it.
-        settings : Settings
+        settings : Sampling
             Size of the pictures.
         tiled : bool
             Decode tile by tile, which takes less memory and changes pixels.
@@ -294,23 +197,18 @@ class DiffusersImages(ABC):
             uint8 ``[height, width, 3]``; None for a picture with NaN or infinity.
         """
         with naming(f"model {self.model.folder} cannot decode"):
-            return self._decoded(latents, settings, tiled)
-
-    def _decoded(
-        self, latents: torch.Tensor, settings: Settings, tiled: bool
-    ) -> list[Picture | None]:
-        if self._swap:
-            self._swap.bring("vae")
-        pipeline, vae = self._pipeline, self._pipeline.vae
-        scaled = self.scaled(latents, settings.height, settings.width)
-        with _tiling(vae, scaled) if tiled else nullcontext():
-            decoded = vae.decode(self._at_home(scaled), return_dict=False)[0]
-        finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
-        if not all(finite):
-            decoded = torch.nan_to_num(decoded)
-        values = pipeline.image_processor.postprocess(decoded, output_type="np")
-        pixels = (values * 255).round().astype(np.uint8)
-        return [picture if ok else None for picture, ok in zip(pixels, finite, strict=True)]
+            if self._swap:
+                self._swap.bring("vae")
+            pipeline, vae = self._pipeline, self._pipeline.vae
+            scaled = self.scaled(latents, settings.height, settings.width)
+            with _tiling(vae, scaled) if tiled else nullcontext():
+                decoded = vae.decode(self._at_home(scaled), return_dict=False)[0]
+            finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
+            if not all(finite):
+                decoded = torch.nan_to_num(decoded)
+            values = pipeline.image_processor.postprocess(decoded, output_type="np")
+            pixels = (values * 255).round().astype(np.uint8)
+            return [picture if ok else None for picture, ok in zip(pixels, finite, strict=True)]
 
 
 def _calling(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:

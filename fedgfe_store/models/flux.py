@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.settings import Settings
-from fedgfe_store.models.diffusers import DiffusersImages, Placement
+from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.models.files import check_number, check_real, check_truth
 from fedgfe_store.models.model import Model
+from fedgfe_store.models.placement import Placement, Sampling
 from fedgfe_store.models.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
 from fedgfe_store.schema import Schema
 
@@ -153,7 +153,7 @@ class FluxImages(DiffusersImages):
         return packed
 
     def arguments(
-        self, embeddings: Mapping[str, torch.Tensor], images: int, settings: Settings
+        self, embeddings: Mapping[str, torch.Tensor], images: int, settings: Sampling
     ) -> dict[str, Any]:
         """Give the pipeline's own arguments; it would not notice a missing axis itself."""
         t5, clip = embeddings["t5"], embeddings["clip"]

@@ -6,15 +6,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
 from fedgfe_store.models.devices import first_line, is_out_of_memory
-
-if TYPE_CHECKING:
-    from fedgfe_store.models.model import Model
+from fedgfe_store.models.model import Model
 
 
 @contextmanager

@@ -1,43 +1,25 @@
-"""Which image model is meant, and what is known of it before any weights are loaded."""
+"""An image model: what is known of it before any weights are loaded, and what it is then."""
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import Any, ClassVar, Protocol
 
-from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
-from fedgfe_store.models.files import (
-    FP16,
-    Weights,
-    check_number,
-    check_numbers,
-    check_real,
-    digest_files,
-    find_weights,
-    read_json,
-)
-from fedgfe_store.models.tiny import tiny_flux_path
+import torch
+
+from fedgfe_store.errors import NotFoundError
+from fedgfe_store.models.files import FP16, Weights, find_weights, read_json
+from fedgfe_store.models.hub import download, how_to_get
+from fedgfe_store.models.placement import Picture, Placement, Sampling
 from fedgfe_store.schema import Kind, Schema
 
-if TYPE_CHECKING:
-    from fedgfe_store.models.diffusers import ImagePipeline, Placement
-
-MODEL_VARIABLE = "FEDGFE_MODEL"
-
-_FAMILIES: dict[Kind, tuple[str, str]] = {
-    "flux": ("fedgfe_store.models.flux", "FluxModel"),
-    "sd": ("fedgfe_store.models.sd", "StableDiffusionModel"),
-}
 _WEIGHTS = "diffusion_pytorch_model"
 _ENCODER_WEIGHTS = "model"
 _WEIGHT_PATTERNS = (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}-*-of-*.safetensors")
 _FP16_PATTERN = f"{_WEIGHTS}*.{FP16}*.safetensors"
-_HUB_TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -210,10 +192,10 @@ class Model(ABC):
         for weights in (_WEIGHT_PATTERNS, (_FP16_PATTERN,)):
             names = ("*.json", *weights)
             patterns = [f"{part}/{name}" for part in (self.part, "vae") for name in names]
-            _download(self.name, [*patterns, "scheduler/*"], revision=self.revision)
+            download(self.name, [*patterns, "scheduler/*"], revision=self.revision)
             if self.has_weights:
                 return
-        raise NotFoundError(_how_to_get(self.name, "its weights are not all in the cache"))
+        raise NotFoundError(how_to_get(self.name, "its weights are not all in the cache"))
 
     def fetch(self, *parts: str) -> bool:
         """Make sure that other parts, such as ``"text_encoder"``, are here if the model has them.
@@ -233,141 +215,16 @@ class Model(ABC):
             patterns = [f"{part}/*" for part in parts]
             for variants in ([f"*.{FP16}.*", f"*.{FP16}-*"], []):
                 left_out = [*ignored, *variants]
-                _download(self.name, patterns, revision=self.revision, ignored=left_out)
+                download(self.name, patterns, revision=self.revision, ignored=left_out)
                 if not self._incomplete([p for p in parts if (self.folder / p).is_dir()]):
                     break
             here = [part for part in parts if (self.folder / part).is_dir()]
             if lacking := self._incomplete(here):  # without a network the cache counts as it is
-                raise NotFoundError(_how_to_get(self.name, f"cached without {lacking[0]}'s files"))
+                raise NotFoundError(how_to_get(self.name, f"cached without {lacking[0]}'s files"))
         return all((self.folder / part).is_dir() for part in parts)
 
     def _incomplete(self, parts: Sequence[str]) -> list[str]:
         return [part for part in parts if not _is_complete(self.folder / part)]
-
-
-def family_of(kind: Kind) -> type[Model]:
-    """Return the class of a family's models.
-
-    Raises
-    ------
-    SchemaMismatchError
-        If there is no such family.
-    """
-    if kind not in _FAMILIES:
-        raise SchemaMismatchError(
-            f"diffusion type: expected {' or '.join(get_args(Kind))}, got {kind!r}"
-        )
-    module, name = _FAMILIES[kind]
-    family: type[Model] = getattr(import_module(module), name)
-    return family
-
-
-def resolve_model(
-    name: str | None = None, *, kind: Kind = "flux", stored: str | None = None
-) -> Model:
-    """Find a model and read its configuration.
-
-    Parameters
-    ----------
-    name : str, optional
-        ``"tiny"``, a local folder, or a hub id. Without one the environment variable
-        ``FEDGFE_MODEL`` counts, then `stored`, then the family's default.
-    kind : {"flux", "sd"}
-        Family that it has to be of.
-    stored : str, optional
-        The model that the store names.
-
-    Returns
-    -------
-    Model
-        The model, without its weights.
-
-    Raises
-    ------
-    NotFoundError
-        If there is no such model, or if it is neither cached nor reachable: how to get it.
-    SchemaMismatchError
-        If it is there but not a text-to-image model of the family.
-    """
-    family = family_of(kind)
-    given = (
-        (name, None),
-        (os.environ.get(MODEL_VARIABLE), f"${MODEL_VARIABLE} names the model"),
-        (stored, "the store names the model"),
-    )
-    name, origin = next(((n, why) for n, why in given if n), (family.default_name, None))
-    try:
-        return _resolve(name, family)
-    except FedgfeStoreError as error:
-        if origin:
-            error.add_note(f"{origin} {name}; --model goes before it")
-        raise
-
-
-def _resolve(name: str, family: type[Model]) -> Model:
-    folder = tiny_flux_path() if name == "tiny" else Path(os.path.expanduser(name))
-    if os.path.isdir(folder):
-        known_as = (
-            "tiny" if folder.resolve() == tiny_flux_path().resolve() else folder.resolve().name
-        )
-        _check_pipeline(folder, family)
-        return _read(family, known_as, folder, _digest_folder(folder, family.part))
-    if name == "tiny":
-        raise NotFoundError(
-            f"model tiny: expected a folder {folder}, got none; reinstall fedgfe-store"
-        )
-    if os.path.exists(folder):
-        raise NotFoundError(f"model: expected tiny, a folder or a hub id, got the file {name}")
-    found = _on_hub(name, family)
-    if found is None:
-        raise NotFoundError(
-            f"model: expected tiny, a folder or a hub id, got {name!r}, where there is nothing"
-        )
-    _check_pipeline(found, family)
-    return _read(family, name, found, found.name, from_hub=True)
-
-
-def _on_hub(name: str, family: type[Model]) -> Path | None:
-    """Return a hub model's folder in the cache; None if no model can have such a name."""
-    from huggingface_hub.errors import HFValidationError
-
-    if "/" not in name:
-        return None
-    try:
-        return _cached_snapshot(name, family.part) or _download(name, ["*.json"])
-    except HFValidationError:
-        return None
-
-
-def _check_pipeline(folder: Path, family: type[Model]) -> None:
-    found = read_json(folder / "model_index.json").get("_class_name")
-    if found == family.pipeline_class:
-        return
-    kinds = [kind for kind in _FAMILIES if family_of(kind).pipeline_class == found]
-    hint = f"; --diffusion-type {kinds[0]} takes it, where the embeddings fit" if kinds else ""
-    raise SchemaMismatchError(
-        f"model {folder}: expected a {family.pipeline_class}, got {found}{hint}"
-    )
-
-
-def _read(
-    family: type[Model], name: str, folder: Path, revision: str, *, from_hub: bool = False
-) -> Model:
-    denoiser = read_json(folder / family.part / "config.json")
-    vae = read_json(folder / "vae" / "config.json")
-    where = str(folder / "vae" / "config.json")
-    check_numbers(vae, "block_out_channels", where)
-    check_number(vae, "latent_channels", where)
-    if "scaling_factor" in vae:  # else the decoder's class has one
-        check_real(vae, "scaling_factor", where)
-    model = family(name, folder, revision, denoiser, vae, from_hub)
-    model.check_config()
-    return model
-
-
-def _digest_folder(folder: Path, denoiser: str) -> str:
-    """Hash configurations, and sizes and samples of the weights: cheap, and any training shows."""
-    return digest_files(folder, (denoiser, "vae", "scheduler"))
 
 
 def _is_complete(folder: Path) -> bool:
@@ -378,47 +235,42 @@ def _is_complete(folder: Path) -> bool:
     return "tokenizer.json" in names or any(not name.endswith(".json") for name in names)
 
 
-def _cached_snapshot(name: str, denoiser: str) -> Path | None:
-    """Return where the hub's cache has a model's configurations; None if any is missing."""
-    from huggingface_hub import try_to_load_from_cache
+class ImagePipeline(Protocol):
+    """What a run needs of an image model.
 
-    found = try_to_load_from_cache(name, "model_index.json")
-    if not isinstance(found, str):
-        return None
-    folder = Path(found).parent
-    configs = [folder / part / "config.json" for part in (denoiser, "vae")]
-    return folder if all(config.is_file() for config in configs) else None
+    Attributes
+    ----------
+    model : Model
+        Which model it is.
+    placement : Placement
+        How it was loaded.
+    batches_per_swap : int
+        Batches to denoise before the first of them is decoded.
+    """
 
+    @property
+    def model(self) -> Model: ...  # noqa: D102
+    @property
+    def placement(self) -> Placement: ...  # noqa: D102
+    @property
+    def batches_per_swap(self) -> int: ...  # noqa: D102
 
-def _download(
-    name: str,
-    patterns: list[str],
-    *,
-    revision: str | None = None,
-    ignored: list[str] | None = None,
-) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    def denoise(
+        self,
+        embeddings: Mapping[str, torch.Tensor],
+        seeds: Sequence[int],
+        settings: Sampling,
+        *,
+        on_step: Callable[[], None],
+    ) -> torch.Tensor:
+        """Denoise a batch under its embeddings, one row and one seed an image.
 
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=ignored,
-            etag_timeout=_HUB_TIMEOUT_SECONDS,
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise NotFoundError(_how_to_get(name, str(error).strip().splitlines()[0])) from error
-    return Path(folder)
+        `on_step` is called after each step; what it raises ends the batch.
+        """
+        ...
 
-
-def _how_to_get(name: str, reason: str) -> str:
-    return (
-        f"model {name}: expected a folder, or a model in the local cache or on the hub, got none "
-        f"of them ({reason}).\n"
-        f"Where there is a network: accept the licence on the model's page if it is gated, log in "
-        f"with `hf auth login`, and run `hf download {name}` with HF_HOME set to a folder that "
-        "this machine sees.\n"
-        "`--model FOLDER` takes a local copy; `--model tiny` runs without any download."
-    )
+    def decode(
+        self, latents: torch.Tensor, settings: Sampling, *, tiled: bool
+    ) -> list[Picture | None]:
+        """Turn denoised latents into pictures; None for one with values that are not finite."""
+        ...

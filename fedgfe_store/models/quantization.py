@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
-
-Quantization = Literal["nf4", "fp8"]
+from fedgfe_store.models.placement import Quantization
 
 WEIGHT_SHARE: dict[str | None, float] = {None: 1.0, "nf4": 0.28, "fp8": 0.5}
 """What is left of 16-bit weights, block scales included."""

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.settings import Settings
-from fedgfe_store.models.diffusers import DiffusersImages, Placement
+from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.models.files import check_number, check_numbers
 from fedgfe_store.models.model import Model
+from fedgfe_store.models.placement import Placement, Sampling
 from fedgfe_store.schema import Schema
 
 # Feature maps at full latent resolution that the U-Net holds at once, skip connections included.
@@ -119,7 +119,7 @@ class StableDiffusionImages(DiffusersImages):
         return torch.cat(drawn)
 
     def arguments(
-        self, embeddings: Mapping[str, torch.Tensor], images: int, settings: Settings
+        self, embeddings: Mapping[str, torch.Tensor], images: int, settings: Sampling
     ) -> dict[str, Any]:
         """Give the pipeline's own arguments; negative embeddings as many as positive ones."""
         clip, negative = embeddings["clip"], embeddings.get("negative")

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.models.devices import DTYPES, clear_cache, enough_memory
-from fedgfe_store.models.diffusers import Placement
 from fedgfe_store.models.files import check_number, digest_files, read_json
+from fedgfe_store.models.fit import Footprint
 from fedgfe_store.models.loading import load_encoder, loading, naming, quiet_loading
 from fedgfe_store.models.model import Model
-from fedgfe_store.models.offload import Footprint, Offload
+from fedgfe_store.models.placement import Offload, Placement
 from fedgfe_store.schema import Kind, Metadata, Schema
 
 BATCH_TOKENS = 4096

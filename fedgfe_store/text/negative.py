@@ -16,8 +16,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
-from fedgfe_store.models.diffusers import Placement
 from fedgfe_store.models.model import Model
+from fedgfe_store.models.placement import Placement
 from fedgfe_store.storage import files
 from fedgfe_store.text.encoders import TextEncoders, encoder_identity
 

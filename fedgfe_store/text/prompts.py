@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
-from fedgfe_store.models.diffusers import Placement
-from fedgfe_store.models.model import Model, resolve_model
-from fedgfe_store.models.offload import Offload, choose_offload
+from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.fit import choose_offload
+from fedgfe_store.models.model import Model
+from fedgfe_store.models.placement import Offload, Placement
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 from fedgfe_store.schema import Kind, Metadata, Schema
 from fedgfe_store.storage.append import IfExists

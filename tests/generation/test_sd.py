@@ -26,8 +26,8 @@ from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchE
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.images.png import image_name
-from fedgfe_store.models.diffusers import Placement
-from fedgfe_store.models.model import resolve_model
+from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.placement import Placement
 from fedgfe_store.selection import Selection
 
 SIZE = 32

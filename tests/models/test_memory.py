@@ -24,9 +24,9 @@ from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.images.png import image_name
 from fedgfe_store.models import devices, offload, quantization
-from fedgfe_store.models.diffusers import Placement
+from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.flux import FluxImages
-from fedgfe_store.models.model import resolve_model
+from fedgfe_store.models.placement import Placement, Sampling
 from fedgfe_store.selection import Selection
 
 
@@ -52,7 +52,7 @@ class Cramped(FakePipeline):
         self,
         embeddings: Mapping[str, torch.Tensor],
         seeds: Sequence[int],
-        settings: Settings,
+        settings: Sampling,
         *,
         on_step: Callable[[], None],
     ) -> torch.Tensor:
@@ -61,7 +61,7 @@ class Cramped(FakePipeline):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return super().denoise(embeddings, seeds, settings, on_step=on_step)
 
-    def decode(self, latents: torch.Tensor, settings: Settings, *, tiled: bool) -> list:
+    def decode(self, latents: torch.Tensor, settings: Sampling, *, tiled: bool) -> list:
         self.decode_sizes.append((len(latents), tiled))
         if len(latents) > (self.tiles if tiled else self.decodes):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")

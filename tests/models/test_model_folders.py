@@ -24,7 +24,7 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.run import generate
 from fedgfe_store.images.clip import Clip
-from fedgfe_store.models.model import resolve_model
+from fedgfe_store.models.families import resolve_model
 from fedgfe_store.selection import Selection
 from fedgfe_store.text.prompts import encode_references, plan_references
 

@@ -15,9 +15,10 @@ from processes import finished
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models import devices
+from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint
 from fedgfe_store.models.flux import FluxModel
-from fedgfe_store.models.model import Model, resolve_model
-from fedgfe_store.models.offload import Footprint, choose_offload, estimate_footprint
+from fedgfe_store.models.model import Model
 from fedgfe_store.models.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
 
 GIB = 2**30
@@ -121,7 +122,7 @@ RESOLVE = """
 import os, sys
 sys.addaudithook(lambda event, _: event in ("socket.connect", "socket.getaddrinfo") and os._exit(9))
 from fedgfe_store.errors import NotFoundError
-from fedgfe_store.models.model import resolve_model
+from fedgfe_store.models.families import resolve_model
 try:
     model = resolve_model(sys.argv[1])
     print(model.name, model.revision, model.folder)

@@ -22,9 +22,10 @@ from processes import finished
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
-from fedgfe_store.models.diffusers import Placement
-from fedgfe_store.models.model import Model, resolve_model
-from fedgfe_store.models.offload import choose_offload
+from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.fit import choose_offload
+from fedgfe_store.models.model import Model
+from fedgfe_store.models.placement import Placement
 from fedgfe_store.models.tiny import tiny_flux_path
 from fedgfe_store.text.encoders import (
     TextEncoders,
@@ -354,7 +355,7 @@ def test_encoders_are_dropped(flux: Path) -> None:
 HUB = """
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.text.encoders import check_encoders
-from fedgfe_store.models.model import resolve_model
+from fedgfe_store.models.families import resolve_model
 model = resolve_model("someone/flux")
 check_encoders(model, fetch=False)
 try:

@@ -1,0 +1,85 @@
+"""How a model is loaded and where its weights lie, and what goes in and out of it then: values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Offload = Literal["none", "model", "group", "sequential"]
+"""Where weights wait while they do nothing, from most to least device memory."""
+
+Quantization = Literal["nf4", "fp8"]
+"""How the denoising network's weights are kept, if not in the dtype that it computes in."""
+
+Picture = NDArray[np.uint8]
+"""A picture, uint8 ``[height, width, 3]``."""
+
+
+class Sampling(Protocol):
+    """What a pipeline is told of an image besides its embeddings and its seed.
+
+    Attributes
+    ----------
+    steps : int
+        Denoising steps.
+    guidance : float or None
+        Guidance scale; None for a model that takes none.
+    height, width : int
+        Size of the image in pixels.
+    """
+
+    @property
+    def steps(self) -> int: ...  # noqa: D102
+    @property
+    def guidance(self) -> float | None: ...  # noqa: D102
+    @property
+    def height(self) -> int: ...  # noqa: D102
+    @property
+    def width(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model's weights are loaded, and where they lie while it works.
+
+    Parameters
+    ----------
+    dtype : {"float32", "bfloat16", "float16"}
+        What to compute in.
+    device : str
+        Where.
+    offload : {"none", "model", "group", "sequential"}
+        Where the weights wait meanwhile.
+    compiled : bool
+        Whether the denoising network's blocks are compiled.
+    quantization : {"nf4", "fp8"}, optional
+        How the denoising network's weights are kept.
+    """
+
+    dtype: str
+    device: str
+    offload: Offload = "none"
+    compiled: bool = False
+    quantization: Quantization | None = None
+
+    def describe(self, doing: str) -> str:
+        """Say what is done where and how, for errors."""
+        kept = self.quantization or self.dtype
+        return f"{doing} in {kept} on {self.device}, offload {self.offload}"
+
+    def remedy(self, modes: Sequence[Offload] = get_args(Offload)) -> str:
+        """Say what takes less memory than this, for errors; `modes` are those there are."""
+        if torch.device(self.device).type == "cpu":
+            smaller = " or --dtype bfloat16" if self.dtype == "float32" else ""
+            return f"a machine with more memory{smaller} may help"
+        others = [] if self.quantization else modes[modes.index(self.offload) + 1 :]
+        if self.compiled:
+            others = [mode for mode in others if mode == "model"]
+        if not others:
+            return "a GPU with more free memory may help"
+        return f"--offload {' or '.join(others)} may help"
