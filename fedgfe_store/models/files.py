@@ -17,9 +17,11 @@ from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 FP16 = "fp16"
 """The variant of weight files that is taken where there are no others."""
 
+# Far above any tokenizer's, the largest; a file that anybody may have written has a bound.
 _LARGEST_JSON = 64 * 2**20
 _LARGEST_NUMBER = 2**31
 _POINTER = b"version https://git-lfs.github.com/"
+# A few milliseconds for files of any size; training changes weights everywhere.
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 

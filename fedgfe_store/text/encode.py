@@ -22,6 +22,7 @@ from fedgfe_store.text.encoders import (
 )
 from fedgfe_store.text.prompts import EncodingPlan, Reference, Report
 
+# Short sequences would be hundreds to a batch, and progress would stand still.
 _MOST_PROMPTS = 32
 
 
