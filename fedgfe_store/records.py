@@ -24,7 +24,7 @@ from fedgfe_store.common.entry import (
     milliseconds,
     named,
 )
-from fedgfe_store.common.words import numbers_first, shown
+from fedgfe_store.common.words import is_whole, numbers_first, shown
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema, TensorColumn
 
@@ -344,14 +344,6 @@ def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
 def _plain(value: Any) -> Any:
     """Return what a tensor holds as Python's own values, and all else as it is."""
     return value.tolist() if _is_tensor(value) and _is_dense(value) else value
-
-
-def is_whole(value: Any) -> bool:
-    """Whether `value` is a whole number, of Python's or of numpy's."""
-    # What isinstance(value, SupportsIndex) asks, which takes 10 us a value. Arrays and tensors
-    # have an __index__ too, whatever they hold.
-    whole = hasattr(type(value), "__index__") and not hasattr(value, "__len__")
-    return whole and not isinstance(value, bool)
 
 
 def _unfit(name: str, wanted: str, value: Any, record: object = "") -> SchemaMismatchError:
