@@ -23,7 +23,8 @@ from playwright.sync_api import Page, sync_playwright
 from fedgfe_store.generation.settings import Settings, fingerprint
 from fedgfe_store.images.gallery import Gallery, make_gallery
 from fedgfe_store.images.manifest import Manifest
-from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.png import write_png
+from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import RecordKey
 
 _DRAWN = 20

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedgfe_store.common.filters import check_names
+from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import is_whole
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.selection import Selection
 from fedgfe_store.storage.append import AppendBatch, IfExists

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 import xxhash
 
-from fedgfe_store.checkpoints.entries import Unusable, column_of
 from fedgfe_store.checkpoints.header import file_name
+from fedgfe_store.common.plain import Unusable
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
-from fedgfe_store.images.png import image_name
+from fedgfe_store.names import image_name
 from fedgfe_store.records import SERVER, RecordBatch
 from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.selection import Selection
+from fedgfe_store.shapes import column_of
 from fedgfe_store.storage import files
 
 Layout = Literal["guide", "upstream"]

@@ -9,16 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from fedgfe_store.checkpoints import entries
-from fedgfe_store.checkpoints.entries import (
-    Slot,
-    Unusable,
-    brief,
-    mapping,
-    plain,
-    survey,
-    whole,
-)
-from fedgfe_store.checkpoints.unpickler import Placeholder
+from fedgfe_store.checkpoints.entries import Slot, survey
+from fedgfe_store.common.plain import Placeholder, Unusable, brief, mapping, plain, whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import SERVER
 from fedgfe_store.schema import Kind

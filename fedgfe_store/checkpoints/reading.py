@@ -13,15 +13,7 @@ import numpy as np
 import torch
 
 from fedgfe_store.checkpoints import torch_files
-from fedgfe_store.checkpoints.entries import (
-    Shape,
-    Skipped,
-    Slot,
-    Unusable,
-    as_tensor,
-    plain,
-    survey,
-)
+from fedgfe_store.checkpoints.entries import Skipped, Slot, survey
 from fedgfe_store.checkpoints.header import (
     RoundFrom,
     classes,
@@ -32,8 +24,10 @@ from fedgfe_store.checkpoints.header import (
     timestamp,
     unread,
 )
+from fedgfe_store.common.plain import Unusable, plain
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Kind, Metadata, Precision, Schema
+from fedgfe_store.shapes import Shape, as_tensor
 
 _WINDOW_BYTES = 128 << 20
 Shapes = dict[str, Shape]

@@ -15,12 +15,10 @@ from fedgfe_store.checkpoints.importing import FileReport, hides, hint_at_folder
 from fedgfe_store.checkpoints.ledger import Ledger
 from fedgfe_store.checkpoints.text_cache import is_named_as_text_cache
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.names import STORE_NAME
 from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.selection import Selection
 from fedgfe_store.store import EmbeddingStore
-
-STORE_NAME = "embeddings.zarr"
-"""The store that lies among the checkpoints."""
 
 Origin = tuple[str, int]
 """Node and round."""

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedgfe_store.checkpoints import torch_files
-from fedgfe_store.checkpoints.entries import mapping, survey
+from fedgfe_store.checkpoints.entries import survey
 from fedgfe_store.checkpoints.header import is_text_cache, unread
 from fedgfe_store.checkpoints.reading import Checkpoint
+from fedgfe_store.common.plain import mapping
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT
 from fedgfe_store.schema import Kind

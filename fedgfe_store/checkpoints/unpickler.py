@@ -23,6 +23,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from fedgfe_store.common.plain import Placeholder
+
 _MOST_COPIED = 20_000_000
 """Items that calls may copy in one file: a few bytes can ask for a copy of everything before."""
 _LONGEST_NAME = 100
@@ -72,30 +74,6 @@ class Named:
 
     def __str__(self) -> str:
         return self.name
-
-
-class Placeholder(dict[Any, Any]):
-    """Stands for an object of a class that is not known; holds its items if it is a dict.
-
-    Attributes
-    ----------
-    name : str
-        The class, or what else would have made the object.
-    text : str or None
-        The object in words, where they are known.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.text: str | None = None
-
-    def __str__(self) -> str:
-        return self.text or f"<{self.name}>"
-
-    __repr__ = __str__
-    __hash__ = object.__hash__  # type: ignore[assignment]
-    __eq__ = object.__eq__
 
 
 @dataclass(frozen=True)

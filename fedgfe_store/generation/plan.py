@@ -22,15 +22,8 @@ from fedgfe_store.generation.settings import (
 )
 from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.manifest import seconds_per_image
-from fedgfe_store.images.png import (
-    FileState,
-    image_name,
-    inspect_image,
-    key_json,
-    older_name,
-    png_names,
-    read_provenance,
-)
+from fedgfe_store.images.png import FileState, inspect_image, png_names, read_provenance
+from fedgfe_store.names import image_name, key_json, older_name
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from fedgfe_store.errors import (
 from fedgfe_store.generation.job import Job, Options, Report
 from fedgfe_store.generation.plan import AGAIN, record_digests
 from fedgfe_store.generation.settings import difference, fingerprint, noise_rule, settings_json
-from fedgfe_store.images.png import inspect_image, read_key
+from fedgfe_store.images.png import inspect_image
+from fedgfe_store.names import read_key
 from fedgfe_store.records import RecordKey
 from fedgfe_store.store import EmbeddingStore
 

@@ -18,7 +18,8 @@ from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.plan import record_digests
 from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.manifest import latest
-from fedgfe_store.images.png import inspect_image, png_names, read_key
+from fedgfe_store.images.png import inspect_image, png_names
+from fedgfe_store.names import read_key
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 from fedgfe_store.selection import Selection
 

@@ -17,7 +17,8 @@ from typing import Any, Self, TypeVar
 
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.parts import WHOLE, Shard
-from fedgfe_store.images.png import key_json, png_names, read_provenance
+from fedgfe_store.images.png import png_names, read_provenance
+from fedgfe_store.names import key_json
 from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.files import NOT_THROUGH_LINKS, write_file
 

@@ -1,4 +1,4 @@
-"""Image files: their names, how they are written, and what they say about themselves."""
+"""Image files: how they are written, and what they say about themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
-
-from fedgfe_store.records import SERVER, RecordKey
 
 FileState = Literal["ours", "foreign", "damaged"]
 
@@ -30,69 +27,9 @@ UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no sound picture; an `OSError` may be the disk's, too."""
 
 _END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_MAX_NAME_BYTES = 200
-_PLAIN = re.compile(
-    r"(?:server|node_[a-z0-9.-]+)_[a-z0-9.-]+_[a-z0-9._-]+_[0-9]+_r[0-9]+(?:_i[0-9]+)?"
-)
-_HASHED = re.compile(r"_h[0-9a-f]{32}\.png$")
-_UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _TEMP = re.compile(r"\.fedgfe-([0-9a-f]{8})-([0-9]+)-[0-9]+\.tmp")
 _STALE_TEMP_SECONDS = 24 * 3600
 _counter = itertools.count()
-
-
-def image_name(key: RecordKey, number: int = 0) -> str:
-    """Name the image file of a record.
-
-    Parameters
-    ----------
-    key : RecordKey
-        The record.
-    number : int
-        Which image of the record, from 0.
-
-    Returns
-    -------
-    str
-        ``node_0_train_dog_0_r5.png`` or ``server_train_dog_0_r5.png``, with ``_i1`` before the
-        dot for image number 1. A key that cannot be read back from such a name, or has capital
-        letters, gets its parts with unsafe characters replaced and a hash of the key at the end,
-        so that two keys never share a name, every file system takes it, and one that ignores
-        case or folds Unicode takes no two for one.
-    """
-    name = _plain_name(key, number)
-    parts_are_plain = "_" not in key.node + key.split and _PLAIN.fullmatch(name)
-    if parts_are_plain and len(name) <= _MAX_NAME_BYTES - 4:
-        return f"{name}.png"
-    return f"{_hashed_name(key, number)}.png"
-
-
-def older_name(key: RecordKey, number: int = 0) -> str | None:
-    """Give the name that an image with capital letters had before; None if it is the same.
-
-    Files of such names are still found, but only where they say themselves what they show: a
-    file system that ignores case may have taken two of them for one.
-    """
-    if not re.search("[A-Z]", key.node + key.split + key.class_name):
-        return None
-    lower = {n: getattr(key, n).lower() for n in ("node", "split", "class_name")}
-    would_be = image_name(replace(key, **lower), number)
-    # The hash alone tells the two kinds apart: letters of the readable part stay as they are.
-    return f"{_plain_name(key, number)}.png" if not _HASHED.search(would_be) else None
-
-
-def _plain_name(key: RecordKey, number: int) -> str:
-    owner = key.node if key.node == SERVER else f"node_{key.node}"
-    name = f"{owner}_{key.split}_{key.class_name}_{key.index}_r{key.round}"
-    return f"{name}_i{number}" if number else name
-
-
-def _hashed_name(key: RecordKey, number: int) -> str:
-    parts = [_UNSAFE.sub("-", part)[:32] for part in (key.node, key.split, key.class_name)]
-    readable = f"node_{parts[0]}_{parts[1]}_{parts[2]}_{key.index}_r{key.round}"
-    # The full digest: a name shared by two records would hide one of them.
-    identity = json.dumps([*key_json(key).values(), number]).encode("ascii")
-    return f"{readable}_h{xxhash.xxh3_128_hexdigest(identity)}"
 
 
 def png_names(folder: Path) -> list[str]:
@@ -106,26 +43,6 @@ def png_names(folder: Path) -> list[str]:
             return sorted(name for name in found if not name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def key_json(key: RecordKey) -> dict[str, Any]:
-    """Give a key as JSON-ready fields, in a fixed order."""
-    return {
-        "node": key.node,
-        "round": key.round,
-        "split": key.split,
-        "class_name": key.class_name,
-        "index": key.index,
-    }
-
-
-def read_key(fields: Any) -> RecordKey | None:
-    """Read a key back from what `key_json` gave; None if it is anything else."""
-    kinds = {"node": str, "round": int, "split": str, "class_name": str, "index": int}
-    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
-        return None
-    fits = all(isinstance(fields[name], kind) for name, kind in kinds.items())
-    return RecordKey(**fields) if fits else None
 
 
 def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> int:

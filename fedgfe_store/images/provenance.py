@@ -10,9 +10,9 @@ import fedgfe_store
 from fedgfe_store.generation.job import Job
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.generation.settings import fingerprint, settings_json
-from fedgfe_store.images.png import key_json
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.models.quantization import PACKAGES
+from fedgfe_store.names import key_json
 
 
 class Provenance:

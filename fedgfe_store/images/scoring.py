@@ -13,8 +13,8 @@ from PIL import Image
 from fedgfe_store.common.words import names
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images.folder import ListedPicture, read_pictures
-from fedgfe_store.images.png import key_json
 from fedgfe_store.images.status import natural_rank
+from fedgfe_store.names import key_json
 from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:

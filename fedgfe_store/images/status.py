@@ -22,13 +22,8 @@ from fedgfe_store.images.folder import (
 )
 from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.manifest import latest
-from fedgfe_store.images.png import (
-    image_name,
-    inspect_image,
-    key_json,
-    png_names,
-    read_provenance,
-)
+from fedgfe_store.images.png import inspect_image, png_names, read_provenance
+from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
 if TYPE_CHECKING:

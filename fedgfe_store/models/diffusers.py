@@ -19,6 +19,8 @@ from fedgfe_store.models.offload import Swap, offload_blocks
 from fedgfe_store.models.placement import Picture, Placement, Sampling
 from fedgfe_store.models.quantization import quantization_config
 
+# Moving a network of billions of parameters takes seconds, and a batch's latents take next to no
+# memory; what waits for the decoder is lost where a process is killed, so there is an end to it.
 _SWAP_BATCHES = 16
 
 

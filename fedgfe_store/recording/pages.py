@@ -10,18 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgfe_store.checkpoints.entries import (
-    T5_WIDTH,
-    Shape,
-    Unusable,
-    as_tensor,
-    column_of,
-    row_shape,
-    without_batch,
-)
+from fedgfe_store.common.plain import Unusable
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema
+from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
 
 PAGE_BYTES = 16 * 2**20
 CLIP_TOKENS = 77

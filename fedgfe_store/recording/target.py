@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
-from fedgfe_store.images.png import image_name
+from fedgfe_store.names import image_name
 from fedgfe_store.recording.pages import arranged, schema_of
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema

@@ -16,15 +16,14 @@ from fedgfe_store.records import (
     KEY_COLUMNS,
     NOTE_COLUMNS,
     RecordKey,
-    digest,
     from_milliseconds,
     key_at,
     keys_of,
-    row_digests,
 )
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage import key_files
 from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.digests import digest, row_digests
 from fedgfe_store.storage.gather import gather
 from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import CommitPoint, Group

@@ -23,9 +23,11 @@ from fedgfe_store.schema import Kind, Metadata, Schema
 BATCH_TOKENS = 4096
 """Tokens, padding included, that the encoders get at once; it bounds memory."""
 
+OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")
+"""Offload modes that diffusers has for encoders; it moves a denoising network's blocks alone."""
+
 # T5-XXL at 512 tokens: four hidden layers of 10,240 and two maps of attention of 64 heads.
 _VALUES_PER_TOKEN = 4 * 10_240 + 2 * 64 * 512
-_MODES: tuple[Offload, ...] = ("none", "model", "sequential")
 _WHERE = {
     "model": "enable_model_cpu_offload",
     "sequential": "enable_sequential_cpu_offload",
@@ -172,7 +174,7 @@ class TextEncoders:
         """
         dtype = DTYPES[placement.dtype]
         doing = placement.describe(f"loading the text encoders of {model.name}")
-        with enough_memory(doing, placement.remedy(_MODES)):
+        with enough_memory(doing, placement.remedy(OFFLOADS)):
             encoders = {part: load_encoder(model, part, dtype) for part in model.encoder_classes}
             for part in model.encoder_parts:
                 for file in (model.folder / part).glob("tokenizer*.json"):
@@ -225,7 +227,7 @@ class TextEncoders:
         """
         doing = self._placement.describe(f"encoding {len(prompts)} prompts")
         unable = f"model {self._model.folder} cannot encode"
-        remedy = self._placement.remedy(_MODES)
+        remedy = self._placement.remedy(OFFLOADS)
         with enough_memory(doing, remedy), naming(unable), quiet_loading():
             values = self._encode(list(prompts), tokens, clip_sequence)
         return {name: value.float().cpu().numpy() for name, value in values.items()}

@@ -32,8 +32,9 @@ from click.testing import CliRunner
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.checkpoints import find_checkpoints, import_checkpoints, read_checkpoint
-from fedgfe_store.checkpoints.unpickler import Placeholder, Refused, Unpickler
+from fedgfe_store.checkpoints.unpickler import Refused, Unpickler
 from fedgfe_store.cli.main import group
+from fedgfe_store.common.plain import Placeholder
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 
 T5, CLIP = torch.ones(17, 4096), torch.ones(768)

@@ -14,7 +14,8 @@ from conftest import SMALL, fill, values
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.png import write_png
+from fedgfe_store.names import image_name, key_json
 
 SPEECH = "female speech, woman speaking"
 ODD = (SPEECH, "male speech", "man speaking", "dog")

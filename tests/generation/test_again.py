@@ -19,7 +19,8 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import seed_of
 from fedgfe_store.images.manifest import read_manifest
-from fedgfe_store.images.png import image_name, write_png
+from fedgfe_store.images.png import write_png
+from fedgfe_store.names import image_name
 
 SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE}
 

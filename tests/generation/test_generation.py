@@ -37,11 +37,11 @@ from fedgfe_store.errors import (
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.images.manifest import read_manifest
-from fedgfe_store.images.png import image_name
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.flux import FluxImages
 from fedgfe_store.models.offload import Swap
 from fedgfe_store.models.placement import Placement
+from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordKey
 
 SETTINGS: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE, "device": "cpu"}

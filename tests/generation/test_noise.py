@@ -19,7 +19,7 @@ from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of
 from fedgfe_store.images.manifest import read_manifest
-from fedgfe_store.images.png import image_name
+from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordKey
 
 FILES = {5: ("a", "b", "c"), 6: ("c", "a", "b")}

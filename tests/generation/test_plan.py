@@ -21,8 +21,9 @@ from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.plan import Plan, PlanItem, plan_images
 from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
 from fedgfe_store.images.manifest import Manifest, read_manifest, seconds_per_image
-from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.png import write_png
 from fedgfe_store.images.status import image_status
+from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import RecordKey
 
 SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)

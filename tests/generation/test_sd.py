@@ -25,9 +25,9 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
-from fedgfe_store.images.png import image_name
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.placement import Placement
+from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
 
 SIZE = 32

@@ -20,8 +20,9 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.manifest import read_manifest
-from fedgfe_store.images.png import image_name, write_png
+from fedgfe_store.images.png import write_png
 from fedgfe_store.images.status import image_status
+from fedgfe_store.names import image_name
 
 SETTINGS = {"steps": 2, "height": SIZE, "width": SIZE, "batch_size": 2}
 PIXELS = np.full((SIZE, SIZE, 3), 99, np.uint8)

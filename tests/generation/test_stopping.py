@@ -25,8 +25,9 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.generation import write as writing
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
-from fedgfe_store.images.png import image_name, write_png
+from fedgfe_store.images.png import write_png
 from fedgfe_store.models.flux import FluxImages, FluxModel
+from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
 
 NAMES = ["SIGTERM", "SIGUSR1", "SIGINT"]

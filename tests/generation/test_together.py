@@ -32,7 +32,7 @@ from fedgfe_store.generation.plan import plan_images
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.images.manifest import read_manifest
-from fedgfe_store.images.png import image_name
+from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
 
 RECORDS = 120

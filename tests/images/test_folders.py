@@ -26,9 +26,10 @@ from fedgfe_store.generation.settings import Settings, fingerprint
 from fedgfe_store.images.folder import find_pictures, read_pictures
 from fedgfe_store.images.gallery import make_gallery
 from fedgfe_store.images.manifest import Manifest, read_manifest
-from fedgfe_store.images.png import inspect_image, key_json, png_names, write_png
+from fedgfe_store.images.png import inspect_image, png_names, write_png
 from fedgfe_store.images.sheet import arrange, save_sheet
 from fedgfe_store.images.status import image_status
+from fedgfe_store.names import key_json
 
 MADE_WITH = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)
 PIXELS = np.full((8, 8, 3), 99, np.uint8)

@@ -27,7 +27,8 @@ from fedgfe_store.errors import NotFoundError
 from fedgfe_store.generation.settings import Settings, fingerprint
 from fedgfe_store.images.gallery import make_gallery, picture_names
 from fedgfe_store.images.manifest import Manifest
-from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.png import write_png
+from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import RecordKey
 
 SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)

@@ -18,13 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import finished, started
 
-from fedgfe_store.images.png import (
-    image_name,
-    inspect_image,
-    read_provenance,
-    remove_stale_temps,
-    write_png,
-)
+from fedgfe_store.images.png import inspect_image, read_provenance, remove_stale_temps, write_png
+from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordKey
 
 GUIDE_NAME = re.compile(r"(?:node_([^_]+)|server)_([^_]+)_(.+)_(\d+)_r(\d+)(?:_i(\d+))?\.png")

@@ -20,8 +20,9 @@ from fedgfe_store.generation.settings import Settings, fingerprint
 from fedgfe_store.images.folder import find_pictures
 from fedgfe_store.images.gallery import make_gallery
 from fedgfe_store.images.manifest import Manifest
-from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.png import write_png
 from fedgfe_store.images.status import image_status
+from fedgfe_store.names import image_name, key_json
 
 SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=32, width=32)
 

@@ -20,8 +20,9 @@ from fedgfe_store.analysis import centroids, drift
 from fedgfe_store.images.folder import find_pictures
 from fedgfe_store.images.gallery import make_gallery
 from fedgfe_store.images.pairing import sample_numbers
-from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.png import write_png
 from fedgfe_store.images.sheet import Sheet, animate, arrange
+from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import RecordKey
 
 FILES = 8

@@ -25,8 +25,8 @@ from transformers import CLIPModel, CLIPProcessor
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.images.png import image_name
 from fedgfe_store.images.scoring import Scores, class_prompts, find_pictures, score_pictures
+from fedgfe_store.names import image_name
 
 CLASSES = ["dog", "cat", "water_tap"]
 

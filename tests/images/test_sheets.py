@@ -22,8 +22,9 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.images.folder import Picture, find_pictures
 from fedgfe_store.images.labels import Label, label_of
-from fedgfe_store.images.png import image_name, key_json, write_png
+from fedgfe_store.images.png import write_png
 from fedgfe_store.images.sheet import animate, arrange, check_output, save_sheet
+from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import RecordKey
 
 NAMES = [

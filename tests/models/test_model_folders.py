@@ -26,7 +26,7 @@ from fedgfe_store.generation.run import generate
 from fedgfe_store.images.clip import Clip
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.selection import Selection
-from fedgfe_store.text.prompts import encode_references, plan_references
+from fedgfe_store.text import encode_references, plan_references
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n"
 DENOISER = "transformer/diffusion_pytorch_model.safetensors"

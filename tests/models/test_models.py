@@ -12,6 +12,7 @@ import pytest
 import torch
 from generation_fakes import load_flux, save_random_flux
 from processes import finished
+from safetensors.torch import save_file
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models import devices
@@ -98,6 +99,18 @@ def test_parameters_are_counted_over_shards_and_dtypes(
     next((tmp_path / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(NotFoundError, match="safetensors"):
         model.fetch_weights()
+
+
+def test_parameters_are_counted_whatever_their_dtype(flux: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(flux, tmp_path / "copy")
+    tensors = {
+        "bytes": torch.zeros(3, 4, dtype=torch.uint8),
+        "shorts": torch.zeros(6, dtype=torch.int16),
+        "a number": torch.zeros((), dtype=torch.bool),
+        "none": torch.zeros(0, 5),
+    }
+    save_file(tensors, copy / "vae" / "diffusion_pytorch_model.safetensors")
+    assert resolve_model(str(copy)).parameters("vae") == sum(t.numel() for t in tensors.values())
 
 
 def test_what_is_not_a_flux_model_is_refused(flux: Path, tmp_path: Path) -> None:

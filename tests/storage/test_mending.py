@@ -14,8 +14,9 @@ from places import DATA
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError
-from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, row_digests
+from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS
 from fedgfe_store.storage import key_files
+from fedgfe_store.storage.digests import row_digests
 from fedgfe_store.storage.layout import key_columns
 from fedgfe_store.storage.staging import Staging
 

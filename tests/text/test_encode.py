@@ -27,12 +27,12 @@ from fedgfe_store.models.fit import choose_offload
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.models.tiny import tiny_flux_path
+from fedgfe_store.text import EncodingReport, encode_references, plan_references
 from fedgfe_store.text.encoders import (
     TextEncoders,
     encoder_footprint,
     encoder_identity,
 )
-from fedgfe_store.text.prompts import EncodingReport, encode_references, plan_references
 
 PHOTO = "a photo of a {class}"
 GIB = 2**30

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Self
 
-from fedgfe_store.checkpoints.entries import Unusable, plain
+from fedgfe_store.common.plain import Unusable, plain
 from fedgfe_store.errors import SchemaMismatchError
 
 _LEGACY = {

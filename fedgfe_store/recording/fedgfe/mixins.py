@@ -8,8 +8,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from fedgfe_store.checkpoints.sources import STORE_NAME
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.names import STORE_NAME
 from fedgfe_store.recording.fedgfe.entries import EmbeddingBatch, is_empty
 from fedgfe_store.recording.fedgfe.settings import DEFAULT_DIR, RecordingSettings
 from fedgfe_store.recording.recorder import Missing, OnError, Recorder, RoundBatch
