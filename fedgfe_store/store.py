@@ -16,9 +16,10 @@ from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.selection import Selection
-from fedgfe_store.storage import commit as commits
 from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.commit import CommitKind, Transaction
 from fedgfe_store.storage.compact import Compaction, compact
+from fedgfe_store.storage.create import create
 from fedgfe_store.storage.mending import find_mending
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.snapshot import Snapshot
@@ -70,7 +71,7 @@ class EmbeddingStore:
         BusyError
             If another process holds the store for longer than `timeout`.
         """
-        commits.create(_folder(path), schema, timeout=timeout)
+        create(_folder(path), schema, timeout=timeout)
         return cls.open(path)
 
     @classmethod
@@ -318,7 +319,7 @@ class EmbeddingStore:
             found = verify(self._snapshot, progress=progress)
             rows = np.array([record.row for record in found.damaged], np.int64)
             if len(rows) or mending.chunks:
-                kind: commits.CommitKind = "repair" if mending.chunks else "delete"
+                kind: CommitKind = "repair" if mending.chunks else "delete"
                 self._snapshot = transaction.publish(kind, deleted=rows, source="verify --repair")
         return replace(found, mended=mending.told)
 
@@ -471,9 +472,9 @@ class EmbeddingStore:
                 progress(len(records))
         return batch
 
-    def _transaction(self, timeout: float) -> commits.Transaction:
+    def _transaction(self, timeout: float) -> Transaction:
         self._refuse_past()
-        return commits.Transaction(self._snapshot, timeout=timeout)
+        return Transaction(self._snapshot, timeout=timeout)
 
     def _refuse_past(self) -> None:
         if self._snapshot.as_of is not None:

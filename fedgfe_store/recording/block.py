@@ -16,8 +16,8 @@ from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.recording.pages import Page
 from fedgfe_store.recording.target import Target
 from fedgfe_store.recording.writer import Job, LeftOut, Pool
-from fedgfe_store.records import checked_columns
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage.incoming import checked_columns
 
 if TYPE_CHECKING:
     from fedgfe_store.recording.recorder import Recorder

@@ -23,9 +23,9 @@ from fedgfe_store.recording.block import RoundBatch
 from fedgfe_store.recording.runs import Run
 from fedgfe_store.recording.target import Target
 from fedgfe_store.recording.writer import Job, LeftOut, Pool
-from fedgfe_store.records import checked_keys
 from fedgfe_store.schema import Metadata, Precision
 from fedgfe_store.storage.append import IfExists
+from fedgfe_store.storage.incoming import checked_keys
 from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
 
 __all__ = ["LeftOut", "Missing", "OnError", "Recorder", "RoundBatch"]
