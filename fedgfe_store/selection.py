@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from fedgfe_store.common.filters import NUMBERS, matches, position_array, wanted_values
+from fedgfe_store.common.filters import NUMBERS, matches, wanted_values
+from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import (
-    KEY_COLUMNS,
-    NOTE_COLUMNS,
-    RecordBatch,
-    RecordKey,
-    check_keys,
-    is_whole,
-)
-from fedgfe_store.schema import Schema
+from fedgfe_store.records import KEY_COLUMNS
+from fedgfe_store.rows import Rows
 from fedgfe_store.storage.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pandas as pd
     import torch
     import xarray as xr
 
     from fedgfe_store.readers.torch import Batches
 
 
-class Selection:
-    """Records of a store, in a fixed order, as one commit shows them.
+class Selection(Rows):
+    """Records of a store that filters chose, in a fixed order, as one commit shows them.
 
     Made by `EmbeddingStore.select`. Key columns are read when first needed; tensors only by
     `read`, by `batches` as it is iterated, and by the arrays of `to_xarray` as they are used.
@@ -51,7 +41,7 @@ class Selection:
         self._snapshot = snapshot
         self._filters = filters
         self._per_class = per_class
-        self._given = rows
+        self._taken = rows
 
     @classmethod
     def of(
@@ -65,44 +55,12 @@ class Selection:
         checked = {name: wanted_values(name, value) for name, value in filters.items()}
         return cls(snapshot, checked, per_class=per_class)
 
-    @property
-    def path(self) -> Path:
-        """Folder of the store."""
-        return self._snapshot.path
-
-    @property
-    def schema(self) -> Schema:
-        """What the records look like."""
-        return self._snapshot.schema
-
-    @property
-    def commit(self) -> int:
-        """Number of the commit that is seen."""
-        return self._snapshot.commit
-
-    @property
-    def store_id(self) -> str | None:
-        """Identity of the store; None for one of format version 1."""
-        return self._snapshot.group.id
-
-    @property
-    def as_of(self) -> int | None:
-        """The commit that was asked for; None where the store was seen as it is."""
-        return self._snapshot.as_of
-
     def others(self, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.
 
         The filters are those of `EmbeddingStore.select`.
         """
         return Selection.of(self._snapshot, filters)
-
-    def __len__(self) -> int:
-        """Return the number of records."""
-        return len(self.rows)
-
-    def __bool__(self) -> bool:
-        return True
 
     def __repr__(self) -> str:
         shown = ", ".join(self._description()) or "all records"
@@ -118,18 +76,21 @@ class Selection:
         if self._per_class is not None:
             filters["per_class"] = self._per_class
         parts = [f"{name}={reprlib.repr(_as_given(value))}" for name, value in filters.items()]
-        return parts if self._given is None else [*parts, "taken by position"]
+        return parts if self._taken is None else [*parts, "taken by position"]
 
     @cached_property
     def rows(self) -> np.ndarray:
         """Row numbers of the records in the store's arrays, int64 ``[n]``."""
-        if self._given is not None:
-            return self._given
+        if self._taken is not None:
+            return self._taken
         rows = np.flatnonzero(self._snapshot.visible)
         for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):
             values = self._snapshot.column_at(name, rows)
             rows = rows[matches(values, self._filters[name])]
         return rows if self._per_class is None else self._lowest(rows, self._per_class)
+
+    def _with(self, rows: np.ndarray) -> Self:
+        return type(self)(self._snapshot, self._filters, per_class=self._per_class, rows=rows)
 
     def _lowest(self, rows: np.ndarray, n: int) -> np.ndarray:
         import pandas as pd
@@ -140,81 +101,6 @@ class Selection:
         kept: np.ndarray = rows[np.sort(groups.head(n).index.to_numpy())]
         return kept
 
-    def _column(self, name: str, rows: np.ndarray) -> np.ndarray:
-        values = self._snapshot.column_at(name, rows)
-        return values.astype(object) if values.dtype.kind == "T" else values
-
-    def column(self, name: str) -> np.ndarray:
-        """Return a key column or note of the records, such as ``"class_name"``, ``[n]``.
-
-        Raises
-        ------
-        SchemaMismatchError
-            If there is none of that name.
-        """
-        if name not in (*KEY_COLUMNS, *NOTE_COLUMNS):
-            raise SchemaMismatchError(
-                f"column: expected one of {', '.join((*KEY_COLUMNS, *NOTE_COLUMNS))}, got {name!r}"
-            )
-        return self._snapshot.column_at(name, self.rows)
-
-    @cached_property
-    def records(self) -> pd.DataFrame:
-        """Everything but the tensors, one row per record.
-
-        Returns
-        -------
-        DataFrame
-            Columns ``node``, ``round``, ``split``, ``class_name``, ``index``, ``sample_id``,
-            ``image_filename``, ``audio_path``, ``timestamp`` (UTC), ``extra`` (JSON), a
-            ``<tensor>_digest`` for each tensor column and ``recorded_in``, the commit that
-            first wrote the record. The frame's own index counts the selection from 0.
-        """
-        import pandas as pd
-
-        self._snapshot.notes(self.rows)
-        names = [*KEY_COLUMNS, *NOTE_COLUMNS]
-        names += [name for name in self._snapshot.group.key_names if name.startswith("has_")]
-        names += [f"{name}_digest" for name in self.schema.columns] + ["recorded_in"]
-        frame = pd.DataFrame({name: self._column(name, self.rows) for name in names})
-        frame["timestamp"] = pd.to_datetime(frame["timestamp"], unit="ms", utc=True)
-        return frame
-
-    def counts(self, *columns: str) -> pd.Series[int]:
-        """Return how many records there are of each combination of key columns' values.
-
-        Parameters
-        ----------
-        *columns : str
-            Key columns, such as ``"round", "node"``.
-
-        Returns
-        -------
-        Series of int
-            Counts, indexed by the values that occur, sorted.
-
-        Raises
-        ------
-        SchemaMismatchError
-            If a name is not that of a key column, or none is given.
-        """
-        import pandas as pd
-
-        check_keys("counts", columns)
-        keys = pd.DataFrame({name: self._column(name, self.rows) for name in columns})
-        return keys.groupby(list(columns), sort=True).size()
-
-    def keys(self) -> list[RecordKey]:
-        """Return the records' keys."""
-        return self._snapshot.keys(self.rows)
-
-    def key_columns(self) -> dict[str, np.ndarray]:
-        """Return the key columns of the records as they stand, without an object for each.
-
-        That they belong together is checked where a record is used: by `keys`, `records`, `read`.
-        """
-        return {name: self._snapshot.column_at(name, self.rows) for name in KEY_COLUMNS}
-
     def by_node_and_round(self) -> dict[tuple[str, int], np.ndarray]:
         """Return the positions of the records, int64 ``[n]``, of each node and round."""
         import pandas as pd
@@ -222,105 +108,6 @@ class Selection:
         keys = pd.DataFrame({name: self._column(name, self.rows) for name in ("node", "round")})
         groups: Any = keys.groupby(["node", "round"], sort=False).indices
         return {(str(node), int(number)): at for (node, number), at in groups.items()}
-
-    def compacted_away(self) -> np.ndarray:
-        """Return which records have lost their tensors to a later compaction, bool ``[n]``.
-
-        Only those of an older commit can; `read` refuses them, all else of them can be read.
-        """
-        gone = np.zeros(len(self), bool)
-        if self._snapshot.point.compacted <= self.commit:
-            return gone
-        granules, places = np.unique(self.rows // self.schema.granule, return_inverse=True)
-        for tensor in self.schema.tensors:
-            files = self._snapshot.tensor_files[tensor.name]
-            lost = np.array([not os.path.exists(files.file(n)) for n in granules.tolist()], bool)
-            here = lost[places]
-            if tensor.optional:
-                here &= self._snapshot.column_at(f"has_{tensor.name}", self.rows)
-            gone |= here
-        return gone
-
-    def take(self, positions: Sequence[int] | Sequence[bool] | np.ndarray | slice) -> Selection:
-        """Return some of the records as a selection.
-
-        Parameters
-        ----------
-        positions : sequence of int, sequence of bool or slice
-            Positions in this selection, in the order wanted, repeats allowed, negative ones from
-            the end; or a mask, one bool for each record, such as ``records.split == "test"`` or
-            a DataArray of `to_xarray`; or a slice.
-
-        Raises
-        ------
-        SchemaMismatchError
-            If it is none of these, such as a mask of another length, or fractions.
-        """
-        return Selection(
-            self._snapshot, self._filters, per_class=self._per_class, rows=self._rows_at(positions)
-        )
-
-    def _rows_at(self, positions: Any) -> np.ndarray:
-        rows = self.rows
-        if isinstance(positions, slice):
-            try:
-                return rows[positions]
-            except TypeError:
-                raise SchemaMismatchError(
-                    f"take: expected a slice of whole numbers, got {positions}"
-                ) from None
-        if hasattr(positions, "coords"):
-            self._check_order(positions)
-        found: np.ndarray = rows[position_array(positions, len(rows))]
-        return found
-
-    def _check_order(self, array: xr.DataArray) -> None:
-        """Refuse an array of xarray whose keys are not those of the records, one by one."""
-        for name in KEY_COLUMNS:
-            given = array.coords.get(name)
-            if given is not None and not np.array_equal(given, self._column(name, self.rows)):
-                raise SchemaMismatchError(
-                    f"take: expected the {name} of the records in their order, got an array "
-                    f"of others"
-                )
-
-    def read(self, column: str, *, out: np.ndarray | None = None) -> np.ndarray:
-        r"""Read a tensor column of the selected records into memory.
-
-        Parameters
-        ----------
-        column : str
-            Name of the tensor column.
-        out : ndarray of float32, shape [n, \*shape], optional
-            Memory to decode into, such as pinned memory; contiguous and writable. What it holds
-            after an error is undefined.
-
-        Returns
-        -------
-        ndarray of float32, shape [n, \*shape]
-            NaN where a record has no value in an optional column; `out` if it is given.
-
-        Raises
-        ------
-        DamagedDataError
-            If a record's values are not those that were committed; names the record.
-        SchemaMismatchError
-            If `out` is not as it must be.
-        """
-        if out is not None:
-            self._check_memory(column, out)
-        return self._snapshot.read(column, self.rows, out=out)
-
-    def _check_memory(self, column: str, out: np.ndarray) -> None:
-        shape = (len(self), *self.schema.column(column).shape)
-        right = (out.shape, out.dtype) == (shape, np.dtype(np.float32))
-        if not (right and out.flags.c_contiguous and out.flags.writeable):
-            states = [("contiguous", out.flags.c_contiguous), ("writable", out.flags.writeable)]
-            got = " ".join(f"{'' if holds else 'not '}{state}," for state, holds in states)
-            raise SchemaMismatchError(
-                f"out: expected contiguous, writable, float32 {list(shape)}, "
-                f"got {got} {out.dtype} {list(out.shape)}"
-            )
 
     def to_xarray(self) -> xr.Dataset:
         """Return the selection as a lazy Dataset.
@@ -335,24 +122,6 @@ class Selection:
         from fedgfe_store.readers.xarray import to_dataset
 
         return to_dataset(self)
-
-    def known_columns(self) -> dict[str, np.ndarray]:
-        """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
-        return self._known_columns(self.rows)
-
-    def _known_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        names = self._snapshot.group.key_names
-        return {name: self._snapshot.column_at(name, rows) for name in names}
-
-    def pieces(self) -> Iterator[RecordBatch]:
-        """Yield the records with all that is known of them, a few tensor files at a time."""
-        step = self.schema.granule * 4
-        for start in range(0, len(self), step):
-            rows = self.rows[start : start + step]
-            self._snapshot.notes(rows)
-            columns = self._known_columns(rows)
-            tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
-            yield RecordBatch(columns, tensors)
 
     def batches(
         self,

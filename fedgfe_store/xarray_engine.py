@@ -48,7 +48,7 @@ class FedgfeBackendEntrypoint(BackendEntrypoint):
         DamagedDataError
             If its ``zarr.json`` or key columns are damaged.
         """
-        from fedgfe_store.records import is_whole
+        from fedgfe_store.common.words import is_whole
         from fedgfe_store.store import EmbeddingStore
 
         if as_of is not None and not is_whole(as_of):

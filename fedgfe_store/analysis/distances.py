@@ -13,8 +13,9 @@ import xarray as xr
 
 from fedgfe_store.analysis.centroids import Group, group_keys
 from fedgfe_store.analysis.scan import Vectors, squares
+from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import SERVER, is_whole
+from fedgfe_store.records import SERVER
 
 """The node that others are compared with."""
 

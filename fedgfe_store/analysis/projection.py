@@ -20,8 +20,9 @@ from fedgfe_store.analysis.scan import (
     key_frame,
     with_values,
 )
+from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, is_whole
+from fedgfe_store.records import KEY_COLUMNS
 from fedgfe_store.selection import Selection
 
 _KEPT = 32

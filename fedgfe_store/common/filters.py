@@ -10,9 +10,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fedgfe_store.common.words import is_number, is_utf8
+from fedgfe_store.common.words import is_number, is_utf8, is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import is_whole
 
 NUMBERS = ("round", "index")
 """Filters whose values are whole numbers."""

@@ -12,7 +12,7 @@ from fedgfe_store.common.words import counted, names, numbers, numbers_first, sh
 from fedgfe_store.storage.files import usage
 
 if TYPE_CHECKING:
-    from fedgfe_store.selection import Selection
+    from fedgfe_store.rows import Rows
     from fedgfe_store.storage.snapshot import Snapshot
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ border-top:1px solid rgba(128,128,128,.35)}
 """
 
 
-def store_html(everything: Selection, snapshot: Snapshot) -> str:
+def store_html(everything: Rows, snapshot: Snapshot) -> str:
     """Return the store seen at `snapshot`, of which `everything` is the selection, as HTML."""
     nbytes, files = usage(snapshot.root)
     facts = [
@@ -64,7 +64,7 @@ def store_html(everything: Selection, snapshot: Snapshot) -> str:
     return _page("EmbeddingStore", everything, facts)
 
 
-def selection_html(selection: Selection, snapshot: Snapshot, description: Iterable[str]) -> str:
+def selection_html(selection: Rows, snapshot: Snapshot, description: Iterable[str]) -> str:
     """Return `selection` of `snapshot`, made by the filters in `description`, as HTML."""
     filters = [f"<code>{escape(each)}</code>" for each in description]
     facts = [
@@ -75,7 +75,7 @@ def selection_html(selection: Selection, snapshot: Snapshot, description: Iterab
     return _page("Selection", selection, facts)
 
 
-def _page(kind: str, selection: Selection, facts: Iterable[tuple[str, str]]) -> str:
+def _page(kind: str, selection: Rows, facts: Iterable[tuple[str, str]]) -> str:
     facts = [*facts, *_key_facts(selection)] if len(selection) else facts
     items = "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in facts if value)
     counts = _counts(selection, "round", "node")
@@ -87,7 +87,7 @@ def _page(kind: str, selection: Selection, facts: Iterable[tuple[str, str]]) -> 
     )
 
 
-def _records(selection: Selection) -> str:
+def _records(selection: Rows) -> str:
     n = len(selection)
     nbytes = size(n * selection.schema.record_nbytes)
     return f"{n:,}" + (_dim(f", {nbytes} as float32") if n else "")
@@ -111,7 +111,7 @@ def _schema_facts(snapshot: Snapshot) -> list[tuple[str, str]]:
     ]
 
 
-def _key_facts(selection: Selection) -> list[tuple[str, str]]:
+def _key_facts(selection: Rows) -> list[tuple[str, str]]:
     nodes = [shortened(name, _LONGEST_NAME) for name in _counts(selection, "node")]
     return [
         ("rounds", _ends(numbers(_counts(selection, "round")))),
@@ -121,7 +121,7 @@ def _key_facts(selection: Selection) -> list[tuple[str, str]]:
     ]
 
 
-def _counts(selection: Selection, *columns: str) -> dict[Any, int]:
+def _counts(selection: Rows, *columns: str) -> dict[Any, int]:
     return selection.counts(*columns).to_dict()
 
 

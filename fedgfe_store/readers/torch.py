@@ -15,13 +15,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from fedgfe_store.common import threads
+from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.records import is_whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedgfe_store.selection import Selection
+    from fedgfe_store.rows import Rows
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Batch:
     """Tensors of some records, ``[b, *shape]`` each, and the records themselves."""
 
-    selection: Selection
+    selection: Rows
     tensors: Mapping[str, torch.Tensor]
 
     def __getitem__(self, column: str) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Batches(IterableDataset[Batch]):
 
     def __init__(
         self,
-        selection: Selection,
+        selection: Rows,
         batch_size: int,
         *,
         dtype: torch.dtype | None,
@@ -112,7 +112,7 @@ class Batches(IterableDataset[Batch]):
             part = self._selection.take(slice(start, start + self._size))
             yield Batch(part, {name: self._tensor(part, name) for name in self._columns})
 
-    def _tensor(self, part: Selection, name: str) -> torch.Tensor:
+    def _tensor(self, part: Rows, name: str) -> torch.Tensor:
         """Decode a column to where it stays; only another data type takes a copy."""
         if not self._pinned:
             tensor = torch.from_numpy(part.read(name))

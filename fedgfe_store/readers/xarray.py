@@ -15,8 +15,8 @@ from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
+    from fedgfe_store.rows import Rows
     from fedgfe_store.schema import Schema
-    from fedgfe_store.selection import Selection
 
 _DASK_BYTES = 64 * 2**20
 
@@ -24,7 +24,7 @@ _DASK_BYTES = 64 * 2**20
 class _TensorArray(BackendArray):
     """A tensor column of a selection; indexing it reads whole records and then cuts them."""
 
-    def __init__(self, selection: Selection, name: str) -> None:
+    def __init__(self, selection: Rows, name: str) -> None:
         self._selection = selection
         self._name = name
         self.shape = (len(selection), *selection.schema.column(name).shape)
@@ -67,7 +67,7 @@ def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(texts, object))
 
 
-def to_dataset(selection: Selection) -> xr.Dataset:
+def to_dataset(selection: Rows) -> xr.Dataset:
     """Return `selection` as `Selection.to_xarray` describes it."""
     frame = _plain(selection.records)
     # Arrays go to other processes with what they hold: the rows, but not the frame.

@@ -16,8 +16,8 @@ import torch
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.recording.pages import Block, LeftOut, Page
 from fedgfe_store.recording.writer import Writer
-from fedgfe_store.records import checked_columns
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage.incoming import checked_columns
 
 _RECHECK = 0.005
 """Seconds after which a thread that waits for a page looks again; filling one takes longer."""

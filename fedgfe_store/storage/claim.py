@@ -9,7 +9,6 @@ next one itself (`Claim.fence`): a late owner finds that it exists, and stops.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -27,7 +26,14 @@ from queue import Empty, SimpleQueue
 from fedgfe_store.common import threads
 from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError, NotFoundError
 from fedgfe_store.storage.checksums import UnreadableError
-from fedgfe_store.storage.files import TEMPORARY, flushed, open_regular, read_regular, sync_folder
+from fedgfe_store.storage.files import (
+    TEMPORARY,
+    flushed,
+    linked,
+    open_regular,
+    read_regular,
+    sync_folder,
+)
 
 RENEWAL_SECONDS = 10.0
 """How often a living owner touches its claim."""
@@ -36,7 +42,6 @@ TAKEOVER_SECONDS = 60.0
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.5
 _LOOK_SECONDS = 1.0
 """How often a waiting writer asks whether the owner lives, which makes a file."""
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 _LONGEST = 2**16
 """Bytes of a claim, at most."""
 _NAME = re.compile(r"claim\.(\d+)\.(\d+)")
@@ -352,6 +357,11 @@ def claims(path: Path) -> dict[int, dict[int, Path]]:
     return found
 
 
+def is_claim(path: Path, entry: Path) -> bool:
+    """Whether `entry` is a claim, or was to become one, on a commit of the store at `path`."""
+    return entry.parent == path and entry.name.startswith("claim.")
+
+
 def age(file: Path) -> float:
     """Return the seconds since `file` was touched, by the clock of its file system.
 
@@ -385,16 +395,11 @@ def _all_dead(files: dict[int, Path]) -> bool:
 def _exclusive_link(source: Path, target: Path, token: str) -> bool:
     """Give the file `source` the name `target` too, which must be free; tell whether it was."""
     try:
-        os.link(source, target)
+        return linked(source, target) or _exclusive_copy(source, target)
     except FileExistsError:
         # A network disk may repeat a call whose answer was lost, and find its own work done.
         owner = Owner.of(target)
         return owner is not None and owner.token == token
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        return _exclusive_copy(source, target)
-    return True
 
 
 def _exclusive_copy(source: Path, target: Path) -> bool:

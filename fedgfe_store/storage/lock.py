@@ -120,14 +120,8 @@ class WriterLock:
 
     def _put_note(self) -> None:
         # Under another name first, so that nothing is written through a link that lies there.
-        temporary = files.temporary_of(self._note)
-        try:
-            with files.naming(self._note):
-                temporary.write_text(_signature(), encoding="utf-8")
-            os.replace(temporary, self._note)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with files.placing(self._note) as temporary, files.naming(self._note):
+            temporary.write_text(_signature(), encoding="utf-8")
 
     def _holder(self) -> str:
         try:

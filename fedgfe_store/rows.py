@@ -1,0 +1,268 @@
+"""Records of a snapshot by their row numbers: what readers of any framework build upon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from fedgfe_store.common.filters import position_array
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey, check_keys
+from fedgfe_store.schema import Schema
+from fedgfe_store.storage.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    import xarray as xr
+
+
+class Rows:
+    """Records of a store, in a fixed order, as one commit shows them.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        The store at that commit.
+    rows : ndarray of int64, shape [n]
+        Row numbers of the records in the store's arrays.
+    """
+
+    def __init__(self, snapshot: Snapshot, rows: np.ndarray) -> None:
+        self._snapshot = snapshot
+        self._given = rows
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Row numbers of the records in the store's arrays, int64 ``[n]``."""
+        return self._given
+
+    @property
+    def path(self) -> Path:
+        """Folder of the store."""
+        return self._snapshot.path
+
+    @property
+    def schema(self) -> Schema:
+        """What the records look like."""
+        return self._snapshot.schema
+
+    @property
+    def commit(self) -> int:
+        """Number of the commit that is seen."""
+        return self._snapshot.commit
+
+    @property
+    def store_id(self) -> str | None:
+        """Identity of the store; None for one of format version 1."""
+        return self._snapshot.group.id
+
+    @property
+    def as_of(self) -> int | None:
+        """The commit that was asked for; None where the store was seen as it is."""
+        return self._snapshot.as_of
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.rows)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _column(self, name: str, rows: np.ndarray) -> np.ndarray:
+        values = self._snapshot.column_at(name, rows)
+        return values.astype(object) if values.dtype.kind == "T" else values
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a key column or note of the records, such as ``"class_name"``, ``[n]``.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If there is none of that name.
+        """
+        if name not in (*KEY_COLUMNS, *NOTE_COLUMNS):
+            raise SchemaMismatchError(
+                f"column: expected one of {', '.join((*KEY_COLUMNS, *NOTE_COLUMNS))}, got {name!r}"
+            )
+        return self._snapshot.column_at(name, self.rows)
+
+    @cached_property
+    def records(self) -> pd.DataFrame:
+        """Everything but the tensors, one row per record.
+
+        Returns
+        -------
+        DataFrame
+            Columns ``node``, ``round``, ``split``, ``class_name``, ``index``, ``sample_id``,
+            ``image_filename``, ``audio_path``, ``timestamp`` (UTC), ``extra`` (JSON), a
+            ``<tensor>_digest`` for each tensor column and ``recorded_in``, the commit that
+            first wrote the record. The frame's own index counts the selection from 0.
+        """
+        import pandas as pd
+
+        self._snapshot.notes(self.rows)
+        names = [*KEY_COLUMNS, *NOTE_COLUMNS]
+        names += [name for name in self._snapshot.group.key_names if name.startswith("has_")]
+        names += [f"{name}_digest" for name in self.schema.columns] + ["recorded_in"]
+        frame = pd.DataFrame({name: self._column(name, self.rows) for name in names})
+        frame["timestamp"] = pd.to_datetime(frame["timestamp"], unit="ms", utc=True)
+        return frame
+
+    def counts(self, *columns: str) -> pd.Series[int]:
+        """Return how many records there are of each combination of key columns' values.
+
+        Parameters
+        ----------
+        *columns : str
+            Key columns, such as ``"round", "node"``.
+
+        Returns
+        -------
+        Series of int
+            Counts, indexed by the values that occur, sorted.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a name is not that of a key column, or none is given.
+        """
+        import pandas as pd
+
+        check_keys("counts", columns)
+        keys = pd.DataFrame({name: self._column(name, self.rows) for name in columns})
+        return keys.groupby(list(columns), sort=True).size()
+
+    def keys(self) -> list[RecordKey]:
+        """Return the records' keys."""
+        return self._snapshot.keys(self.rows)
+
+    def key_columns(self) -> dict[str, np.ndarray]:
+        """Return the key columns of the records as they stand, without an object for each.
+
+        That they belong together is checked where a record is used: by `keys`, `records`, `read`.
+        """
+        return {name: self._snapshot.column_at(name, self.rows) for name in KEY_COLUMNS}
+
+    def compacted_away(self) -> np.ndarray:
+        """Return which records have lost their tensors to a later compaction, bool ``[n]``.
+
+        Only those of an older commit can; `read` refuses them, all else of them can be read.
+        """
+        gone = np.zeros(len(self), bool)
+        if self._snapshot.point.compacted <= self.commit:
+            return gone
+        granules, places = np.unique(self.rows // self.schema.granule, return_inverse=True)
+        for tensor in self.schema.tensors:
+            files = self._snapshot.tensor_files[tensor.name]
+            lost = np.array([not os.path.exists(files.file(n)) for n in granules.tolist()], bool)
+            here = lost[places]
+            if tensor.optional:
+                here &= self._snapshot.column_at(f"has_{tensor.name}", self.rows)
+            gone |= here
+        return gone
+
+    def take(self, positions: Sequence[int] | Sequence[bool] | np.ndarray | slice) -> Self:
+        """Return some of the records.
+
+        Parameters
+        ----------
+        positions : sequence of int, sequence of bool or slice
+            Positions among these records, in the order wanted, repeats allowed, negative ones from
+            the end; or a mask, one bool for each record, such as ``records.split == "test"`` or
+            a DataArray of `to_xarray`; or a slice.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If it is none of these, such as a mask of another length, or fractions.
+        """
+        return self._with(self._rows_at(positions))
+
+    def _with(self, rows: np.ndarray) -> Self:
+        return type(self)(self._snapshot, rows)
+
+    def _rows_at(self, positions: Any) -> np.ndarray:
+        rows = self.rows
+        if isinstance(positions, slice):
+            try:
+                return rows[positions]
+            except TypeError:
+                raise SchemaMismatchError(
+                    f"take: expected a slice of whole numbers, got {positions}"
+                ) from None
+        if hasattr(positions, "coords"):
+            self._check_order(positions)
+        found: np.ndarray = rows[position_array(positions, len(rows))]
+        return found
+
+    def _check_order(self, array: xr.DataArray) -> None:
+        """Refuse an array of xarray whose keys are not those of the records, one by one."""
+        for name in KEY_COLUMNS:
+            given = array.coords.get(name)
+            if given is not None and not np.array_equal(given, self._column(name, self.rows)):
+                raise SchemaMismatchError(
+                    f"take: expected the {name} of the records in their order, got an array "
+                    f"of others"
+                )
+
+    def read(self, column: str, *, out: np.ndarray | None = None) -> np.ndarray:
+        r"""Read a tensor column of the selected records into memory.
+
+        Parameters
+        ----------
+        column : str
+            Name of the tensor column.
+        out : ndarray of float32, shape [n, \*shape], optional
+            Memory to decode into, such as pinned memory; contiguous and writable. What it holds
+            after an error is undefined.
+
+        Returns
+        -------
+        ndarray of float32, shape [n, \*shape]
+            NaN where a record has no value in an optional column; `out` if it is given.
+
+        Raises
+        ------
+        DamagedDataError
+            If a record's values are not those that were committed; names the record.
+        SchemaMismatchError
+            If `out` is not as it must be.
+        """
+        if out is not None:
+            self._check_memory(column, out)
+        return self._snapshot.read(column, self.rows, out=out)
+
+    def _check_memory(self, column: str, out: np.ndarray) -> None:
+        shape = (len(self), *self.schema.column(column).shape)
+        right = (out.shape, out.dtype) == (shape, np.dtype(np.float32))
+        if not (right and out.flags.c_contiguous and out.flags.writeable):
+            states = [("contiguous", out.flags.c_contiguous), ("writable", out.flags.writeable)]
+            got = " ".join(f"{'' if holds else 'not '}{state}," for state, holds in states)
+            raise SchemaMismatchError(
+                f"out: expected contiguous, writable, float32 {list(shape)}, "
+                f"got {got} {out.dtype} {list(out.shape)}"
+            )
+
+    def known_columns(self) -> dict[str, np.ndarray]:
+        """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
+        return self._known_columns(self.rows)
+
+    def _known_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        names = self._snapshot.group.key_names
+        return {name: self._snapshot.column_at(name, rows) for name in names}
+
+    def pieces(self) -> Iterator[RecordBatch]:
+        """Yield the records with all that is known of them, a few tensor files at a time."""
+        step = self.schema.granule * 4
+        for start in range(0, len(self), step):
+            rows = self.rows[start : start + step]
+            self._snapshot.notes(rows)
+            columns = self._known_columns(rows)
+            tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
+            yield RecordBatch(columns, tensors)
