@@ -14,7 +14,8 @@ import torch
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.parts import WHOLE, Shard
 from fedgfe_store.generation.plan import OnStale, Plan, plan_images
-from fedgfe_store.generation.settings import Noise, Settings, noise_rule
+from fedgfe_store.generation.settings import Noise, Settings
+from fedgfe_store.images.compare import noise_rule
 from fedgfe_store.images.identity import others_in
 from fedgfe_store.images.manifest import settings_of
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes

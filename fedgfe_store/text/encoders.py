@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -15,7 +14,7 @@ from fedgfe_store.errors import NotFoundError
 from fedgfe_store.models.devices import DTYPES, clear_cache, enough_memory
 from fedgfe_store.models.files import check_number, digest_files, read_json
 from fedgfe_store.models.fit import Footprint
-from fedgfe_store.models.loading import load_encoder, loading, naming, quiet_loading
+from fedgfe_store.models.loading import load_part, load_pipeline, naming, quiet_loading
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Offload, Placement
 from fedgfe_store.schema import Kind, Metadata, Schema
@@ -175,21 +174,12 @@ class TextEncoders:
         dtype = DTYPES[placement.dtype]
         doing = placement.describe(f"loading the text encoders of {model.name}")
         with enough_memory(doing, placement.remedy(OFFLOADS)):
-            encoders = {part: load_encoder(model, part, dtype) for part in model.encoder_classes}
+            encoders = {part: load_part(model, part, dtype) for part in model.encoder_classes}
             for part in model.encoder_parts:
                 for file in (model.folder / part).glob("tokenizer*.json"):
                     read_json(file)
-            with loading(f"model {model.folder}: tokenizer"):
-                import diffusers
-
-                pipeline = getattr(diffusers, model.pipeline_class).from_pretrained(
-                    os.fspath(model.folder),
-                    **cls.left_out[model.kind],
-                    **encoders,
-                    dtype=dtype,
-                    local_files_only=True,
-                )
-            return cls(pipeline, model, placement)
+            parts = {**cls.left_out[model.kind], **encoders}
+            return cls(load_pipeline(model, dtype, parts, rest=": tokenizer"), model, placement)
 
     def __enter__(self) -> Self:
         return self

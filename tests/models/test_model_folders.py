@@ -313,9 +313,9 @@ def test_the_fp16_variant_may_be_in_shards_and_the_usual_weights_go_before_it(
     path.write_text(json.dumps({"metadata": {}, **index}))
     model = resolve_model(str(copy))
     assert len(model.weights("transformer").files) == 2
-    from fedgfe_store.models.loading import load_network
+    from fedgfe_store.models.loading import load_part
 
-    network = load_network(model, "transformer", torch.float32)
+    network = load_part(model, "transformer", torch.float32)
     assert torch.equal(network.x_embedder.weight, weights["x_embedder.weight"].float())
     save_file({"a": torch.zeros(1)}, copy / "vae/diffusion_pytorch_model.safetensors")
     assert model.weights("vae").variant is None

@@ -18,7 +18,7 @@ from places import DATA
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
-from fedgfe_store.storage import append, backup, commit, create, files
+from fedgfe_store.storage import append, backup, commit, create, files, owner
 from fedgfe_store.storage import claim as claims
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.staging import Staging
@@ -45,7 +45,7 @@ class Hosts:
     def next(self) -> None:
         """Whoever claims from now on is on another host."""
         name = next(self._names)
-        self._patch.setattr(claims, "_machine", lambda: name)
+        self._patch.setattr(owner, "machine", lambda: name)
 
     def sleep(self, path: Path) -> None:
         """Let all who hold a claim on the store at `path` be silent for two minutes."""
@@ -180,7 +180,7 @@ def test_a_disk_on_which_both_kinds_of_locks_exclude_each_other(store, monkeypat
     close = os.close
 
     def closed(handle: int) -> None:
-        for inode in [inode for inode, (owner, _) in held.items() if owner == handle]:
+        for inode in [inode for inode, (keeper, _) in held.items() if keeper == handle]:
             del held[inode]
         close(handle)
 
