@@ -1,10 +1,10 @@
 """Legacy FedGFE ``.pt`` checkpoints: what is in them, and bringing them into a store.
 
-A file goes through ``_pickles`` (safe loading), ``_header`` (node, round, time), ``_entries``
-(which tensor is which, which record it belongs to), ``reading`` (one sample at a time) and
-``importing`` (one commit per file); ``text_cache`` reads caches of text embeddings as if they were
-checkpoints. ``ledger`` remembers what a store has taken in, and ``sources`` takes files as names
-for records. ``exporting`` goes the other way.
+A file goes through ``torch_files`` (safe loading, by ``unpickler`` and ``builders``), ``header``
+(node, round, time), ``entries`` (which tensor is which, which record it belongs to), ``reading``
+(one sample at a time) and ``importing`` (one commit per file); ``text_cache`` reads caches of text
+embeddings as if they were checkpoints. ``ledger`` remembers what a store has taken in, and
+``sources`` takes files as names for records. ``exporting`` goes the other way.
 """
 
 from fedgfe_store.checkpoints.entries import Skipped
