@@ -27,7 +27,7 @@ from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.placement import Picture, Placement, Sampling
-from fedgfe_store.models.tiny import tiny_flux_path
+from fedgfe_store.models.tiny import TINY_FLUX
 
 SIZE = 1024
 DECODING = 0.1
@@ -39,7 +39,7 @@ class Sleeper:
     batches_per_swap = 1
 
     def __init__(self, seconds: float) -> None:
-        self.model = resolve_model(str(tiny_flux_path()))
+        self.model = resolve_model(str(TINY_FLUX))
         self.placement = Placement("float32", "cpu")
         self.busy = 0.0
         self._seconds = seconds

@@ -128,9 +128,10 @@ def _write_checkpoints(quiet: bool) -> None:
 
 
 def _draw_sheet() -> None:
-    from fedgfe_store.images.folder import find_pictures
-    from fedgfe_store.images.sheet import arrange, save_sheet
+    from fedgfe_store.images.arrange import arrange
+    from fedgfe_store.images.folder import ImageFolder
+    from fedgfe_store.images.sheet import save_sheet
 
     folder = Path("output_images") / _EXPERIMENT
-    pictures = find_pictures(folder, node="server", split="test", index=0)
+    pictures = ImageFolder.scan(folder).select(node="server", split="test", index=0)
     save_sheet(arrange(pictures), _SHEET, thumbnail=96)

@@ -13,7 +13,7 @@ from .progress import progress
 from .tables import counted, print_table
 
 if TYPE_CHECKING:
-    from fedgfe_store.text.prompts import EncodingPlan, EncodingReport, Reference
+    from fedgfe_store.text import EncodingPlan, EncodingReport, Reference
 
     from .main import Context
 
@@ -89,7 +89,7 @@ def command(
     fedgfe-store encode --prompt "the sound of a {class}" --class dog,drum --dry-run
     fedgfe-store generate --node 0,text --class dog
     """
-    from fedgfe_store.text.prompts import encode_references, plan_references
+    from fedgfe_store.text import encode_references, plan_references
 
     names = _class_names(obj.store, classes)
     plan = plan_references(obj.store, prompts, report=_remark, classes=names, **options)

@@ -45,13 +45,14 @@ def command(
     fedgfe-store gallery
     fedgfe-store gallery --input-dir output_images/another --output another.html
     """
-    from fedgfe_store.images.gallery import make_gallery, picture_names
+    from fedgfe_store.images.gallery import make_gallery, scan_images
 
     obj: Context = ctx.obj
     folder = input_dir or image_folder(obj.store)
     store = store_in_reach(obj.store)
-    with progress(len(picture_names(folder)), "pictures", quiet=quiet) as advance:
-        gallery = make_gallery(folder, output, store=store, progress=advance)
+    images = scan_images(folder)
+    with progress(len(images.names), "pictures", quiet=quiet) as advance:
+        gallery = make_gallery(images, output, store=store, progress=advance)
     print_left_out(gallery.left_out)
     shown, nbytes = counted(gallery.pictures, "picture"), size(gallery.page.stat().st_size)
     made = counted(gallery.made, "thumbnail")

@@ -116,14 +116,14 @@ def command(
     fedgfe-store score --clip-model models/clip --output scores.csv
     """
     from fedgfe_store import EmbeddingStore
-    from fedgfe_store.images.scoring import find_pictures, score_pictures
+    from fedgfe_store.images.scoring import score_pictures, selected_images
 
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
-    found = find_pictures(selection, input_dir or default_folder(selection))
-    with progress(len(found.pictures), "pictures", quiet=quiet) as advance:
+    found = selected_images(selection, input_dir or default_folder(selection))
+    with progress(len(found.images), "pictures", quiet=quiet) as advance:
         scores = score_pictures(
             found,
             clip_model,

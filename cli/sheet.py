@@ -24,8 +24,8 @@ from .progress import progress
 from .tables import counted
 
 if TYPE_CHECKING:
-    from fedgfe_store.images.folder import Picture
-    from fedgfe_store.images.sheet import Sheet
+    from fedgfe_store.images.arrange import Sheet
+    from fedgfe_store.images.record import ImageRecord
 
     from .main import Context
 
@@ -82,17 +82,18 @@ def command(
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
     from fedgfe_store.images import sheet as sheets
+    from fedgfe_store.images.arrange import arrange
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
-    pictures = _pictures(obj, input_dir or image_folder(obj.store), filters)
+    images = _selected(obj, input_dir or image_folder(obj.store), filters)
     if animate:
-        shown = sheets.animate(pictures, output, thumbnail=thumbnail or 256)
-        rounds = ", ".join(str(picture.key.round) for picture in shown)
+        shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
+        rounds = ", ".join(str(image.key.round) for image in shown)
         click.echo(f"{output}: {shown[0].key.class_name}, rounds {rounds}")
         _tell_outdated(shown)
         return
-    sheet = sheets.arrange(pictures, rows=rows, columns=columns)
+    sheet = arrange(images, rows=rows, columns=columns)
     with progress(len(sheet.cells), "pictures", quiet=quiet) as advance:
         files = sheets.save_sheet(
             sheet,
@@ -102,39 +103,39 @@ def command(
             report=lambda line: click.echo(f"note: {line}", err=True),
             progress=advance,
         )
-    for line in _told(sheet, len(pictures), files):
+    for line in _told(sheet, len(images), files):
         click.echo(line)
     _tell_outdated(sheet.cells.values())
 
 
-def _tell_outdated(pictures: Iterable[Picture]) -> None:
-    marks = Counter(picture.mark for picture in pictures if picture.mark)
+def _tell_outdated(images: Iterable[ImageRecord]) -> None:
+    marks = Counter(image.mark for image in images if image.mark)
     if marks:
         click.echo(outdated_line(marks))
 
 
-def _pictures(obj: Context, folder: Path, filters: Filters) -> list[Picture]:
+def _selected(obj: Context, folder: Path, filters: Filters) -> list[ImageRecord]:
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.common.lookup import said
     from fedgfe_store.errors import NotFoundError
-    from fedgfe_store.images.folder import find_pictures, key_values
+    from fedgfe_store.images.folder import ImageFolder, key_values
     from fedgfe_store.records import KEY_COLUMNS
 
-    store = store_in_reach(obj.store)
+    scanned, store = ImageFolder.scan(folder), store_in_reach(obj.store)
     if not filters:
-        return find_pictures(folder, store=store)
-    known = find_pictures(folder)
+        return scanned.select(store=store)
+    known = scanned.select()
     samples = {name: v for name, v in filters.typed.items() if name not in KEY_COLUMNS}
     keys = replace(filters, typed={n: v for n, v in filters.typed.items() if n not in samples})
     wanted = keys.looked_up(lambda name: key_values(known, name), str(folder))
-    pictures = find_pictures(folder, store=store, **wanted)
+    images = scanned.select(store=store, **wanted)
     if not samples:
-        return pictures
+        return images
     selection = replace(filters, typed=samples, per_class=None).select(
         EmbeddingStore.open(obj.store)
     )
     named = set(selection.keys())
-    kept = [picture for picture in pictures if picture.key in named]
+    kept = [image for image in images if image.key in named]
     if not kept:
         asked = "; ".join(said(values) for values in samples.values())
         raise NotFoundError(f"no picture in {folder} is of {asked}")

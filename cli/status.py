@@ -128,8 +128,8 @@ def _deleted(status: ImageStatus) -> pd.DataFrame:
     from fedgfe_store.records import KEY_COLUMNS
 
     rows = [
-        [*(getattr(picture.key, name) for name in KEY_COLUMNS), picture.image, picture.file]
-        for picture in status.deleted
+        [*(getattr(image.key, name) for name in KEY_COLUMNS), image.number, image.name]
+        for image in status.deleted
     ]
     return pd.DataFrame(rows, columns=[*KEY_COLUMNS, "image", "file"])
 
@@ -191,6 +191,7 @@ def _print_failures(status: ImageStatus) -> None:
 
 
 def _print_rest(status: ImageStatus, parts: int | None) -> None:
+    from fedgfe_store.generation.parts import parts_of
     from fedgfe_store.images.manifest import shard_count
 
     unfinished = status.totals["all"] - status.totals["done"]
@@ -200,5 +201,5 @@ def _print_rest(status: ImageStatus, parts: int | None) -> None:
     elif count is None:
         click.echo(f"to finish: {counted(unfinished, 'image')}")
     else:
-        array = numbers(status.unfinished_shards(count)).replace(" ", "")
+        array = numbers(parts_of(status.unfinished, count)).replace(" ", "")
         click.echo(f"to finish: --array={array}")

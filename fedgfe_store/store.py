@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fedgfe_store.common.filters import check_names
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.schema import FORMAT_VERSION, Schema
+from fedgfe_store.schema import Schema
 from fedgfe_store.selection import Selection
-from fedgfe_store.storage import commit as commits
 from fedgfe_store.storage.append import AppendBatch, IfExists
-from fedgfe_store.storage.compact import Compaction, compact
-from fedgfe_store.storage.mending import find_mending
+from fedgfe_store.storage.create import create
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.snapshot import Snapshot
-from fedgfe_store.storage.verify import Verification, verify
+from fedgfe_store.storage.upkeep import LOCK_TIMEOUT, Upkeep
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from fedgfe_store.storage.backup import Backup
-
-LOCK_TIMEOUT = 600.0
-"""Seconds that a writer waits for another one by default."""
+    pass
 
 
-class EmbeddingStore:
+class EmbeddingStore(Upkeep):
     """Embeddings of one experiment: one ordinary Zarr v3 group on the local disk.
 
     Made by `EmbeddingStore.create` or `EmbeddingStore.open`. An open store shows the commit
@@ -46,7 +36,7 @@ class EmbeddingStore:
                 f"expected EmbeddingStore.open(path) or EmbeddingStore.create(path, schema), "
                 f"got EmbeddingStore({snapshot!r})"
             )
-        self._snapshot = snapshot
+        super().__init__(snapshot)
 
     @classmethod
     def create(
@@ -70,7 +60,7 @@ class EmbeddingStore:
         BusyError
             If another process holds the store for longer than `timeout`.
         """
-        commits.create(_folder(path), schema, timeout=timeout)
+        create(_folder(path), schema, timeout=timeout)
         return cls.open(path)
 
     @classmethod
@@ -98,11 +88,6 @@ class EmbeddingStore:
         return cls(Snapshot.latest(_folder(path), as_of))
 
     @property
-    def path(self) -> Path:
-        """The store's folder."""
-        return self._snapshot.path
-
-    @property
     def schema(self) -> Schema:
         """What the records look like."""
         return self._snapshot.schema
@@ -111,11 +96,6 @@ class EmbeddingStore:
     def id(self) -> str | None:
         """What tells this store from every other one; None in format version 1."""
         return self._snapshot.group.id
-
-    @property
-    def commit(self) -> int:
-        """Number of the commit that is seen; 0 for a new store."""
-        return self._snapshot.commit
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -283,142 +263,6 @@ class EmbeddingStore:
                 self._snapshot = transaction.publish("delete", deleted=rows)
         return len(rows)
 
-    def verify(
-        self,
-        *,
-        repair: bool = False,
-        timeout: float = LOCK_TIMEOUT,
-        progress: Callable[[int], object] = lambda records: None,
-    ) -> Verification:
-        """Read every live record and look at everything else that the store needs.
-
-        Parameters
-        ----------
-        repair : bool
-            Mark damaged records as deleted, in one commit, so that importing or appending them
-            again puts them back, and undo what releases before format version 2 could do: times
-            that no reader takes, and marks of a commit that was never made. Nothing else can be
-            mended from within.
-        timeout : float
-            Seconds to wait for another writer, under `repair`.
-        progress : callable
-            Called with the number of records just read.
-
-        Returns
-        -------
-        Verification
-            What was found; damage is reported, not raised.
-        """
-        if not repair:
-            return verify(self._snapshot, progress=progress)
-        with self._transaction(timeout) as transaction:
-            self._snapshot = transaction.snapshot
-            mending = find_mending(self._snapshot)
-            self._snapshot.mend(mending.chunks)
-            found = verify(self._snapshot, progress=progress)
-            rows = np.array([record.row for record in found.damaged], np.int64)
-            if len(rows) or mending.chunks:
-                kind: commits.CommitKind = "repair" if mending.chunks else "delete"
-                self._snapshot = transaction.publish(kind, deleted=rows, source="verify --repair")
-        return replace(found, mended=mending.told)
-
-    def backup(
-        self,
-        target: str | os.PathLike[str],
-        *,
-        timeout: float = LOCK_TIMEOUT,
-        progress: Callable[[int], object] = lambda nbytes: None,
-    ) -> Backup:
-        """Bring a copy of the store, at its latest commit, to `target`.
-
-        The copy is a store: it opens, and is sound, at any moment once the first backup is done.
-        Run again, a backup brings what is new. Tensor files are linked where `target` is on the
-        same file system, and copied elsewhere; writers wait only while the rest is copied.
-
-        Parameters
-        ----------
-        target : path-like
-            A new folder, or one that an earlier backup of this store was brought to.
-        timeout : float
-            Seconds to wait for another writer, or another backup.
-        progress : callable
-            Called with the number of bytes just copied.
-
-        Returns
-        -------
-        Backup
-            The commit that is in it, and what was brought.
-
-        Raises
-        ------
-        ConflictError
-            If something else lies at `target`, or a copy that has commits of its own.
-        BusyError
-            If another writer holds the store for longer than `timeout`.
-        """
-        from fedgfe_store.storage.backup import back_up
-
-        self._refuse_past()
-        return back_up(self._snapshot, Path(target), timeout=timeout, progress=progress)
-
-    def upgrade(self, *, timeout: float = LOCK_TIMEOUT) -> bool:
-        """Bring the store to the format version that new stores have, in one commit.
-
-        Releases that do not know it refuse the store from then on, in one line. Records keep
-        their bits; a ``file_id`` among a record's `extra` becomes the column's.
-
-        Parameters
-        ----------
-        timeout : float
-            Seconds to wait for another writer.
-
-        Returns
-        -------
-        bool
-            Whether there was anything to do.
-
-        Raises
-        ------
-        DamagedDataError
-            If a key column is damaged; nothing is changed.
-        BusyError
-            If another writer holds the store for longer than `timeout`.
-        """
-        with self._transaction(timeout) as transaction:
-            self._snapshot = transaction.snapshot
-            if self._snapshot.group.version == FORMAT_VERSION:
-                return False
-            transaction.upgrade()
-            self._snapshot = transaction.publish("upgrade")
-        return True
-
-    def compact(self, *, timeout: float = LOCK_TIMEOUT) -> Compaction:
-        """Gather the records of thinly filled files and unlink files without a live record.
-
-        Records keep their bits. Deleted records, and the state that they belonged to, are then
-        gone for readers of an older commit, who are told so.
-
-        Parameters
-        ----------
-        timeout : float
-            Seconds to wait for another writer.
-
-        Returns
-        -------
-        Compaction
-            What it did; nothing when no file would be freed.
-
-        Raises
-        ------
-        DamagedDataError
-            If a record that would be copied is damaged; nothing is changed.
-        BusyError
-            If another writer holds the store for longer than `timeout`.
-        """
-        with self._transaction(timeout) as transaction:
-            done, self._snapshot = compact(transaction)
-        return done
-
     def merge(
         self,
         source: EmbeddingStore,
@@ -470,32 +314,6 @@ class EmbeddingStore:
                 batch.add_records(records)
                 progress(len(records))
         return batch
-
-    def _transaction(self, timeout: float) -> commits.Transaction:
-        self._refuse_past()
-        return commits.Transaction(self._snapshot, timeout=timeout)
-
-    def _refuse_past(self) -> None:
-        if self._snapshot.as_of is not None:
-            raise SchemaMismatchError(
-                f"{self.path} was opened as of commit {self.commit}: "
-                f"open it without as_of to change it"
-            )
-
-    def history(self) -> pd.DataFrame:
-        """Return one row per commit.
-
-        Returns
-        -------
-        DataFrame
-            ``commit``, ``time`` (UTC), ``kind``, ``source`` (where it came from), ``nodes`` and
-            ``rounds`` that it touched, records ``added`` and ``deleted`` (a replaced record counts
-            in both, one that a compaction moved in neither), ``records`` live after it, and
-            ``bytes`` on disk of the tensor files that it wrote and that are still there.
-        """
-        from fedgfe_store.storage.history import history
-
-        return history(self._snapshot)
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
-from fedgfe_store.models.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
+from fedgfe_store.models.tiny import TINY_FLUX, TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
 
 
 def load(dtype: torch.dtype | None = None) -> FluxPipeline:
     options = {} if dtype is None else {"dtype": dtype}
     pipeline = FluxPipeline.from_pretrained(
-        str(tiny_flux_path()),
+        str(TINY_FLUX),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,

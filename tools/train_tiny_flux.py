@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from fedgfe_store.demo.anchors import CLIP_SHAPE, T5_SHAPE, class_anchor
 from fedgfe_store.demo.pictograms import CLASSES, draw
-from fedgfe_store.models.tiny import TINY_SIZE, tiny_flux_path
+from fedgfe_store.models.tiny import TINY_FLUX, TINY_SIZE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from noisy_anchors import CONFUSION
@@ -315,7 +315,7 @@ def train_transformer(
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=tiny_flux_path())
+@click.option("--output", type=click.Path(path_type=Path), default=TINY_FLUX)
 @click.option("--steps", default=4500, show_default=True, help="Steps of the transformer.")
 @click.option("--vae-steps", default=6000, show_default=True, help="Steps of the autoencoder.")
 @click.option("--seed", default=0, show_default=True)

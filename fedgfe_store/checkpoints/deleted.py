@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fedgfe_store.checkpoints.reading import Entry
-from fedgfe_store.records import RecordBatch, RecordKey
+from fedgfe_store.records import RecordKey
+from fedgfe_store.storage.incoming import checked
 from fedgfe_store.storage.snapshot import Snapshot
 
 
@@ -43,5 +44,5 @@ class DeletedRecords:
         if known is None:
             return False
         tensors = {name: getattr(sample, name) for name in self._schema.columns}
-        columns = RecordBatch.check(self._schema, vars(key), {}, tensors).columns
+        columns = checked(self._schema, vars(key), {}, tensors).columns
         return tuple(int(columns[name][0]) for name in self._names) in known

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fedgfe_store.checkpoints.reading import Entry
-from fedgfe_store.storage.upgrade import identities
+from fedgfe_store.storage.version_1 import identities
 from fedgfe_store.store import EmbeddingStore
 
 Place = tuple[str, str, int]

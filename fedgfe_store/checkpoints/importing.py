@@ -42,7 +42,8 @@ from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.schema import Precision, Schema
 from fedgfe_store.storage.append import IfExists
 from fedgfe_store.storage.snapshot import Snapshot
-from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
+from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
+from fedgfe_store.store import EmbeddingStore
 
 _GROUP_BYTES = 32 << 20
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max

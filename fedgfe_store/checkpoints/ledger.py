@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -119,12 +118,10 @@ class Ledger:
         if not times:  # nothing of the file could be taken in, and nothing else is there
             return
         line = Imported(self._name(path), content, node, round, len(times), times[-1])
-        data = json.dumps(asdict(line)).encode("ascii") + b"\n"
         try:
-            with self._path.open("ab+") as file:  # appends, and in one write
-                if _ends_torn(file):
-                    data = b"\n" + data
-                file.write(data)
+            with self._path.open("ab+") as file:
+                files.end_torn_line(file.fileno())
+                files.append_line(file.fileno(), asdict(line))
         except OSError as error:
             _log.warning("%s will be read again next time: %s", path, error)
 
@@ -200,19 +197,11 @@ def content_digest(path: Path) -> str:
     return f"bytes {whole.hexdigest()}"
 
 
-def _ends_torn(file: BinaryIO) -> bool:
-    """Whether a writer was killed in the middle of the last line."""
-    if not file.tell():
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read() != b"\n"
-
-
 def _parsed(line: bytes) -> Imported | None:
     """Return a line, None for one that was torn or that this release does not know."""
     try:
-        found = Imported(**json.loads(line))
-    except (ValueError, TypeError, RecursionError):
+        found = Imported(**(files.parsed_line(line) or {}))
+    except TypeError:  # names are missing, or there are others
         return None
     texts = found.file, found.content, found.node
     numbers = found.commit, found.round, found.time

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
-import threading
 import uuid
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
+from fedgfe_store.common import threads
 from fedgfe_store.images.png import writer_is_gone, writer_token
-
-RENEWED_EVERY = 10.0
-"""Seconds after which a living process renews its claims."""
-
-EXPIRES_AFTER = 60.0
-"""Seconds without renewal after which a claim is a dead process's."""
+from fedgfe_store.storage import claim_files
 
 _MARK_BYTES = 100
 _NAME = re.compile(r"\.fedgfe-claim-(.+)-([0-9]+)", re.DOTALL)
@@ -45,15 +41,15 @@ class ClaimFiles:
         self._held: dict[str, int] = {}
         self._asked = 0.0
         self._silent: set[str] = set()
-        self._closed = threading.Event()
-        self._renewing: threading.Thread | None = None
+        self._stop: SimpleQueue[None] = SimpleQueue()
+        self._renewing: threads.Thread | None = None
         self._remove_dead()
 
     def take(self, name: str) -> bool:
         """Claim a name, unless a living process has it."""
         self._silent.discard(name)
         generation = 0
-        while not self._make(self._path(name, generation)):
+        while not claim_files.make(self._path(name, generation), self._mark):
             state = self._owner(self._path(name, generation))
             if state == "dead":
                 generation += 1
@@ -63,7 +59,8 @@ class ClaimFiles:
                 return False
         self._held[name] = generation
         if self._renewing is None:
-            self._renewing = threading.Thread(target=self._renew, name="fedgfe-claims", daemon=True)
+            renew = partial(claim_files.renew, self._stop, self._paths)
+            self._renewing = threads.Thread(renew, "fedgfe-claims")
             self._renewing.start()
         return True
 
@@ -78,7 +75,7 @@ class ClaimFiles:
 
     def ask(self) -> None:
         """Count renewals from now on as signs of life."""
-        self._asked = self._now()
+        self._asked = claim_files.now(self._clock)
 
     def is_silent(self, name: str) -> bool:
         """Whether a name could not be taken, and its owner has shown no sign of life since."""
@@ -86,7 +83,7 @@ class ClaimFiles:
 
     def close(self) -> None:
         """Give all names back."""
-        self._closed.set()
+        self._stop.put(None)
         if self._renewing is not None:
             self._renewing.join()
         for name in list(self._held):
@@ -95,48 +92,23 @@ class ClaimFiles:
     def _path(self, name: str, generation: int) -> Path:
         return self._folder / f".fedgfe-claim-{name}-{generation}"
 
-    def _make(self, path: Path) -> bool:
-        try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return False
-        try:
-            os.write(file, self._mark)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            error.filename = str(path)
-            raise
-        finally:
-            os.close(file)
-        return True
+    def _paths(self) -> list[Path]:
+        return [self._path(*each) for each in self._held.copy().items()]
 
     def _owner(self, path: Path) -> str:
         """Tell whether a claim's owner is alive, silent so far or dead, or the claim gone."""
         try:
-            # Opening asks a network disk for the file's true state; a stat alone may be old.
-            with path.open("rb") as file:
-                words = file.read(_MARK_BYTES).split()
-                renewed = os.fstat(file.fileno()).st_mtime
+            words = _read(path).split()
+            renewed = claim_files.touched(path)
         except FileNotFoundError:
             return "gone"
         if len(words) > 1 and words[1].isdigit():
             token = words[0].decode("ascii", "replace")
             if writer_is_gone(token, int(words[1])):
                 return "dead"
-        if self._now() - renewed > EXPIRES_AFTER:
+        if claim_files.may_be_taken_over(claim_files.now(self._clock) - renewed):
             return "dead"
         return "alive" if renewed > self._asked > 0 else "silent"
-
-    def _now(self) -> float:
-        os.utime(self._clock)
-        return self._clock.stat().st_mtime
-
-    def _renew(self) -> None:
-        while not self._closed.wait(RENEWED_EVERY):
-            for name, generation in self._held.copy().items():
-                # Released meanwhile; or the disk fails, and the next renewal tries again.
-                with contextlib.suppress(OSError):
-                    os.utime(self._path(name, generation))
 
     def _remove_dead(self) -> None:
         """Remove what killed processes left, in the one way that is safe beside others."""

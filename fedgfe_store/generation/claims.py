@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -15,8 +14,10 @@ from typing import Self
 import xxhash
 
 from fedgfe_store.errors import ConflictError
-from fedgfe_store.generation.claim_files import EXPIRES_AFTER, ClaimFiles
+from fedgfe_store.generation.claim_files import ClaimFiles
+from fedgfe_store.storage.claim_files import TAKEOVER_SECONDS
 from fedgfe_store.storage.files import NOT_THROUGH_LINKS
+from fedgfe_store.storage.lock import HELD, NOT_OFFERED
 
 try:
     import fcntl
@@ -28,7 +29,6 @@ CLAIMS_NAME = ".fedgfe-claims"
 _OFFSETS = 2**62
 _IN_A_FILE = -1
 _LOOKS_EVERY = 0.5
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 _open: set[tuple[int, int, int]] = set()
 _opening = threading.Lock()
 
@@ -118,8 +118,8 @@ class Claims:
                     self._waiting = True
                     self._files.ask()
                     self._report(
-                        f"waiting up to {EXPIRES_AFTER:.0f} s to learn whether the processes live "
-                        f"that have claimed images in {self._folder}"
+                        f"waiting up to {TAKEOVER_SECONDS:.0f} s to learn whether the processes "
+                        f"live that have claimed images in {self._folder}"
                     )
             if self._ended():
                 return False
@@ -163,9 +163,9 @@ class Claims:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NOT_OFFERED:
                 self._go_on_with_files(os.strerror(error.errno))
-            elif error.errno not in (errno.EAGAIN, errno.EACCES):
+            elif error.errno not in HELD:
                 raise
             return False
         return True

@@ -15,10 +15,10 @@ import torch
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.job import Job, Report
 from fedgfe_store.generation.plan import PlanItem, shortage
+from fedgfe_store.generation.provenance import Provenance
 from fedgfe_store.generation.read import Batch, read_batches
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import PictureWriter, Tally
-from fedgfe_store.images.provenance import Provenance
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
 from fedgfe_store.models.model import ImagePipeline
 from fedgfe_store.models.placement import Picture

@@ -14,14 +14,15 @@ import torch
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.parts import WHOLE, Shard
 from fedgfe_store.generation.plan import OnStale, Plan, plan_images
-from fedgfe_store.generation.settings import Noise, Settings, noise_rule
+from fedgfe_store.generation.settings import Noise, Settings
+from fedgfe_store.images.compare import noise_rule
 from fedgfe_store.images.identity import others_in
 from fedgfe_store.images.manifest import settings_of
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
 from fedgfe_store.models.families import resolve_model
-from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint
+from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
 from fedgfe_store.models.model import ImagePipeline, Model
-from fedgfe_store.models.placement import Offload, Placement, Quantization
+from fedgfe_store.models.placement import Offload, Placement, Quantization, possible_offloads
 from fedgfe_store.models.quantization import WEIGHT_SHARE, check_quantization
 from fedgfe_store.schema import Kind, Schema
 from fedgfe_store.text.negative import Negative, find_negative
@@ -33,10 +34,6 @@ Report = Callable[[str], object]
 
 POOLS = ("last", "first", "mean")
 
-_LARGEST_BATCH = 8
-_MEGAPIXEL = 1024**2
-# On a GPU whose memory is known to be enough, batches pay up to four large pictures.
-_MEGAPIXELS_ON_GPU = 4
 log_remark: Report = logging.getLogger("fedgfe_store").warning
 
 
@@ -119,7 +116,7 @@ class Job:
             device_type=torch.device(self.device).type,
             free_bytes=free_bytes(self.device),
             footprint=_footprint(self.model, settings, self.selection.schema, self.batch_size),
-            possible=_offloads(self.compiled, settings.quantization),
+            possible=possible_offloads(self.compiled, settings.quantization),
         )
         if remark:
             report(remark)
@@ -312,20 +309,13 @@ def _check_speed_options(
 ) -> None:
     if quantize is not None:
         check_quantization(quantize, device=device, dtype=dtype, compiled=compiled)
-    possible = ("auto", *_offloads(compiled, quantize))
+    possible = ("auto", *possible_offloads(compiled, quantize))
     if offload not in possible and offload in get_args(Offload):
         name = "quantize" if quantize else "compile"
         raise SchemaMismatchError(
             f"{name}: expected offload {' or '.join(possible)}, since such weights do not move "
             f"block by block, got {offload}"
         )
-
-
-def _offloads(compiled: bool, quantize: str | None) -> tuple[Offload, ...]:
-    """Give the modes that leave the weights whole, or all."""
-    if quantize is not None:
-        return ("none",)
-    return ("none", "model") if compiled else get_args(Offload)
 
 
 def _choose_guidance(guidance: float | None, model: Model, report: Report) -> float | None:
@@ -403,14 +393,11 @@ def _at_least_one(name: str, number: int) -> int:
 
 
 def _choose_batch_size(model: Model, settings: Settings, schema: Schema, device: str) -> int:
-    pixels, free = settings.height * settings.width, free_bytes(device)
-    careful = min(_LARGEST_BATCH, max(1, _MEGAPIXEL // pixels))
-    if free is None or not model.has_weights:
-        return careful
-    size = min(_LARGEST_BATCH, max(1, _MEGAPIXELS_ON_GPU * _MEGAPIXEL // pixels))
-    while size > 1 and _footprint(model, settings, schema, size).needed("none") > free:
-        size //= 2
-    return max(size, 1) if size > careful else careful
+    return choose_batch_size(
+        settings.height * settings.width,
+        free_bytes=free_bytes(device) if model.has_weights else None,
+        footprint=lambda size: _footprint(model, settings, schema, size),
+    )
 
 
 def _footprint(model: Model, settings: Settings, schema: Schema, batch_size: int) -> Footprint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -75,6 +75,11 @@ def shard_of(key: RecordKey, count: int) -> int:
     """Give the index of the shard of `count` that a record belongs to, the same for ever."""
     node, split, name = (json.dumps(text) for text in (key.node, key.split, key.class_name))
     return _hash(node, key.round, split, name, key.index) % count
+
+
+def parts_of(keys: Iterable[RecordKey], count: int) -> list[int]:
+    """Give the indices of the shards of `count` that any of the records belongs to."""
+    return sorted({shard_of(key, count) for key in keys})
 
 
 def places_of(columns: Mapping[str, np.ndarray], shard: Shard) -> np.ndarray:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.parts import WHOLE, Shard, places_of
-from fedgfe_store.generation.settings import (
-    Settings,
-    difference,
-    fingerprint,
-    seed_of,
-    settings_json,
-)
+from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
+from fedgfe_store.images.compare import Comparer, Expected, Status, Verdict
+from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look_at, side_by_side
 from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.manifest import seconds_per_image
-from fedgfe_store.images.png import FileState, inspect_image, png_names, read_provenance
-from fedgfe_store.names import image_name, key_json, older_name
+from fedgfe_store.images.outdated import record_digests
+from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
@@ -31,13 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "PlanItem", "Settings", "fingerprint", "plan_images", "seed_of"]
 
-Status = Literal["done", "missing", "stale"]
 OnStale = Literal["error", "regenerate", "keep"]
 
 AGAIN = "asked for again"
 """Reason of an image that is rendered though it is done."""
 
-_CHECKERS = 8
 _BYTES_PER_PIXEL = 1.5
 
 
@@ -151,11 +144,11 @@ class Plan:
 
     def refuses(self, finding: Finding) -> bool:
         """Whether the file that was found is not to be replaced."""
-        if finding.of_another:
+        if finding.verdict.of_another:
             return not self.replace_others
         if self.on_stale == "keep":
-            return finding.keepable
-        return bool(finding.conflict) and self.on_stale == "error"
+            return finding.verdict.keepable
+        return bool(finding.verdict.conflict) and self.on_stale == "error"
 
     def shortage(self, batch_size: int, seconds_left: float | None) -> str | None:
         """Say that a batch takes longer than there is time, and what would help; None otherwise.
@@ -268,11 +261,12 @@ def plan_images(
     if on_stale not in get_args(OnStale):
         raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
     items = _list_items(selection, settings, output_dir, columns, numbers, shard)
-    present = set(png_names(output_dir))
     identity = Identity.of_store(selection)
-    with ThreadPoolExecutor(_CHECKERS) as pool:
-        findings = list(pool.map(lambda item: _check(item, settings, present, identity), items))
     plan = Plan((), settings, output_dir, limit, identity, on_stale, replace_others)
+    images, comparer = ImageFolder.scan(output_dir), _comparer(plan)
+    findings = list(
+        side_by_side(lambda i: _judge(i, images.look(i.key, i.number), comparer), items)
+    )
     refused = [f for f in findings if plan.refuses(f)]
     if refused and on_stale != "keep":
         raise ConflictError(_conflict_message(refused, output_dir))
@@ -290,132 +284,43 @@ def plan_images(
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An item after a look at its file: `conflict` says what only the user can decide."""
+    """An item after a look at its file, and what the look says."""
 
     item: PlanItem
-    conflict: str = ""
-    keepable: bool = False
-    of_another: bool = False
-
-
-def file_stamp(path: Path) -> tuple[int, ...] | None:
-    """Tell one state of a file from another by number, size and time; None where there is none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    verdict: Verdict
 
 
 def look_again(item: PlanItem, plan: Plan) -> Finding | None:
     """Look at the file of an image to render: None if it is still what it was when planned."""
     if file_stamp(item.path) == item.seen:
         return None
-    return _check(item, plan.settings, {item.path.name}, plan.identity)
+    return _judge(item, look_at(item.path), _comparer(plan))
 
 
-def locate(item: PlanItem, present: Set[str]) -> PlanItem:
-    """Give an image the place where it is, of the names in the folder: an older name counts."""
-    older = older_name(item.key, item.number)
-    if item.path.name in present or older is None or older not in present:
-        return item
-    path = item.path.with_name(older)
-    facts = read_provenance(path) or {}
-    same = (facts.get("key"), facts.get("image")) == (key_json(item.key), item.number)
-    return replace(item, path=path) if same else item
+def _comparer(plan: Plan) -> Comparer:
+    return Comparer(settings_json(plan.settings), fingerprint(plan.settings), plan.identity)
 
 
-def _check(item: PlanItem, settings: Settings, present: Set[str], identity: Identity) -> Finding:
-    item = locate(item, present)
-    if item.path.name not in present:
-        return Finding(item)
-    item = replace(item, seen=file_stamp(item.path))
-    state, provenance = inspect_image(item.path)
-    made_with = settings_json(settings), fingerprint(settings)
-    return compare_image(item, state, provenance, *made_with, identity=identity)
-
-
-def compare_image(
-    item: PlanItem,
-    state: FileState,
-    provenance: Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
-    expected: str,
-    *,
-    identity: Identity,
-) -> Finding:
-    """Compare what an image file says about itself with what it should be.
-
-    Parameters
-    ----------
-    item : PlanItem
-        The image.
-    state, provenance
-        What `inspect_image` says of its file.
-    settings : mapping
-        What it should be made with.
-    expected : str
-        Their fingerprint.
-    identity : Identity
-        The store that it should be of.
-
-    Returns
-    -------
-    Finding
-        The image with its status and reason.
-    """
-    if state == "damaged":
-        return Finding(replace(item, reason="damaged file"))
-    if provenance is None:
-        return _conflict(item, "not made by fedgfe-store")
-    theirs = Identity.of_image(provenance)
-    same = (provenance.get("fingerprint"), provenance.get("digests")) == (expected, item.digests)
-    # A store without a name that was made again from the same files has another id only.
-    if identity.is_another(theirs) and not (same and identity.is_unnamed_beside(theirs)):
-        found = _conflict(item, f"images of {theirs}, not of {identity}")
-        return replace(found, of_another=True)
-    if (provenance.get("key"), provenance.get("image")) != (key_json(item.key), item.number):
-        return _conflict(item, "image of another record")
-    conflict = ""
-    if provenance.get("fingerprint") != expected:
-        conflict = difference(provenance["settings"], settings)
-    if provenance.get("digests") != item.digests:
-        return Finding(replace(item, status="stale", reason="embedding changed"), conflict)
-    return _conflict(item, conflict) if conflict else Finding(replace(item, status="done"))
-
-
-def _conflict(item: PlanItem, reason: str) -> Finding:
-    return Finding(replace(item, status="stale", reason=reason), reason, keepable=True)
+def _judge(item: PlanItem, found: FoundImage | None, comparer: Comparer) -> Finding:
+    if found is None:
+        return Finding(item, Verdict())
+    expected = Expected(item.key, item.number, item.digests)
+    verdict = comparer.compare(expected, found.state, found.provenance)
+    seen = replace(item, path=found.path, seen=found.stamp)
+    return Finding(replace(seen, status=verdict.status, reason=verdict.reason), verdict)
 
 
 def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
-    conflicts = Counter(finding.conflict for finding in refused)
+    conflicts = Counter(finding.verdict.conflict for finding in refused)
     lines = [f"  {count} files: {reason}" for reason, count in conflicts.most_common(5)]
     if len(conflicts) > 5:
         lines.append(f"  and {len(conflicts) - 5} other differences")
     advice = "Set on-stale to regenerate or keep, or use another output folder."
-    if any(finding.of_another for finding in refused):
+    if any(finding.verdict.of_another for finding in refused):
         advice += " Images of others are replaced with --replace-others only."
     return "\n".join(
         [f"{folder} holds {len(refused)} images that this run would replace:", *lines, advice]
     )
-
-
-def record_digests(selection: Selection, columns: Collection[str]) -> list[dict[str, str]]:
-    """Give the digests of each record's tensors, 16 hex digits, as images keep them.
-
-    Parameters
-    ----------
-    selection : Selection
-        The records; their tensors are not read.
-    columns : collection of str
-        Tensor columns; those that the store does not have are left out.
-    """
-    frame = selection.records
-    names = [name for name in columns if f"{name}_digest" in frame]
-    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
-    rows = range(len(frame))
-    return [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]
 
 
 def _list_items(

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from fedgfe_store.errors import DamagedDataError, NotFoundError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.job import Job
-from fedgfe_store.generation.plan import PlanItem, look_again, record_digests
+from fedgfe_store.generation.plan import PlanItem, look_again
+from fedgfe_store.images.outdated import record_digests
 from fedgfe_store.records import KEY_COLUMNS
 from fedgfe_store.store import EmbeddingStore
 
@@ -90,7 +91,7 @@ def _claimed(job: Job, claims: Claims) -> Iterator[_Part]:
                 claims.release(item.path.name)
                 part.made.append(item)
             elif found is not None and refused:
-                part.refused[item] = f"{found.conflict}: made meanwhile by another run"
+                part.refused[item] = f"{found.verdict.conflict}: made meanwhile by another run"
             else:
                 part.taken.append(item)
             if len(part.taken) == job.batch_size:

@@ -14,8 +14,10 @@ from fedgfe_store.errors import (
     SchemaMismatchError,
 )
 from fedgfe_store.generation.job import Job, Options, Report
-from fedgfe_store.generation.plan import AGAIN, record_digests
-from fedgfe_store.generation.settings import difference, fingerprint, noise_rule, settings_json
+from fedgfe_store.generation.plan import AGAIN
+from fedgfe_store.generation.settings import fingerprint, settings_json
+from fedgfe_store.images.compare import difference, noise_rule
+from fedgfe_store.images.outdated import record_digests
 from fedgfe_store.images.png import inspect_image
 from fedgfe_store.names import read_key
 from fedgfe_store.records import RecordKey

@@ -19,6 +19,7 @@ from fedgfe_store.images.manifest import (
     Manifest,
     fruitless_stops,
     listed_files,
+    manifest_name,
     timestamp,
 )
 from fedgfe_store.images.png import read_provenance, remove_stale_temps
@@ -175,7 +176,7 @@ def render(
     started = time.perf_counter()
     with (
         Claims(plan.folder, report=report, ended=lambda: stop.requested) as claims,
-        Manifest(plan.folder, job.shard) as manifest,
+        Manifest(plan.folder, manifest_of(job.shard)) as manifest,
     ):
 
         def settle(item: PlanItem, error: str | None) -> None:
@@ -204,6 +205,11 @@ def render(
     return replace(made, stuck=note_stop(plan.folder, job.shard, stop, report))
 
 
+def manifest_of(part: Shard) -> str:
+    """Name a part's manifest: network disks mix the lines of machines that write to one file."""
+    return manifest_name(part.index, part.count)
+
+
 def _note_failure(manifest: Manifest, item: PlanItem, error: str, report: Report) -> None:
     try:
         manifest.fail(item.path.name, key=item.key, image=item.number, error=error)
@@ -230,10 +236,10 @@ def note_stop(folder: Path, part: Shard, stop: Stop, report: Report) -> bool:
     """
     if stop.reason is None or stop.reason == "SIGINT":
         return False
-    stuck = fruitless_stops(folder, part) == 1
+    stuck = fruitless_stops(folder, manifest_of(part)) == 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with Manifest(folder, part) as manifest:
+        with Manifest(folder, manifest_of(part)) as manifest:
             manifest.stopped(stop.reason, times=2 if stuck else 1)
     except OSError as error:
         report(f"cannot note in the manifest of {folder} that no image was finished: {error}")
@@ -257,13 +263,14 @@ def _complete_manifest(job: Job, report: Report) -> None:
     """List the images that a killed run wrote without getting to their lines."""
     folder = job.plan.folder
     unlisted = [item for item in job.plan.items if item.status == "done"]
-    for part in (job.shard, None):  # its own manifest lists most of them, if not all
-        listed = listed_files(folder, part=part) if unlisted else set()
+    own = manifest_of(job.shard)
+    for name in (own, None):  # its own manifest lists most of them, if not all
+        listed = listed_files(folder, name=name) if unlisted else set()
         unlisted = [item for item in unlisted if item.path.name not in listed]
     if not unlisted:
         return
     try:
-        with Manifest(folder, job.shard) as manifest:
+        with Manifest(folder, own) as manifest:
             for item in unlisted:
                 provenance = read_provenance(item.path) or {}
                 found = item.path.stat()

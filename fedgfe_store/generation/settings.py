@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import xxhash
 
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.images.compare import UNNAMED_NOISE
 from fedgfe_store.records import RecordKey
 
 Noise = Literal["index", "file_id"]
 """What tells a sample from the others in the seed of its noise."""
-
-_UNNAMED: Noise = "index"
-"""The rule of images that name none: all that were made before there was another."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Settings:
     pool: str | None = None
     quantization: str | None = None
     negative: str | None = None
-    noise: Noise = _UNNAMED
+    noise: Noise = UNNAMED_NOISE
 
     def __post_init__(self) -> None:
         if self.noise not in get_args(Noise):
@@ -72,7 +69,7 @@ class Settings:
 def settings_json(settings: Settings) -> dict[str, Any]:
     """Give the settings as images keep them: as they did before there were rules of noise."""
     facts = asdict(settings)
-    if settings.noise == _UNNAMED:
+    if settings.noise == UNNAMED_NOISE:
         del facts["noise"]
     return facts
 
@@ -81,18 +78,6 @@ def fingerprint(settings: Settings) -> str:
     """Give the settings' hash, the same in every process and version: 32 hex digits."""
     canonical = json.dumps(settings_json(settings), sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(canonical.encode())
-
-
-def noise_rule(settings: Mapping[str, Any]) -> str:
-    """Give the rule of noise that an image's settings name."""
-    return str(settings.get("noise", _UNNAMED))
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Name the settings that differ, as ``steps 20 -> 28, seed 0 -> 1``."""
-    old, new = ({**each, "noise": noise_rule(each)} for each in (old, new))
-    changed = [f for f in (*new, *(old.keys() - new.keys())) if old.get(f) != new.get(f)]
-    return ", ".join(f"{f} {old.get(f)} -> {new.get(f)}" for f in changed)
 
 
 def seed_of(base_seed: int, key: RecordKey, number: int = 0, file_id: str = "") -> int:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
 from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.images.arrange import Place, Sheet
+from fedgfe_store.images.folder import side_by_side
 from fedgfe_store.images.labels import Label, label_of
 from fedgfe_store.images.png import UNREADABLE
-
-if TYPE_CHECKING:
-    from fedgfe_store.images.folder import Picture
-    from fedgfe_store.images.sheet import Place, Sheet
+from fedgfe_store.images.record import ImageRecord
 
 SMALLEST, LARGEST = 32, 1024
 """Pixels that a thumbnail can have."""
@@ -25,7 +22,6 @@ _FRAME = 2
 _INK, _FAINT, _LINE, _RED = (30, 30, 30), (110, 110, 110), (225, 225, 225), (190, 40, 40)
 _PAGE = 4096
 _NARROWEST = 240
-_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,12 @@ class Style:
     def of(cls, sheet: Sheet, thumbnail: int) -> Style:
         """Return the sizes that the labels of `sheet` need beside thumbnails of that size."""
         points = max(11, min(16, thumbnail // 8))
-        shapes = {picture.size for picture in sheet.cells.values()}
+        shapes = {record.size or (1, 1) for record in sheet.cells.values()}
         high = max(_fit(shape, thumbnail)[1] for shape in shapes)
         row = Label(points, max(160, thumbnail), lines=max(1, int(high / (1.3 * points))))
         column = Label(points, thumbnail, lines=3)
         small = Label(max(10, points - 3), thumbnail, lines=3)
-        captions = {sheet.caption(picture) for picture in sheet.cells.values()}
+        captions = {sheet.caption(record) for record in sheet.cells.values()}
         return cls(
             size=thumbnail,
             high=high,
@@ -116,48 +112,47 @@ def _draw_cells(
     progress: Callable[[int], object],
 ) -> None:
     draw = ImageDraw.Draw(image)
-    pictures = [sheet.cells.get((row, column)) for row in sheet.rows for column in sheet.columns]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        loaded = pool.map(lambda picture: _load(picture, style.size), pictures)
-        for number, (picture, thumbnail) in enumerate(zip(pictures, loaded, strict=True)):
-            y, x = divmod(number, len(sheet.columns))
-            corner = style.left + style.across * x, top + style.down * y
-            if thumbnail is not None:
-                _paste(image, thumbnail, corner, (style.size, style.high))
-            else:
-                _mark(draw, corner, style, damaged=picture is not None)
-            if picture is None:
-                continue
-            if picture.mark and thumbnail is not None:
-                outline = *corner, corner[0] + style.size - 1, corner[1] + style.high - 1
-                draw.rectangle(outline, outline=_RED, width=_FRAME)
-            place = corner[0] + style.size // 2, corner[1] + style.high
-            ink = _RED if picture.mark else _FAINT
-            style.small.write(draw, place, sheet.caption(picture), ink, anchor="mt")
-            progress(1)
-            if thumbnail is None:
-                report(f"{picture.file} is damaged")
+    records = [sheet.cells.get((row, column)) for row in sheet.rows for column in sheet.columns]
+    loaded = side_by_side(lambda record: _load(record, style.size), records)
+    for number, (record, thumbnail) in enumerate(zip(records, loaded, strict=True)):
+        y, x = divmod(number, len(sheet.columns))
+        corner = style.left + style.across * x, top + style.down * y
+        if thumbnail is not None:
+            _paste(image, thumbnail, corner, (style.size, style.high))
+        else:
+            _mark(draw, corner, style, damaged=record is not None)
+        if record is None:
+            continue
+        if record.mark and thumbnail is not None:
+            outline = *corner, corner[0] + style.size - 1, corner[1] + style.high - 1
+            draw.rectangle(outline, outline=_RED, width=_FRAME)
+        place = corner[0] + style.size // 2, corner[1] + style.high
+        ink = _RED if record.mark else _FAINT
+        style.small.write(draw, place, sheet.caption(record), ink, anchor="mt")
+        progress(1)
+        if thumbnail is None:
+            report(f"{record.file} is damaged")
 
 
-def _load(picture: Picture | None, size: int) -> Image.Image | None:
-    """Return a picture fitted into a square; None where there is none or it cannot be read."""
-    if picture is None:
+def _load(record: ImageRecord | None, size: int) -> Image.Image | None:
+    """Return an image fitted into a square; None where there is none or it cannot be read."""
+    if record is None:
         return None
     try:
-        with Image.open(picture.file) as image:
+        with Image.open(record.file) as image:
             return _fitted(image, size)
     except (*UNREADABLE, ValueError):
         return None
 
 
 def _fit(shape: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return width and height of a picture whose longer side is to be `size` pixels."""
+    """Return width and height of an image whose longer side is to be `size` pixels."""
     scale = size / max(shape)
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:
-    # Few pixels stay square when they grow: a small model's picture should look like one.
+    # Few pixels stay square when they grow: a small model's image should look like one.
     smaller = max(image.size) > size
     way = Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
     return image.convert("RGB").resize(_fit(image.size, size), way)
@@ -183,28 +178,28 @@ def _mark(
     style.small.write(draw, place, word, colour, anchor="mm")
 
 
-def draw_frame(picture: Picture, title: str, rounds: Sequence[int], size: int) -> Image.Image:
-    """Draw one round of an animation: the sample's name, its picture, and where the round lies.
+def draw_frame(record: ImageRecord, title: str, rounds: Sequence[int], size: int) -> Image.Image:
+    """Draw one round of an animation: the sample's name, its image, and where the round lies.
 
     Parameters
     ----------
-    picture : Picture
+    record : ImageRecord
         What is shown.
     title : str
         The sample in words.
     rounds : sequence of int
         All rounds of the animation, in order.
     size : int
-        Width and height of the picture in pixels.
+        Width and height of the image in pixels.
 
     Raises
     ------
     DamagedDataError
-        If the picture cannot be read.
+        If the image cannot be read.
     """
-    thumbnail = _load(picture, size)
+    thumbnail = _load(record, size)
     if thumbnail is None:
-        raise DamagedDataError(f"{picture.file} is damaged")
+        raise DamagedDataError(f"{record.file} is damaged")
     label = Label(max(11, min(16, size // 12)), size, lines=3)
     top = label.height([title]) + 2 * _GAP
     foot = label.line + 4 * _GAP
@@ -212,10 +207,10 @@ def draw_frame(picture: Picture, title: str, rounds: Sequence[int], size: int) -
     draw = ImageDraw.Draw(image)
     label.write(draw, (_GAP, _GAP), title, _INK)
     _paste(image, thumbnail, (_GAP, top), (size, size))
-    said = ", ".join(filter(None, [f"round {picture.key.round}", picture.mark]))
-    label.write(draw, (_GAP, top + size + _GAP), said, _RED if picture.mark else _INK)
+    said = ", ".join(filter(None, [f"round {record.key.round}", record.mark]))
+    label.write(draw, (_GAP, top + size + _GAP), said, _RED if record.mark else _INK)
     line = image.height - _GAP - 1
-    done = (rounds.index(picture.key.round) + 1) / len(rounds)
+    done = (rounds.index(record.key.round) + 1) / len(rounds)
     draw.line((_GAP, line, _GAP + size - 1, line), _LINE, 3)
     draw.line((_GAP, line, _GAP + round(done * (size - 1)), line), _INK, 3)
     return image

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from fedgfe_store.errors import ConflictError
-from fedgfe_store.generation.parts import WHOLE, Shard
 from fedgfe_store.images.png import png_names, read_provenance
 from fedgfe_store.names import key_json
 from fedgfe_store.records import RecordKey
@@ -46,13 +45,13 @@ class Manifest:
     ----------
     folder : Path
         Folder of the images.
-    shard : Shard
-        Which one writes.
+    name : str
+        Which file, see `manifest_name`.
     """
 
-    def __init__(self, folder: Path, shard: Shard = WHOLE) -> None:
-        self._name = manifest_name(shard)
-        self._file = _open(folder / self._name)
+    def __init__(self, folder: Path, name: str = MANIFEST_NAME) -> None:
+        self._name = name
+        self._file = _open(folder / name)
         self._lock = threading.Lock()
         self._end_torn_line()
 
@@ -113,12 +112,11 @@ class Manifest:
         os.close(self._file)
 
 
-def manifest_name(shard: Shard) -> str:
-    """Name a shard's manifest: ``manifest.jsonl``, ``manifest-2-of-8.jsonl``."""
-    if shard == WHOLE:
+def manifest_name(index: int = 0, count: int = 1) -> str:
+    """Name the manifest of one part of a run: ``manifest.jsonl``, ``manifest-2-of-8.jsonl``."""
+    if count == 1:
         return MANIFEST_NAME
-    digits = len(str(shard.count))
-    return f"manifest-{shard.index:0{digits}}-of-{shard.count}.jsonl"
+    return f"manifest-{index:0{len(str(count))}}-of-{count}.jsonl"
 
 
 def timestamp(seconds: float | None = None) -> str:
@@ -134,7 +132,7 @@ def timestamp(seconds: float | None = None) -> str:
 
 
 def read_manifest(
-    folder: Path, *, tail_bytes: int | None = None, part: Shard | None = None
+    folder: Path, *, tail_bytes: int | None = None, name: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """Read the lines of a folder's manifests; torn ones, and such as no run writes, are left out.
 
@@ -144,8 +142,8 @@ def read_manifest(
         Folder of the images; without a manifest there are no lines.
     tail_bytes : int, optional
         Read so many bytes at the end of each file only.
-    part : Shard, optional
-        Read this part's file only.
+    name : str, optional
+        Read this file only.
 
     Yields
     ------
@@ -155,7 +153,7 @@ def read_manifest(
         image. One that failed has ``file``, ``key``, ``image``, ``error`` and ``created``. A run
         that was stopped before it finished an image has ``stopped``, ``times`` and ``created``.
     """
-    for path in _manifests(folder, part):
+    for path in _manifests(folder, name):
         yield from _lines(path, tail_bytes)
 
 
@@ -198,16 +196,16 @@ def _lines(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]
                 yield line
 
 
-def _manifests(folder: Path, part: Shard | None = None) -> list[Path]:
-    if part is not None:
-        own = folder / manifest_name(part)
+def _manifests(folder: Path, name: str | None = None) -> list[Path]:
+    if name is not None:
+        own = folder / name
         return [own] if own.is_file() else []
     found = [path for path in folder.glob("manifest*.jsonl") if path.is_file()]
     return sorted(p for p in found if p.name == MANIFEST_NAME or _SHARD_NAME.fullmatch(p.name))
 
 
 def latest(
-    folder: Path, pick: Callable[[dict[str, Any]], _T], *, part: Shard | None = None
+    folder: Path, pick: Callable[[dict[str, Any]], _T], *, name: str | None = None
 ) -> dict[str, _T]:
     """Read of the last line of each image what `pick` makes of it, to hold no more than that.
 
@@ -217,8 +215,8 @@ def latest(
         Folder of the images.
     pick : callable
         Called with each line that is the last so far.
-    part : Shard, optional
-        Read this part's lines only.
+    name : str, optional
+        Read the lines of this file only.
 
     Returns
     -------
@@ -226,35 +224,35 @@ def latest(
         What `pick` returned, by file name.
     """
     found: dict[str, tuple[str, _T]] = {}
-    for line in read_manifest(folder, part=part):
-        name, created = line.get("file"), _created(line)
-        if isinstance(name, str) and (name not in found or created >= found[name][0]):
-            found[name] = created, pick(line)
-    return {name: picked for name, (_, picked) in found.items()}
+    for line in read_manifest(folder, name=name):
+        file, created = line.get("file"), _created(line)
+        if isinstance(file, str) and (file not in found or created >= found[file][0]):
+            found[file] = created, pick(line)
+    return {file: picked for file, (_, picked) in found.items()}
 
 
-def listed_files(folder: Path, *, part: Shard | None = None) -> set[str]:
-    """Give the names of the images of which the last line, or a part's, says: finished."""
-    finished = latest(folder, lambda line: "error" not in line, part=part)
-    return {name for name, is_finished in finished.items() if is_finished}
+def listed_files(folder: Path, *, name: str | None = None) -> set[str]:
+    """Give the names of the images of which the last line, or one file's, says: finished."""
+    finished = latest(folder, lambda line: "error" not in line, name=name)
+    return {file for file, is_finished in finished.items() if is_finished}
 
 
-def fruitless_stops(folder: Path, part: Shard) -> int:
+def fruitless_stops(folder: Path, name: str) -> int:
     """Count the latest runs of a part, one after the other, that were stopped without an image.
 
     Parameters
     ----------
     folder : Path
         Folder of the images.
-    part : Shard
-        Which part's manifest to look at the end of.
+    name : str
+        Which manifest to look at the end of.
 
     Returns
     -------
     int
         0 where the latest run has finished an image, or was not stopped.
     """
-    lines = deque(read_manifest(folder, tail_bytes=_TAIL_BYTES, part=part), maxlen=1)
+    lines = deque(read_manifest(folder, tail_bytes=_TAIL_BYTES, name=name), maxlen=1)
     times = lines[0].get("times") if lines and "stopped" in lines[0] else 0
     return times if isinstance(times, int) else 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from PIL import Image
 
 from fedgfe_store.common.words import names
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.images.folder import ListedPicture, read_pictures
+from fedgfe_store.images.folder import ImageFolder, side_by_side
+from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.images.status import natural_rank
 from fedgfe_store.names import key_json
 from fedgfe_store.records import KEY_COLUMNS
@@ -29,18 +29,14 @@ GROUPS = (*KEY_COLUMNS, "image")
 
 PROMPT = "a photo of a {class}"
 
-_READERS = 4
-
 
 @dataclass(frozen=True)
 class Found:
-    """The pictures of a selection in a folder.
+    """The images of a selection in a folder.
 
     Parameters
     ----------
-    folder : Path
-        Where they are.
-    pictures : sequence of ListedPicture
+    images : sequence of ImageRecord
         Those of the selection, by file name.
     classes : sequence of str
         Classes that the store has records of, selected or not, whatever the folder holds.
@@ -48,8 +44,7 @@ class Found:
         Why a PNG file is no picture of a record, by its name.
     """
 
-    folder: Path
-    pictures: Sequence[ListedPicture]
+    images: Sequence[ImageRecord]
     classes: Sequence[str]
     left_out: Mapping[str, str]
 
@@ -110,10 +105,10 @@ class Scores:
         return table.sort_values(list(by), key=natural_rank, ignore_index=True)
 
 
-def find_pictures(selection: Selection, folder: Path) -> Found:
-    """Find the pictures of a selection, by the folder's manifests or their own provenance.
+def selected_images(selection: Selection, folder: Path) -> Found:
+    """Find the images of a selection, by the folder's manifests or their own provenance.
 
-    Whether a picture is up to date is not looked at; `image_status` tells.
+    Whether an image is up to date is not looked at; `image_status` tells.
 
     Parameters
     ----------
@@ -125,24 +120,24 @@ def find_pictures(selection: Selection, folder: Path) -> Found:
     Returns
     -------
     Found
-        The pictures.
+        The images.
 
     Raises
     ------
     NotFoundError
-        If there is no such folder, or no picture of the selection in it.
+        If there is no such folder, or no image of the selection in it.
     """
     if not folder.is_dir():
         raise NotFoundError(f"no folder of pictures at {folder}")
-    found = read_pictures(folder)
-    known = [each for each in found.values() if isinstance(each, ListedPicture)]
+    records = ImageFolder.scan(folder).records
     selected = set(selection.keys())
-    pictures = [picture for picture in known if picture.key in selected]
-    if not pictures:
+    known = [each for each in records.values() if isinstance(each, ImageRecord)]
+    images = [image for image in known if image.key in selected]
+    if not images:
         raise NotFoundError(f"no picture in {folder} of the {len(selection)} records selected")
-    left_out = {path.name: why for path, why in found.items() if isinstance(why, str)}
+    left_out = {name: why for name, why in records.items() if isinstance(why, str)}
     classes = sorted(set(selection.others().column("class_name").tolist()))
-    return Found(folder, pictures, classes, left_out)
+    return Found(images, classes, left_out)
 
 
 def score_pictures(
@@ -199,17 +194,17 @@ def score_pictures(
     texts = clip.embed_texts(list(prompts.values()))
     rows: list[list[Any]] = []
     left_out = dict(found.left_out)
-    with ThreadPoolExecutor(_READERS) as pool:
-        for first in range(0, len(found.pictures), batch_size):
-            batch = found.pictures[first : first + batch_size]
-            opened = pool.map(_open, [found.folder / picture.file for picture in batch])
-            images = list(zip(batch, opened, strict=True))
-            left_out |= {p.file: "damaged" for p, image in images if image is None}
-            rows += _score(images, clip, texts, list(prompts))
-            if progress is not None:
-                progress(len(batch))
+    for first in range(0, len(found.images), batch_size):
+        batch = found.images[first : first + batch_size]
+        opened = side_by_side(_open, [record.file for record in batch])
+        pairs = list(zip(batch, opened, strict=True))
+        left_out |= {record.name: "damaged" for record, image in pairs if image is None}
+        rows += _score(pairs, clip, texts, list(prompts))
+        if progress is not None:
+            progress(len(batch))
     if not rows:
-        raise NotFoundError(f"none of {len(found.pictures)} pictures in {found.folder} is sound")
+        folder = found.images[0].folder
+        raise NotFoundError(f"none of {len(found.images)} pictures in {folder} is sound")
     return Scores(_frame(rows), prompts, left_out)
 
 
@@ -219,7 +214,7 @@ def _compared(found: Found, among: Sequence[str] | None) -> list[str]:
         return list(found.classes)
     if isinstance(among, str):
         raise SchemaMismatchError(f"among: expected a list of classes, got {among!r}")
-    lacking = {picture.key.class_name for picture in found.pictures} - set(among)
+    lacking = {image.key.class_name for image in found.images} - set(among)
     if lacking:
         raise SchemaMismatchError(
             f"among: expected the classes of the pictures too, got none of {names(lacking)}"
@@ -261,21 +256,21 @@ def class_prompts(classes: Iterable[str], prompt: str = PROMPT) -> dict[str, str
 
 
 def _score(
-    images: Iterable[tuple[ListedPicture, Image.Image | None]],
+    pairs: Iterable[tuple[ImageRecord, Image.Image | None]],
     clip: Clip,
     texts: torch.Tensor,
     classes: Sequence[str],
 ) -> list[list[Any]]:
-    sound = [(picture, image) for picture, image in images if image is not None]
+    sound = [(record, image) for record, image in pairs if image is not None]
     if not sound:
         return []
     similarities = clip.embed_images([image for _, image in sound]) @ texts.T
     rows = []
-    for (picture, _), values in zip(sound, similarities.tolist(), strict=True):
-        own = picture.key.class_name
+    for (record, _), values in zip(sound, similarities.tolist(), strict=True):
+        own = record.key.class_name
         closest = classes[max(range(len(classes)), key=values.__getitem__)]
-        facts = [picture.image, picture.file, values[classes.index(own)], closest, closest == own]
-        rows.append([*key_json(picture.key).values(), *facts])
+        facts = [record.number, record.name, values[classes.index(own)], closest, closest == own]
+        rows.append([*key_json(record.key).values(), *facts])
     return rows
 
 

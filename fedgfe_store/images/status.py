@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.parts import shard_of
-from fedgfe_store.generation.plan import PlanItem, compare_image, locate, record_digests
-from fedgfe_store.images.folder import (
-    DELETED,
-    ListedPicture,
-    inspect_picture,
-    listed_picture,
-    mark_outdated,
-)
+from fedgfe_store.images.compare import Comparer, Expected
+from fedgfe_store.images.folder import ImageFolder, side_by_side
 from fedgfe_store.images.identity import Identity
-from fedgfe_store.images.manifest import latest
-from fedgfe_store.images.png import inspect_image, png_names, read_provenance
+from fedgfe_store.images.outdated import DELETED, mark_outdated, record_digests
+from fedgfe_store.images.png import read_provenance
+from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
@@ -33,8 +25,6 @@ if TYPE_CHECKING:
 
 ImageState = Literal["done", "missing", "stale", "failed"]
 GROUPS = ("node", "round", "split", "class_name")
-
-_CHECKERS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +42,7 @@ class ImageStatus:
         What the folder's images are made with; None where there are none.
     images_per_record : int
         Images that each record should have.
-    deleted : tuple of ListedPicture
+    deleted : tuple of ImageRecord
         Images in the folder whose record the store does not have any more, by file name.
     """
 
@@ -60,7 +50,7 @@ class ImageStatus:
     folder: Path
     settings: Mapping[str, Any] | None
     images_per_record: int
-    deleted: tuple[ListedPicture, ...] = ()
+    deleted: tuple[ImageRecord, ...] = ()
 
     @property
     def totals(self) -> dict[str, int]:
@@ -97,11 +87,12 @@ class ImageStatus:
         sums = table.groupby(list(by), as_index=False).sum()
         return sums.sort_values(list(by), key=natural_rank, ignore_index=True)
 
-    def unfinished_shards(self, count: int) -> list[int]:
-        """Give the shards of `count` in which any image is not done."""
+    @property
+    def unfinished(self) -> set[RecordKey]:
+        """The records of which any image is not done."""
         undone = self.frame[self.frame["status"] != "done"]
         keys = undone[list(KEY_COLUMNS)].drop_duplicates().itertuples(index=False)
-        return sorted({shard_of(_key(row), count) for row in keys})
+        return {_key(row) for row in keys}
 
 
 def image_status(
@@ -142,168 +133,98 @@ def image_status(
     """
     if images_per_record is not None and images_per_record < 1:
         raise SchemaMismatchError(f"images_per_record: expected from 1 up, got {images_per_record}")
-    positions = {key: position for position, key in enumerate(selection.keys())}
-    state = _FolderState.read(folder, positions.keys())
-    number = images_per_record or state.highest_number() + 1
-    items = _list_items(positions, number, state)
-    check = _Checker(selection, state)
+    keys = list(dict.fromkeys(selection.keys()))
+    images = ImageFolder.scan(folder, brief=frozenset(keys))
+    fingerprint, settings = _made_with(images)
+    unlisted = _unlisted(images)
+    number = images_per_record or _highest_number(images, unlisted) + 1
+    items = [(key, image) for key in keys for image in range(number)]
+    comparer = Comparer(settings, fingerprint, Identity.of_store(selection))
+    check = _Checker(selection, images, comparer)
     findings = []
-    with ThreadPoolExecutor(_CHECKERS) as pool:
-        for done, finding in enumerate(pool.map(check, items), start=1):
-            findings.append(finding)
-            if progress is not None and done % number == 0:
-                progress(1)
-    frame, deleted = _frame(items, findings), _deleted(state, selection)
-    return ImageStatus(frame, folder, state.settings, number, deleted)
+    for done, finding in enumerate(side_by_side(check, items), start=1):
+        findings.append(finding)
+        if progress is not None and done % number == 0:
+            progress(1)
+    deleted = _deleted(images, unlisted, selection)
+    return ImageStatus(_frame(items, findings), folder, settings or None, number, deleted)
 
 
-def _deleted(state: _FolderState, selection: Selection) -> tuple[ListedPicture, ...]:
-    others = state.others()
-    marks = mark_outdated(others, selection)
-    found = [picture for picture, mark in zip(others, marks, strict=True) if mark == DELETED]
-    return tuple(sorted(found, key=lambda picture: picture.file))
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """What counts of the last manifest line of an image."""
-
-    created: str
-    number: int | None
-    error: str | None
-    fingerprint: str | None
-    other: ListedPicture | None
-
-
-@dataclass(frozen=True)
-class _FolderState:
-    """What a folder's manifests and file names say, and what its images are made with."""
-
-    folder: Path
-    present: Set[str]
-    lines: Mapping[str, _Line]
-    selected: Set[RecordKey]
-    fingerprint: str
-    settings: Mapping[str, Any] | None
-
-    @classmethod
-    def read(cls, folder: Path, selected: Set[RecordKey]) -> _FolderState:
-        settings: dict[str, Mapping[str, Any]] = {}
-        texts: dict[str, str] = {}
-
-        def pick(line: dict[str, Any]) -> _Line:
-            made_with = line.get("fingerprint")
-            if made_with is not None and "settings" in line:
-                settings.setdefault(made_with, line["settings"])
-            error = line.get("error")
-            number = _number_of(line, selected)
-            other = listed_picture(line, texts) if number is None else None
-            return _Line(str(line.get("created", "")), number, error, made_with, other)
-
-        lines = latest(folder, pick)
-        present = set(png_names(folder))
-        finished = [line for line in lines.values() if line.fingerprint in settings]
-        if finished:
-            newest = max(finished, key=lambda line: line.created).fingerprint or ""
-            return cls(folder, present, lines, selected, newest, settings[newest])
-        provenance = _newest_provenance(folder) or {}
-        fingerprint, own = provenance.get("fingerprint", ""), provenance.get("settings")
-        return cls(folder, present, lines, selected, fingerprint, own)
-
-    def highest_number(self) -> int:
-        """Give the highest image number that any of the records has had, at least 0."""
-        numbers = [line.number for line in self.lines.values()]
-        numbers += [p.image for p in self._unlisted.values() if p.key in self.selected]
-        return max((number for number in numbers if number is not None), default=0)
-
-    def others(self) -> list[ListedPicture]:
-        """Give the pictures that are there and of other records than the selected ones."""
-        listed = [self.lines[name].other for name in self.present & self.lines.keys()]
-        unlisted = [p for p in self._unlisted.values() if p.key not in self.selected]
-        return [picture for picture in (*listed, *unlisted) if picture is not None]
-
-    @cached_property
-    def _unlisted(self) -> dict[str, ListedPicture]:
-        """Pictures of which neither a line nor their name as a record's first image tells."""
-        first = {image_name(key) for key in self.selected}
-        names = sorted(self.present - self.lines.keys() - first)
-        with ThreadPoolExecutor(_CHECKERS) as pool:
-            found = pool.map(lambda name: inspect_picture(self.folder / name), names)
-            pictures = zip(names, found, strict=True)
-            return {name: each for name, each in pictures if not isinstance(each, str)}
-
-
-def _number_of(facts: Mapping[str, Any], selected: Set[RecordKey]) -> int | None:
-    """Give the image number in a manifest line of a selected record."""
-    try:
-        number = int(facts["image"])
-        return number if RecordKey(**facts["key"]) in selected else None
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _newest_provenance(folder: Path) -> dict[str, Any] | None:
-    paths = [folder / name for name in png_names(folder)]
+def _made_with(images: ImageFolder) -> tuple[str, Mapping[str, Any]]:
+    """Give fingerprint and settings of the image finished last; empty where there is none."""
+    finished = [line for line in images.lines.values() if line.fingerprint in images.settings]
+    if finished:
+        newest = max(finished, key=lambda line: line.created).fingerprint or ""
+        return newest, images.settings[newest]
+    paths = [images.path / name for name in images.names]
     newest_first = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return next(filter(None, map(read_provenance, newest_first)), None)
+    provenance = next(filter(None, map(read_provenance, newest_first)), None) or {}
+    return provenance.get("fingerprint", ""), provenance.get("settings", {})
 
 
-def _list_items(
-    positions: Mapping[RecordKey, int], number: int, state: _FolderState
-) -> list[PlanItem]:
-    return [
-        PlanItem(
-            position=position,
-            key=key,
-            number=image,
-            path=state.folder / image_name(key, image),
-            seed=0,  # of no use here, and another for each image
-            digests={},
-        )
-        for key, position in positions.items()
-        for image in range(number)
-    ]
+def _unlisted(images: ImageFolder) -> list[ImageRecord]:
+    """Give the images of which neither a line nor their name as a record's first one tells."""
+    first = {image_name(key) for key in images.brief}
+    names = sorted(images.present - images.lines.keys() - first)
+    found = side_by_side(images.inspect, names)
+    return [image for image in found if isinstance(image, ImageRecord)]
+
+
+def _highest_number(images: ImageFolder, unlisted: Sequence[ImageRecord]) -> int:
+    """Give the highest image number that any of the records has had, at least 0."""
+    listed = [line.record for line in images.lines.values()]
+    own = (image for image in (*listed, *unlisted) if image and image.key in images.brief)
+    return max((image.number for image in own), default=0)
+
+
+def _deleted(
+    images: ImageFolder, unlisted: Sequence[ImageRecord], selection: Selection
+) -> tuple[ImageRecord, ...]:
+    """Give the images that are there though the store does not have their record any more."""
+    listed = [images.lines[name].record for name in images.present & images.lines.keys()]
+    others = [each for each in (*listed, *unlisted) if each and each.key not in images.brief]
+    marks = mark_outdated(others, selection)
+    found = [image for image, mark in zip(others, marks, strict=True) if mark == DELETED]
+    return tuple(sorted(found, key=lambda image: image.name))
 
 
 class _Checker:
     """Looks at one image; threads may call it at once."""
 
-    def __init__(self, selection: Selection, state: _FolderState) -> None:
-        self._state = state
-        self._digests = record_digests(selection, selection.schema.columns)
-        self._identity = Identity.of_store(selection)
+    def __init__(self, selection: Selection, images: ImageFolder, comparer: Comparer) -> None:
+        self._images, self._comparer = images, comparer
+        digests = record_digests(selection, selection.schema.columns)
+        self._digests = dict(zip(selection.keys(), digests, strict=True))
 
-    def __call__(self, item: PlanItem) -> tuple[str, str, str]:
-        item = locate(item, self._state.present)
-        name = item.path.name
-        if name not in self._state.present:
-            line = self._state.lines.get(name)
-            if line is None or line.error is None:
-                return name, "missing", ""
-            return name, "failed", line.error
-        state, provenance = inspect_image(item.path)
-        item = replace(item, digests=self._expected(item, provenance or {}))
-        settings, fingerprint = self._state.settings or {}, self._state.fingerprint
-        found = compare_image(
-            item, state, provenance, settings, fingerprint, identity=self._identity
-        ).item
-        return name, found.status, found.reason
+    def __call__(self, item: tuple[RecordKey, int]) -> tuple[str, str, str]:
+        key, number = item
+        found = self._images.look(key, number)
+        if found is None:
+            name = image_name(key, number)
+            line = self._images.lines.get(name)
+            error = None if line is None else line.error
+            return (name, "missing", "") if error is None else (name, "failed", error)
+        expected = Expected(key, number, self._expected(key, found.provenance or {}))
+        verdict = self._comparer.compare(expected, found.state, found.provenance)
+        return found.path.name, verdict.status, verdict.reason
 
-    def _expected(self, item: PlanItem, provenance: Mapping[str, Any]) -> dict[str, str]:
+    def _expected(self, key: RecordKey, provenance: Mapping[str, Any]) -> dict[str, str]:
         """Give the digests of the tensors that the image was made from, and of no others."""
         made_from = provenance.get("digests")
-        own = self._digests[item.position]
+        own = self._digests[key]
         names = made_from if isinstance(made_from, dict) and made_from else own
         return {name: own[name] for name in names if name in own}
 
 
-def _frame(items: Sequence[PlanItem], findings: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
+def _frame(
+    items: Sequence[tuple[RecordKey, int]], findings: Sequence[tuple[str, str, str]]
+) -> pd.DataFrame:
     import pandas as pd
 
     columns = [*KEY_COLUMNS, "image", "file", "status", "reason"]
     rows = [
-        [*key_json(item.key).values(), item.number, *finding]
-        for item, finding in zip(items, findings, strict=True)
+        [*key_json(key).values(), number, *finding]
+        for (key, number), finding in zip(items, findings, strict=True)
     ]
     frame = pd.DataFrame(rows, columns=columns)
     return frame.astype({"round": "int64", "index": "int64", "image": "int64"})

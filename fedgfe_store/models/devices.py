@@ -14,6 +14,8 @@ from fedgfe_store.errors import SchemaMismatchError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# What torch's allocators, C++, Level Zero, cuBLAS and cuDNN say, in errors without a class of their
+# own.
 _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,12 +12,14 @@ import torch
 
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.models.devices import DTYPES, enough_memory
-from fedgfe_store.models.loading import load_network, loading, naming
+from fedgfe_store.models.loading import load_part, load_pipeline, naming
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.offload import Swap, offload_blocks
 from fedgfe_store.models.placement import Picture, Placement, Sampling
 from fedgfe_store.models.quantization import quantization_config
 
+# Moving a network of billions of parameters takes seconds, and a batch's latents take next to no
+# memory; what waits for the decoder is lost where a process is killed, so there is an end to it.
 _SWAP_BATCHES = 16
 
 
@@ -85,17 +86,11 @@ class DiffusersImages(ABC):
         ):
             parts = {
                 **cls.left_out,
-                model.part: load_network(model, model.part, dtype, **options),
-                "vae": load_network(model, "vae", dtype),
+                model.part: load_part(model, model.part, dtype, **options),
+                "vae": load_part(model, "vae", dtype),
             }
             model.config("scheduler", "scheduler_config.json")
-            with loading(f"model {model.folder}"):
-                import diffusers
-
-                pipeline = getattr(diffusers, model.pipeline_class).from_pretrained(
-                    os.fspath(model.folder), **parts, dtype=dtype, local_files_only=True
-                )
-            return cls(pipeline, model, placement)
+            return cls(load_pipeline(model, dtype, parts, rest=""), model, placement)
 
     @abstractmethod
     def draw(self, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from fedgfe_store.models.flux import FluxModel
 from fedgfe_store.models.hub import find_on_hub
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.sd import StableDiffusionModel
-from fedgfe_store.models.tiny import tiny_flux_path
+from fedgfe_store.models.tiny import TINY_FLUX
 from fedgfe_store.schema import Kind
 
 MODEL_VARIABLE = "FEDGFE_MODEL"
@@ -85,11 +85,9 @@ def resolve_model(
 
 
 def _resolve(name: str, family: type[Model]) -> Model:
-    folder = tiny_flux_path() if name == "tiny" else Path(os.path.expanduser(name))
+    folder = TINY_FLUX if name == "tiny" else Path(os.path.expanduser(name))
     if os.path.isdir(folder):
-        known_as = (
-            "tiny" if folder.resolve() == tiny_flux_path().resolve() else folder.resolve().name
-        )
+        known_as = "tiny" if folder.resolve() == TINY_FLUX.resolve() else folder.resolve().name
         _check_pipeline(folder, family)
         # Configurations, and sizes and samples of the weights: cheap, and any training shows.
         revision = digest_files(folder, (family.part, "vae", "scheduler"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,8 +74,10 @@ def loading(what: str) -> Iterator[None]:
         yield
 
 
-def load_network(model: Model, part: str, dtype: torch.dtype, **options: Any) -> Any:
-    """Load a denoising network or a decoder, whose configuration names its class.
+def load_part(model: Model, part: str, dtype: torch.dtype, **options: Any) -> Any:
+    """Load a denoising network, a decoder or a text encoder.
+
+    A pipeline that loads its parts itself makes up weights that are missing.
 
     Parameters
     ----------
@@ -90,8 +92,8 @@ def load_network(model: Model, part: str, dtype: torch.dtype, **options: Any) ->
 
     Returns
     -------
-    diffusers.ModelMixin
-        The network.
+    torch.nn.Module
+        Of the class that the family names for an encoder, and the configuration for a network.
 
     Raises
     ------
@@ -99,7 +101,7 @@ def load_network(model: Model, part: str, dtype: torch.dtype, **options: Any) ->
         If a file is missing or not what is expected, or weights are missing.
     """
     with loading(f"model {model.folder}: {part}"):
-        network, found = _class_of(model, part).from_pretrained(
+        loaded, found = _class_of(model, part).from_pretrained(
             os.fspath(model.folder),
             subfolder=part,
             variant=model.weights(part).variant,
@@ -111,12 +113,15 @@ def load_network(model: Model, part: str, dtype: torch.dtype, **options: Any) ->
             **options,
         )
         refuse_incomplete(f"model {model.folder}: {part}", found)
-    return network
+    return loaded
 
 
 def _class_of(model: Model, part: str) -> Any:
     import diffusers
+    import transformers
 
+    if part in model.encoder_classes:
+        return getattr(transformers, model.encoder_classes[part])
     name = model.config(part).get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if isinstance(found, type) and issubclass(found, diffusers.ModelMixin):
@@ -127,28 +132,31 @@ def _class_of(model: Model, part: str) -> Any:
     )
 
 
-def load_encoder(model: Model, part: str, dtype: torch.dtype) -> Any:
-    """Load a text encoder; the pipeline itself would make up weights that are missing.
+def load_pipeline(model: Model, dtype: torch.dtype, parts: Mapping[str, Any], *, rest: str) -> Any:
+    """Put loaded parts together to a pipeline of diffusers.
+
+    Parameters
+    ----------
+    model : Model
+        The model.
+    dtype : torch.dtype
+        What the pipeline computes in.
+    parts : mapping
+        Parts by name, None for those that are left out; diffusers loads the others.
+    rest : str
+        What these others are, for errors.
 
     Raises
     ------
     NotFoundError, SchemaMismatchError
-        If a file is missing or not what is expected, or weights are missing.
+        If one of the others cannot be loaded.
     """
-    with loading(f"model {model.folder}: {part}"):
-        import transformers
+    with loading(f"model {model.folder}{rest}"):
+        import diffusers
 
-        encoder, found = getattr(transformers, model.encoder_classes[part]).from_pretrained(
-            os.fspath(model.folder),
-            subfolder=part,
-            variant=model.weights(part).variant,
-            dtype=dtype,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        return getattr(diffusers, model.pipeline_class).from_pretrained(
+            os.fspath(model.folder), **parts, dtype=dtype, local_files_only=True
         )
-        refuse_incomplete(f"model {model.folder}: {part}", found)
-    return encoder.eval()
 
 
 def refuse_incomplete(what: str, found: dict[str, Any]) -> None:

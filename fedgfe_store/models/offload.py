@@ -10,6 +10,7 @@ import psutil
 import torch
 
 # Group offload copies whole blocks from pinned memory, which the host keeps beside the weights.
+# torch rounds what it pins up to powers of two, so that it may be twice the weights.
 _HOST_COPIES = 2.2
 
 

@@ -20,6 +20,15 @@ Picture = NDArray[np.uint8]
 """A picture, uint8 ``[height, width, 3]``."""
 
 
+def possible_offloads(compiled: bool, quantization: str | None) -> tuple[Offload, ...]:
+    """Give the offload modes that a compiled or a quantized network works under."""
+    # bitsandbytes and torchao pack weights on the device, and their tensors do not move as others.
+    if quantization is not None:
+        return ("none",)
+    # The hooks that move blocks and layers break up the graph that is compiled.
+    return ("none", "model") if compiled else get_args(Offload)
+
+
 class Sampling(Protocol):
     """What a pipeline is told of an image besides its embeddings and its seed.
 
@@ -77,9 +86,8 @@ class Placement:
         if torch.device(self.device).type == "cpu":
             smaller = " or --dtype bfloat16" if self.dtype == "float32" else ""
             return f"a machine with more memory{smaller} may help"
-        others = [] if self.quantization else modes[modes.index(self.offload) + 1 :]
-        if self.compiled:
-            others = [mode for mode in others if mode == "model"]
+        possible = possible_offloads(self.compiled, self.quantization)
+        others = [mode for mode in modes[modes.index(self.offload) + 1 :] if mode in possible]
         if not others:
             return "a GPU with more free memory may help"
         return f"--offload {' or '.join(others)} may help"

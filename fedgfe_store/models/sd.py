@@ -15,6 +15,8 @@ from fedgfe_store.models.placement import Placement, Sampling
 from fedgfe_store.schema import Schema
 
 # Feature maps at full latent resolution that the U-Net holds at once, skip connections included.
+# Counted with Stable Diffusion 1.5's under diffusers 0.42 they are 26 in tensors at 32 and 64
+# latents a side; attention of 8 heads over 64 x 64 is 102 where no kernel computes it in pieces.
 _MAPS_PER_LATENT = 100
 
 

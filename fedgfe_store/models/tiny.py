@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+TINY_FLUX = Path(__file__).parent / "tiny_flux"
+"""Its folder, for `diffusers.FluxPipeline.from_pretrained`."""
+
 TINY_SIZE = 64
 """Width and height in pixels of the pictures that it has learnt to draw."""
 
@@ -17,8 +20,3 @@ TINY_STEPS = 8
 
 TINY_GUIDANCE = 3.5
 """Guidance scale. It has learnt 1 to 10, where more makes unclear embeddings look clearer."""
-
-
-def tiny_flux_path() -> Path:
-    """Return the folder of the tiny FLUX, for `diffusers.FluxPipeline.from_pretrained`."""
-    return Path(__file__).parent / "tiny_flux"

@@ -10,15 +10,10 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.records import (
-    RecordBatch,
-    RecordKey,
-    checked_keys,
-    checked_source,
-    key_at,
-    keys_of,
-)
+from fedgfe_store.records import RecordBatch, RecordKey, key_at, keys_of
 from fedgfe_store.storage.commit import CommitKind, Transaction
+from fedgfe_store.storage.digests import conformed
+from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
 from fedgfe_store.storage.snapshot import Snapshot
 
 IfExists = Literal["error", "replace", "skip"]
@@ -127,7 +122,7 @@ class AppendBatch:
             "timestamp": timestamp,
             "extra": extra,
         }
-        self._take(RecordBatch.check(self._known.schema, keys, notes, tensors))
+        self._take(checked(self._known.schema, keys, notes, tensors))
 
     def add_records(self, records: RecordBatch) -> None:
         """Add records that another store has checked; they are rounded to this one's precision.
@@ -139,7 +134,7 @@ class AppendBatch:
         ConflictError
             As for `add`.
         """
-        self._take(records.conformed(self._known.schema))
+        self._take(conformed(records, self._known.schema))
 
     def _take(self, records: RecordBatch) -> None:
         self._check_open()

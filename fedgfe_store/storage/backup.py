@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import filecmp
 import os
 import shutil
@@ -16,7 +15,7 @@ from fedgfe_store.storage.commit import Transaction
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
-from fedgfe_store.storage.recovery import granule_of
+from fedgfe_store.storage.recovery import granule_of, something_else
 from fedgfe_store.storage.snapshot import Snapshot
 
 Advance = Callable[[int], object]
@@ -89,7 +88,13 @@ def _check_earlier(snapshot: Snapshot, target: Path) -> None:
     try:
         there = Snapshot.latest(target)
     except NotFoundError:
-        _check_unfinished(snapshot.group, target)
+        other = something_else(
+            target, snapshot.group.arrays, allowed=lambda entry: _is_chunk(target, entry)
+        )
+        if other:
+            raise ConflictError(
+                f"cannot back up to {target}: it holds something else ({other})"
+            ) from None
         return
     if there.group.id not in (None, snapshot.group.id):
         raise ConflictError(f"{target} is another store than {snapshot.path}: give another folder")
@@ -105,17 +110,8 @@ def _check_earlier(snapshot: Snapshot, target: Path) -> None:
         )
 
 
-def _check_unfinished(group: Group, target: Path) -> None:
-    """Allow an empty folder, and what a first backup left that was broken off."""
-    for entry in target.rglob("*"):
-        parts = entry.relative_to(target).parts
-        ours = parts[0] in group.arrays and (len(parts) == 1 or _is_ours(entry))
-        if not ours and not files.is_temporary(entry):
-            raise ConflictError(f"cannot back up to {target}: it holds something else ({entry})")
-
-
-def _is_ours(file: Path) -> bool:
-    return file.name == GROUP_FILE or file.name.startswith("c.")
+def _is_chunk(target: Path, entry: Path) -> bool:
+    return entry.parent.parent == target and entry.name.startswith("c.")
 
 
 @dataclass
@@ -179,16 +175,11 @@ class _Copying:
         try:
             if _is_same(file, place, by_contents=not may_link):
                 return
-            temporary = files.temporary_of(place)
-            try:
-                if may_link and _linked(file, temporary):
+            with files.placing(place) as temporary:
+                if may_link and files.linked(file, temporary):
                     self.done.linked += 1
                 else:
                     self._copy(file, temporary)
-                os.replace(temporary, place)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
         except FileNotFoundError:
             if may_link and not file.exists():
                 return
@@ -230,13 +221,3 @@ def _is_same(file: Path, place: Path, *, by_contents: bool) -> bool:
 def _same_time(here: os.stat_result, there: os.stat_result) -> bool:
     # Where a copy lies on a file system that keeps times to two seconds.
     return abs(here.st_mtime_ns - there.st_mtime_ns) <= 2 * 10**9
-
-
-def _linked(file: Path, temporary: Path) -> bool:
-    try:
-        os.link(file, temporary)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
-            return False
-        raise
-    return True

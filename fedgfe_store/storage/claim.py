@@ -9,105 +9,35 @@ next one itself (`Claim.fence`): a late owner finds that it exists, and stops.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import re
-import socket
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from functools import cache, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from fedgfe_store.common import threads
-from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError, NotFoundError
-from fedgfe_store.storage.checksums import UnreadableError
-from fedgfe_store.storage.files import TEMPORARY, flushed, open_regular, read_regular, sync_folder
+from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
+from fedgfe_store.storage import claim_files
+from fedgfe_store.storage.files import (
+    TEMPORARY,
+    flushed,
+    linked,
+    sync_folder,
+)
+from fedgfe_store.storage.owner import Owner, held
 
-RENEWAL_SECONDS = 10.0
-"""How often a living owner touches its claim."""
-TAKEOVER_SECONDS = 60.0
-"""Age at which a claim may be taken over: several renewals may be late on a busy network disk."""
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.5
 _LOOK_SECONDS = 1.0
 """How often a waiting writer asks whether the owner lives, which makes a file."""
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
-_LONGEST = 2**16
-"""Bytes of a claim, at most."""
 _NAME = re.compile(r"claim\.(\d+)\.(\d+)")
 
 _log = logging.getLogger("fedgfe_store")
-_held: set[str] = set()
-"""Tokens of the claims that this process holds."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a claim, as it stands in its file."""
-
-    token: str
-    pid: int
-    started: float
-    machine: str
-    host: str
-    since: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since}"
-
-    @classmethod
-    def this(cls) -> Owner:
-        """Return this process, under a new token."""
-        since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-        pid = os.getpid()
-        return cls(uuid.uuid4().hex, pid, _started(pid), _machine(), socket.gethostname(), since)
-
-    @classmethod
-    def of(cls, file: Path) -> Owner | None:
-        """Return the owner named in the claim `file`; None where it is gone or names none."""
-        try:
-            return cls(**json.loads(read_regular(file, _LONGEST)))
-        except (FileNotFoundError, ValueError, TypeError, RecursionError):
-            return None
-
-    @property
-    def dead(self) -> bool:
-        """Whether it is certain that nothing of it is at work any more."""
-        if self.machine != _machine():
-            return False
-        if self.pid == os.getpid():
-            return self.token not in _held
-        # The system counts a process's start in ticks since a boot time that it may correct.
-        return abs(_started(self.pid) - self.started) > 2
-
-
-def _started(pid: int) -> float:
-    """Return when the process `pid` was started, seconds since 1970; -1 where none runs."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return -1.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.NoSuchProcess:
-        return -1.0
-
-
-@cache
-def _machine() -> str:
-    """Return what is the same for two processes only if each sees whether the other lives."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # not on Linux, where a host's name has to do
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-os.register_at_fork(after_in_child=_machine.cache_clear)
 
 
 class Claim:
@@ -213,12 +143,11 @@ class Claim:
             temporary.unlink(missing_ok=True)
         if made:
             sync_folder(self._path)
-            _held.add(self.token)
+            held.add(self.token)
             # Not holding the claim: one that an interruption lost is abandoned, see `__del__`.
-            renew = partial(_renew, self._stop, self._made)
-            with contextlib.suppress(
-                RuntimeError
-            ):  # no thread can begin; `fence` sees what comes of that
+            renew = partial(claim_files.renew, self._stop, partial(_last, self._made))
+            # No thread can begin while the interpreter ends; `fence` sees what comes of that.
+            with contextlib.suppress(RuntimeError):
                 threads.Thread(renew, "fedgfe-store-claim").start()
         return made
 
@@ -241,7 +170,7 @@ class Claim:
             raise ConflictError(
                 f"{self._path}: another writer came in between while commit {self.number} was "
                 f"written: it took this one for dead, which had not been heard of for "
-                f"{TAKEOVER_SECONDS:g} s; nothing of it was published"
+                f"{claim_files.TAKEOVER_SECONDS:g} s; nothing of it was published"
             )
 
     def _touch(self) -> bool:
@@ -282,22 +211,12 @@ class Claim:
     def abandon(self) -> None:
         """Hold the claim no longer; what is left of it is one of a writer that died."""
         self._stop.put(None)
-        _held.discard(self.token)
+        held.discard(self.token)
         self._abandoned = True
 
     def __del__(self) -> None:
         if not self._abandoned and self._owner.pid == os.getpid():
             self.abandon()
-
-
-def _renew(stop: SimpleQueue[None], made: list[Path]) -> None:
-    while True:
-        try:
-            return stop.get(timeout=RENEWAL_SECONDS)
-        except Empty:
-            # Gone if it was taken over, which the owner learns from its next `fence`.
-            with contextlib.suppress(OSError, IndexError):
-                os.utime(made[-1])
 
 
 class _Waiting:
@@ -315,8 +234,7 @@ class _Waiting:
         if time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _LOOK_SECONDS
-        # One from the future was copied, or the clock was set back: no one touches it either.
-        return abs(age(claim)) > TAKEOVER_SECONDS
+        return claim_files.may_be_taken_over(age(claim))
 
     def wait(self, claim: Path) -> None:
         owner = Owner.of(claim) or "another writer"
@@ -331,7 +249,7 @@ class _Waiting:
                 self._path,
                 self._timeout,
                 owner,
-                TAKEOVER_SECONDS,
+                claim_files.TAKEOVER_SECONDS,
             )
             self._told = True
         time.sleep(min(self._pause, left))
@@ -352,29 +270,30 @@ def claims(path: Path) -> dict[int, dict[int, Path]]:
     return found
 
 
+def is_claim(path: Path, entry: Path) -> bool:
+    """Whether `entry` is a claim, or was to become one, on a commit of the store at `path`."""
+    return entry.parent == path and entry.name.startswith("claim.")
+
+
 def age(file: Path) -> float:
     """Return the seconds since `file` was touched, by the clock of its file system.
 
     A file that is gone was touched just now: its owner has published, or given up.
     """
     probe = file.with_name(f"clock.{uuid.uuid4().hex}{TEMPORARY}")
-    with open(probe, "xb") as clock:
+    with open(probe, "xb"):
         try:
-            os.utime(clock.fileno())
-            now = os.fstat(clock.fileno()).st_mtime
+            now = claim_files.now(probe)
         finally:
             probe.unlink(missing_ok=True)
     try:
-        # Opened first: network disks keep what they know of a file that no one opens.
-        held = open_regular(file)
+        return now - claim_files.touched(file)
     except FileNotFoundError:
         return 0.0
-    except UnreadableError as error:
-        raise DamagedDataError(f"{file}: {error}, and names no writer: remove it") from error
-    try:
-        return now - os.fstat(held).st_mtime
-    finally:
-        os.close(held)
+
+
+def _last(made: list[Path]) -> list[Path]:
+    return made[-1:]
 
 
 def _all_dead(files: dict[int, Path]) -> bool:
@@ -385,29 +304,8 @@ def _all_dead(files: dict[int, Path]) -> bool:
 def _exclusive_link(source: Path, target: Path, token: str) -> bool:
     """Give the file `source` the name `target` too, which must be free; tell whether it was."""
     try:
-        os.link(source, target)
+        return linked(source, target) or claim_files.make(target, source.read_bytes())
     except FileExistsError:
         # A network disk may repeat a call whose answer was lost, and find its own work done.
         owner = Owner.of(target)
         return owner is not None and owner.token == token
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        return _exclusive_copy(source, target)
-    return True
-
-
-def _exclusive_copy(source: Path, target: Path) -> bool:
-    data = source.read_bytes()
-    made = False
-    try:
-        with flushed(target) as file:
-            made = True
-            file.write(data)
-    except FileExistsError:
-        return False
-    except BaseException:
-        if made:  # it is this writer's: half a claim would keep others waiting
-            target.unlink(missing_ok=True)
-        raise
-    return True

@@ -9,12 +9,10 @@ publishes. Everything is flushed to the disk before the next step begins.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,90 +32,24 @@ from fedgfe_store.records import RecordBatch, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.storage import key_files
 from fedgfe_store.storage.claim import Claim
-from fedgfe_store.storage.files import is_temporary, make_folders, sync_folder, write_file
-from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn, key_columns
+from fedgfe_store.storage.files import make_folders
+from fedgfe_store.storage.layout import KEY_CHUNK, key_columns
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
 from fedgfe_store.storage.recovery import (
-    PENDING,
     clear,
-    key_chunks,
     make_sure,
     recover,
     remove_temporary,
     shape_files,
 )
-from fedgfe_store.storage.snapshot import Snapshot, gap
+from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
-from fedgfe_store.storage.upgrade import identities
+from fedgfe_store.storage.version_1 import identities, put_pending, remove_pending
 
 CommitKind = Literal["append", "replace", "delete", "compact", "upgrade", "repair"]
 
 _log = logging.getLogger("fedgfe_store")
-
-
-def create(path: Path, schema: Schema, *, timeout: float) -> None:
-    """Make an empty store at `path`, on the disk up to the folder's name."""
-    started = time.monotonic()
-    schema.check_new()
-    make_folders(path.resolve().parent)
-    lock = WriterLock(path, timeout)
-    try:
-        group = Group.new(schema)
-        _refuse_occupied(path, group.arrays)
-        make_folders(path)
-        claim = Claim.take(
-            path,
-            timeout=timeout,
-            since=started,
-            published=lambda: _before(path),
-            clear=lambda: remove_temporary(path, group),
-        )
-        published = False
-        try:
-            _publish_empty(path, group, claim)
-            published = True
-        finally:
-            claim.release(published=published)
-    finally:
-        lock.release()
-
-
-def _before(path: Path) -> int:
-    """Return the commit before the one that makes the store at `path`, which is number 0."""
-    if (path / GROUP_FILE).exists():
-        raise ConflictError(f"cannot make a store at {path}: a Zarr group is there already")
-    return -1
-
-
-def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
-    for name in group.arrays:
-        make_folders(path / name)
-    remove_temporary(path, group)
-    staging = Staging(claim.token)
-    for contents in (shape_files(path, group), {path / GROUP_FILE: group.encode()}):
-        staging.write(contents)
-        claim.fence()
-        _before(path)
-        staging.place()
-
-
-def _refuse_occupied(path: Path, names: Iterable[str]) -> None:
-    """Allow a new folder, an empty one, and what a killed `create` left."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise ConflictError(f"cannot make a store at {path}: a file is there")
-    if (path / GROUP_FILE).exists():
-        raise ConflictError(f"cannot make a store at {path}: a Zarr group is there already")
-    expected = {path / name for name in names}
-    expected |= {folder / GROUP_FILE for folder in expected}
-    for entry in path.rglob("*"):
-        claim = entry.parent == path and entry.name.startswith("claim.")
-        if entry not in expected and not claim and not is_temporary(entry):
-            raise ConflictError(
-                f"cannot make a store at {path}: the folder holds something else ({entry})"
-            )
 
 
 class Transaction:
@@ -178,7 +110,7 @@ class Transaction:
         """Leave `rows` empty: tensor files of theirs may still be unlinked by a late writer."""
         if rows:
             nothing = {c.name: np.empty(0, c.dtype) for c in key_columns(self.schema).values()}
-            self._rows = [_padded(self.schema, nothing, self.commit, rows)]
+            self._rows = [key_files.padded(self.schema, nothing, self.commit, rows)]
 
     def __enter__(self) -> Self:
         return self
@@ -234,23 +166,13 @@ class Transaction:
         )
         threads.run(threads.writers(), self._write_file, work)
         skipped = -n % granule
-        self._rows.append(_padded(self.schema, records.columns, self.commit, skipped))
+        self._rows.append(key_files.padded(self.schema, records.columns, self.commit, skipped))
         self._tail += n + skipped
 
     def _begin(self) -> None:
-        if self._begun:
-            return
-        self._begun = True
-        if self.snapshot.group.version > 1:
-            return
-        note = {
-            "token": self._claim.token,
-            "commit": self.commit,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_file(self.path / PENDING, json.dumps(note).encode())
+        first, self._begun = not self._begun, True
+        if first and self.snapshot.group.version == 1:
+            put_pending(self.path, token=self._claim.token, commit=self.commit)
 
     def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
@@ -298,7 +220,8 @@ class Transaction:
         self._staging.write({self.path / GROUP_FILE: self._encoded})
         self._place()
         self._published = True
-        self._remove_pending()
+        if self.snapshot.group.version == 1:
+            remove_pending(self.path)
         if self._upgrading:
             self._tell_of_the_upgrade()
             return self.snapshot.at(Group.read(self.path))
@@ -350,11 +273,11 @@ class Transaction:
         chunks: dict[tuple[str, int], np.ndarray] = {}
         for name in group.key_columns:
             if self._upgrading:
-                chunks |= _numbered(name, 0, self._upgraded_column(name, rows))
+                chunks |= key_files.numbered(name, 0, self._upgraded_column(name, rows))
             elif name in rows:
                 first = self.snapshot.group.rows(name) // KEY_CHUNK
                 kept = self.snapshot.unfinished(name)
-                chunks |= _numbered(name, first, np.concatenate([kept, rows[name]]))
+                chunks |= key_files.numbered(name, first, np.concatenate([kept, rows[name]]))
         # Read whole, so that marks of commits that were never published are seen and cleared.
         self.snapshot.column("deleted_in")
         for name, number in self.snapshot.stale:
@@ -389,35 +312,20 @@ class Transaction:
         digests = {name: list(group.digests.get(name, ())) for name in group.key_columns}
         for (name, number), values in chunks.items():
             column = group.key_columns[name]
-            self._check_readable(column, number, values, chunks)
+            has = None
+            if column.data_type == "bool":
+                has = chunks[column.digest, number] != 0
+            # What is about to be published is asked what its readers will ask.
+            if wrong := key_files.gap(column, values, has):
+                raise DamagedDataError(
+                    f"{self.path}: {name} cannot be published, no reader would take it: {wrong}"
+                )
             encoded = key_files.encode(column, values)
             contents[key_files.key_file(self.path, name, number)] = encoded.contents
             digests[name][number : number + 1] = [encoded.digest]
         if group.version == 1:
             return contents, {}
         return contents, {name: tuple(each) for name, each in digests.items()}
-
-    def _check_readable(
-        self,
-        column: KeyColumn,
-        number: int,
-        values: np.ndarray,
-        chunks: Mapping[tuple[str, int], np.ndarray],
-    ) -> None:
-        """Ask of what is about to be published what its readers will ask."""
-        has = None
-        if column.data_type == "bool":
-            has = chunks[f"{column.name.removeprefix('has_')}_digest", number] != 0
-        if wrong := gap(column, values, has):
-            raise DamagedDataError(
-                f"{self.path}: {column.name} cannot be published, no reader would take it: {wrong}"
-            )
-
-    def _remove_pending(self) -> None:
-        if self.snapshot.group.version == 1:
-            # Gone where a late writer had still to remove its own.
-            (self.path / PENDING).unlink(missing_ok=True)
-            sync_folder(self.path)
 
     def _abort(self, error: BaseException | None) -> None:
         try:
@@ -450,31 +358,9 @@ def _add_outcome(error: BaseException, path: Path, published: int | None) -> Non
     error.add_note(f"nothing of this commit was published: {path} is at commit {commit}")
 
 
-def _padded(
-    schema: Schema, columns: Mapping[str, np.ndarray], commit: int, skipped: int
-) -> dict[str, np.ndarray]:
-    """Return one granule of key columns: the records' own and what skipped rows hold."""
-    n = len(columns["index"])
-    marks = {
-        "created_in": np.full(n, commit, np.int32),
-        "deleted_in": np.zeros(n, np.int32),
-        "recorded_in": columns.get("recorded_in", np.full(n, commit, np.int32)),
-    }
-    given = {**columns, **marks}
-    return {
-        c.name: np.concatenate([given[c.name], np.full(skipped, c.skipped, c.dtype)])
-        for c in key_columns(schema).values()
-        if c.dim == "record"
-    }
-
-
 def _commit_row(kind: CommitKind, source: str) -> dict[str, np.ndarray]:
     return {
         "commit_time": np.array([to_milliseconds(datetime.now(UTC))], np.int64),
         "commit_kind": np.array([kind], np.dtypes.StringDType()),
         "commit_source": np.array([source], np.dtypes.StringDType()),
     }
-
-
-def _numbered(name: str, first: int, values: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
-    return {(name, first + i): chunk for i, chunk in enumerate(key_chunks(values))}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fedgfe_store.common import threads
 from fedgfe_store.storage.checksums import UnreadableError
@@ -20,6 +21,17 @@ NOT_THROUGH_LINKS: int = os.O_NOFOLLOW if os.name == "posix" else 0
 
 TEMPORARY = ".tmp"
 """How the names of files end that are not in place yet."""
+# Linux's link(2), and what its disks answer: EPERM by FAT and exFAT, EOPNOTSUPP and ENOSYS by FUSE
+# and network disks, EINVAL by some of those, EMLINK where a file has all the names it can have,
+# EXDEV from one mount to another.
+_NO_LINKS = {
+    errno.EPERM,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EMLINK,
+    errno.EXDEV,
+}
 _LEFT_HALF_WRITTEN = (".partial", TEMPORARY)
 
 
@@ -129,15 +141,48 @@ def naming(path: str | Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` in one step when the block ends."""
-    temporary = temporary_of(path)
+    with placing(path) as temporary, flushed(temporary, name=path) as file:
+        yield file
+    sync_folder(path.parent)
+
+
+@contextmanager
+def placing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield where to make the file that takes the place of `path` when the block ends.
+
+    Flushing it and its folder is left to the block: not every file has to outlive a crash.
+
+    Parameters
+    ----------
+    path : Path
+        The file; one that is there is replaced, and so is a link, which is not followed.
+    temporary : Path, optional
+        Another name for it until then, in the same folder; removed if the block raises.
+    """
+    temporary = temporary or temporary_of(path)
     try:
-        with flushed(temporary, name=path) as file:
-            yield file
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+
+
+def linked(source: Path, target: Path) -> bool:
+    """Give the file `source` the name `target` too; False where the file system refuses links.
+
+    Raises
+    ------
+    FileExistsError
+        If something has that name.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    return True
 
 
 def temporary_of(path: Path) -> Path:
@@ -210,6 +255,33 @@ def chunk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
             size = path.stat().st_size
         if size is not None:
             yield path, size
+
+
+def append_line(handle: int, line: Mapping[str, Any]) -> None:
+    """Append `line` as one line of JSON to a file that was opened in append mode.
+
+    It goes out in one write, so that lines of several writers do not mix.
+    """
+    data = json.dumps(line).encode("ascii") + b"\n"
+    written = os.write(handle, data)
+    if written != len(data):
+        raise OSError(f"expected to write {len(data)} bytes, got {written}")
+
+
+def end_torn_line(handle: int) -> None:
+    """End the half line that a killed writer left, so that the next one does not continue it."""
+    size = os.lseek(handle, 0, os.SEEK_END)
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        os.write(handle, b"\n")
+
+
+def parsed_line(text: bytes) -> dict[str, Any] | None:
+    """Return the object in one line of JSON; None where it is torn, or holds something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @contextmanager

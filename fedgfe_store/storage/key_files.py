@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import xxhash
 from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
 
+from fedgfe_store.records import EARLIEST, LATEST
+from fedgfe_store.schema import Schema
 from fedgfe_store.storage.bounds import KEY_FILE_BYTES, unpacked
 from fedgfe_store.storage.checksums import UnreadableError, checksum, unsealed
 from fedgfe_store.storage.files import read_regular
-from fedgfe_store.storage.layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn
+from fedgfe_store.storage.layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn, key_columns
 
 _COUNT = struct.Struct("<I")
 
@@ -49,6 +52,48 @@ def digest(column: KeyColumn, values: np.ndarray) -> str:
 
 def _hex(packed: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(packed)
+
+
+def cut(values: np.ndarray) -> list[np.ndarray]:
+    """Cut a key column that begins with a chunk into its chunks."""
+    return [values[start : start + KEY_CHUNK] for start in range(0, len(values), KEY_CHUNK)]
+
+
+def numbered(name: str, first: int, values: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+    """Return the chunks of a key column that begins with chunk `first`, by name and number."""
+    return {(name, first + i): chunk for i, chunk in enumerate(cut(values))}
+
+
+def padded(
+    schema: Schema, columns: Mapping[str, np.ndarray], commit: int, skipped: int
+) -> dict[str, np.ndarray]:
+    """Return one granule of key columns: the records' own and what skipped rows hold."""
+    n = len(columns["index"])
+    marks = {
+        "created_in": np.full(n, commit, np.int32),
+        "deleted_in": np.zeros(n, np.int32),
+        "recorded_in": columns.get("recorded_in", np.full(n, commit, np.int32)),
+    }
+    given = {**columns, **marks}
+    return {
+        c.name: np.concatenate([given[c.name], np.full(skipped, c.skipped, c.dtype)])
+        for c in key_columns(schema).values()
+        if c.dim == "record"
+    }
+
+
+def gap(column: KeyColumn, values: np.ndarray, has: np.ndarray | None) -> str | None:
+    """Return what is wrong with `values` of a key column, None where a reader takes them.
+
+    A writer asks it of what it is about to publish; `has` is what a bool column must be.
+    """
+    if has is not None:
+        return None if (values == has).all() else "it differs from the digests"
+    wrong = values == column.dtype.type(column.fill)
+    if column.attributes:
+        wrong = wrong | (values < EARLIEST) | (values > LATEST)
+    places = np.flatnonzero(wrong)
+    return f"{values[places[0]]!r} at row {places[0]} of the chunk" if len(places) else None
 
 
 def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:

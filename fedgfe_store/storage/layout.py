@@ -54,6 +54,11 @@ class KeyColumn:
         return np.dtype(self.data_type)
 
     @property
+    def digest(self) -> str:
+        """The column of digests whose values say what a column like ``has_t5`` must be."""
+        return f"{self.name.removeprefix('has_')}_digest"
+
+    @property
     def stored(self) -> np.dtype[Any]:
         """Data type of the values of a number column in a file, little-endian."""
         return self.dtype.newbyteorder("<")

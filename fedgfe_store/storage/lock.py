@@ -25,8 +25,10 @@ T = TypeVar("T")
 _PATIENCE = 1.0
 """Seconds of waiting for another writer that go without saying."""
 _PAUSE = 0.05
-_NOT_OFFERED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-_HELD = {errno.EACCES, errno.EAGAIN}
+NOT_OFFERED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+"""What a system answers that has no locks: none of this kind, no room for one, or none here."""
+HELD = {errno.EACCES, errno.EAGAIN}
+"""What it answers where another process holds the lock; POSIX allows either."""
 
 _log = logging.getLogger("fedgfe_store")
 _without: set[Path] = set()
@@ -101,7 +103,7 @@ class WriterLock:
         except NotImplementedError:
             self._do_without("the system offers none")
         except OSError as error:
-            if error.errno not in _NOT_OFFERED:
+            if error.errno not in NOT_OFFERED:
                 error.filename = error.filename or str(self._file)
                 raise
             self._do_without(os.strerror(error.errno))
@@ -120,14 +122,8 @@ class WriterLock:
 
     def _put_note(self) -> None:
         # Under another name first, so that nothing is written through a link that lies there.
-        temporary = files.temporary_of(self._note)
-        try:
-            with files.naming(self._note):
-                temporary.write_text(_signature(), encoding="utf-8")
-            os.replace(temporary, self._note)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with files.placing(self._note) as temporary, files.naming(self._note):
+            temporary.write_text(_signature(), encoding="utf-8")
 
     def _holder(self) -> str:
         try:
@@ -186,10 +182,10 @@ class _RangeLock:
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _NOT_OFFERED:
+            if error.errno in NOT_OFFERED:
                 return
             self.release()
-            if error.errno in _HELD:
+            if error.errno in HELD:
                 raise _HeldElsewhereError from error
             raise
 

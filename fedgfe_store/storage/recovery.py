@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-
-import numpy as np
 
 from fedgfe_store.errors import ConflictError, NotFoundError
 from fedgfe_store.storage import files, key_files
 from fedgfe_store.storage.claim import Claim
-from fedgfe_store.storage.layout import KEY_CHUNK, array_metadata
+from fedgfe_store.storage.layout import array_metadata
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
-
-PENDING = "pending"
-"""In stores of version 1, which older releases write too: a commit is being written."""
+from fedgfe_store.storage.version_1 import PENDING
 
 
 def recover(path: Path, group: Group, claim: Claim) -> int:
@@ -86,6 +82,20 @@ def clear(path: Path, group: Group, claim: Claim) -> None:
     (path / PENDING).unlink(missing_ok=True)
 
 
+def something_else(
+    path: Path, arrays: Collection[str], *, allowed: Callable[[Path], bool]
+) -> Path | None:
+    """Return what lies in the folder `path` that no killed maker of `arrays` there has left.
+
+    Folders and metadata of the arrays and half-written files may be there in any case, and what
+    else is `allowed`.
+    """
+    expected = {path / name for name in arrays}
+    expected |= {folder / GROUP_FILE for folder in expected}
+    others = (entry for entry in path.rglob("*") if entry not in expected and not allowed(entry))
+    return next((entry for entry in others if not files.is_temporary(entry)), None)
+
+
 def remove_temporary(path: Path, group: Group) -> None:
     """Remove what any writer of the store at `path` has not put in place."""
     # Those of an upgrade that was broken off lie in folders of the newer version.
@@ -97,11 +107,6 @@ def remove_temporary(path: Path, group: Group) -> None:
 def shape_files(path: Path, group: Group) -> dict[Path, bytes]:
     """Return the arrays' own metadata, which other Zarr readers use, with committed shapes."""
     return {path / name / GROUP_FILE: json.dumps(m).encode() for name, m in group.shaped().items()}
-
-
-def key_chunks(values: np.ndarray) -> list[np.ndarray]:
-    """Cut a key column that begins with a chunk into its chunks."""
-    return [values[start : start + KEY_CHUNK] for start in range(0, len(values), KEY_CHUNK)]
 
 
 def granule_of(name: str) -> int:
@@ -123,7 +128,7 @@ def _tensor_files_beyond(path: Path, group: Group) -> Iterator[tuple[Path, int]]
 def _unmarked(path: Path, group: Group) -> dict[Path, bytes]:
     """Return the files of ``deleted_in`` that hold marks beyond the commit point, without them."""
     snapshot = Snapshot(path, group)
-    chunks = key_chunks(snapshot.column("deleted_in"))
+    chunks = key_files.cut(snapshot.column("deleted_in"))
     column = group.key_columns["deleted_in"]
     return {
         key_files.key_file(path, name, number): key_files.encode(column, chunks[number]).contents

@@ -13,20 +13,17 @@ import numpy as np
 
 from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
 from fedgfe_store.records import (
-    EARLIEST,
     KEY_COLUMNS,
-    LATEST,
     NOTE_COLUMNS,
     RecordKey,
-    digest,
     from_milliseconds,
     key_at,
     keys_of,
-    row_digests,
 )
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage import key_files
 from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.digests import digest, row_digests
 from fedgfe_store.storage.gather import gather
 from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import CommitPoint, Group
@@ -178,8 +175,8 @@ class Snapshot:
         """Return what no writer leaves among `values`, as where their file is missing."""
         has = None
         if column.data_type == "bool":  # has no value to spare; a record without one has digest 0
-            has = self._chunk(f"{column.name.removeprefix('has_')}_digest", chunk) != 0
-        return gap(column, values, has)
+            has = self._chunk(column.digest, chunk) != 0
+        return key_files.gap(column, values, has)
 
     def extended(
         self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray
@@ -300,20 +297,6 @@ class Snapshot:
         file = Path(self.tensor_files[name].file(int(row) // self.schema.granule))
         state = "is damaged" if file.exists() else "is missing"
         return DamagedDataError(f"{name} of {key} is not what was committed: {file} {state}")
-
-
-def gap(column: KeyColumn, values: np.ndarray, has: np.ndarray | None) -> str | None:
-    """Return what is wrong with `values` of a key column, None where a reader takes them.
-
-    A writer asks it of what it is about to publish; `has` is what a bool column must be.
-    """
-    if has is not None:
-        return None if (values == has).all() else "it differs from the digests"
-    wrong = values == column.dtype.type(column.fill)
-    if column.attributes:
-        wrong = wrong | (values < EARLIEST) | (values > LATEST)
-    places = np.flatnonzero(wrong)
-    return f"{values[places[0]]!r} at row {places[0]} of the chunk" if len(places) else None
 
 
 def _at(snapshot: Snapshot, commit: int) -> np.ndarray:

@@ -16,8 +16,9 @@ from fedgfe_store.storage.compact import live_per_granule
 from fedgfe_store.storage.files import read_regular, temporaries
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.metadata import GROUP_FILE
-from fedgfe_store.storage.recovery import PENDING, granule_of
+from fedgfe_store.storage.recovery import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.version_1 import PENDING
 
 
 @dataclass(frozen=True)

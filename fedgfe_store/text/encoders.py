@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -15,7 +14,7 @@ from fedgfe_store.errors import NotFoundError
 from fedgfe_store.models.devices import DTYPES, clear_cache, enough_memory
 from fedgfe_store.models.files import check_number, digest_files, read_json
 from fedgfe_store.models.fit import Footprint
-from fedgfe_store.models.loading import load_encoder, loading, naming, quiet_loading
+from fedgfe_store.models.loading import load_part, load_pipeline, naming, quiet_loading
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Offload, Placement
 from fedgfe_store.schema import Kind, Metadata, Schema
@@ -23,9 +22,11 @@ from fedgfe_store.schema import Kind, Metadata, Schema
 BATCH_TOKENS = 4096
 """Tokens, padding included, that the encoders get at once; it bounds memory."""
 
+OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")
+"""Offload modes that diffusers has for encoders; it moves a denoising network's blocks alone."""
+
 # T5-XXL at 512 tokens: four hidden layers of 10,240 and two maps of attention of 64 heads.
 _VALUES_PER_TOKEN = 4 * 10_240 + 2 * 64 * 512
-_MODES: tuple[Offload, ...] = ("none", "model", "sequential")
 _WHERE = {
     "model": "enable_model_cpu_offload",
     "sequential": "enable_sequential_cpu_offload",
@@ -172,22 +173,13 @@ class TextEncoders:
         """
         dtype = DTYPES[placement.dtype]
         doing = placement.describe(f"loading the text encoders of {model.name}")
-        with enough_memory(doing, placement.remedy(_MODES)):
-            encoders = {part: load_encoder(model, part, dtype) for part in model.encoder_classes}
+        with enough_memory(doing, placement.remedy(OFFLOADS)):
+            encoders = {part: load_part(model, part, dtype) for part in model.encoder_classes}
             for part in model.encoder_parts:
                 for file in (model.folder / part).glob("tokenizer*.json"):
                     read_json(file)
-            with loading(f"model {model.folder}: tokenizer"):
-                import diffusers
-
-                pipeline = getattr(diffusers, model.pipeline_class).from_pretrained(
-                    os.fspath(model.folder),
-                    **cls.left_out[model.kind],
-                    **encoders,
-                    dtype=dtype,
-                    local_files_only=True,
-                )
-            return cls(pipeline, model, placement)
+            parts = {**cls.left_out[model.kind], **encoders}
+            return cls(load_pipeline(model, dtype, parts, rest=": tokenizer"), model, placement)
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +217,7 @@ class TextEncoders:
         """
         doing = self._placement.describe(f"encoding {len(prompts)} prompts")
         unable = f"model {self._model.folder} cannot encode"
-        remedy = self._placement.remedy(_MODES)
+        remedy = self._placement.remedy(OFFLOADS)
         with enough_memory(doing, remedy), naming(unable), quiet_loading():
             values = self._encode(list(prompts), tokens, clip_sequence)
         return {name: value.float().cpu().numpy() for name, value in values.items()}

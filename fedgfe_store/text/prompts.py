@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
-from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
+from fedgfe_store.models.devices import choose_device, choose_dtype
 from fedgfe_store.models.families import resolve_model
-from fedgfe_store.models.fit import choose_offload
 from fedgfe_store.models.model import Model
-from fedgfe_store.models.placement import Offload, Placement
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 from fedgfe_store.schema import Kind, Metadata, Schema
 from fedgfe_store.storage.append import IfExists
-from fedgfe_store.store import LOCK_TIMEOUT, EmbeddingStore
+from fedgfe_store.store import EmbeddingStore
 from fedgfe_store.text.encoders import (
-    BATCH_TOKENS,
-    TextEncoders,
     check_encoders,
-    encoder_footprint,
     encoder_identity,
     encoder_schema,
 )
@@ -33,8 +27,6 @@ Status = Literal["missing", "done", "other"]
 Report = Callable[[str], object]
 
 _DEFAULT_TOKENS = 17
-_MOST_PROMPTS = 32
-_MODES: tuple[Offload, ...] = ("none", "model", "sequential")
 _FIELD = re.compile(r"\{(\w*)\}")
 
 
@@ -111,26 +103,6 @@ class EncodingPlan:
             "encoder": self.encoder,
             "dtype": self.dtype,
         }
-
-
-@dataclass(frozen=True)
-class EncodingReport:
-    """What became of a plan.
-
-    Parameters
-    ----------
-    added, replaced : int
-        Records that are new, and that took another's place.
-    unchanged : int
-        Records that were left as they are.
-    seconds : float
-        Time taken, loading included.
-    """
-
-    added: int
-    replaced: int
-    unchanged: int
-    seconds: float
 
 
 def plan_references(
@@ -214,74 +186,6 @@ def plan_references(
         path, schema, store is not None, chosen, encoder, dtype, device, tuple(references),
         if_exists,
     )  # fmt: skip
-
-
-def encode_references(
-    plan: EncodingPlan,
-    *,
-    offload: str = "auto",
-    timeout: float = LOCK_TIMEOUT,
-    report: Report = lambda remark: None,
-    progress: Callable[[int], object] = lambda prompts: None,
-) -> EncodingReport:
-    """Load the text encoders, encode what is to do, and append it as one commit.
-
-    Values are those of diffusers' own ``encode_prompt``, which is what runs.
-
-    Parameters
-    ----------
-    plan : EncodingPlan
-        From `plan_references`.
-    offload : {"auto", "none", "model", "sequential"}
-        What a GPU holds: all encoders, one, or a layer; ``"auto"`` is the first that fits. Ignored
-        on the CPU.
-    timeout : float
-        Seconds to wait for another writer.
-    report : callable
-        Gets remarks for the user, such as prompts that were cut.
-    progress : callable
-        Called with the number of prompts just encoded.
-
-    Returns
-    -------
-    EncodingReport
-        Counts; with nothing to do nothing is loaded and there is no commit.
-
-    Raises
-    ------
-    NotFoundError
-        If weights are missing and cannot be fetched.
-    SchemaMismatchError
-        If an option is unknown, or values are not finite; nothing is committed.
-    ConflictError
-        If another writer put something else there meanwhile.
-    BusyError
-        If another writer holds the store for longer than `timeout`.
-    """
-    if offload not in ("auto", *_MODES):
-        raise SchemaMismatchError(
-            f"offload: expected auto, {', '.join(_MODES[:-1])} or {_MODES[-1]}, got {offload!r}"
-        )
-    started = time.monotonic()
-    left = len(plan.references) - len(plan.todo)
-    if not plan.todo:
-        return EncodingReport(0, 0, left, 0.0)
-    check_encoders(plan.model, fetch=True)
-    with TextEncoders.load(plan.model, _placement(plan, offload, report)) as encoders:
-        store = _opened(plan, timeout)
-        batch = store.append(
-            node=TEXT_NODE,
-            round=TEXT_ROUND,
-            if_exists=plan.if_exists,
-            encoder=plan.encoder,
-            timeout=timeout,
-        )
-        with batch:
-            for part in _parts(plan):
-                batch.add(**_records(plan, part, encoders, report))
-                progress(len(part))
-    seconds = time.monotonic() - started
-    return EncodingReport(batch.added, batch.replaced, left + batch.skipped, seconds)
 
 
 def _open_if_there(path: Path) -> EmbeddingStore | None:
@@ -391,49 +295,3 @@ def _refuse_others(references: list[Reference], path: Path) -> None:
             f"{others[0].key} is in {path} already ({others[0].reason}){more}; "
             "if_exists='replace' encodes again, 'skip' keeps what is there"
         )
-
-
-def _placement(plan: EncodingPlan, offload: str, report: Report) -> Placement:
-    mode, remark = choose_offload(
-        offload,
-        device_type=plan.device.partition(":")[0],
-        free_bytes=free_bytes(plan.device),
-        footprint=encoder_footprint(plan.model, DTYPES[plan.dtype].itemsize),
-        possible=_MODES,
-    )
-    if remark and (offload != "auto" or mode != "none"):
-        report(remark)
-    return Placement(plan.dtype, plan.device, mode)
-
-
-def _opened(plan: EncodingPlan, timeout: float) -> EmbeddingStore:
-    if plan.exists:
-        return EmbeddingStore.open(plan.path)
-    return EmbeddingStore.create(plan.path, plan.schema, timeout=timeout)
-
-
-def _tokens(plan: EncodingPlan) -> int:
-    return plan.schema.columns["clip" if plan.model.kind == "sd" else "t5"][0]
-
-
-def _parts(plan: EncodingPlan) -> Iterator[tuple[Reference, ...]]:
-    step = min(_MOST_PROMPTS, max(1, BATCH_TOKENS // _tokens(plan)))
-    for start in range(0, len(plan.todo), step):
-        yield plan.todo[start : start + step]
-
-
-def _records(
-    plan: EncodingPlan, part: Sequence[Reference], encoders: TextEncoders, report: Report
-) -> dict[str, Any]:
-    """Encode a few references and give what `AppendBatch.add` takes."""
-    prompts = [item.prompt for item in part]
-    for remark in encoders.cut(prompts, _tokens(plan)):
-        report(remark)
-    sequence = len(plan.schema.columns["clip"]) == 2
-    return {
-        "split": TEXT_SPLIT,
-        "class_name": [item.key.class_name for item in part],
-        "index": [item.key.index for item in part],
-        "extra": [plan.extra(prompt) for prompt in prompts],
-        **encoders.encode(prompts, tokens=_tokens(plan), clip_sequence=sequence),
-    }

@@ -282,7 +282,7 @@ def test_without_locks_waiting_tells_the_living_from_the_dead(
 ) -> None:
     monkeypatch.setattr(claims_module, "_LOOKS_EVERY", 0.01)
     remarks: list[str] = []
-    often = "from fedgfe_store.generation import claim_files\nclaim_files.RENEWED_EVERY = 0.05\n"
+    often = "from fedgfe_store.storage import claim_files\nclaim_files.RENEWAL_SECONDS = 0.05\n"
     code = WITHOUT_LOCKS + often + TAKER
 
     def grows_old(seconds: float) -> None:

@@ -19,7 +19,8 @@ from processes import finished
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.plan import Plan, PlanItem, plan_images
-from fedgfe_store.generation.settings import Settings, difference, fingerprint, seed_of
+from fedgfe_store.generation.settings import Settings, fingerprint, seed_of
+from fedgfe_store.images.compare import difference
 from fedgfe_store.images.manifest import Manifest, read_manifest, seconds_per_image
 from fedgfe_store.images.png import write_png
 from fedgfe_store.images.status import image_status

@@ -23,11 +23,12 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings, fingerprint
-from fedgfe_store.images.folder import find_pictures, read_pictures
+from fedgfe_store.images.arrange import arrange
+from fedgfe_store.images.folder import ImageFolder
 from fedgfe_store.images.gallery import make_gallery
 from fedgfe_store.images.manifest import Manifest, read_manifest
 from fedgfe_store.images.png import inspect_image, png_names, write_png
-from fedgfe_store.images.sheet import arrange, save_sheet
+from fedgfe_store.images.sheet import save_sheet
 from fedgfe_store.images.status import image_status
 from fedgfe_store.names import key_json
 
@@ -75,8 +76,8 @@ def test_what_is_no_picture_file_is_ignored_by_all_readers(
         result = CliRunner().invoke(group, options)
         assert (result.exit_code, result.stderr) == (0, "")
     assert make_gallery(folder).left_out == {}
-    assert len(read_pictures(folder)) == 2
-    assert len(find_pictures(folder)) == 2
+    assert len(ImageFolder.scan(folder).records) == 2
+    assert len(ImageFolder.scan(folder).select()) == 2
     status = image_status(store.select(), folder)
     assert (len(status.frame), status.deleted) == (2, ())
 
@@ -128,7 +129,7 @@ def test_a_picture_of_others_ends_no_run(
 ) -> None:
     (folder / "odd.png").write_bytes(content)
     assert set(make_gallery(folder).left_out) == {"odd.png"}
-    assert len(find_pictures(folder)) == 2
+    assert len(ImageFolder.scan(folder).select()) == 2
     assert len(image_status(store.select(), folder).frame) == 2
 
 
@@ -202,7 +203,7 @@ def test_a_link_in_place_of_a_file_is_replaced_and_what_it_leads_to_stays(
     report = generate(store.select(), out, pipeline=FakePipeline(flux), **OPTIONS)
     assert report.done == 2
     make_gallery(out)
-    save_sheet(arrange(find_pictures(out)), tmp_path / "a.png")
+    save_sheet(arrange(ImageFolder.scan(out).select()), tmp_path / "a.png")
     assert victim.read_text() == f"secret\n{line}\n"
     assert not any((out / name).is_symlink() for name in names)
     assert not (tmp_path / "a.png").is_symlink()

@@ -25,7 +25,7 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.generation.settings import Settings, fingerprint
-from fedgfe_store.images.gallery import make_gallery, picture_names
+from fedgfe_store.images.gallery import make_gallery, scan_images
 from fedgfe_store.images.manifest import Manifest
 from fedgfe_store.images.png import write_png
 from fedgfe_store.names import image_name, key_json
@@ -173,7 +173,7 @@ def test_a_folder_without_pictures_is_an_error_that_names_it(tmp_path):
     with pytest.raises(NotFoundError, match="no folder of pictures at .*nowhere"):
         make_gallery(tmp_path / "nowhere")
     with pytest.raises(NotFoundError, match="no pictures in"):
-        picture_names(tmp_path)
+        scan_images(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "holiday.png")
     with pytest.raises(NotFoundError, match="holiday.png: says nothing about a record"):
         make_gallery(tmp_path)

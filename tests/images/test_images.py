@@ -114,7 +114,7 @@ def test_a_name_is_the_same_in_every_process() -> None:
         "node_0_train_a-b_0_r5_h" + image_name(key(class_name="a/b"))[-36:]
     )
     code = (
-        "from fedgfe_store.images.png import image_name;"
+        "from fedgfe_store.names import image_name;"
         "from fedgfe_store.records import RecordKey;"
         "print(image_name(RecordKey('0', 5, 'train', 'a/b', 0)))"
     )

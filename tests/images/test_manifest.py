@@ -12,12 +12,12 @@ from conftest import fill
 from generation_fakes import SIZE, FakePipeline, save_random_flux
 
 from fedgfe_store import EmbeddingStore
-from fedgfe_store.generation.parts import Shard
 from fedgfe_store.generation.run import generate
 from fedgfe_store.images.manifest import (
     Manifest,
     latest,
     listed_files,
+    manifest_name,
     read_manifest,
     seconds_per_image,
     shard_count,
@@ -29,7 +29,7 @@ KEY = RecordKey("server", 5, "train", "dog", 3)
 
 
 def write(folder: Path, *lines: dict[str, object], shard: str = "0/1") -> None:
-    with Manifest(folder, Shard.parse(shard)) as manifest:
+    with Manifest(folder, manifest_name(*map(int, shard.split("/")))) as manifest:
         for line in lines:
             manifest.append(line)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation.settings import Settings, fingerprint
-from fedgfe_store.images.folder import find_pictures
+from fedgfe_store.images.folder import ImageFolder
 from fedgfe_store.images.gallery import make_gallery
 from fedgfe_store.images.manifest import Manifest
 from fedgfe_store.images.png import write_png
@@ -95,7 +95,7 @@ def test_the_gallery_marks_them(store: EmbeddingStore, folder: Path) -> None:
 
 
 def test_the_sheet_marks_them(store: EmbeddingStore, folder: Path, tmp_path: Path) -> None:
-    marks = {p.file.name: p.mark for p in find_pictures(folder, store=store) if p.mark}
+    marks = {p.file.name: p.mark for p in ImageFolder.scan(folder).select(store=store) if p.mark}
     assert marks == MARKS
     output = str(tmp_path / "a.png")
     layout = ["--rows", "class", "--columns", "index", "--output", output]
@@ -125,7 +125,7 @@ def test_an_animation_marks_them(store: EmbeddingStore, tmp_path: Path) -> None:
 def test_status_counts_them(store: EmbeddingStore, folder: Path) -> None:
     status = image_status(store.select(), folder)
     assert status.totals == {"done": 4, "missing": 0, "stale": 1, "failed": 0, "all": 5}
-    assert [picture.file for picture in status.deleted] == ["node_0_train_dog_0_r5.png"]
+    assert [image.name for image in status.deleted] == ["node_0_train_dog_0_r5.png"]
     output = run(store, folder, "status", named="output").stdout
     assert "\ndeleted: 1 image in the folder of records that are deleted (--deleted lists" in output
     assert "stale: 1 image: embedding changed" in output
@@ -172,10 +172,10 @@ def test_pictures_of_another_store_are_not_compared(store: EmbeddingStore, tmp_p
     make(store, tmp_path / "named", experiment="second")
     make(store, tmp_path / "older")
     for folder in (tmp_path / "named", tmp_path / "older"):
-        assert {p.mark for p in find_pictures(folder, store=ours)} == {""}
+        assert {p.mark for p in ImageFolder.scan(folder).select(store=ours)} == {""}
     make(ours, tmp_path / "ours", experiment="first", store="/elsewhere")
     ours.delete(class_name="dog")
-    assert [p.mark for p in find_pictures(tmp_path / "ours", store=ours)] == [""] * 3 + [
+    assert [p.mark for p in ImageFolder.scan(tmp_path / "ours").select(store=ours)] == [""] * 3 + [
         "record deleted"
     ] * 3
 

@@ -17,11 +17,12 @@ from playwright.sync_api import expect
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.analysis import centroids, drift
-from fedgfe_store.images.folder import find_pictures
+from fedgfe_store.images.arrange import Sheet, arrange
+from fedgfe_store.images.folder import ImageFolder
 from fedgfe_store.images.gallery import make_gallery
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.png import write_png
-from fedgfe_store.images.sheet import Sheet, animate, arrange
+from fedgfe_store.images.sheet import animate
 from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import RecordKey
 
@@ -73,14 +74,14 @@ def lines_of(sheet: Sheet) -> list[list[str]]:
 
 def test_a_sheet_shows_one_file_over_the_rounds(tmp_path: Path) -> None:
     sample = draw(tmp_path, shuffled())
-    rows = lines_of(arrange(find_pictures(tmp_path)))
+    rows = lines_of(arrange(ImageFolder.scan(tmp_path).select()))
     assert [len(row) for row in rows] == [len(ROUNDS)] * len(CLASSES)
     assert all(len({sample[name] for name in row}) == 1 for row in rows)
 
 
 def test_rows_by_index_are_the_samples_of_the_first_round(tmp_path: Path) -> None:
     sample = draw(tmp_path, shuffled())
-    sheet = arrange(find_pictures(tmp_path, class_name="dog"), rows=["index"])
+    sheet = arrange(ImageFolder.scan(tmp_path).select(class_name="dog"), rows=["index"])
     rows = lines_of(sheet)
     assert [len(row) for row in rows] == [len(ROUNDS)] * FILES
     assert all(len({sample[name] for name in row}) == 1 for row in rows)
@@ -90,14 +91,14 @@ def test_rows_by_index_are_the_samples_of_the_first_round(tmp_path: Path) -> Non
 
 def test_an_animation_is_of_one_file(tmp_path: Path) -> None:
     sample = draw(tmp_path, shuffled())
-    shown = animate(find_pictures(tmp_path, class_name="dog"), tmp_path / "dog.gif")
+    shown = animate(ImageFolder.scan(tmp_path).select(class_name="dog"), tmp_path / "dog.gif")
     assert [picture.key.round for picture in shown] == list(ROUNDS)
     assert len({sample[picture.file.name] for picture in shown}) == 1
 
 
 def test_what_differs_in_index_is_not_said_to_be_of_one_index(tmp_path: Path) -> None:
     draw(tmp_path, {key(1, 0): "a", key(5, 3): "a", key(5, 0): "b"})
-    sheet = arrange(find_pictures(tmp_path))
+    sheet = arrange(ImageFolder.scan(tmp_path).select())
     (row,) = lines_of(sheet)
     assert row == [image_name(key(1, 0)), image_name(key(5, 3))]
     assert "index" not in sheet.title
@@ -164,7 +165,7 @@ def test_where_one_does_not_say_its_file_the_index_counts(tmp_path: Path, known)
 def test_a_picture_itself_says_what_file_it_is_of(tmp_path: Path) -> None:
     sample = draw(tmp_path, {key(1, 0): "a/b.wav", key(1, 1): ""})
     (tmp_path / "manifest.jsonl").unlink()
-    assert {p.file.name: p.file_id for p in find_pictures(tmp_path)} == sample
+    assert {p.file.name: p.file_id for p in ImageFolder.scan(tmp_path).select()} == sample
 
 
 def test_drift_by_sample_compares_a_file_with_itself(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from transformers import CLIPModel, CLIPProcessor
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.images.scoring import Scores, class_prompts, find_pictures, score_pictures
+from fedgfe_store.images.scoring import Scores, class_prompts, score_pictures, selected_images
 from fedgfe_store.names import image_name
 
 CLASSES = ["dog", "cat", "water_tap"]
@@ -54,7 +54,7 @@ def folder(store: EmbeddingStore, tmp_path: Path) -> Path:
 
 def score(store: EmbeddingStore, folder: Path, clip: Path, **options: Any) -> Scores:
     selection = EmbeddingStore.open(store.path).select(**options.pop("filters", {}))
-    return score_pictures(find_pictures(selection, folder), str(clip), device="cpu", **options)
+    return score_pictures(selected_images(selection, folder), str(clip), device="cpu", **options)
 
 
 def reference(clip: Path, files: list[Path], prompts: list[str]) -> np.ndarray:

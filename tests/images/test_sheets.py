@@ -20,10 +20,12 @@ from PIL import Image, ImageFont
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
-from fedgfe_store.images.folder import Picture, find_pictures
+from fedgfe_store.images.arrange import arrange
+from fedgfe_store.images.folder import ImageFolder
 from fedgfe_store.images.labels import Label, label_of
 from fedgfe_store.images.png import write_png
-from fedgfe_store.images.sheet import animate, arrange, check_output, save_sheet
+from fedgfe_store.images.record import ImageRecord
+from fedgfe_store.images.sheet import animate, check_output, save_sheet
 from fedgfe_store.names import image_name, key_json
 from fedgfe_store.records import RecordKey
 
@@ -98,7 +100,7 @@ def test_pictures_are_found_by_manifest_and_by_their_own_word(tmp_path):
     make(tmp_path / "a", keys)
     make(tmp_path / "b", keys, listed=False)
     for folder in (tmp_path / "a", tmp_path / "b"):
-        found = find_pictures(folder)
+        found = ImageFolder.scan(folder).select()
         assert [picture.key for picture in found] == sorted(keys)
         assert all(picture.file == folder / image_name(picture.key) for picture in found)
         assert {picture.size for picture in found} == {(16, 16)}
@@ -119,7 +121,7 @@ def test_only_pictures_that_are_there_and_ours_count(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("\n".join([*lines, *extra]))
     Image.new("RGB", (8, 8)).save(tmp_path / "holiday.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    assert [picture.key.index for picture in find_pictures(tmp_path)] == [1, 2, 3, 5]
+    assert [picture.key.index for picture in ImageFolder.scan(tmp_path).select()] == [1, 2, 3, 5]
 
 
 @pytest.mark.parametrize(
@@ -137,22 +139,22 @@ def test_filters_are_those_of_a_store(tmp_path, filters, expected):
     keys = [key(*parts) for parts in itertools.product(
         (0, "server"), (1, 5), ("train", "test"), ("dog", "cat"), range(3))]  # fmt: skip
     make(tmp_path, keys)
-    found = find_pictures(tmp_path, **filters)
+    found = ImageFolder.scan(tmp_path).select(**filters)
     assert [picture.key for picture in found] == sorted(filter(expected, keys))
 
 
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(NotFoundError, match="no folder of pictures at"):
-        find_pictures(tmp_path / "no")
+        ImageFolder.scan(tmp_path / "no").select()
     with pytest.raises(NotFoundError, match="no pictures of ours in"):
-        find_pictures(tmp_path)
+        ImageFolder.scan(tmp_path).select()
     make(tmp_path, [key()])
     with pytest.raises(NotFoundError, match="none of the 1 pictures in .* meets the filters"):
-        find_pictures(tmp_path, round=7)
+        ImageFolder.scan(tmp_path).select(round=7)
     with pytest.raises(SchemaMismatchError, match="round: expected whole numbers"):
-        find_pictures(tmp_path, round="x")
+        ImageFolder.scan(tmp_path).select(round="x")
     with pytest.raises(SchemaMismatchError, match="got sample_id"):
-        find_pictures(tmp_path, sample_id="train_0")
+        ImageFolder.scan(tmp_path).select(sample_id="train_0")
 
 
 # Arranging
@@ -163,14 +165,16 @@ def test_every_cell_shows_the_same_sample_where_it_can(tmp_path):
         (2, 10, "server"), (1, 10, 2), ("train", "test"), ("dog", "cat"))]  # fmt: skip
     keys.remove(key(2, 1, "test", "dog"))
     make(tmp_path, keys)
-    sheet = arrange(find_pictures(tmp_path))
+    sheet = arrange(ImageFolder.scan(tmp_path).select())
     assert sheet.rows == (("cat",), ("dog",))
     assert sheet.columns == ((1,), (2,), (10,))
     assert {(p.key.node, p.key.split) for p in sheet.cells.values()} == {("2", "train")}
     assert sheet.title == "node 2, train, index 0"
     assert {sheet.caption(picture) for picture in sheet.cells.values()} == {""}
     assert sheet.missing == 0
-    by_node = arrange(find_pictures(tmp_path), rows=["node"], columns=["class_name", "round"])
+    by_node = arrange(
+        ImageFolder.scan(tmp_path).select(), rows=["node"], columns=["class_name", "round"]
+    )
     assert by_node.rows == (("2",), ("10",), ("server",))
     assert by_node.columns[:2] == (("cat", 1), ("cat", 2))
 
@@ -180,7 +184,7 @@ def test_where_samples_differ_each_cell_says_which(tmp_path):
             for node, r, i in itertools.product(range(3), (1, 5), (0, 1))]  # fmt: skip
     keys.remove(key(2, 5, class_name="class 2", index=0))
     make(tmp_path, keys)
-    sheet = arrange(find_pictures(tmp_path))
+    sheet = arrange(ImageFolder.scan(tmp_path).select())
     assert sheet.title == "train"
     captions = {picture.key: sheet.caption(picture) for picture in sheet.cells.values()}
     assert captions[key(1, 5, class_name="class 1")] == "node 1, index 0"
@@ -202,7 +206,7 @@ def test_where_samples_differ_each_cell_says_which(tmp_path):
     ],
 )
 def test_wrong_keys_are_named(tmp_path, rows, columns, words):
-    picture = Picture(tmp_path / "a.png", key())
+    picture = ImageRecord(tmp_path, "a.png", key())
     with pytest.raises(SchemaMismatchError, match=words):
         arrange([picture], rows=rows, columns=columns)
     with pytest.raises(SchemaMismatchError, match="expected at least one picture"):
@@ -216,14 +220,16 @@ def test_wrong_keys_are_named(tmp_path, rows, columns, words):
 def test_pictures_lie_in_rows_and_columns_under_any_labels(tmp_path, thumbnail):
     keys = [key("server", r, class_name=c) for r in (1, 2, 1000) for c in NAMES]
     colours = make(tmp_path / "in", keys)
-    sheet = arrange(find_pictures(tmp_path / "in"))
+    sheet = arrange(ImageFolder.scan(tmp_path / "in").select())
     assert save_sheet(sheet, tmp_path / "a.png", thumbnail=thumbnail) == [tmp_path / "a.png"]
     found = check_grid(tmp_path / "a.png", colours, sorted(NAMES), [1, 2, 1000],
                        lambda k: k.class_name, lambda k: k.round)  # fmt: skip
     assert len(found) == len(keys)
     assert {box[2:] for box in found.values()} == {(thumbnail, thumbnail)}
     check_margins(tmp_path / "a.png")
-    across = arrange(find_pictures(tmp_path / "in"), rows=["round"], columns=["class_name"])
+    across = arrange(
+        ImageFolder.scan(tmp_path / "in").select(), rows=["round"], columns=["class_name"]
+    )
     save_sheet(across, tmp_path / "b.png", thumbnail=thumbnail, title="y\n\0é" * 200)
     assert len(cells_of(tmp_path / "b.png", colours)) == len(keys)
     check_margins(tmp_path / "b.png")
@@ -232,7 +238,7 @@ def test_pictures_lie_in_rows_and_columns_under_any_labels(tmp_path, thumbnail):
 def test_labels_are_drawn_beside_and_above(tmp_path):
     keys = [key("server", r, class_name=c) for r in (1, 5) for c in ("dog", "cat")]
     colours = make(tmp_path / "in", keys)
-    save_sheet(arrange(find_pictures(tmp_path / "in")), tmp_path / "a.png")
+    save_sheet(arrange(ImageFolder.scan(tmp_path / "in").select()), tmp_path / "a.png")
     found = cells_of(tmp_path / "a.png", colours)
     dark = np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 100
     left, top, size = found[keys[0]][0], min(box[1] for box in found.values()), 128
@@ -249,7 +255,7 @@ def test_missing_and_damaged_cells_are_marked(tmp_path):
     colours = make(tmp_path / "in", keys[:3])
     damaged = tmp_path / "in" / image_name(keys[0])
     damaged.write_bytes(damaged.read_bytes()[:60])
-    sheet = arrange(find_pictures(tmp_path / "in"))
+    sheet = arrange(ImageFolder.scan(tmp_path / "in").select())
     assert sheet.missing == 1
     reports: list[Any] = []
     done: list[int] = []
@@ -267,7 +273,9 @@ def test_missing_and_damaged_cells_are_marked(tmp_path):
 @pytest.mark.parametrize("size", [(64, 16), (16, 64), (300, 200)])
 def test_pictures_keep_their_shape_and_cells_fit_it(tmp_path, size):
     colours = make(tmp_path / "in", [key(), key(round=2), key(class_name="cat")], size=size)
-    save_sheet(arrange(find_pictures(tmp_path / "in")), tmp_path / "a.png", thumbnail=96)
+    save_sheet(
+        arrange(ImageFolder.scan(tmp_path / "in").select()), tmp_path / "a.png", thumbnail=96
+    )
     found = cells_of(tmp_path / "a.png", colours)
     high = round(96 * size[1] / max(size))
     assert {box[2:] for box in found.values()} == {(round(96 * size[0] / max(size)), high)}
@@ -278,7 +286,7 @@ def test_a_large_sheet_goes_into_pages_of_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr("fedgfe_store.images.drawing._PAGE", 600)
     keys = [key(round=r, class_name=f"class {c:02}") for r in range(13) for c in range(12)]
     colours = make(tmp_path / "in", keys, size=(2, 2))
-    sheet = arrange(find_pictures(tmp_path / "in"))
+    sheet = arrange(ImageFolder.scan(tmp_path / "in").select())
     files = save_sheet(sheet, tmp_path / "sheet.png", thumbnail=64)
     assert [file.name for file in files] == [f"sheet-{n}.png" for n in (1, 2, 3, 4)]
     seen = []
@@ -293,7 +301,7 @@ def test_a_large_sheet_goes_into_pages_of_bounded_size(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.pdf", "A.PNG"])
 def test_the_ending_tells_the_kind(tmp_path, name):
     make(tmp_path / "in", [key()])
-    save_sheet(arrange(find_pictures(tmp_path / "in")), tmp_path / name)
+    save_sheet(arrange(ImageFolder.scan(tmp_path / "in").select()), tmp_path / name)
     assert (tmp_path / name).stat().st_size > 100
     assert {file.name for file in tmp_path.iterdir()} == {"in", name}
 
@@ -304,14 +312,14 @@ def test_files_that_cannot_be_written_are_refused_first(tmp_path):
             check_output(tmp_path / name)
     with pytest.raises(NotFoundError, match="there is no folder"):
         check_output(tmp_path / "no" / "a.png")
-    sheet = arrange([Picture(tmp_path / "a.png", key())])
+    sheet = arrange([ImageRecord(tmp_path, "a.png", key())])
     with pytest.raises(SchemaMismatchError, match="thumbnail: expected 32 to 1024 pixels, got 8"):
         save_sheet(sheet, tmp_path / "a.png", thumbnail=8)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     make(tmp_path / "in", [key()])
-    sheet = arrange(find_pictures(tmp_path / "in"))
+    sheet = arrange(ImageFolder.scan(tmp_path / "in").select())
     (tmp_path / "a.png").write_bytes(b"old")
 
     def full(*arguments):
@@ -368,7 +376,7 @@ def test_an_animation_shows_one_sample_by_round(tmp_path, name):
     keys = [key("server", r, class_name="cat", index=1) for r in (10, 1, 2)]
     keys += [key("server", r, class_name="dog") for r in (1, 2)]
     colours = make(tmp_path / "in", keys)
-    shown = animate(find_pictures(tmp_path / "in"), tmp_path / name, thumbnail=64)
+    shown = animate(ImageFolder.scan(tmp_path / "in").select(), tmp_path / name, thumbnail=64)
     assert [picture.key for picture in shown] == sorted(keys[:3])
     frames = list(frames_of(tmp_path / name))
     assert len(frames) == 3
@@ -381,7 +389,7 @@ def test_an_animation_shows_one_sample_by_round(tmp_path, name):
 
 def test_animations_that_cannot_be(tmp_path):
     make(tmp_path / "in", [key(), key(class_name="cat", round=2)])
-    pictures = find_pictures(tmp_path / "in")
+    pictures = ImageFolder.scan(tmp_path / "in").select()
     with pytest.raises(SchemaMismatchError, match=r"two rounds, got 1 \(node 0, train, cat, index"):
         animate(pictures, tmp_path / "a.gif")
     with pytest.raises(SchemaMismatchError, match=r"expected a name ending in \.gif, \.webp"):
@@ -389,7 +397,7 @@ def test_animations_that_cannot_be(tmp_path):
     make(tmp_path / "in", [key(), key(round=2)])
     (tmp_path / "in" / image_name(key(round=2))).write_bytes(b"")
     with pytest.raises(DamagedDataError, match=r"node_0_train_dog_0_r2\.png is damaged"):
-        animate(find_pictures(tmp_path / "in"), tmp_path / "a.gif")
+        animate(ImageFolder.scan(tmp_path / "in").select(), tmp_path / "a.gif")
     assert not (tmp_path / "a.gif").exists()
 
 

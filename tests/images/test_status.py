@@ -20,9 +20,9 @@ from processes import finished
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.parts import WHOLE, Shard
+from fedgfe_store.generation.parts import WHOLE, Shard, parts_of
 from fedgfe_store.generation.settings import Settings, fingerprint
-from fedgfe_store.images.manifest import Manifest
+from fedgfe_store.images.manifest import Manifest, manifest_name
 from fedgfe_store.images.png import write_png
 from fedgfe_store.images.status import ImageStatus, image_status
 from fedgfe_store.names import image_name, key_json
@@ -77,7 +77,7 @@ class Folder:
 
     def line(self, line: dict[str, Any], shard: Shard = WHOLE) -> None:
         created = f"2026-01-22T12:{self.minute:02}:00+00:00"
-        with Manifest(self.path, shard) as manifest:
+        with Manifest(self.path, manifest_name(shard.index, shard.count)) as manifest:
             manifest.append({**line, "created": created})
 
     def status(self, **options: Any) -> ImageStatus:
@@ -240,17 +240,17 @@ def test_unfinished_shards_are_those_that_hold_a_record_not_done(folder: Folder)
     folder.make(0, 1, 2)
     status = folder.status()
     expected = {i for i in range(8) for key in folder.keys()[3:] if Shard(i, 8).holds(key)}
-    assert status.unfinished_shards(8) == sorted(expected)
-    assert status.unfinished_shards(1) == [0]
+    assert parts_of(status.unfinished, 8) == sorted(expected)
+    assert parts_of(status.unfinished, 1) == [0]
     folder.make(3, 4, 5)
-    assert folder.status().unfinished_shards(8) == []
+    assert parts_of(folder.status().unfinished, 8) == []
 
 
 def test_nothing_selected(folder: Folder) -> None:
     status = image_status(folder.store.select(round=99), folder.path)
     assert status.totals == {"done": 0, "missing": 0, "stale": 0, "failed": 0, "all": 0}
     assert len(status.counts(["node", "round"])) == 0
-    assert status.unfinished_shards(4) == []
+    assert parts_of(status.unfinished, 4) == []
 
 
 def test_progress_counts_records(folder: Folder) -> None:

@@ -26,7 +26,7 @@ from fedgfe_store.generation.run import generate
 from fedgfe_store.images.clip import Clip
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.selection import Selection
-from fedgfe_store.text.prompts import encode_references, plan_references
+from fedgfe_store.text import encode_references, plan_references
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n"
 DENOISER = "transformer/diffusion_pytorch_model.safetensors"
@@ -313,9 +313,9 @@ def test_the_fp16_variant_may_be_in_shards_and_the_usual_weights_go_before_it(
     path.write_text(json.dumps({"metadata": {}, **index}))
     model = resolve_model(str(copy))
     assert len(model.weights("transformer").files) == 2
-    from fedgfe_store.models.loading import load_network
+    from fedgfe_store.models.loading import load_part
 
-    network = load_network(model, "transformer", torch.float32)
+    network = load_part(model, "transformer", torch.float32)
     assert torch.equal(network.x_embedder.weight, weights["x_embedder.weight"].float())
     save_file({"a": torch.zeros(1)}, copy / "vae/diffusion_pytorch_model.safetensors")
     assert model.weights("vae").variant is None

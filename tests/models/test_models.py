@@ -12,14 +12,16 @@ import pytest
 import torch
 from generation_fakes import load_flux, save_random_flux
 from processes import finished
+from safetensors.torch import save_file
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models import devices
 from fedgfe_store.models.families import resolve_model
-from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint
+from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
 from fedgfe_store.models.flux import FluxModel
 from fedgfe_store.models.model import Model
-from fedgfe_store.models.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS, tiny_flux_path
+from fedgfe_store.models.placement import Placement
+from fedgfe_store.models.tiny import TINY_FLUX, TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
 
 GIB = 2**30
 FLUX_DEV = FluxModel(
@@ -72,7 +74,7 @@ def test_the_defaults_are_those_of_dev_schnell_and_tiny(flux: Path, tmp_path: Pa
     schnell = resolve_model(str(save_random_flux(tmp_path / "schnell", guidance=False)))
     assert (schnell.default_steps, schnell.default_guidance) == (4, None)
     tiny = resolve_model("tiny")
-    assert tiny.name == resolve_model(str(tiny_flux_path())).name == "tiny"
+    assert tiny.name == resolve_model(str(TINY_FLUX)).name == "tiny"
     assert (tiny.default_steps, tiny.default_guidance) == (TINY_STEPS, TINY_GUIDANCE)
     assert tiny.default_size == TINY_SIZE
 
@@ -98,6 +100,18 @@ def test_parameters_are_counted_over_shards_and_dtypes(
     next((tmp_path / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(NotFoundError, match="safetensors"):
         model.fetch_weights()
+
+
+def test_parameters_are_counted_whatever_their_dtype(flux: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(flux, tmp_path / "copy")
+    tensors = {
+        "bytes": torch.zeros(3, 4, dtype=torch.uint8),
+        "shorts": torch.zeros(6, dtype=torch.int16),
+        "a number": torch.zeros((), dtype=torch.bool),
+        "none": torch.zeros(0, 5),
+    }
+    save_file(tensors, copy / "vae" / "diffusion_pytorch_model.safetensors")
+    assert resolve_model(str(copy)).parameters("vae") == sum(t.numel() for t in tensors.values())
 
 
 def test_what_is_not_a_flux_model_is_refused(flux: Path, tmp_path: Path) -> None:
@@ -209,6 +223,50 @@ def test_offload_does_as_it_is_told_except_on_the_cpu() -> None:
     assert choose("auto", "mps", None) == ("none", None)
     with pytest.raises(SchemaMismatchError, match="expected auto, .* or sequential, got 'disk'"):
         choose("disk", "cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "free", "expected"),
+    [
+        (1024**2, None, 1),
+        (512**2, None, 4),
+        (64**2, None, 8),
+        (2048**2, None, 1),
+        (1024**2, 40 * GIB, 4),
+        (1024**2, 14 * GIB, 2),
+        (1024**2, 12 * GIB, 1),
+        (1024**2, 1 * GIB, 1),
+        (512**2, 40 * GIB, 8),
+        (512**2, 1 * GIB, 4),
+    ],
+)
+def test_a_batch_has_a_large_images_pixels_and_up_to_four_where_they_fit(
+    pixels: int, free: int | None, expected: int
+) -> None:
+    def footprint(size: int) -> Footprint:  # 10 GiB of weights, and 1.5 an image of 1024 x 1024
+        images = 3 * GIB * size * pixels // 2 // 1024**2
+        return Footprint(9 * GIB, GIB, 0, images, 0)
+
+    assert choose_batch_size(pixels, free_bytes=free, footprint=footprint) == expected
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        (Placement("float32", "cpu"), "a machine with more memory or --dtype bfloat16"),
+        (Placement("bfloat16", "cpu"), "a machine with more memory"),
+        (Placement("bfloat16", "cuda:0"), "--offload model or group or sequential"),
+        (Placement("bfloat16", "cuda:0", "group"), "--offload sequential"),
+        (Placement("bfloat16", "cuda:0", "sequential"), "a GPU with more free memory"),
+        (Placement("bfloat16", "cuda:0", "none", compiled=True), "--offload model"),
+        (Placement("bfloat16", "cuda:0", "model", compiled=True), "a GPU with more free memory"),
+        (Placement("bfloat16", "cuda:0", quantization="nf4"), "a GPU with more free memory"),
+    ],
+)
+def test_what_takes_less_memory_is_said_where_there_is_anything(
+    placement: Placement, expected: str
+) -> None:
+    assert placement.remedy() == f"{expected} may help"
 
 
 def test_the_dtype_is_bfloat16_where_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

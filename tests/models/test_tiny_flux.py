@@ -14,7 +14,7 @@ from tiny_flux import load, render
 from fedgfe_store.demo.anchors import class_anchor
 from fedgfe_store.demo.pictograms import CLASSES, draw
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.models.tiny import tiny_flux_path
+from fedgfe_store.models.tiny import TINY_FLUX
 
 pytestmark = pytest.mark.model
 
@@ -52,7 +52,7 @@ def test_loads_as_an_ordinary_pipeline_of_under_3_mb(pipeline):
     assert pipeline.text_encoder is None
     assert pipeline.tokenizer_2 is None
     assert pipeline.vae_scale_factor == 8
-    assert sum(path.stat().st_size for path in tiny_flux_path().rglob("*")) < 3e6
+    assert sum(path.stat().st_size for path in TINY_FLUX.rglob("*")) < 3e6
 
 
 def render_batches(pipeline, records, sizes, *, shift_t5=0, shift_clip=0) -> list[np.ndarray]:

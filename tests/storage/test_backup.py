@@ -14,7 +14,7 @@ from conftest import SMALL, fill, values
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError
-from fedgfe_store.storage import backup
+from fedgfe_store.storage import files
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -26,7 +26,7 @@ def contents(path: Path) -> dict[str, bytes]:
 @pytest.fixture
 def elsewhere(monkeypatch):
     """As if the copy lay on another file system."""
-    monkeypatch.setattr(backup, "_linked", lambda file, temporary: False)
+    monkeypatch.setattr(files, "linked", lambda file, temporary: False)
 
 
 @pytest.mark.usefixtures("elsewhere")

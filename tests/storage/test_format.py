@@ -331,7 +331,7 @@ def test_a_writer_taken_for_dead_finds_out_and_hurts_nothing(store, no_locks, mo
         with store.append(node=0, round=1) as batch:
             batch.add(split="train", class_name="dog", index=range(9), **values(9))
             batch._write(rest=True)
-            monkeypatch.setattr("fedgfe_store.storage.claim.TAKEOVER_SECONDS", -1)
+            monkeypatch.setattr("fedgfe_store.storage.claim_files.TAKEOVER_SECONDS", -1)
             fill(other, node=1, round=1)
     opened = EmbeddingStore.open(store.path)
     assert {k.node for k in opened.select().keys()} == {"1", "5"}

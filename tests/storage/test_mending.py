@@ -14,8 +14,9 @@ from places import DATA
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError
-from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, row_digests
+from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS
 from fedgfe_store.storage import key_files
+from fedgfe_store.storage.digests import row_digests
 from fedgfe_store.storage.layout import key_columns
 from fedgfe_store.storage.staging import Staging
 
@@ -144,7 +145,7 @@ def test_a_copy_with_marks_beyond_its_commit_is_sound_and_stays_so(store, tmp_pa
     "name", ["round", "node", "created_in", "deleted_in", "row_digest", "t5_digest"]
 )
 def test_chunks_of_a_key_column_that_changed_places_are_damage(tmp_path, monkeypatch, name):
-    for module in ("layout", "commit", "snapshot", "metadata", "key_files", "recovery"):
+    for module in ("layout", "commit", "snapshot", "metadata", "key_files"):
         monkeypatch.setattr(f"fedgfe_store.storage.{module}.KEY_CHUNK", 8)
     for module in ("verify", "bounds"):
         monkeypatch.setattr(f"fedgfe_store.storage.{module}.KEY_CHUNK", 8)

@@ -18,7 +18,7 @@ from places import DATA
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
-from fedgfe_store.storage import append, backup, commit, files
+from fedgfe_store.storage import append, backup, commit, create, files, owner
 from fedgfe_store.storage import claim as claims
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.staging import Staging
@@ -38,13 +38,14 @@ class Hosts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._patch = monkeypatch
         self._names = iter("abcdefgh")
-        monkeypatch.setattr(commit, "WriterLock", NoLock)
+        for module in (commit, create):
+            monkeypatch.setattr(module, "WriterLock", NoLock)
         self.next()
 
     def next(self) -> None:
         """Whoever claims from now on is on another host."""
         name = next(self._names)
-        self._patch.setattr(claims, "_machine", lambda: name)
+        self._patch.setattr(owner, "machine", lambda: name)
 
     def sleep(self, path: Path) -> None:
         """Let all who hold a claim on the store at `path` be silent for two minutes."""
@@ -179,7 +180,7 @@ def test_a_disk_on_which_both_kinds_of_locks_exclude_each_other(store, monkeypat
     close = os.close
 
     def closed(handle: int) -> None:
-        for inode in [inode for inode, (owner, _) in held.items() if owner == handle]:
+        for inode in [inode for inode, (keeper, _) in held.items() if keeper == handle]:
             del held[inode]
         close(handle)
 
@@ -204,11 +205,12 @@ def test_a_store_is_not_made_again_over_one_that_a_late_maker_has_made(
         if not late and folder.parent == path:
             late.append(folder)
             with monkeypatch.context() as patch:
+                patch.setattr(create, "Claim", NoClaim)
                 patch.setattr(commit, "Claim", NoClaim)
                 fill(EmbeddingStore.create(path, SMALL), node=0, round=1)
         folders(folder)
 
-    monkeypatch.setattr(commit, "make_folders", late_maker)
+    monkeypatch.setattr(create, "make_folders", late_maker)
     with pytest.raises(ConflictError, match="a Zarr group is there already"):
         EmbeddingStore.create(path, SMALL)
     check_sound(path, 6)
@@ -231,7 +233,7 @@ def test_a_maker_that_was_taken_for_dead_leaves_the_claims_of_who_took_over(
             )
         folders(folder)
 
-    monkeypatch.setattr(commit, "make_folders", taken_over)
+    monkeypatch.setattr(create, "make_folders", taken_over)
     with pytest.raises(ConflictError, match="another writer came in between"):
         EmbeddingStore.create(path, SMALL)
     made[0].fence()

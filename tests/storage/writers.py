@@ -24,7 +24,7 @@ from system_calls import CHANGING, Killer, no_flushes
 
 from fedgfe_store import EmbeddingStore, FedgfeStoreError
 from fedgfe_store.errors import BusyError, ConflictError
-from fedgfe_store.storage import claim
+from fedgfe_store.storage import claim_files
 
 RECORDS = 3
 TAKEOVER = 0.6
@@ -59,7 +59,7 @@ def refuse_locks(code: int) -> None:
 
 def hurry() -> None:
     """Let a writer that gives no sign be taken for dead after `TAKEOVER` seconds."""
-    claim.RENEWAL_SECONDS, claim.TAKEOVER_SECONDS = TAKEOVER / 6, TAKEOVER
+    claim_files.RENEWAL_SECONDS, claim_files.TAKEOVER_SECONDS = TAKEOVER / 6, TAKEOVER
 
 
 def _append(path: Path, node: int, number: int) -> Ended:

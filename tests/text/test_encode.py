@@ -26,13 +26,13 @@ from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.fit import choose_offload
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Placement
-from fedgfe_store.models.tiny import tiny_flux_path
+from fedgfe_store.models.tiny import TINY_FLUX
+from fedgfe_store.text import EncodingReport, encode_references, plan_references
 from fedgfe_store.text.encoders import (
     TextEncoders,
     encoder_footprint,
     encoder_identity,
 )
-from fedgfe_store.text.prompts import EncodingReport, encode_references, plan_references
 
 PHOTO = "a photo of a {class}"
 GIB = 2**30
@@ -421,7 +421,7 @@ def test_the_command_says_what_tiny_lacks(tmp_path: Path) -> None:
     result = run(tmp_path / "s.zarr", "encode", "--class", "dog", "--model", "tiny")
     assert result.exit_code == 1
     assert "error: the model tiny has no text encoders" in result.output
-    assert str(tiny_flux_path()) in result.output
+    assert str(TINY_FLUX) in result.output
 
 
 def test_references_are_selected_and_rendered_beside_nodes(

@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fedgfe_store.errors import NotFoundError
-from fedgfe_store.images.folder import (
-    ListedPicture,
-    inspect_picture,
-    listed_pictures,
-    mark_outdated,
-)
+from fedgfe_store.images.folder import ImageFolder, side_by_side
 from fedgfe_store.images.gallery.page import render_page
 from fedgfe_store.images.gallery.thumbnails import thumbnail_name, update_thumbnail
-from fedgfe_store.images.png import UNREADABLE, png_names
+from fedgfe_store.images.outdated import marked
+from fedgfe_store.images.png import UNREADABLE
+from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.storage.files import write_file
 
 if TYPE_CHECKING:
@@ -28,8 +24,6 @@ if TYPE_CHECKING:
 
 PAGE_NAME = "gallery.html"
 THUMBNAILS = "thumbnails"
-
-_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -60,34 +54,29 @@ class Gallery:
     outdated: Mapping[str, int]
 
 
-def picture_names(folder: Path) -> list[str]:
-    """Name the pictures of a folder.
+def scan_images(folder: Path) -> ImageFolder:
+    """List a folder that a gallery is to be made of.
 
     Parameters
     ----------
     folder : Path
         Folder of the images.
 
-    Returns
-    -------
-    list of str
-        Names of its PNG files, sorted.
-
     Raises
     ------
     NotFoundError
-        If there is no such folder, or no picture in it.
+        If there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise NotFoundError(f"no folder of pictures at {folder}")
-    names = png_names(folder)
-    if not names:
+    images = ImageFolder.scan(folder)
+    if not images.names:
         raise NotFoundError(f"no pictures in {folder}: expected PNG files that generate made")
-    return names
+    return images
 
 
 def make_gallery(
-    folder: Path,
+    folder: ImageFolder | Path,
     output: Path | None = None,
     *,
     store: EmbeddingStore | None = None,
@@ -100,8 +89,8 @@ def make_gallery(
 
     Parameters
     ----------
-    folder : Path
-        Folder of the images.
+    folder : ImageFolder or Path
+        Folder of the images, listed or not.
     output : Path, optional
         The page, by default ``gallery.html`` in the folder. Thumbnails lie beside it: in
         ``thumbnails`` where it is in the folder, else in a folder named after the page.
@@ -120,51 +109,49 @@ def make_gallery(
     NotFoundError
         If there is no such folder, or no picture in it of which a record is known.
     """
-    names = picture_names(folder)
+    images = folder if isinstance(folder, ImageFolder) else scan_images(folder)
+    folder, names = images.path, images.names
     page = output or folder / PAGE_NAME
     inside = page.parent.resolve() == folder.resolve()
     thumbnails = page.with_name(THUMBNAILS if inside else f"{page.stem}_{THUMBNAILS}")
     thumbnails.mkdir(parents=True, exist_ok=True)
-    prepare = _Preparing(folder, thumbnails, listed_pictures(folder))
     shown, left_out = [], {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for name, found in zip(names, pool.map(prepare, names), strict=True):
-            if isinstance(found, str):
-                left_out[name] = found
-            else:
-                shown.append(found)
-            if progress is not None:
-                progress(1)
+    _ = images.lines  # read before there are threads: each of them would
+    for name, found in zip(names, side_by_side(_Preparing(images, thumbnails), names), strict=True):
+        if isinstance(found, str):
+            left_out[name] = found
+        else:
+            shown.append(found)
+        if progress is not None:
+            progress(1)
     if not shown:
         name, reason = next(iter(left_out.items()))
         raise NotFoundError(f"nothing to show of {len(names)} files in {folder}: {name}: {reason}")
-    pictures = [picture for picture, _ in shown]
-    marks = mark_outdated(pictures, store)
+    records = marked([record for record, _ in shown], store)
     text = render_page(
-        [replace(picture, mark=mark) for picture, mark in zip(pictures, marks, strict=True)],
+        records,
         title=os.fsencode(folder.resolve().name).decode("utf-8", "replace"),
         picture_url=_folder_url(folder, page.parent),
         thumbnail_url=_folder_url(thumbnails, page.parent),
     )
     write_file(page, text.encode("utf-8"))
+    marks = Counter(record.mark for record in records if record.mark)
     made = sum(was_made for _, was_made in shown)
-    return Gallery(page, thumbnails, len(shown), made, left_out, Counter(filter(None, marks)))
+    return Gallery(page, thumbnails, len(shown), made, left_out, marks)
 
 
 class _Preparing:
-    """Finds out about one picture and makes its thumbnail; threads may call it at once."""
+    """Finds out about one image and makes its thumbnail; threads may call it at once."""
 
-    def __init__(self, folder: Path, thumbnails: Path, listed: Mapping[str, ListedPicture]) -> None:
-        self._folder, self._thumbnails, self._listed = folder, thumbnails, listed
+    def __init__(self, images: ImageFolder, thumbnails: Path) -> None:
+        self._images, self._thumbnails = images, thumbnails
 
-    def __call__(self, name: str) -> tuple[ListedPicture, bool] | str:
-        path = self._folder / name
-        found = self._listed.get(name) or inspect_picture(path)
-        if isinstance(found, str):
-            return found
-        thumbnail = self._thumbnails / thumbnail_name(name)
+    def __call__(self, name: str) -> tuple[ImageRecord, bool] | str:
+        record = self._images.record(name)
+        if isinstance(record, str):
+            return record
         try:
-            return found, update_thumbnail(path, thumbnail)
+            return record, update_thumbnail(record.file, self._thumbnails / thumbnail_name(name))
         except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise

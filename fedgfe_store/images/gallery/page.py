@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from fedgfe_store.common.words import numbers_first
-from fedgfe_store.images.folder import ListedPicture
 from fedgfe_store.images.pairing import sample_numbers
+from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.records import RecordKey
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
@@ -23,13 +23,13 @@ _EXACT_IN_BROWSERS = 2**53
 
 
 def render_page(
-    pictures: Sequence[ListedPicture], *, title: str, picture_url: str, thumbnail_url: str
+    pictures: Sequence[ImageRecord], *, title: str, picture_url: str, thumbnail_url: str
 ) -> str:
     """Write the page of some pictures.
 
     Parameters
     ----------
-    pictures : sequence of ListedPicture
+    pictures : sequence of ImageRecord
         What it shows.
     title : str
         Its heading.
@@ -56,12 +56,12 @@ def render_page(
     return _PLACE.sub(lambda place: parts[place[1]], _asset("page.html"))
 
 
-def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
+def page_data(pictures: Iterable[ImageRecord]) -> dict[str, Any]:
     """Give the facts of pictures by columns, what they share only once.
 
     Parameters
     ----------
-    pictures : iterable of ListedPicture
+    pictures : iterable of ImageRecord
         In any order.
 
     Returns
@@ -95,10 +95,10 @@ def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
         "values": values,
         **{name: [places[name][v] for v in column] for name, column in columns.items()},
         # Names that are no UTF-8 have a URL all the same.
-        "file": [quote(os.fsencode(p.file), safe="") for p in shown],
+        "file": [quote(os.fsencode(p.name), safe="") for p in shown],
         "index": [_exact(p.key.index) for p in shown],
         "sample": [_exact(number) for number in samples],
-        "image": [_exact(p.image) for p in shown],
+        "image": [_exact(p.number) for p in shown],
         **({"mark": [p.mark for p in shown]} if any(p.mark for p in shown) else {}),
         "own": {
             name: [_exact(facts.get(name)) for facts in own]
@@ -107,9 +107,9 @@ def page_data(pictures: Iterable[ListedPicture]) -> dict[str, Any]:
     }
 
 
-def _order(picture: ListedPicture) -> tuple[Any, ...]:
+def _order(picture: ImageRecord) -> tuple[Any, ...]:
     key: RecordKey = picture.key
-    sample = key.split, key.index, picture.image, key.class_name, picture.file
+    sample = key.split, key.index, picture.number, key.class_name, picture.name
     return (-key.round, numbers_first(key.node), *sample)
 
 

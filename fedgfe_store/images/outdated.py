@@ -1,0 +1,129 @@
+"""Which images are out of date: their record is deleted, or has another embedding now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedgfe_store.images.identity import Identity
+from fedgfe_store.images.record import ImageRecord
+from fedgfe_store.selection import Selection
+
+if TYPE_CHECKING:
+    from fedgfe_store.store import EmbeddingStore
+
+DELETED, CHANGED = "record deleted", "embedding changed"
+"""What is told of images that are out of date."""
+
+
+class Records:
+    """What a store has of the records that images show.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records; their tensors are not read.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self._as_of = selection.as_of
+        self._place = selection.path.resolve()
+        self._identity = Identity.of_store(selection)
+        digests = record_digests(selection, selection.schema.columns)
+        self._digests = dict(zip(selection.keys(), digests, strict=True))
+        self._comparable = lru_cache(maxsize=64)(self._is_of_this_store)
+
+    def mark(self, image: ImageRecord) -> str:
+        """Tell why an image is out of date.
+
+        Parameters
+        ----------
+        image : ImageRecord
+            An image of this store's records; of those of other stores nothing is told.
+
+        Returns
+        -------
+        str
+            ``"record deleted"`` or ``"embedding changed"``; empty where it shows a record as
+            the store has it.
+        """
+        if not self._comparable(image.shared):
+            return ""
+        own = self._digests.get(image.key)
+        if own is None:
+            return DELETED
+        made_from = image.own.get("digests")
+        if not isinstance(made_from, dict):
+            return ""
+        return CHANGED if any(own.get(n) != digest for n, digest in made_from.items()) else ""
+
+    def _is_of_this_store(self, shared: str) -> bool:
+        """Whether images can be of this store, at a commit that this view of it has."""
+        facts = json.loads(shared)
+        commit, identity = facts.get("commit"), Identity.of_image(facts)
+        if self._identity.is_another(identity):
+            return False
+        if self._as_of is not None and isinstance(commit, int) and commit > self._as_of:
+            return False
+        named = facts.get("store")
+        if identity != Identity() or not isinstance(named, str) or "\0" in named:
+            return True
+        # Older images name the store's place only: if another one is there, they are of that.
+        return Path(named) == self._place or not (Path(named) / "zarr.json").is_file()
+
+
+def mark_outdated(
+    images: Sequence[ImageRecord], store: EmbeddingStore | Selection | None
+) -> list[str]:
+    """Tell of each image why it is out of date; nothing where there is no store.
+
+    Parameters
+    ----------
+    images : sequence of ImageRecord
+        Images of one folder.
+    store : EmbeddingStore, Selection or None
+        What they are compared with: all records of the store.
+
+    Returns
+    -------
+    list of str
+        As `Records.mark` says.
+    """
+    if store is None or not images:
+        return [""] * len(images)
+    # Reading about the others would cost time that grows with the store, not with the folder.
+    nodes = sorted({image.key.node for image in images})
+    rounds = sorted({image.key.round for image in images})
+    find = store.others if isinstance(store, Selection) else store.select
+    records = Records(find(node=nodes, round=rounds))
+    return [records.mark(image) for image in images]
+
+
+def marked(images: Sequence[ImageRecord], store: EmbeddingStore | None) -> list[ImageRecord]:
+    """Return images with what `mark_outdated` tells of them; as they are without a store."""
+    marks = mark_outdated(images, store)
+    return [
+        replace(image, mark=mark) if mark else image
+        for image, mark in zip(images, marks, strict=True)
+    ]
+
+
+def record_digests(selection: Selection, columns: Collection[str]) -> list[dict[str, str]]:
+    """Give the digests of each record's tensors, 16 hex digits, as images keep them.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records; their tensors are not read.
+    columns : collection of str
+        Tensor columns; those that the store does not have are left out.
+    """
+    frame = selection.records
+    names = [name for name in columns if f"{name}_digest" in frame]
+    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
+    rows = range(len(frame))
+    return [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]

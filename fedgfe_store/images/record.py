@@ -1,0 +1,112 @@
+"""One finished image of a folder: what is known of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+from fedgfe_store.names import read_key
+from fedgfe_store.records import RecordKey
+
+_OWN = ("file_id", "seed", "digests", "created", "seconds", "bytes")
+_IDENTITY = ("file", "key", "image")
+_LARGEST = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One finished image: the file, the record that it shows, and how it was made.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it is.
+    name : str
+        Its file's name in there.
+    key : RecordKey
+        The record that it was made from.
+    number : int
+        Which image of the record, from 0.
+    own : mapping
+        What differs from image to image: ``file_id``, seed, digests, time, seconds, bytes.
+    shared : str
+        All else of its provenance, as JSON: the same for many images.
+    mark : str
+        Why it is out of date, as `Records.mark` says; empty until it is compared with a store.
+    """
+
+    folder: Path
+    name: str
+    key: RecordKey
+    number: int = 0
+    own: Mapping[str, Any] = field(default_factory=dict)
+    shared: str = "{}"
+    mark: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        facts: Mapping[str, Any],
+        texts: dict[str, str],
+        *,
+        brief: Collection[RecordKey] = frozenset(),
+    ) -> Self | None:
+        """Make a record of a manifest's line, or of an image's provenance and its file's name.
+
+        Parameters
+        ----------
+        folder : Path
+            Where the image is.
+        facts : mapping
+            The line.
+        texts : dict
+            Holds what images share, for the next ones.
+        brief : collection of RecordKey
+            Records of whose images only key and number are kept.
+
+        Returns
+        -------
+        ImageRecord or None
+            None if the line names no record.
+        """
+        key, number = read_key(facts.get("key")), facts.get("image")
+        if key is None or not isinstance(number, int):
+            return None
+        if key in brief:
+            return cls(folder, facts["file"], key, number)
+        own = {name: facts[name] for name in _OWN if name in facts}
+        rest = {k: v for k, v in facts.items() if k not in _OWN and k not in _IDENTITY}
+        text = json.dumps(rest)
+        # Thousands of images then hold one text.
+        return cls(folder, facts["file"], key, number, own, texts.setdefault(text, text))
+
+    @property
+    def file(self) -> Path:
+        """The file."""
+        return self.folder / self.name
+
+    @property
+    def file_id(self) -> str:
+        """What identifies its sample; empty where that is not known."""
+        return str(self.own.get("file_id") or "")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels that its settings name; None where they name none."""
+        return _size(self.shared)
+
+
+@lru_cache(maxsize=64)
+def _size(shared: str) -> tuple[int, int] | None:
+    try:
+        settings = json.loads(shared)["settings"]
+        size = settings["width"], settings["height"]
+    except (KeyError, TypeError):
+        return None
+    fits = all(isinstance(pixels, int) and 1 <= pixels <= _LARGEST for pixels in size)
+    return size if fits else None

@@ -1,0 +1,85 @@
+"""Files by which processes claim something where a lock is refused, or granted to everyone.
+
+A claim is a file that is made exclusively. Its owner touches it while it lives; what has not been
+touched for a minute, by the clock of its file system, as hosts' clocks differ, may be taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.files import flushed, open_regular
+
+RENEWAL_SECONDS = 10.0
+"""How often a living owner touches its claim."""
+TAKEOVER_SECONDS = 60.0
+"""Age at which a claim may be taken over: several renewals may be late on a busy network disk.
+NFS itself trusts what it knows of a file for up to a minute (``acregmax`` in nfs(5))."""
+
+
+def make(target: Path, data: bytes) -> bool:
+    """Make the file `target` with `data` in it; False where it is there already."""
+    made = False
+    try:
+        with flushed(target) as file:
+            made = True
+            file.write(data)
+    except FileExistsError:
+        return False
+    except BaseException:
+        if made:  # it is this process's: half a claim would keep others waiting
+            target.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def renew(stop: SimpleQueue[None], held: Callable[[], Iterable[Path]]) -> None:
+    """Touch the claims that are `held`, again and again, until something is put into `stop`."""
+    while True:
+        try:
+            return stop.get(timeout=RENEWAL_SECONDS)
+        except Empty:
+            for file in held():
+                # Given back meanwhile, or taken over, which its owner sees when it looks next; or
+                # the disk fails, and the next renewal tries again.
+                with contextlib.suppress(OSError):
+                    os.utime(file)
+
+
+def now(probe: Path) -> float:
+    """Return the time by the clock of the file system on which `probe` lies; touches it."""
+    os.utime(probe)
+    return probe.stat().st_mtime
+
+
+def touched(file: Path) -> float:
+    """Return when the claim `file` was touched, by the clock of its file system.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is gone.
+    DamagedDataError
+        If it is no ordinary file.
+    """
+    try:
+        # Opened first: network disks keep what they know of a file that no one opens.
+        handle = open_regular(file)
+    except UnreadableError as error:
+        raise DamagedDataError(f"{file}: {error}, and names no writer: remove it") from error
+    try:
+        return os.fstat(handle).st_mtime
+    finally:
+        os.close(handle)
+
+
+def may_be_taken_over(age: float) -> bool:
+    """Whether a claim that was touched `age` seconds ago is one of a dead process."""
+    # One from the future was copied, or the clock was set back: no one touches it either.
+    return abs(age) > TAKEOVER_SECONDS

@@ -1,0 +1,294 @@
+"""What a caller gives of records: refused, or as arrays that fit the store."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from fedgfe_store.common.entry import (
+    ENTRY_MOMENTS,
+    EXTRA_DEPTH,
+    FIRST_ENTRY,
+    LAST_ENTRY,
+    Record,
+    check_entry,
+    is_nested_deeper,
+    milliseconds,
+    named,
+)
+from fedgfe_store.common.words import is_whole, shown
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import KEY_COLUMNS, RecordBatch, key_at, to_milliseconds
+from fedgfe_store.schema import Schema, TensorColumn
+from fedgfe_store.storage.digests import conformed
+
+
+def checked(
+    schema: Schema,
+    keys: Mapping[str, Any],
+    notes: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+) -> RecordBatch:
+    """Return the records given by `keys`, `notes` and `tensors` if they fit `schema`.
+
+    Parameters
+    ----------
+    schema : Schema
+        What the records must look like.
+    keys : mapping
+        A value for each of `KEY_COLUMNS`: one for all records, or a sequence of one each.
+    notes : mapping
+        The same for `NOTE_COLUMNS`; None where nothing is known.
+    tensors : mapping
+        For each tensor column ``[n, *shape]``, or ``[*shape]`` for a single record: torch
+        tensors on any device or numpy arrays, of float16, bfloat16 or float32. Optional
+        columns may be None.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If a name, shape, data type or value does not fit; the message names the record.
+    """
+    arrays = {t.name: _tensor(schema, t, tensors.get(t.name)) for t in schema.tensors}
+    counts = {name: len(array) for name, array in arrays.items() if array is not None}
+    n = next(iter(counts.values()))
+    if len(set(counts.values())) > 1:
+        raise SchemaMismatchError(f"expected as many records in every tensor, got {counts}")
+    unknown = set(tensors) - set(schema.columns)
+    if any(tensors[name] is not None for name in unknown):
+        raise SchemaMismatchError(
+            f"expected the tensor columns {', '.join(schema.columns)}, got also "
+            f"{', '.join(sorted(unknown))}"
+        )
+    columns = checked_columns(keys, notes, n)
+    given = {name: array for name, array in arrays.items() if array is not None}
+    return conformed(RecordBatch(columns, given), schema)
+
+
+def checked_columns(
+    keys: Mapping[str, Any], notes: Mapping[str, Any], n: int
+) -> dict[str, np.ndarray]:
+    """Return keys and notes of `n` records from what a caller gave, as in `checked`."""
+    columns = checked_keys(keys, n)
+
+    def record(position: int) -> str:
+        return named(key_at(columns, position))
+
+    columns |= checked_notes(notes, n, record)
+    check_entry(columns, record)
+    return columns
+
+
+def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+    """Return `KEY_COLUMNS` of `n` records from what a caller gave, as in `checked`."""
+    missing = [name for name in KEY_COLUMNS if keys.get(name) is None]
+    if missing:
+        raise SchemaMismatchError(f"expected a value for {', '.join(missing)}, got None")
+    return {
+        "node": _strings("node", _nodes(_spread("node", keys["node"], n)), empty=False),
+        "round": _integers("round", keys["round"], n, np.dtype(np.int32)),
+        "split": _strings("split", _spread("split", keys["split"], n), empty=False),
+        "class_name": _strings(
+            "class_name", _spread("class_name", keys["class_name"], n), empty=False
+        ),
+        "index": _integers("index", keys["index"], n, np.dtype(np.int64)),
+    }
+
+
+def checked_notes(
+    notes: Mapping[str, Any], n: int, record: Record | None = None
+) -> dict[str, np.ndarray]:
+    """Return `NOTE_COLUMNS` of `n` records from what a caller gave, as in `checked`."""
+    record = record or _numbered(n)
+    columns = {}
+    for name in ("sample_id", "file_id", "image_filename", "audio_path"):
+        values = ["" if v is None else v for v in _spread(name, notes.get(name), n)]
+        columns[name] = _strings(name, values, record)
+    moments = enumerate(_spread("timestamp", notes.get("timestamp"), n))
+    columns["timestamp"] = np.array([_moment(v, i, record) for i, v in moments], np.int64)
+    extra = enumerate(_spread("extra", notes.get("extra"), n))
+    columns["extra"] = _strings("extra", [_json(v, i, record) for i, v in extra], record)
+    return columns
+
+
+def checked_source(value: str | None) -> str:
+    """Return where a commit comes from, as a commit column keeps it; empty for None."""
+    return str(_strings("source", ["" if value is None else value])[0])
+
+
+def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
+    """Return `n` values: those of a sequence, or as often `value`, of any type."""
+    value = _plain(value)
+    if value is None or isinstance(value, str | bytes | Mapping | datetime) or is_whole(value):
+        return [value] * n
+    if isinstance(value, np.datetime64):
+        return [value] * n
+    if isinstance(value, set | frozenset):
+        raise _unfit(name, "values in an order", value)
+    try:
+        values = value if isinstance(value, range) else list(value)
+        count = len(values)
+    except TypeError:
+        return [value] * n
+    except OverflowError:  # a range longer than any list
+        raise _unfit(name, f"{n} values, one per record", value) from None
+    if count != n:
+        raise SchemaMismatchError(f"{name}: expected {n} values, one per record, got {count}")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Return what a tensor holds as Python's own values, and all else as it is."""
+    return value.tolist() if _is_tensor(value) and _is_dense(value) else value
+
+
+def _unfit(name: str, wanted: str, value: Any, record: object = "") -> SchemaMismatchError:
+    where = f" ({record})" if record else ""
+    return SchemaMismatchError(f"{name}: expected {wanted}, got {shown(value)}{where}")
+
+
+def _numbered(n: int) -> Record:
+    """Return what names `n` records by position, a single one not at all."""
+    return lambda position: f"record {position} of {n}" if n > 1 else ""
+
+
+def _nodes(values: Sequence[Any]) -> list[Any]:
+    """Return `values` with whole numbers as text."""
+    texts, record = [], _numbered(len(values))
+    for position, value in enumerate(map(_plain, values)):
+        try:
+            texts.append(str(operator.index(value)) if is_whole(value) else value)
+        except ValueError:  # of more digits than Python prints
+            raise _unfit("node", "text or a whole number", value, record(position)) from None
+    return texts
+
+
+def _strings(
+    name: str, values: Sequence[Any], record: Record | None = None, *, empty: bool = True
+) -> np.ndarray:
+    record = record or _numbered(len(values))
+    wanted = "text" if empty else "text that is not empty"
+    for position, value in enumerate(values):
+        if not isinstance(value, str) or value == "\ufffd" or not (value or empty):
+            raise _unfit(name, wanted, value, record(position))
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise SchemaMismatchError(
+                f"{name}: {shown(value)} is not valid UTF-8: {error.reason} ({record(position)})"
+            ) from None
+    # numpy asks a subclass, such as an Enum, what it is called.
+    return np.array([str.__str__(value) for value in values], np.dtypes.StringDType())
+
+
+def _integers(name: str, value: Any, n: int, dtype: np.dtype[Any]) -> np.ndarray:
+    largest = int(np.iinfo(dtype).max)
+    numbers = []
+    for position, each in enumerate(map(_plain, _spread(name, value, n))):
+        number = operator.index(each) if is_whole(each) else -1
+        if not 0 <= number <= largest:
+            wanted = f"a whole number from 0 to {largest}"
+            raise _unfit(name, wanted, each, _numbered(n)(position))
+        numbers.append(number)
+    return np.array(numbers, dtype)
+
+
+def _moment(value: Any, position: int, record: Record) -> int:
+    if value is None:
+        return to_milliseconds(datetime.now(UTC))
+    if isinstance(value, datetime) and value == value:  # pandas' NaT is a datetime, too
+        moment = to_milliseconds(value)
+    elif isinstance(value, np.datetime64) and not np.isnat(value):
+        moment = milliseconds(value)
+    else:
+        raise _unfit("timestamp", "a datetime", value, record(position))
+    if not FIRST_ENTRY <= moment <= LAST_ENTRY:
+        raise _unfit("timestamp", ENTRY_MOMENTS, value, record(position))
+    return moment
+
+
+def _json(value: Any, position: int, record: Record) -> str:
+    if value is None:
+        return ""
+    if is_nested_deeper(value, EXTRA_DEPTH):
+        wanted = f"at most {EXTRA_DEPTH} levels of dicts and lists"
+        raise _unfit("extra", wanted, value, record(position))
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SchemaMismatchError(
+            f"extra: {shown(value)} cannot be kept as JSON: {error} ({record(position)})"
+        ) from None
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach") and hasattr(value, "numpy")
+
+
+def _tensor(schema: Schema, column: TensorColumn, value: Any) -> np.ndarray | None:
+    """Return `value` as float32 ``[n, *shape]``, in the caller's memory if it is so there."""
+    if value is None:
+        if column.optional:
+            return None
+        raise SchemaMismatchError(
+            f"{column.name}: expected a tensor {list(column.shape)}, got None"
+        )
+    _check_values(column, value)
+    shape = tuple(value.shape)
+    if shape == column.shape:
+        shape = (1, *shape)
+    if shape[1:] != column.shape:
+        raise SchemaMismatchError(
+            f"{column.name}: expected [n, {', '.join(map(str, column.shape))}] as in the store "
+            f"({schema.describe()}), got {list(value.shape)}"
+        )
+    try:
+        plain = value.detach().cpu().float().resolve_neg().numpy() if _is_tensor(value) else value
+        return np.asarray(plain, np.float32).reshape(shape)
+    except (TypeError, ValueError) as error:  # of a kind that has its values elsewhere
+        raise SchemaMismatchError(
+            f"{column.name}: expected values in memory, got {_kind(value)}: {error}"
+        ) from None
+
+
+def _check_values(column: TensorColumn, value: Any) -> None:
+    """Refuse what is no tensor of floating-point values, or one of which some are not there."""
+    dtype = getattr(value, "dtype", None)
+    name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        got = type(value).__name__ if dtype is None else name
+        raise SchemaMismatchError(
+            f"{column.name}: expected float32, float16 or bfloat16, got {got}; "
+            f"convert it first, so that what is lost is your choice"
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        raise SchemaMismatchError(
+            f"{column.name}: expected an array without a mask, which a store cannot keep, got a "
+            f"masked array; fill it first"
+        )
+    if _is_tensor(value) and not _is_dense(value):
+        raise SchemaMismatchError(
+            f"{column.name}: expected a dense tensor with its values in memory, got {_kind(value)}"
+        )
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Whether torch has the values of `tensor`, one after another."""
+    names = {kind.__name__ for kind in type(tensor).__mro__}
+    return (
+        str(tensor.layout) == "torch.strided"
+        and not (tensor.is_nested or tensor.is_meta)
+        and not names & {"FakeTensor", "FunctionalTensor"}
+    )
+
+
+def _kind(value: Any) -> str:
+    """Return what sort of tensor `value` is."""
+    if not _is_tensor(value):
+        return type(value).__name__
+    return f"a {type(value).__name__} of layout {value.layout} on device {value.device}"
