@@ -8,20 +8,12 @@ embeddings as if they were checkpoints. ``ledger`` remembers what a store has ta
 """
 
 from fedgfe_store.checkpoints.entries import Skipped
+from fedgfe_store.checkpoints.experiments import experiment_name, schema_of
 from fedgfe_store.checkpoints.exporting import ExportedFile, export_checkpoints
-from fedgfe_store.checkpoints.importing import (
-    FileReport,
-    ImportReport,
-    find_checkpoints,
-    import_checkpoints,
-)
-from fedgfe_store.checkpoints.reading import (
-    Checkpoint,
-    Entry,
-    experiment_name,
-    read_checkpoint,
-    schema_of,
-)
+from fedgfe_store.checkpoints.importing import import_checkpoints
+from fedgfe_store.checkpoints.listing import find_checkpoints
+from fedgfe_store.checkpoints.reading import Checkpoint, Entry, read_checkpoint
+from fedgfe_store.checkpoints.report import FileReport, ImportReport
 from fedgfe_store.checkpoints.sources import Sources, find_new, select_records
 from fedgfe_store.checkpoints.text_cache import read_text_cache
 
