@@ -24,6 +24,8 @@ from fedgfe_store.models.model import ImagePipeline
 from fedgfe_store.models.placement import Picture
 from fedgfe_store.readers.torch import prefetch
 
+# One is ready when the device asks, one is being read: an image is claimed as it is read, so more
+# would only keep it from other processes.
 _PREFETCHED_BATCHES = 2
 
 _log = logging.getLogger("fedgfe_store")

@@ -79,6 +79,7 @@ def detect_part(environ: Mapping[str, str], asked: AskedPart | None = None) -> t
         return asked.part, "asked for"
     part, reasons = WHOLE, []
     task = _array_task(environ, asked.count) if asked.array else None
+    # A task may itself start several processes: its own share is shared out among them.
     for found in (task, _process(environ)):
         if found is not None:
             inner, reason = found
@@ -113,6 +114,8 @@ def local_device(environ: Mapping[str, str], count: int) -> int | None:
     SchemaMismatchError
         If the variable is malformed.
     """
+    # torchrun's number first: a launcher that srun started sees one SLURM_LOCALID for all of its
+    # processes. The remainder, since a scheduler may show each task its own GPU only.
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         if environ.get(name) and count:
             return _whole(environ, name) % count
@@ -139,6 +142,7 @@ def _array_task(environ: Mapping[str, str], parts: int | None) -> tuple[Part, st
     if task is None or first is None or last is None or count is None:
         missing = [name for name in names[1:4] if not environ.get(name)]
         raise _unknown_array(f"{missing[0]} is not set")
+    # Of an array such as 1,4,5 the numbers do not say which place a task has: only even steps do.
     position, beside = divmod(task - first, step)
     if beside or last - first != step * (count - 1) or not 0 <= position < count:
         raise _unknown_array(f"{count} tasks from {first} to {last} leave gaps")
@@ -176,6 +180,8 @@ def _each_task_launched_its_own(environ: Mapping[str, str], rank: Part, task: Pa
         return False
     if _whole(environ, "LOCAL_WORLD_SIZE") != rank.count:
         return False
+    # Equal sizes say that a launcher knows of one node only. On several nodes each has then its own;
+    # on one, torchrun leaves its run's id, while ranks set by hand from srun's numbers have none.
     nodes = next((n for n in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if environ.get(n)), None)
     several = nodes is not None and _whole(environ, nodes) > 1
     return several or "TORCHELASTIC_RUN_ID" in environ

@@ -75,6 +75,7 @@ WHOLE = Part(0, 1)
 
 def part_of(key: RecordKey, count: int) -> int:
     """Give the index of the part of `count` that a record belongs to, the same for ever."""
+    # By a hash of the key, not by place: a part keeps its records when others come or are deleted.
     node, split, name = (json.dumps(text) for text in (key.node, key.split, key.class_name))
     return _hash(node, key.round, split, name, key.index) % count
 
