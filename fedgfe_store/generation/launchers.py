@@ -180,7 +180,7 @@ def _each_task_launched_its_own(environ: Mapping[str, str], rank: Part, task: Pa
         return False
     if _whole(environ, "LOCAL_WORLD_SIZE") != rank.count:
         return False
-    # Equal sizes say that a launcher knows of one node only. On several nodes each has then its own;
+    # Equal sizes: the launcher knows one node only. On several nodes each has then its own;
     # on one, torchrun leaves its run's id, while ranks set by hand from srun's numbers have none.
     nodes = next((n for n in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if environ.get(n)), None)
     several = nodes is not None and _whole(environ, nodes) > 1
