@@ -9,10 +9,10 @@ import numpy as np
 import xxhash
 
 from fedgfe_store.common import threads
-from fedgfe_store.common.entry import check_entry, named
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, key_at
 from fedgfe_store.schema import Schema, TensorColumn
+from fedgfe_store.storage.entry import check_entry, named
 
 _DIGESTED = tuple(name for name in (*KEY_COLUMNS, *NOTE_COLUMNS) if name != "file_id")
 """What a row's digest covers, in this order: the columns of format version 1."""

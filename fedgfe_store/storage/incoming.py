@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.common.entry import (
+from fedgfe_store.common.words import is_whole, shown
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import KEY_COLUMNS, RecordBatch, key_at, to_milliseconds
+from fedgfe_store.schema import Schema, TensorColumn
+from fedgfe_store.storage.entry import (
     ENTRY_MOMENTS,
     EXTRA_DEPTH,
     FIRST_ENTRY,
@@ -21,10 +25,6 @@ from fedgfe_store.common.entry import (
     milliseconds,
     named,
 )
-from fedgfe_store.common.words import is_whole, shown
-from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, RecordBatch, key_at, to_milliseconds
-from fedgfe_store.schema import Schema, TensorColumn
 
 
 def checked(
