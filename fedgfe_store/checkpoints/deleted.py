@@ -6,7 +6,7 @@ import numpy as np
 
 from fedgfe_store.checkpoints.reading import Entry
 from fedgfe_store.records import RecordKey
-from fedgfe_store.storage.digests import conformed
+from fedgfe_store.storage.entry import conformed
 from fedgfe_store.storage.incoming import checked
 from fedgfe_store.storage.snapshot import Snapshot
 

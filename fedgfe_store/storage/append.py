@@ -12,7 +12,7 @@ import numpy as np
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.records import RecordBatch, RecordKey, key_at, keys_of
 from fedgfe_store.storage.commit import CommitKind, Transaction
-from fedgfe_store.storage.digests import conformed
+from fedgfe_store.storage.entry import conformed
 from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
 from fedgfe_store.storage.snapshot import Snapshot
 

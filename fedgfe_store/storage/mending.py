@@ -15,7 +15,7 @@ from fedgfe_store.common.words import counted
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import EARLIEST, KEY_COLUMNS, LATEST, NOTE_COLUMNS, key_at
 from fedgfe_store.storage import key_files
-from fedgfe_store.storage.digests import row_digests
+from fedgfe_store.storage.checksums import row_digests
 from fedgfe_store.storage.entry import FIRST_ENTRY, LAST_ENTRY
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.snapshot import Snapshot

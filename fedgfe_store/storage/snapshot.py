@@ -27,8 +27,7 @@ from fedgfe_store.records import (
 )
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage import key_files
-from fedgfe_store.storage.checksums import UnreadableError
-from fedgfe_store.storage.digests import digest, row_digests
+from fedgfe_store.storage.checksums import UnreadableError, digest, row_digests
 from fedgfe_store.storage.gather import gather
 from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import CommitPoint, Group
