@@ -18,6 +18,8 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from fedgfe_store.storage.files import flushed, placing
+
 FileState = Literal["ours", "foreign", "damaged"]
 
 TEXT_KEY = "fedgfe_store"
@@ -70,17 +72,9 @@ def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) ->
     info = PngImagePlugin.PngInfo()
     info.add_text(TEXT_KEY, json.dumps(text))
     temp = path.parent / f".fedgfe-{writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
-    try:
-        with temp.open("xb") as file:
-            Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.replace(temp, path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    return size
+    with placing(path, temp), flushed(temp, name=path) as file:
+        Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
+        return file.tell()
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:

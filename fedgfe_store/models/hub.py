@@ -32,6 +32,7 @@ def find_on_hub(name: str, configs: Sequence[str]) -> Path | None:
     NotFoundError
         If it is neither cached nor reachable: how to get it.
     """
+    # huggingface_hub takes 0.2 s to import, which models in folders do without.
     from huggingface_hub.errors import HFValidationError
 
     if "/" not in name:

@@ -24,13 +24,13 @@ from queue import SimpleQueue
 from fedgfe_store.common import threads
 from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
 from fedgfe_store.storage import claim_files
+from fedgfe_store.storage.claim_files import Owner, held
 from fedgfe_store.storage.files import (
     TEMPORARY,
     flushed,
     linked,
     sync_folder,
 )
-from fedgfe_store.storage.owner import Owner, held
 
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.5
 _LOOK_SECONDS = 1.0

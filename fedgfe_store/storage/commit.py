@@ -81,7 +81,7 @@ class Transaction:
 
         def published() -> int:
             nonlocal group
-            group = Group.read(self.path)
+            group = Group.read(self.path, group)
             return group.point.commit
 
         try:
@@ -222,10 +222,12 @@ class Transaction:
         self._published = True
         if self.snapshot.group.version == 1:
             remove_pending(self.path)
+        # As it stands there now: no need to read it again, nor to ask of it what was just asked.
+        group = replace(group, raw=self._encoded)
         if self._upgrading:
             self._tell_of_the_upgrade()
-            return self.snapshot.at(Group.read(self.path))
-        return self.snapshot.extended(Group.read(self.path), rows, marked)
+            return self.snapshot.at(group)
+        return self.snapshot.extended(group, rows, marked)
 
     def make_sure(self) -> None:
         """Make sure that what `snapshot` shows is still the latest state, and this commit next.

@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -20,9 +21,6 @@ from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.storage import files
 from fedgfe_store.text.encoders import TextEncoders, encoder_identity
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _TENSOR_FILES = (".pt", ".pth", ".npy", ".safetensors")
 _DIMS = ("negative_token", "negative_feature")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedgfe_store.storage.files import naming
+from fedgfe_store.storage.files import naming, placing
 
 SIZE = 256
 """Longest side of a thumbnail in pixels; smaller pictures keep their size."""
@@ -54,13 +54,8 @@ def update_thumbnail(picture: Path, thumbnail: Path) -> bool:
     data = BytesIO()
     small.save(data, "WEBP", quality=_QUALITY, lossless=lossless, method=2)
     temporary = thumbnail.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with naming(thumbnail):
-            with temporary.open("xb") as file:
-                file.write(data.getbuffer())
-            os.utime(temporary, ns=(made_from.st_atime_ns, made_from.st_mtime_ns))
-            os.replace(temporary, thumbnail)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with naming(thumbnail), placing(thumbnail, temporary):
+        with temporary.open("xb") as file:
+            file.write(data.getbuffer())
+        os.utime(temporary, ns=(made_from.st_atime_ns, made_from.st_mtime_ns))
     return True
