@@ -248,7 +248,7 @@ def fruitless_stops(folder: Path, name: str) -> int:
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
-    """Give the settings of the first image that a folder's manifests list, else its pictures name.
+    """Give the settings of the first image that a folder's manifests list, else its images name.
 
     Parameters
     ----------

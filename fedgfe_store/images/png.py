@@ -26,7 +26,7 @@ TEXT_KEY = "fedgfe_store"
 """Keyword of the PNG text chunk that holds the provenance."""
 
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no sound picture; an `OSError` may be the disk's, too."""
+"""What Pillow raises for a file that is no sound image; an `OSError` may be the disk's, too."""
 
 _END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _TEMP = re.compile(r"\.fedgfe-([0-9a-f]{8})-([0-9]+)-[0-9]+\.tmp")
@@ -48,7 +48,7 @@ def png_names(folder: Path) -> list[str]:
 
 
 def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> int:
-    """Write a picture under its name at once: it is there whole, or not at all.
+    """Write an image under its name at once: it is there whole, or not at all.
 
     Parameters
     ----------
@@ -96,13 +96,13 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
 def inspect_image(path: Path) -> tuple[FileState, dict[str, Any] | None]:
     """Tell whether a file is one of our images, and what it says about itself.
 
-    Every chunk's checksum is verified up to the end mark, and the picture has to have the size
+    Every chunk's checksum is verified up to the end mark, and the image has to have the size
     that its own settings name.
 
     Returns
     -------
     state : {"ours", "foreign", "damaged"}
-        ``"foreign"`` is a sound picture that this package did not write.
+        ``"foreign"`` is a sound image that this package did not write.
     provenance : dict or None
         None unless the image is ours.
     """
