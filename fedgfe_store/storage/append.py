@@ -17,6 +17,7 @@ from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
 from fedgfe_store.storage.snapshot import Snapshot
 
 IfExists = Literal["error", "replace", "skip"]
+# Some 900 records of [17, 4096], 30 of [512, 4096]: fewer take the lock only to be committed.
 _BUFFER_BYTES = 256 * 2**20
 
 

@@ -23,6 +23,8 @@ class UnreadableError(ValueError):
 
 def checksum(data: bytes | np.ndarray) -> bytes:
     """Return the crc32c of `data` as it stands behind it in a file."""
+    # What numcodecs' CRC32C calls as well, and does not bring along; the codec itself would copy
+    # each chunk to put four bytes behind it.
     return int(google_crc32c.value(data)).to_bytes(SIZE, "little")
 
 

@@ -203,6 +203,8 @@ class Snapshot:
 
         Chunks of key columns that are known stay known, so that a long-lived writer reads none.
         """
+        # Committed chunks never change but for the last one, which grows, and for marks. To read
+        # them back would make each commit of a long run slower than the one before.
         new = self.at(group)
         tails = {name: self.group.rows(name) // KEY_CHUNK for name in rows}
         for (name, chunk), values in self._chunks.copy().items():
@@ -211,11 +213,13 @@ class Snapshot:
         for name, added in rows.items():
             start = self.group.rows(name)
             known = self._chunks.get((name, tails[name]))
+            # Its beginning was not read yet; it is when it is asked for, with what was added.
             if start % KEY_CHUNK and known is None:
                 continue
             values = added if known is None else np.concatenate([known, added])
             for chunk in range(-(-len(values) // KEY_CHUNK)):
                 new._chunks[name, tails[name] + chunk] = values[chunk * KEY_CHUNK :][:KEY_CHUNK]
+        # Who sees the old state shares these arrays: read anew, not marked in place.
         for chunk in np.unique(marked // KEY_CHUNK):
             new._chunks.pop(("deleted_in", int(chunk)), None)
         return new
