@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
+from fedgfe_store.errors import (
+    DamagedDataError,
+    FedgfeStoreError,
+    NotFoundError,
+    SchemaMismatchError,
+)
 from fedgfe_store.records import (
     KEY_COLUMNS,
     NOTE_COLUMNS,
@@ -22,8 +27,7 @@ from fedgfe_store.records import (
 )
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage import key_files
-from fedgfe_store.storage.checksums import UnreadableError
-from fedgfe_store.storage.digests import digest, row_digests
+from fedgfe_store.storage.checksums import UnreadableError, digest, row_digests
 from fedgfe_store.storage.gather import gather
 from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import CommitPoint, Group
@@ -75,6 +79,20 @@ class Snapshot:
     def at(self, group: Group) -> Snapshot:
         """Return the same store as `group` published it, nothing read yet."""
         return Snapshot(self.path, group, root=self.root)
+
+    def refuse_past(self) -> None:
+        """Refuse a state that was asked for by its commit: nothing can be written onto it.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If it is one.
+        """
+        if self.as_of is not None:
+            raise SchemaMismatchError(
+                f"{self.path} was opened as of commit {self.commit}: "
+                f"open it without as_of to change it"
+            )
 
     @property
     def schema(self) -> Schema:
