@@ -12,6 +12,7 @@ from fedgfe_store.images.manifest import read_manifest
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
 
+# The latest lines of each manifest name the stores that a folder is shared by.
 _TAIL_BYTES = 256 * 1024
 
 
