@@ -17,8 +17,9 @@ import click
 import numpy as np
 
 from fedgfe_store import EmbeddingStore, Schema
-from fedgfe_store.generation.parts import WHOLE, Shard
+from fedgfe_store.generation.parts import WHOLE, Part
 from fedgfe_store.generation.plan import plan_images
+from fedgfe_store.generation.request import Request
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.selection import Selection
 
@@ -61,13 +62,13 @@ def main(records: int, parts: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = make(Path(folder, "embeddings.zarr"), records)
 
-        def plan(part: Shard) -> Callable[[Selection], Any]:
+        def plan(part: Part) -> Callable[[Selection], Any]:
             return lambda selection: plan_images(
-                selection, SETTINGS, Path(folder, "images"), shard=part
+                selection, SETTINGS, Path(folder, "images"), Request(part=part)
             )
 
         keys = best(store, lambda selection: selection.key_columns())
-        whole, part = best(store, plan(WHOLE)), best(store, plan(Shard(0, parts)))
+        whole, part = best(store, plan(WHOLE)), best(store, plan(Part(0, parts)))
     click.echo(f"reading the keys of {records:,} records: {keys:.2f} CPU s")
     click.echo(f"planning all of them: {whole:.2f} CPU s")
     click.echo(f"planning part 0/{parts}: {part:.2f} CPU s, {part / whole:.2f} of all")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .codes import SOME_FAILED, STOPPED, ends_other_processes
-from .image_options import picture_options, place_options
 from .legacy import OldFlags, old_flags
 from .options import (
     FILTERS,
@@ -22,10 +21,12 @@ from .options import (
     quiet_option,
 )
 from .progress import progress
+from .request_options import DECIDED_BY_IMAGE, request_options
 from .say import say
 
 if TYPE_CHECKING:
-    from fedgfe_store.generation.job import Job
+    from fedgfe_store.generation.prepare import Run
+    from fedgfe_store.generation.request import Request
     from fedgfe_store.generation.run import GenerationReport
     from fedgfe_store.generation.stopping import Stop
 
@@ -33,12 +34,7 @@ if TYPE_CHECKING:
 
 _SHOWN_FAILURES = 20
 _DEFAULT = click.core.ParameterSource.DEFAULT
-_DECIDED_BY_IMAGE = {
-    *FILTERS,
-    *("diffusion_type", "steps", "guidance", "height", "width", "pool", "seed"),
-    *("images_per_record", "dtype", "quantize", "part", "limit", "on_stale"),
-    *("checkpoint", "checkpoint_dir", "pattern"),
-}
+_DECIDED_BY_IMAGE = DECIDED_BY_IMAGE | {*FILTERS, "checkpoint", "checkpoint_dir", "pattern"}
 
 
 @click.command("generate")
@@ -46,8 +42,7 @@ _DECIDED_BY_IMAGE = {
 @as_of_option
 @old_flags
 @folder_option("output")
-@picture_options
-@place_options
+@request_options("diffusion_type", "part")
 @click.option(
     "--from-image",
     type=click.Path(path_type=Path),
@@ -59,26 +54,9 @@ _DECIDED_BY_IMAGE = {
     is_flag=True,
     help="With --from-image: in place of the picture itself, or of the one in --output-dir.",
 )
-@click.option(
-    "--part",
-    "--shard",
-    "part",
-    metavar="I/N|auto",
-    help="Render part I of N, from 0; auto: what the task of a SLURM array says, auto/N of N parts "
-    "[what torchrun, accelerate or srun say].",
-)
-@click.option("--limit", type=click.IntRange(min=0), help="Render at most so many images now.")
+@request_options("part", "on_stale")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option(
-    "--on-stale",
-    type=click.Choice(["error", "regenerate", "keep"]),
-    default="error",
-    show_default=True,
-    help="What to do about images made with other settings.",
-)
-@click.option(
-    "--replace-others", is_flag=True, help="Replace images of other experiments in the folder, too."
-)
+@request_options("on_stale")
 @quiet_option
 @click.pass_context
 def command(
@@ -92,7 +70,7 @@ def command(
     overwrite: bool,
     dry_run: bool,
     quiet: bool,
-    **options: Any,
+    **asked: Any,
 ) -> None:
     """Render images from embeddings; run it again to go on where it stopped.
 
@@ -108,41 +86,43 @@ def command(
     fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --output-dir output_images/fine
     fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
     """
-    from fedgfe_store.generation.job import prepare
+    from fedgfe_store.generation.prepare import prepare
+    from fedgfe_store.generation.request import Request
     from fedgfe_store.generation.run import note_stop, render
     from fedgfe_store.generation.stopping import Stopped
 
     if overwrite and from_image is None:
         raise click.UsageError("--overwrite goes with --from-image; see --on-stale for other runs")
-    place = _place(options.pop("part"), from_image)
-    options = {**options, **place, "keep_negative": not dry_run}
+    place = _place(asked.pop("part"), from_image)
+    request = Request(**asked, **place, again=overwrite)
     with _stopping(ctx) as stop:
         with stop.interrupting():
             if from_image is not None:
-                options["again"] = overwrite
-                job = _job_again(ctx, from_image, as_of, output_dir, options)
+                run = _run_again(ctx, from_image, as_of, output_dir, request, dry_run=dry_run)
             else:
                 selection = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
                 folder = output_dir or default_folder(selection)
                 try:
-                    job = prepare(selection, folder, report=_remark, **options)
+                    run = prepare(
+                        selection, folder, request, keep_negative=not dry_run, report=_remark
+                    )
                 except Stopped:
-                    if not dry_run and note_stop(folder, place["shard"], stop, _remark):
+                    if not dry_run and note_stop(folder, request.part, stop, _remark):
                         _print_stuck(stop, "planned")
                         ctx.exit(1)
                     raise
             if dry_run or not quiet:
-                _print_plan(job)
-            shortage = job.plan.shortage(job.batch_size, stop.seconds_left)
+                _print_plan(run)
+            shortage = run.plan.shortage(run.batch_size, stop.seconds_left)
             if shortage is not None:
                 _remark(shortage)
             if dry_run:
                 return
-        with progress(len(job.plan.todo), "images", quiet=quiet) as advance:
-            report = render(job, report=_remark, progress=advance, stop=stop)
+        with progress(len(run.plan.todo), "images", quiet=quiet) as advance:
+            report = render(run, report=_remark, progress=advance, stop=stop)
     _print_result(report)
     if report.stuck:
-        _print_stuck(stop, f"finished a batch of {job.batch_size}")
+        _print_stuck(stop, f"finished a batch of {run.batch_size}")
         ctx.exit(1)
     if report.stopped and report.left:
         ctx.exit(STOPPED)
@@ -172,27 +152,30 @@ def _announce(name: str) -> None:
     say(f"{name}: stopping after this step; once more ends at once", err=True)
 
 
-def _job_again(
+def _run_again(
     ctx: click.Context,
     path: Path,
     as_of: int | None,
     output_dir: Path | None,
-    options: dict[str, Any],
-) -> Job:
+    asked: Request,
+    *,
+    dry_run: bool,
+) -> Run:
     """Plan one picture as its own metadata say; the model's place may be given."""
-    from fedgfe_store.generation.job import prepare
+    from fedgfe_store.generation.prepare import prepare
     from fedgfe_store.generation.recipe import AGAIN_FOLDER, Recipe
 
     _refuse_beside_image(ctx)
     recipe = Recipe.read(path)
-    chosen = {**options, **recipe.options}
-    chosen["model"] = options["model"] or chosen["model"]
+    request = recipe.request(asked)
     stores = _stores_in_reach(ctx.obj, recipe.store)
     selection = recipe.find(stores, as_of=as_of, report=_remark)
-    folder = path.parent if options["again"] else path.parent / AGAIN_FOLDER
-    job = prepare(selection, output_dir or folder, report=_remark, **chosen)
-    recipe.check(job)
-    return recipe.with_its_noise(job)
+    folder = path.parent if request.again else path.parent / AGAIN_FOLDER
+    run = prepare(
+        selection, output_dir or folder, request, keep_negative=not dry_run, report=_remark
+    )
+    recipe.check(run)
+    return recipe.with_its_noise(run)
 
 
 def _stores_in_reach(obj: Context, named: Path | None) -> list[Path]:
@@ -217,35 +200,30 @@ def _place(text: str | None, from_image: Path | None) -> dict[str, Any]:
 
     import torch
 
-    from fedgfe_store.generation.parts import (
-        WHOLE,
-        AskedPart,
-        detect_shard,
-        in_array,
-        local_device,
-    )
+    from fedgfe_store.generation.launchers import AskedPart, detect_part, in_array, local_device
+    from fedgfe_store.generation.parts import WHOLE
 
-    shard = WHOLE
+    part = WHOLE
     if from_image is None:
         asked = AskedPart.parse(text) if text else AskedPart()
-        shard, reason = detect_shard(os.environ, asked)
-        if asked.shard is None and (shard.count > 1 or asked.array):
-            _remark(f"part {shard}: {reason}")
+        part, reason = detect_part(os.environ, asked)
+        if asked.part is None and (part.count > 1 or asked.array):
+            _remark(f"part {part}: {reason}")
         if not text and in_array(os.environ):
             _remark(
                 "the tasks of the SLURM array are not taken for parts of the work, each renders "
                 "all that it selects; --part auto shares it out"
             )
     local = local_device(os.environ, torch.cuda.device_count())
-    return {"shard": shard, "local": local}
+    return {"part": part, "local": local}
 
 
 def _remark(line: str) -> None:
     say(f"note: {line}", err=True)
 
 
-def _print_plan(job: Job) -> None:
-    plan, settings = job.plan, job.plan.settings
+def _print_plan(run: Run) -> None:
+    plan, settings = run.plan, run.plan.settings
     shown = [f"{settings.steps} steps"]
     if settings.guidance is not None:
         shown.append(f"guidance {settings.guidance:g}")
@@ -254,17 +232,18 @@ def _print_plan(job: Job) -> None:
         shown.append(f"pool {settings.pool}")
     if settings.quantization:
         shown.append(settings.quantization)
-    part = "" if job.shard.count == 1 else f", part {job.shard}"
+    part = "" if run.request.part.count == 1 else f", part {run.request.part}"
     say(
-        f"records: {len(job.selection)} of {job.selection.path}, commit "
-        f"{job.selection.commit}{part}"
+        f"records: {len(run.selection)} of {run.selection.path}, commit "
+        f"{run.selection.commit}{part}"
     )
-    say(f"model: {settings.model} ({settings.revision[:12]}), {settings.dtype} on {job.device}")
+    place = f"{settings.dtype} on {run.placement.device}"
+    say(f"model: {settings.model} ({settings.revision[:12]}), {place}")
     say(f"settings: {', '.join(shown)}")
-    if job.negative:
-        say(f"negative: {job.negative.source}")
+    if run.negative:
+        say(f"negative: {run.negative.source}")
     say(f"folder: {plan.folder}")
-    say(plan.summary(job.batch_size))
+    say(plan.summary(run.batch_size))
 
 
 def _print_stuck(stop: Stop, what: str) -> None:

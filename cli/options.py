@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     NumbersType = click.ParamType[list[int | range], object]
     NamesType = click.ParamType[list[str], object]
+    WholeType = click.ParamType[int | None, object]
 else:
     # Not generic at run time in every click that is allowed.
-    NumbersType = NamesType = click.ParamType
+    NumbersType = NamesType = WholeType = click.ParamType
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _NUMERIC = ("round", "index")
@@ -49,6 +50,23 @@ class NumberList(NumbersType):
         if _NUMBER.fullmatch(part):
             return int(part)
         return self.fail(f"expected numbers such as 1,5,10-20, got {value!r}", param, ctx)
+
+
+class WholeNumber(WholeType):
+    """A whole number from 1, or the word that stands for None."""
+
+    name = "whole number"
+
+    def __init__(self, none: str) -> None:
+        self._none = none
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return `value` as int or None."""
+        if value is None or value == self._none:
+            return None
+        if isinstance(value, str) and value.isdecimal() and int(value) >= 1:
+            return int(value)
+        return self.fail(f"expected {self._none} or a number from 1, got {value!r}", param, ctx)
 
 
 KEYS = {

@@ -144,9 +144,9 @@ def _selected(obj: Context, folder: Path, filters: Filters) -> list[ImageRecord]
 
 def _told(sheet: Sheet, found: int, files: list[Path]) -> list[str]:
     shape = f"{counted(len(sheet.rows), 'row')}, {counted(len(sheet.columns), 'column')}"
-    pictures = counted(len(sheet.cells), "picture")
+    shown = counted(len(sheet.cells), "picture")
     where = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name}"
-    lines = [f"{where}: {shape}, {pictures}, {sheet.missing:,} missing"]
+    lines = [f"{where}: {shape}, {shown}, {sheet.missing:,} missing"]
     if found > len(sheet.cells):
         said = sheet.title or "see below the pictures"
         lines.append(f"one picture for each cell, of {found:,}: {said}")

@@ -121,7 +121,7 @@ class Ledger:
         try:
             with self._path.open("ab+") as file:
                 files.end_torn_line(file.fileno())
-                files.append_line(file.fileno(), asdict(line))
+                files.append_line(file.fileno(), asdict(line), self._path.name)
         except OSError as error:
             _log.warning("%s will be read again next time: %s", path, error)
 

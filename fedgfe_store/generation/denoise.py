@@ -13,8 +13,8 @@ from typing import cast
 import torch
 
 from fedgfe_store.generation.claims import Claims
-from fedgfe_store.generation.job import Job, Report
 from fedgfe_store.generation.plan import PlanItem, shortage
+from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.provenance import Provenance
 from fedgfe_store.generation.read import Batch, read_batches
 from fedgfe_store.generation.stopping import Stop, Stopped
@@ -24,6 +24,8 @@ from fedgfe_store.models.model import ImagePipeline
 from fedgfe_store.models.placement import Picture
 from fedgfe_store.readers.torch import prefetch
 
+# One is ready when the device asks, one is being read: an image is claimed as it is read, so more
+# would only keep it from other processes.
 _PREFETCHED_BATCHES = 2
 
 _log = logging.getLogger("fedgfe_store")
@@ -61,7 +63,7 @@ class _Pace:
 
 
 class Renderer:
-    """Takes a job's batches through the model to the writer.
+    """Takes a run's batches through the model to the writer.
 
     What memory does not allow is tried again smaller: a batch is halved, and stays so for the
     rest of the run; latents are decoded in slices, and tile by tile where that is allowed,
@@ -69,7 +71,7 @@ class Renderer:
 
     Parameters
     ----------
-    job : Job
+    run : Run
         What to render.
     pipeline : ImagePipeline
         The model.
@@ -85,7 +87,7 @@ class Renderer:
 
     def __init__(
         self,
-        job: Job,
+        run: Run,
         pipeline: ImagePipeline,
         writer: PictureWriter,
         tally: Tally,
@@ -93,11 +95,11 @@ class Renderer:
         stop: Stop,
         report: Report,
     ) -> None:
-        self._job, self._pipeline, self._writer, self._tally = job, pipeline, writer, tally
+        self._run, self._pipeline, self._writer, self._tally = run, pipeline, writer, tally
         self._stop, self._report = stop, report
-        self._provenance = Provenance(job, pipeline.placement)
+        self._provenance = Provenance(run, pipeline.placement)
         self._device = pipeline.placement.device
-        self._largest_batch = self._largest_decode = job.batch_size
+        self._largest_batch = self._largest_decode = run.batch_size
         self._tiled = self._undecodable = False
         self._batches = 0
         self._pace: _Pace | None = None
@@ -106,7 +108,7 @@ class Renderer:
 
     def run(self, claims: Claims) -> None:
         """Render all batches, or those until a stop or until there is no use in going on."""
-        reading = prefetch(read_batches(self._job, claims), _PREFETCHED_BATCHES)
+        reading = prefetch(read_batches(self._run, claims), _PREFETCHED_BATCHES)
         with closing(cast("Generator[Batch]", reading)) as batches:
             more = True
             while more and not self._ended():
@@ -135,7 +137,7 @@ class Renderer:
                 self._tally.leave(item)
             group.extend(self._denoise(batch))
             self._batches += 1
-            every = self._job.clear_cache_every
+            every = self._run.request.clear_cache_every
             if every and self._batches % every == 0:
                 clear_cache(self._device)
             if self._ended():
@@ -171,10 +173,10 @@ class Renderer:
             embeddings = {n: _padded(values, missing) for n, values in embeddings.items()}
             seeds += seeds[-1:] * missing
         if self._pace is None:
-            self._pace = _Pace(self._job.plan.settings.steps, len(seeds), self._stop, self._report)
+            self._pace = _Pace(self._run.plan.settings.steps, len(seeds), self._stop, self._report)
         try:
             latents = self._pipeline.denoise(
-                embeddings, seeds, self._job.plan.settings, on_step=self._on_step
+                embeddings, seeds, self._run.plan.settings, on_step=self._on_step
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -221,7 +223,7 @@ class Renderer:
 
     def _decoded(self, latents: torch.Tensor) -> list[Picture | None] | None:
         """Decode latents; None if the memory is not enough."""
-        settings = self._job.plan.settings
+        settings = self._run.plan.settings
         try:
             return self._pipeline.decode(latents, settings, tiled=self._tiled)
         except (RuntimeError, MemoryError) as error:
@@ -234,7 +236,7 @@ class Renderer:
         if size > 1:
             self._largest_decode = size // 2
             self._report(f"out of memory: decoding in slices of {self._largest_decode}")
-        elif self._job.vae_tiling and not self._tiled:
+        elif self._run.request.vae_tiling and not self._tiled:
             self._tiled = True
             self._report("out of memory: decoding tile by tile, which changes pixels")
         else:

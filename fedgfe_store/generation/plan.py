@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
-from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.generation.parts import WHOLE, Shard, places_of
+from fedgfe_store.errors import ConflictError
+from fedgfe_store.generation.parts import places_of
+from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
 from fedgfe_store.images.compare import Comparer, Expected, Status, Verdict
 from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look_at, side_by_side
-from fedgfe_store.images.identity import Identity
+from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.manifest import seconds_per_image
-from fedgfe_store.images.outdated import record_digests
 from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordKey
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "PlanItem", "Settings", "fingerprint", "plan_images", "seed_of"]
 
-OnStale = Literal["error", "regenerate", "keep"]
 
 AGAIN = "asked for again"
 """Reason of an image that is rendered though it is done."""
 
+# An estimate: a PNG is taken for half of its 3 bytes a pixel.
 _BYTES_PER_PIXEL = 1.5
 
 
@@ -89,26 +89,22 @@ class Plan:
         What they are made with.
     folder : Path
         Where they go.
-    limit : int or None
-        Images to render at most in this run.
     identity : Identity
         The store that they are of.
-    on_stale, replace_others
-        What may be replaced, as for `plan_images`.
+    request : Request
+        What was asked: how many images at most, and which may be replaced.
     """
 
     items: tuple[PlanItem, ...]
     settings: Settings
     folder: Path
-    limit: int | None = None
     identity: Identity = field(default_factory=Identity)
-    on_stale: OnStale = "error"
-    replace_others: bool = False
+    request: Request = DEFAULTS
 
     @cached_property
     def todo(self) -> tuple[PlanItem, ...]:
         """Images to render in this run."""
-        return self._unfinished[: self.limit]
+        return self._unfinished[: self.request.limit]
 
     @property
     def waiting(self) -> int:
@@ -145,10 +141,10 @@ class Plan:
     def refuses(self, finding: Finding) -> bool:
         """Whether the file that was found is not to be replaced."""
         if finding.verdict.of_another:
-            return not self.replace_others
-        if self.on_stale == "keep":
+            return not self.request.replace_others
+        if self.request.on_stale == "keep":
             return finding.verdict.keepable
-        return bool(finding.verdict.conflict) and self.on_stale == "error"
+        return bool(finding.verdict.conflict) and self.request.on_stale == "error"
 
     def shortage(self, batch_size: int, seconds_left: float | None) -> str | None:
         """Say that a batch takes longer than there is time, and what would help; None otherwise.
@@ -208,14 +204,9 @@ def plan_images(
     selection: Selection,
     settings: Settings,
     output_dir: Path,
+    request: Request = DEFAULTS,
     *,
     columns: Collection[str] = ("t5", "clip"),
-    numbers: Sequence[int] = (0,),
-    shard: Shard = WHOLE,
-    limit: int | None = None,
-    on_stale: OnStale = "error",
-    replace_others: bool = False,
-    again: bool = False,
 ) -> Plan:
     """Compare the images of a selection with those in a folder.
 
@@ -230,20 +221,11 @@ def plan_images(
         What the images are made with.
     output_dir : Path
         Their folder; it need not exist.
+    request : Request
+        Which images of each record, which part of the records, how many at most, and what may be
+        replaced.
     columns : collection of str
         Tensor columns that the images depend on.
-    numbers : sequence of int
-        Which images of each record, from 0; each has noise of its own.
-    shard : Shard
-        Which part of the records is this run's.
-    limit : int, optional
-        Render at most so many images, the first ones that are not done.
-    on_stale : {"error", "regenerate", "keep"}
-        What to do about sound images made with other settings, or not by this package.
-    replace_others : bool
-        Replace images of other stores, too.
-    again : bool
-        Render images that are done, too.
 
     Returns
     -------
@@ -253,29 +235,25 @@ def plan_images(
     Raises
     ------
     ConflictError
-        If there are such images and `on_stale` is ``"error"``, or images of another store whose
+        If there are such images and it says ``"error"``, or images of another store whose
         place is not given to this one: what differs, in how many files.
-    SchemaMismatchError
-        If `on_stale` is none of the three.
     """
-    if on_stale not in get_args(OnStale):
-        raise SchemaMismatchError(f"on_stale: expected error, regenerate or keep, got {on_stale!r}")
-    items = _list_items(selection, settings, output_dir, columns, numbers, shard)
+    items = _list_items(selection, settings, output_dir, columns, request)
     identity = Identity.of_store(selection)
-    plan = Plan((), settings, output_dir, limit, identity, on_stale, replace_others)
+    plan = Plan((), settings, output_dir, identity, request)
     images, comparer = ImageFolder.scan(output_dir), _comparer(plan)
     findings = list(
         side_by_side(lambda i: _judge(i, images.look(i.key, i.number), comparer), items)
     )
     refused = [f for f in findings if plan.refuses(f)]
-    if refused and on_stale != "keep":
+    if refused and request.on_stale != "keep":
         raise ConflictError(_conflict_message(refused, output_dir))
     settled = (
         # With "keep" there may be some; else the run is refused.
         replace(f.item, keep=True) if plan.refuses(f) else f.item
         for f in findings
     )
-    if again:
+    if request.again:
         settled = (
             replace(i, status="stale", reason=AGAIN) if i.status == "done" else i for i in settled
         )
@@ -328,12 +306,11 @@ def _list_items(
     settings: Settings,
     folder: Path,
     columns: Collection[str],
-    numbers: Sequence[int],
-    shard: Shard,
+    request: Request,
 ) -> list[PlanItem]:
-    """List the images of the records that a shard holds; nothing is made for the others."""
+    """List the images of the records that a part holds; nothing is made for the others."""
     keys = selection.key_columns()
-    places = places_of(keys, shard)
+    places = places_of(keys, request.part)
     own = selection.take(places)
     files = own.records["file_id"].tolist()
     facts = zip(places.tolist(), record_digests(own, columns), files, strict=True)
@@ -350,7 +327,7 @@ def _list_items(
             file_id=file_id,
         )
         for key, (position, digests, file_id) in records.items()
-        for number in numbers
+        for number in request.numbers
     ]
 
 

@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 import fedgfe_store
-from fedgfe_store.generation.job import Job
 from fedgfe_store.generation.plan import PlanItem
+from fedgfe_store.generation.prepare import Run
 from fedgfe_store.generation.settings import fingerprint, settings_json
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.models.quantization import PACKAGES
@@ -16,30 +16,30 @@ from fedgfe_store.names import key_json
 
 
 class Provenance:
-    """Makes the provenance of a job's images, whose larger part they share.
+    """Makes the provenance of a run's images, whose larger part they share.
 
     Parameters
     ----------
-    job : Job
-        The job.
+    run : Run
+        The run.
     placement : Placement
         How its model was loaded.
     """
 
-    def __init__(self, job: Job, placement: Placement) -> None:
-        settings = job.plan.settings
+    def __init__(self, run: Run, placement: Placement) -> None:
+        settings = run.plan.settings
         packages = ["torch", "diffusers"]
         if settings.quantization:
             packages.append(PACKAGES[settings.quantization])
-        hub_name = job.model.from_hub or settings.model == "tiny"
+        hub_name = run.model.from_hub or settings.model == "tiny"
         self._common = {
             "settings": settings_json(settings),
             "fingerprint": fingerprint(settings),
-            "diffusion_type": job.model.kind,
-            "model_folder": None if hub_name else str(job.model.folder.resolve()),
-            "store": str(job.selection.path.resolve()),
-            **job.plan.identity.to_json(),
-            "commit": job.selection.commit,
+            "diffusion_type": run.model.kind,
+            "model_folder": None if hub_name else str(run.model.folder.resolve()),
+            "store": str(run.selection.path.resolve()),
+            **run.plan.identity.to_json(),
+            "commit": run.selection.commit,
             "device": placement.device,
             "offload": placement.offload,
             "compiled": placement.compiled,

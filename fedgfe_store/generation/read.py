@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from fedgfe_store.errors import DamagedDataError, NotFoundError
 from fedgfe_store.generation.claims import Claims
-from fedgfe_store.generation.job import Job
 from fedgfe_store.generation.plan import PlanItem, look_again
-from fedgfe_store.images.outdated import record_digests
+from fedgfe_store.generation.prepare import Run
+from fedgfe_store.images.identity import record_digests
 from fedgfe_store.records import KEY_COLUMNS
 from fedgfe_store.store import EmbeddingStore
 
@@ -45,13 +45,13 @@ class Batch:
     elsewhere: tuple[PlanItem, ...] = ()
 
 
-def read_batches(job: Job, claims: Claims) -> Iterator[Batch]:
-    """Read what a job has to do.
+def read_batches(run: Run, claims: Claims) -> Iterator[Batch]:
+    """Read what a run has to do.
 
     Parameters
     ----------
-    job : Job
-        The job.
+    run : Run
+        The run.
     claims : Claims
         Claims of its folder; an image is claimed as its batch is read, and stays so.
 
@@ -60,8 +60,8 @@ def read_batches(job: Job, claims: Claims) -> Iterator[Batch]:
     Batch
         Full batches, but for the last.
     """
-    for part in _claimed(job, claims):
-        batch = _read(job, part.taken) if part.taken else Batch((), {}, {})
+    for part in _claimed(run, claims):
+        batch = _read(run, part.taken) if part.taken else Batch((), {}, {})
         damaged = {**part.refused, **batch.damaged}
         yield Batch(batch.items, batch.embeddings, damaged, tuple(part.made))
 
@@ -75,18 +75,18 @@ class _Part:
     refused: dict[PlanItem, str] = field(default_factory=dict)
 
 
-def _claimed(job: Job, claims: Claims) -> Iterator[_Part]:
+def _claimed(run: Run, claims: Claims) -> Iterator[_Part]:
     """Take images in the plan's order; try those that others hold once more at the end."""
     held: list[PlanItem] = []
     part = _Part()
-    for last_try, items in ((False, job.plan.todo), (True, held)):
+    for last_try, items in ((False, run.plan.todo), (True, held)):
         for item in items:
             if not claims.take(item.path.name, wait=last_try):
                 (part.made if last_try else held).append(item)
                 continue
-            found = look_again(item, job.plan)
-            refused = found is not None and job.plan.refuses(found)
-            kept = refused and job.plan.on_stale == "keep"
+            found = look_again(item, run.plan)
+            refused = found is not None and run.plan.refuses(found)
+            kept = refused and run.request.on_stale == "keep"
             if found is not None and (kept or found.item.status == "done"):
                 claims.release(item.path.name)
                 part.made.append(item)
@@ -94,34 +94,34 @@ def _claimed(job: Job, claims: Claims) -> Iterator[_Part]:
                 part.refused[item] = f"{found.verdict.conflict}: made meanwhile by another run"
             else:
                 part.taken.append(item)
-            if len(part.taken) == job.batch_size:
+            if len(part.taken) == run.batch_size:
                 yield part
                 part = _Part()
     if part.taken or part.made or part.refused:
         yield part
 
 
-def _read(job: Job, items: Sequence[PlanItem]) -> Batch:
+def _read(run: Run, items: Sequence[PlanItem]) -> Batch:
     damaged: dict[PlanItem, str] = {}
-    columns = job.model.columns
+    columns = run.model.columns
     try:
-        rows = _rows(job.selection, items, columns)
+        rows = _rows(run.selection, items, columns)
     except DamagedDataError:
         # One bad record must not take its neighbours along: find it by reading each alone.
         sound = []
         for item in items:
             try:
-                sound.append((item, _rows(job.selection, [item], columns)))
+                sound.append((item, _rows(run.selection, [item], columns)))
             except DamagedDataError as error:
                 damaged[item] = str(error)
         items = [item for item, _ in sound]
         rows = {c: np.concatenate([row[c] for _, row in sound]) for c in columns if sound}
     embeddings = {name: torch.from_numpy(values) for name, values in rows.items()}
-    pool = job.plan.settings.pool
+    pool = run.plan.settings.pool
     if pool is not None and embeddings:
         embeddings["clip"] = _pooled(embeddings["clip"], pool)
-    if job.negative is not None and embeddings:
-        embeddings["negative"] = torch.from_numpy(job.negative.values).expand(len(items), -1, -1)
+    if run.negative is not None and embeddings:
+        embeddings["negative"] = torch.from_numpy(run.negative.values).expand(len(items), -1, -1)
     return Batch(tuple(items), embeddings, damaged)
 
 

@@ -13,22 +13,25 @@ from fedgfe_store.errors import (
     NotFoundError,
     SchemaMismatchError,
 )
-from fedgfe_store.generation.job import Job, Options, Report
 from fedgfe_store.generation.plan import AGAIN
+from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.settings import fingerprint, settings_json
 from fedgfe_store.images.compare import difference, noise_rule
-from fedgfe_store.images.outdated import record_digests
+from fedgfe_store.images.identity import record_digests
 from fedgfe_store.images.png import inspect_image
 from fedgfe_store.names import read_key
 from fedgfe_store.records import RecordKey
 from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
-    from fedgfe_store.generation.settings import Noise
+    from fedgfe_store.generation.request import Noise, Request
     from fedgfe_store.selection import Selection
 
 AGAIN_FOLDER = "again"
 """Where a picture that is made again goes unless told otherwise: a folder beside the first one."""
+
+_AS_THEY_ARE = ("steps", "guidance", "height", "width", "seed", "dtype")
+"""Settings that are asked for by the same name, and with the same values."""
 
 _TEXT, _NUMBER, _MAYBE_TEXT = (str,), (int,), (str, type(None))
 _NEEDED = {"fingerprint": _TEXT, "digests": (dict,), "commit": _NUMBER, "seed": _NUMBER}
@@ -95,26 +98,20 @@ class Recipe:
             return None
         return Path(named) if (Path(named) / "zarr.json").is_file() else None
 
-    @property
-    def options(self) -> Options:
-        """The options of `prepare` that make it again."""
+    def request(self, asked: Request) -> Request:
+        """Give the request that makes it again; what an image does not depend on is as asked."""
         settings = self.provenance["settings"]
-        made: Options = {
-            "model": self.provenance.get("model_folder") or settings["model"],
-            "diffusion_type": self.provenance.get("diffusion_type"),
-            "steps": settings["steps"],
-            "guidance": settings["guidance"],
-            "height": settings["height"],
-            "width": settings["width"],
-            "seed": settings["seed"],
-            "noise": cast("Noise", noise_rule(settings)),
-            "dtype": settings["dtype"],
-            "pool": settings["pool"] or "last",
-            "quantize": settings["quantization"],
-            "only_image": self.number,
-            "on_stale": "regenerate",
-        }
-        return made
+        return replace(
+            asked,
+            model=asked.model or self.provenance.get("model_folder") or settings["model"],
+            diffusion_type=self.provenance.get("diffusion_type"),
+            noise=cast("Noise", noise_rule(settings)),
+            pool=settings["pool"] or "last",
+            quantize=settings["quantization"],
+            only_image=self.number,
+            on_stale="regenerate",
+            **{name: settings[name] for name in _AS_THEY_ARE},
+        )
 
     def find(
         self, stores: Sequence[Path], *, report: Report, as_of: int | None = None
@@ -191,26 +188,26 @@ class Recipe:
         digests: dict[str, str] = self.provenance["digests"]
         return record_digests(selection, digests)[0] == digests
 
-    def with_its_noise(self, job: Job) -> Job:
-        """Return a job with the picture's own seed: its record's ``file_id`` may have changed."""
+    def with_its_noise(self, run: Run) -> Run:
+        """Return a run with the picture's own seed: its record's ``file_id`` may have changed."""
         facts = self.provenance
         own = {"seed": facts["seed"], "file_id": facts.get("file_id", "")}
-        items = tuple(replace(item, **own) for item in job.plan.items)
-        return replace(job, plan=replace(job.plan, items=items))
+        items = tuple(replace(item, **own) for item in run.plan.items)
+        return replace(run, plan=replace(run.plan, items=items))
 
-    def check(self, job: Job) -> None:
-        """Make sure that a job has the picture's settings and takes no picture's place unasked.
+    def check(self, run: Run) -> None:
+        """Make sure that a run has the picture's settings and takes no picture's place unasked.
 
         Raises
         ------
         ConflictError
             What differs, such as the model's revision, or which picture would be lost.
         """
-        settings = job.plan.settings
+        settings = run.plan.settings
         if fingerprint(settings) != self.provenance["fingerprint"]:
             changed = difference(self.provenance["settings"], settings_json(settings))
             raise ConflictError(f"{self.path} cannot be made again: {changed}")
-        for item in job.plan.items:
+        for item in run.plan.items:
             if item.status == "done":
                 raise ConflictError(
                     f"{item.path} is there already: overwrite it (--overwrite), or give another "

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.denoise import Renderer
-from fedgfe_store.generation.job import Job, Options, Report, log_remark, prepare
-from fedgfe_store.generation.parts import Shard
+from fedgfe_store.generation.parts import Part
 from fedgfe_store.generation.plan import Plan, PlanItem
+from fedgfe_store.generation.prepare import Report, Run, log_remark, prepare
+from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import Failure, PictureWriter, Progress, Tally
 from fedgfe_store.images.manifest import (
@@ -77,13 +78,14 @@ class GenerationReport:
 def generate(
     selection: Selection,
     output_dir: str | Path,
+    request: Request = DEFAULTS,
     *,
     dry_run: bool = False,
     pipeline: ImagePipeline | None = None,
     stop: Stop | None = None,
     report: Report = log_remark,
     progress: Progress | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> GenerationReport:
     """Render the images of a selection that are not done yet.
 
@@ -93,6 +95,8 @@ def generate(
         The records.
     output_dir : str or Path
         Folder of the images.
+    request : Request
+        What is asked.
     dry_run : bool
         Only plan.
     pipeline : ImagePipeline, optional
@@ -104,7 +108,7 @@ def generate(
     progress : callable, optional
         Called with 1 for each image that was made or has failed.
     **options
-        See `prepare`.
+        Fields of `Request` that take the place of those of `request`, as ``steps=20``.
 
     Returns
     -------
@@ -117,35 +121,37 @@ def generate(
     FedgfeStoreError
         As for `prepare` and `render`.
     """
-    job = prepare(
+    if "shard" in options:  # what `part` was called before
+        options["part"] = options.pop("shard")
+    run = prepare(
         selection,
         output_dir,
+        replace(request, **options),
         pipeline=pipeline,
         keep_negative=not dry_run,
         report=report,
-        **options,
     )
     if dry_run:
-        return GenerationReport(job.plan, skipped=_skipped(job.plan))
-    return render(job, pipeline=pipeline, stop=stop, report=report, progress=progress)
+        return GenerationReport(run.plan, skipped=_skipped(run.plan))
+    return render(run, pipeline=pipeline, stop=stop, report=report, progress=progress)
 
 
 def render(
-    job: Job,
+    run: Run,
     *,
     pipeline: ImagePipeline | None = None,
     stop: Stop | None = None,
     report: Report = log_remark,
     progress: Progress | None = None,
 ) -> GenerationReport:
-    """Render what a job's plan has to do.
+    """Render what a run's plan has to do.
 
     Parameters
     ----------
-    job : Job
+    run : Run
         From `prepare`.
     pipeline : ImagePipeline, optional
-        Use this one rather than load the job's model.
+        Use this one rather than load the run's model.
     stop, report, progress
         As for `generate`.
 
@@ -161,22 +167,22 @@ def render(
     ConflictError
         If the output folder cannot be made.
     """
-    plan, stop = job.plan, stop or Stop()
+    plan, stop = run.plan, stop or Stop()
     if plan.counts["done"]:
-        _complete_manifest(job, report)
+        _complete_manifest(run, report)
     if not plan.todo:
         return GenerationReport(plan, skipped=_skipped(plan))
     _make_folder(plan.folder)
     try:
         with stop.interrupting():
-            pipeline = pipeline or _load(job, report)
+            pipeline = pipeline or _load(run, report)
     except Stopped:
-        stuck = note_stop(plan.folder, job.shard, stop, report)
+        stuck = note_stop(plan.folder, run.request.part, stop, report)
         return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
     started = time.perf_counter()
     with (
         Claims(plan.folder, report=report, ended=lambda: stop.requested) as claims,
-        Manifest(plan.folder, manifest_of(job.shard)) as manifest,
+        Manifest(plan.folder, manifest_of(run.request.part)) as manifest,
     ):
 
         def settle(item: PlanItem, error: str | None) -> None:
@@ -186,7 +192,7 @@ def render(
 
         tally = Tally(progress or (lambda _: None), settle)
         with PictureWriter(manifest, tally) as writer:
-            renderer = Renderer(job, pipeline, writer, tally, stop=stop, report=report)
+            renderer = Renderer(run, pipeline, writer, tally, stop=stop, report=report)
             renderer.run(claims)
     if renderer.gave_up:
         tally.give_up(plan.todo, f"not rendered, since {renderer.gave_up}")
@@ -202,10 +208,10 @@ def render(
     fruitless = made.stopped and made.left and not (made.done or made.elsewhere)
     if not fruitless:
         return made
-    return replace(made, stuck=note_stop(plan.folder, job.shard, stop, report))
+    return replace(made, stuck=note_stop(plan.folder, run.request.part, stop, report))
 
 
-def manifest_of(part: Shard) -> str:
+def manifest_of(part: Part) -> str:
     """Name a part's manifest: network disks mix the lines of machines that write to one file."""
     return manifest_name(part.index, part.count)
 
@@ -217,7 +223,7 @@ def _note_failure(manifest: Manifest, item: PlanItem, error: str, report: Report
         report(f"cannot note in the manifest that {item.path.name} has failed: {problem}")
 
 
-def note_stop(folder: Path, part: Shard, stop: Stop, report: Report) -> bool:
+def note_stop(folder: Path, part: Part, stop: Stop, report: Report) -> bool:
     """Note in a folder that a run was stopped without an image; whether the one before was, too.
 
     A person's Ctrl-C does not count, since no queue goes on after it. When two runs in a row have
@@ -227,7 +233,7 @@ def note_stop(folder: Path, part: Shard, stop: Stop, report: Report) -> bool:
     ----------
     folder : Path
         Folder of the images; made if it is not there.
-    part : Shard
+    part : Part
         Which part of the work the run had.
     stop : Stop
         What stopped it.
@@ -246,9 +252,9 @@ def note_stop(folder: Path, part: Shard, stop: Stop, report: Report) -> bool:
     return stuck
 
 
-def _load(job: Job, report: Report) -> ImagePipeline:
-    job.model.fetch_weights()
-    return job.model.load(job.place(report))
+def _load(run: Run, report: Report) -> ImagePipeline:
+    run.model.fetch_weights()
+    return run.model.load(run.place(report))
 
 
 def _make_folder(folder: Path) -> None:
@@ -259,11 +265,11 @@ def _make_folder(folder: Path) -> None:
     remove_stale_temps(folder)
 
 
-def _complete_manifest(job: Job, report: Report) -> None:
+def _complete_manifest(run: Run, report: Report) -> None:
     """List the images that a killed run wrote without getting to their lines."""
-    folder = job.plan.folder
-    unlisted = [item for item in job.plan.items if item.status == "done"]
-    own = manifest_of(job.shard)
+    folder = run.plan.folder
+    unlisted = [item for item in run.plan.items if item.status == "done"]
+    own = manifest_of(run.request.part)
     for name in (own, None):  # its own manifest lists most of them, if not all
         listed = listed_files(folder, name=name) if unlisted else set()
         unlisted = [item for item in unlisted if item.path.name not in listed]

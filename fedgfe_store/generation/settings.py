@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import xxhash
 
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation.request import Noise
 from fedgfe_store.images.compare import UNNAMED_NOISE
 from fedgfe_store.records import RecordKey
-
-Noise = Literal["index", "file_id"]
-"""What tells a sample from the others in the seed of its noise."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+# torchrun and srun hand a signal on to processes that the terminal or the scheduler, which signal a
+# whole group, have reached already: what follows so soon is the same request.
 _ECHO_SECONDS = 0.5
 
+# One denoising step, and decoding and writing what is denoised, have to fit. By sbatch's manual the
+# signal may also come up to 60 seconds earlier than it is asked for.
 SIGNAL_LEAD = 120
 """Seconds before its time limit at which the printed SLURM script has a run stopped."""
 
@@ -53,6 +57,8 @@ class Stop:
     def request(self, reason: str) -> None:
         """Ask for a stop; `reason` is the name of the signal."""
         self.reason = reason
+        # A signal's handler calls this, so it comes out of whatever the main thread is doing: where
+        # images are under way that would lose them, and `check` between two steps asks instead.
         if self._interrupts:
             raise Stopped(reason)
 
@@ -104,6 +110,7 @@ def stop_on_signals(stop: Stop, *, announce: Callable[[str], object]) -> Iterato
     -----
     Python runs signal handlers in the main thread only; elsewhere this changes nothing.
     """
+    # `signal.signal` raises ValueError elsewhere.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -115,6 +122,8 @@ def stop_on_signals(stop: Stop, *, announce: Callable[[str], object]) -> Iterato
         if not stop.requested:
             first = time.monotonic()
         elif time.monotonic() - first > _ECHO_SECONDS:
+            # Not `sys.exit`, which waits for the writer's threads: whoever asks twice means now.
+            # An image is renamed into place, so none is cut; 128 + number is what shells say.
             os._exit(128 + number)
         else:  # a launcher hands on what has reached its processes already
             return
@@ -124,6 +133,7 @@ def stop_on_signals(stop: Stop, *, announce: Callable[[str], object]) -> Iterato
             announce(name)
         stop.request(name)
 
+    # Windows has no SIGUSR1.
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:

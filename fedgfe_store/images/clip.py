@@ -1,4 +1,4 @@
-"""A CLIP model of transformers: pictures and texts as unit vectors in one space."""
+"""A CLIP model of transformers: images and texts as unit vectors in one space."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Clip:
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Give unit vectors of RGB pictures, float32 ``[pictures, feature]`` on the CPU."""
+        """Give unit vectors of RGB images, float32 ``[images, feature]`` on the CPU."""
         doing = f"embedding {len(images)} pictures on {self._device}"
         smaller = "a smaller --batch-size" if len(images) > 1 else ""
         with (

@@ -1,4 +1,4 @@
-"""Text on pictures: keys in words, broken into lines that fit."""
+"""Text on images: keys in words, broken into lines that fit."""
 
 from __future__ import annotations
 

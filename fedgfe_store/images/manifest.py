@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -19,10 +18,17 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.images.png import png_names, read_provenance
 from fedgfe_store.names import key_json
 from fedgfe_store.records import RecordKey
-from fedgfe_store.storage.files import NOT_THROUGH_LINKS, write_file
+from fedgfe_store.storage.files import (
+    NOT_THROUGH_LINKS,
+    append_line,
+    end_torn_line,
+    parsed_line,
+    write_file,
+)
 
 MANIFEST_NAME = "manifest.jsonl"
 _SHARD_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
+# A line is about 1 kB: some 250 lines, more than a rate needs, in one read.
 _TAIL_BYTES = 256 * 1024
 _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("file", "error", "fingerprint", "created"), (str,)),
@@ -30,6 +36,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("image", "seed", "bytes"), (int,)),
     "seconds": (int, float),
 }
+# So few that a rate follows a change of machine, so many that one slow batch does not make it.
 _RATE_LINES = 100
 
 _T = TypeVar("_T")
@@ -53,23 +60,12 @@ class Manifest:
         self._name = name
         self._file = _open(folder / name)
         self._lock = threading.Lock()
-        self._end_torn_line()
-
-    def _end_torn_line(self) -> None:
-        # A writer that was killed may have left half a line; the next one must not continue it.
-        size = os.lseek(self._file, 0, os.SEEK_END)
-        if size:
-            os.lseek(self._file, size - 1, os.SEEK_SET)
-            if os.read(self._file, 1) != b"\n":
-                os.write(self._file, b"\n")
+        end_torn_line(self._file)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one image's line."""
-        data = json.dumps(line).encode("ascii") + b"\n"
         with self._lock:
-            written = os.write(self._file, data)
-        if written != len(data):
-            raise OSError(f"{self._name}: expected to write {len(data)} bytes, got {written}")
+            append_line(self._file, line, self._name)
 
     def fail(self, file: str, *, key: RecordKey, image: int, error: str) -> None:
         """Add the line of an image that could not be made.
@@ -158,12 +154,8 @@ def read_manifest(
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        # A killed writer leaves half a line; its image has the same facts inside.
-        return None
-    if not isinstance(line, dict):
+    line = parsed_line(text)
+    if line is None:  # a killed writer leaves half a line; its image has the same facts inside
         return None
     sound = all(isinstance(line[n], kind) for n, kind in _KINDS.items() if n in line)
     return line if sound else None
@@ -258,7 +250,7 @@ def fruitless_stops(folder: Path, name: str) -> int:
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
-    """Give the settings of the first image that a folder's manifests list, else its pictures name.
+    """Give the settings of the first image that a folder's manifests list, else its images name.
 
     Parameters
     ----------

@@ -18,16 +18,20 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from fedgfe_store.storage.files import flushed, placing
+
 FileState = Literal["ours", "foreign", "damaged"]
 
 TEXT_KEY = "fedgfe_store"
 """Keyword of the PNG text chunk that holds the provenance."""
 
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no sound picture; an `OSError` may be the disk's, too."""
+"""What Pillow raises for a file that is no sound image; an `OSError` may be the disk's, too."""
 
+# The chunk that every PNG ends with (PNG specification, 11.2.5): Pillow does not miss it.
 _END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _TEMP = re.compile(r"\.fedgfe-([0-9a-f]{8})-([0-9]+)-[0-9]+\.tmp")
+# Longer than any image takes to write, also on a disk that hangs for a night.
 _STALE_TEMP_SECONDS = 24 * 3600
 _counter = itertools.count()
 
@@ -46,7 +50,7 @@ def png_names(folder: Path) -> list[str]:
 
 
 def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> int:
-    """Write a picture under its name at once: it is there whole, or not at all.
+    """Write an image under its name at once: it is there whole, or not at all.
 
     Parameters
     ----------
@@ -70,17 +74,9 @@ def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) ->
     info = PngImagePlugin.PngInfo()
     info.add_text(TEXT_KEY, json.dumps(text))
     temp = path.parent / f".fedgfe-{writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
-    try:
-        with temp.open("xb") as file:
-            Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.replace(temp, path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    return size
+    with placing(path, temp), flushed(temp, name=path) as file:
+        Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
+        return file.tell()
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
@@ -102,13 +98,13 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
 def inspect_image(path: Path) -> tuple[FileState, dict[str, Any] | None]:
     """Tell whether a file is one of our images, and what it says about itself.
 
-    Every chunk's checksum is verified up to the end mark, and the picture has to have the size
+    Every chunk's checksum is verified up to the end mark, and the image has to have the size
     that its own settings name.
 
     Returns
     -------
     state : {"ours", "foreign", "damaged"}
-        ``"foreign"`` is a sound picture that this package did not write.
+        ``"foreign"`` is a sound image that this package did not write.
     provenance : dict or None
         None unless the image is ours.
     """

@@ -1,4 +1,4 @@
-"""Class agreement: whether a CLIP model finds in generated pictures the class they should show."""
+"""Class agreement: whether a CLIP model finds in generated images the class they should show."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
 
 GROUPS = (*KEY_COLUMNS, "image")
-"""What scores can be grouped by; all of them together leave each picture by itself."""
+"""What scores can be grouped by; all of them together leave each image by itself."""
 
 PROMPT = "a photo of a {class}"
 
@@ -41,7 +41,7 @@ class Found:
     classes : sequence of str
         Classes that the store has records of, selected or not, whatever the folder holds.
     left_out : mapping
-        Why a PNG file is no picture of a record, by its name.
+        Why a PNG file is no image of a record, by its name.
     """
 
     images: Sequence[ImageRecord]
@@ -51,17 +51,17 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How similar pictures are to their classes' prompts.
+    """How similar images are to their classes' prompts.
 
     Parameters
     ----------
     frame : DataFrame
-        A row for each picture: ``node``, ``round``, ``split``, ``class_name``, ``index``,
-        ``image`` (its number), ``file``, ``similarity`` (cosine of the embeddings of the picture
+        A row for each image: ``node``, ``round``, ``split``, ``class_name``, ``index``,
+        ``image`` (its number), ``file``, ``similarity`` (cosine of the embeddings of the image
         and of its class' prompt, from -1 to 1), ``closest`` (the class whose prompt is most
         similar) and ``agrees`` (whether that is its own).
     prompts : mapping
-        The prompt of each class that was compared with. With a single one each picture agrees,
+        The prompt of each class that was compared with. With a single one each image agrees,
         which says nothing.
     left_out : mapping
         Why a file has no score, by its name.
@@ -83,7 +83,7 @@ class Scores:
         -------
         DataFrame
             A row for each group, in the order of `by`: its columns, then ``pictures``,
-            ``similarity`` (mean), ``agreement`` (share of the pictures whose closest class is
+            ``similarity`` (mean), ``agreement`` (share of the images whose closest class is
             their own, from 0 to 1; NaN where there was one class to choose from) and ``closest``
             (the class that was so most often).
 
@@ -150,40 +150,40 @@ def score_pictures(
     device: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Scores:
-    """Compare pictures with the prompts of the classes.
+    """Compare images with the prompts of the classes.
 
-    A picture is compared with every class of the store, so that neither filters nor what else
+    An image is compared with every class of the store, so that neither filters nor what else
     lies in its folder change a score.
 
     Parameters
     ----------
     found : Found
-        The pictures.
+        The images.
     clip_model : str
         A CLIP model of transformers: its folder, which needs no network, or its name on the hub.
     among : sequence of str, optional
-        Classes to compare with instead of the store's; those of the pictures must be among them.
+        Classes to compare with instead of the store's; those of the images must be among them.
     prompt : str
         What is said of a class; ``{class}`` stands for its name, whose underscores become spaces.
     batch_size : int
-        Pictures in memory and in a call of the model.
+        Images in memory and in a call of the model.
     device : str, optional
         By default a GPU where there is one.
     progress : callable, optional
-        Called with the number of pictures just done.
+        Called with the number of images just done.
 
     Returns
     -------
     Scores
-        Scores of all pictures that could be read, and why others could not.
+        Scores of all images that could be read, and why others could not.
 
     Raises
     ------
     NotFoundError
-        If there is no such model, or no picture could be read.
+        If there is no such model, or no image could be read.
     SchemaMismatchError
         If the prompt lacks ``{class}`` or is the same for two classes, `among` lacks the class
-        of a picture, the batch size is less than 1, or the model is no CLIP.
+        of an image, the batch size is less than 1, or the model is no CLIP.
     """
     from fedgfe_store.images.clip import Clip
 
@@ -223,7 +223,7 @@ def _compared(found: Found, among: Sequence[str] | None) -> list[str]:
 
 
 def class_prompts(classes: Iterable[str], prompt: str = PROMPT) -> dict[str, str]:
-    """Say of each class what its pictures should show.
+    """Say of each class what its images should show.
 
     Parameters
     ----------

@@ -140,7 +140,7 @@ def animate(
 
     Returns
     -------
-    list of Picture
+    list of ImageRecord
         Those that are shown, by round.
 
     Raises

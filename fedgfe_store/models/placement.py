@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    # The command line takes its choices from here, and its help must not wait for torch.
+    import numpy as np
+    from numpy.typing import NDArray
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What to compute in."""
 
 Offload = Literal["none", "model", "group", "sequential"]
 """Where weights wait while they do nothing, from most to least device memory."""
@@ -16,7 +20,7 @@ Offload = Literal["none", "model", "group", "sequential"]
 Quantization = Literal["nf4", "fp8"]
 """How the denoising network's weights are kept, if not in the dtype that it computes in."""
 
-Picture = NDArray[np.uint8]
+Picture: TypeAlias = "NDArray[np.uint8]"
 """A picture, uint8 ``[height, width, 3]``."""
 
 
@@ -83,7 +87,7 @@ class Placement:
 
     def remedy(self, modes: Sequence[Offload] = get_args(Offload)) -> str:
         """Say what takes less memory than this, for errors; `modes` are those there are."""
-        if torch.device(self.device).type == "cpu":
+        if self.device == "cpu" or self.device.startswith("cpu:"):
             smaller = " or --dtype bfloat16" if self.dtype == "float32" else ""
             return f"a machine with more memory{smaller} may help"
         possible = possible_offloads(self.compiled, self.quantization)

@@ -19,6 +19,9 @@ from fedgfe_store.records import RecordBatch, RecordKey
 from fedgfe_store.schema import Schema
 
 PAGE_BYTES = 16 * 2**20
+"""Of a page. With 1 MiB the training thread takes a fifth longer, and with 64 MiB hardly less; but
+a block of few records takes a whole page, too."""
+
 _NUMPY_DTYPES = (torch.float32, torch.float16, torch.float64)
 """Those that numpy has, too."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
 
-from fedgfe_store.common.entry import whole_number
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.recording.block import RoundBatch
 from fedgfe_store.recording.pages import Block, LeftOut, Pool
@@ -15,6 +14,7 @@ from fedgfe_store.recording.target import Run, Target
 from fedgfe_store.recording.writer import Missing, OnError, Writer
 from fedgfe_store.schema import Metadata, Precision
 from fedgfe_store.storage.append import IfExists
+from fedgfe_store.storage.entry import whole_number
 from fedgfe_store.storage.incoming import checked_keys
 from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
 from fedgfe_store.store import EmbeddingStore
@@ -22,7 +22,8 @@ from fedgfe_store.store import EmbeddingStore
 __all__ = ["LeftOut", "Missing", "OnError", "Recorder", "RoundBatch"]
 
 BUFFER_BYTES = 512 * 2**20
-"""Bytes of records that wait for the writer by default before training waits, too."""
+"""Bytes of records that wait for the writer by default before training waits, too: some 1,900 of
+FLUX, 17 tokens of T5 and a vector of CLIP each."""
 
 
 class Recorder:

@@ -24,6 +24,7 @@ from fedgfe_store.storage.metadata import GROUP_FILE
 from fedgfe_store.store import EmbeddingStore
 
 CLIP_TOKENS = 77
+"""Positions of CLIP's text encoder; longer prompts come as several sequences in a row."""
 _log = logging.getLogger("fedgfe_store")
 
 
@@ -185,7 +186,11 @@ class Target:
             )
 
     def finished(self, records: RecordBatch) -> RecordBatch:
-        """Fill in what follows from a record's key: the file name of its image."""
+        """Fill in what follows from a record's key: the file name of its image.
+
+        Training does not wait for that: it is done in the writer's thread, whose batch checks the
+        texts as they are then.
+        """
         names, extra = records.columns["image_filename"], records.columns["extra"]
         for position in range(len(records)):
             names[position] = names[position] or image_name(records.key(position))

@@ -25,6 +25,7 @@ OnError = Literal["raise", "warn"]
 
 _LARGEST = {name: torch.finfo(getattr(torch, name)).max for name in ("float32", "bfloat16")}
 _SHOWN = 10
+"""Records that a line of the log names."""
 _STORE_PROBLEMS = (FedgfeStoreError, OSError, MemoryError)
 _log = logging.getLogger("fedgfe_store")
 _open: weakref.WeakSet[Writer] = weakref.WeakSet()
@@ -255,13 +256,15 @@ class Writer:
         precision = self.target.precision
         reasons: dict[int, str] = {}
         for name, values in records.tensors.items():
-            present = records.columns.get(f"has_{name}", np.full(len(records), True))
-            for position in np.flatnonzero(present).tolist():
-                largest = np.abs(values[position]).max()
-                if not largest <= _LARGEST[precision]:
-                    beyond = precision != "float32" and np.isfinite(largest)
-                    what = f"beyond {precision}" if beyond else "that are not finite"
-                    reasons.setdefault(position, f"{name} has values {what}")
+            # A batch would refuse all of them for one; in rows that are not there is anything.
+            within = tuple(range(1, values.ndim))
+            with np.errstate(invalid="ignore"):
+                largest = np.maximum(values.max(within), -values.min(within))
+            present = records.columns.get(f"has_{name}", np.True_)
+            for position in np.flatnonzero(present & ~(largest <= _LARGEST[precision])).tolist():
+                beyond = precision != "float32" and np.isfinite(largest[position])
+                what = f"beyond {precision}" if beyond else "that are not finite"
+                reasons.setdefault(position, f"{name} has values {what}")
         if not reasons:
             return records
         block.left_out += tuple(LeftOut(records.key(i), why) for i, why in reasons.items())

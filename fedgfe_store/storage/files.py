@@ -257,15 +257,15 @@ def chunk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
             yield path, size
 
 
-def append_line(handle: int, line: Mapping[str, Any]) -> None:
-    """Append `line` as one line of JSON to a file that was opened in append mode.
+def append_line(handle: int, line: Mapping[str, Any], name: str) -> None:
+    """Append `line` as one line of JSON to the file `name`, which was opened in append mode.
 
     It goes out in one write, so that lines of several writers do not mix.
     """
     data = json.dumps(line).encode("ascii") + b"\n"
     written = os.write(handle, data)
     if written != len(data):
-        raise OSError(f"expected to write {len(data)} bytes, got {written}")
+        raise OSError(f"{name}: expected to write {len(data)} bytes, got {written}")
 
 
 def end_torn_line(handle: int) -> None:

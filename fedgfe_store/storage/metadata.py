@@ -68,8 +68,8 @@ class Group:
         return cls(schema, CommitPoint(), arrays, {}, id=uuid.uuid4().hex, digests=digests)
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read and check the group at the folder `path`.
+    def read(cls, path: Path, known: Self | None = None) -> Self:
+        """Read and check the group at the folder `path`; `known` is one that was read before.
 
         Raises
         ------
@@ -89,7 +89,8 @@ class Group:
                 f"no embedding store at {path}: expected a folder with a {GROUP_FILE} "
                 f"(fedgfe-store init or import makes one)"
             ) from None
-        return cls._parse(path, raw)
+        # What reads the same was checked before; parsing takes longer with every key chunk.
+        return known if known is not None and raw == known.raw else cls._parse(path, raw)
 
     @classmethod
     def _parse(cls, path: Path, raw: bytes) -> Self:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation import plan as plan_module
-from fedgfe_store.generation.job import prepare
-from fedgfe_store.generation.parts import Shard, places_of
+from fedgfe_store.generation.parts import Part, places_of
 from fedgfe_store.generation.plan import plan_images
+from fedgfe_store.generation.prepare import prepare
+from fedgfe_store.generation.request import Request
 from fedgfe_store.generation.run import generate, render
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.images import manifest as manifest_module
@@ -62,16 +63,16 @@ def test_a_part_builds_its_own_images_and_no_others(
     for name in ("PlanItem", "image_name", "seed_of"):
         monkeypatch.setattr(plan_module, name, counted(name, getattr(plan_module, name)))
     monkeypatch.setattr(RecordKey, "__init__", counted("key", RecordKey.__init__))
-    plan = plan_images(selection, SETTINGS, tmp_path, shard=Shard(0, 64))
+    plan = plan_images(selection, SETTINGS, tmp_path, Request(part=Part(0, 64)))
     assert set(built) == {"PlanItem", "image_name", "seed_of", "key"}
     assert max(built.values()) == len(plan.items) <= RECORDS / 64 + RECORDS / 100
 
 
 def test_parts_together_are_the_whole_in_its_order(selection: Selection, tmp_path: Path) -> None:
     some = selection.take(slice(300))
-    whole = plan_images(some, SETTINGS, tmp_path, numbers=(0, 1)).items
+    whole = plan_images(some, SETTINGS, tmp_path, Request(images_per_record=2)).items
     parts = [
-        plan_images(some, SETTINGS, tmp_path, numbers=(0, 1), shard=Shard(i, 7)).items
+        plan_images(some, SETTINGS, tmp_path, Request(images_per_record=2, part=Part(i, 7))).items
         for i in range(7)
     ]
     found = {item: number for number, part in enumerate(parts) for item in part}
@@ -92,7 +93,7 @@ def test_records_are_where_their_keys_say_one_by_one(keys: list[RecordKey], coun
     columns = {name: np.array([getattr(key, name) for key in keys], text) for name in names}
     columns |= {n: np.array([getattr(k, n) for k in keys], np.int64) for n in ("round", "index")}
     for index in range(count):
-        part = Shard(index, count)
+        part = Part(index, count)
         expected = [place for place, key in enumerate(keys) if part.holds(key)]
         assert places_of(columns, part).tolist() == expected
 
@@ -103,7 +104,7 @@ def test_a_part_that_is_done_reads_no_other_parts_lists(
     fill(store, node=0, round=5, n=4)
     flux, folder = save_random_flux(tmp_path / "flux"), tmp_path / "images"
     options: dict[str, Any] = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE}
-    parts = [generate(store.select(), folder, **options, shard=Shard(i, 2)) for i in range(2)]
+    parts = [generate(store.select(), folder, **options, part=Part(i, 2)) for i in range(2)]
     read: Counter[Any] = Counter()
     lines_of = manifest_module._lines
 
@@ -113,7 +114,7 @@ def test_a_part_that_is_done_reads_no_other_parts_lists(
             yield line
 
     monkeypatch.setattr(manifest_module, "_lines", lines)
-    again = generate(store.select(), folder, **options, shard=Shard(1, 2))
+    again = generate(store.select(), folder, **options, part=Part(1, 2))
     assert again.skipped == parts[1].done > 0
     # The settings stand in the first line that there is.
     assert read == {"manifest-0-of-2.jsonl": 1, "manifest-1-of-2.jsonl": parts[1].done}
@@ -128,7 +129,7 @@ def test_what_another_part_has_listed_is_not_listed_again(
     options: dict[str, Any] = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE}
     assert generate(store.select(), folder, **options).done == 8
     for i in range(2):
-        generate(store.select(), folder, **options, shard=Shard(i, 2))
+        generate(store.select(), folder, **options, part=Part(i, 2))
     assert Counter(line["file"] for line in read_manifest(folder)).most_common(1)[0][1] == 1
 
 
@@ -186,9 +187,8 @@ def test_records_that_a_compaction_moves_are_found_without_looking_at_all(
     store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
     fill(store, node=0, round=5, n=200)
     flux, folder = save_random_flux(tmp_path / "flux"), tmp_path / "images"
-    options: dict[str, Any] = {"height": SIZE, "width": SIZE, "batch_size": 2}
-    options["pipeline"] = FakePipeline(flux)
-    job = prepare(store.select(index=range(0, 200, 2)), folder, limit=4, **options)
+    request, pipeline = Request(height=SIZE, width=SIZE, batch_size=2, limit=4), FakePipeline(flux)
+    run = prepare(store.select(index=range(0, 200, 2)), folder, request, pipeline=pipeline)
     other = EmbeddingStore.open(store.path)
     other.delete(index=range(1, 200, 2))
     assert other.compact().records_moved
@@ -199,7 +199,7 @@ def test_records_that_a_compaction_moves_are_found_without_looking_at_all(
         init(self, *args)
 
     monkeypatch.setattr(RecordKey, "__init__", counted)
-    assert render(job, pipeline=options["pipeline"]).done == 4
+    assert render(run, pipeline=pipeline).done == 4
     assert len(built) < 40
 
 

@@ -19,6 +19,7 @@ from processes import finished
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.plan import Plan, PlanItem, plan_images
+from fedgfe_store.generation.request import Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of
 from fedgfe_store.images.compare import difference
 from fedgfe_store.images.manifest import Manifest, read_manifest, seconds_per_image
@@ -53,7 +54,7 @@ def plan(store: EmbeddingStore, tmp_path: Path) -> Plan:
 
 
 def again(plan: Plan, store: EmbeddingStore, settings: Settings = SETTINGS, **options) -> Plan:
-    return plan_images(store.select(), settings, plan.folder, **options)
+    return plan_images(store.select(), settings, plan.folder, Request(**options))
 
 
 def statuses(plan: Plan) -> list[str]:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from processes import finished
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.parts import AskedPart, Shard, detect_shard, local_device
+from fedgfe_store.generation.launchers import AskedPart, detect_part, local_device
+from fedgfe_store.generation.parts import Part
 from fedgfe_store.records import RecordKey
 
 AUTO = AskedPart.parse("auto")
@@ -45,7 +46,7 @@ def srun_task(task: int, tasks: int, nodes: int = 1) -> dict[str, str]:
 @given(KEYS, st.integers(1, 20), st.randoms())
 def test_shards_are_disjoint_complete_and_do_not_depend_on_the_other_records(keys, n, random):
     def split(records: list[RecordKey]) -> list[list[RecordKey]]:
-        return [[key for key in records if Shard(i, n).holds(key)] for i in range(n)]
+        return [[key for key in records if Part(i, n).holds(key)] for i in range(n)]
 
     whole = split(keys)
     assert sum(map(Counter, whole), Counter()) == Counter(keys)
@@ -57,7 +58,7 @@ def test_shards_are_disjoint_complete_and_do_not_depend_on_the_other_records(key
 
 def test_more_shards_than_records_leave_some_without_work() -> None:
     keys = [RecordKey("0", 5, "train", "dog", i) for i in range(3)]
-    held = [sum(Shard(i, 16).holds(key) for key in keys) for i in range(16)]
+    held = [sum(Part(i, 16).holds(key) for key in keys) for i in range(16)]
     assert sum(held) == 3
     assert held.count(0) >= 13
 
@@ -65,20 +66,20 @@ def test_more_shards_than_records_leave_some_without_work() -> None:
 def test_shards_are_even_and_rounds_of_a_sample_spread() -> None:
     parts = itertools.product("01234", range(10), ["train"], ["dog", "cat"], range(100))
     keys = [RecordKey(*each) for each in parts]
-    counts = Counter(next(i for i in range(8) if Shard(i, 8).holds(key)) for key in keys)
+    counts = Counter(next(i for i in range(8) if Part(i, 8).holds(key)) for key in keys)
     assert max(counts.values()) < 1.1 * len(keys) / 8
     of_rounds = {
-        i for i in range(8) for r in range(40) if Shard(i, 8).holds(RecordKey("0", r, "a", "b", 0))
+        i for i in range(8) for r in range(40) if Part(i, 8).holds(RecordKey("0", r, "a", "b", 0))
     }
     assert len(of_rounds) > 4
 
 
 def test_shards_are_the_same_in_every_process_and_version() -> None:
     code = (
-        "from fedgfe_store.generation.parts import shard_of\n"
+        "from fedgfe_store.generation.parts import part_of\n"
         "from fedgfe_store.records import RecordKey\n"
         "keys = [RecordKey('server', 5, 'train', 'chien été', i) for i in range(12)]\n"
-        "print([shard_of(key, 8) for key in keys])"
+        "print([part_of(key, 8) for key in keys])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
     command = [sys.executable, "-c", code]
@@ -87,9 +88,9 @@ def test_shards_are_the_same_in_every_process_and_version() -> None:
 
 
 def test_a_shard_is_written_as_it_is_read() -> None:
-    assert Shard.parse("3/8") == Shard(3, 8)
-    assert str(Shard(3, 8)) == "3/8"
-    assert Shard.parse("0/1") == Shard()
+    assert Part.parse("3/8") == Part(3, 8)
+    assert str(Part(3, 8)) == "3/8"
+    assert Part.parse("0/1") == Part()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_other_shards_are_refused(text: str) -> None:
     ],
 )
 def test_the_environment_says_which_shard(environ: dict[str, str], shard: str) -> None:
-    assert str(detect_shard(environ, AUTO)[0]) == shard
+    assert str(detect_part(environ, AUTO)[0]) == shard
 
 
 @pytest.mark.parametrize(
@@ -146,14 +147,14 @@ def test_the_environment_says_which_shard(environ: dict[str, str], shard: str) -
     ],
 )
 def test_an_array_leaves_nothing_out_unless_it_is_asked_to(array: dict[str, str]) -> None:
-    assert detect_shard(array) == (Shard(0, 1), "one process")
-    assert detect_shard({**array, **srun_task(1, 2)})[0] == Shard(1, 2)
-    assert detect_shard({**array, **ranks(3, 4, 4)})[0] == Shard(3, 4)
+    assert detect_part(array) == (Part(0, 1), "one process")
+    assert detect_part({**array, **srun_task(1, 2)})[0] == Part(1, 2)
+    assert detect_part({**array, **ranks(3, 4, 4)})[0] == Part(3, 4)
 
 
 def test_a_part_that_is_named_goes_before_the_environment() -> None:
     environ = {**array_task(2, 0, 3, 4, 1), **srun_task(1, 2)}
-    assert detect_shard(environ, AskedPart.parse("5/9"))[0] == Shard(5, 9)
+    assert detect_part(environ, AskedPart.parse("5/9"))[0] == Part(5, 9)
 
 
 @pytest.mark.parametrize("queued", [range(8), (0, 3, 4, 5), (7,)])
@@ -161,21 +162,21 @@ def test_tasks_of_a_known_number_of_parts_may_be_queued_in_any_choice(queued) ->
     asked = AskedPart.parse("auto/8")
     for task in queued:
         environ = array_task(task, min(queued), max(queued), len(queued), 1)
-        assert detect_shard(environ, asked)[0] == Shard(task, 8)
-        assert detect_shard({**environ, **srun_task(1, 2)}, asked)[0] == Shard(2 * task + 1, 16)
+        assert detect_part(environ, asked)[0] == Part(task, 8)
+        assert detect_part({**environ, **srun_task(1, 2)}, asked)[0] == Part(2 * task + 1, 16)
 
 
 def test_a_number_of_parts_needs_a_task_below_it() -> None:
     asked = AskedPart.parse("auto/8")
     with pytest.raises(SchemaMismatchError, match=r"expected less than 8 .* got 8; .*--array=0-7"):
-        detect_shard(array_task(8, 1, 8, 8, 1), asked)
+        detect_part(array_task(8, 1, 8, 8, 1), asked)
     with pytest.raises(SchemaMismatchError, match="SLURM_ARRAY_TASK_ID: expected .* got nothing"):
-        detect_shard({}, asked)
+        detect_part({}, asked)
 
 
 def test_the_reason_names_the_variables() -> None:
-    assert detect_shard({}, AUTO)[1] == "one process"
-    reason = detect_shard({**array_task(2, 0, 3, 4, 1), **srun_task(1, 2)}, AUTO)[1]
+    assert detect_part({}, AUTO)[1] == "one process"
+    reason = detect_part({**array_task(2, 0, 3, 4, 1), **srun_task(1, 2)}, AUTO)[1]
     assert reason == "SLURM_ARRAY_TASK_ID 2 of 0-3, SLURM_PROCID 1 of SLURM_STEP_NUM_TASKS 2"
 
 
@@ -184,11 +185,11 @@ def test_the_reason_names_the_variables() -> None:
 def test_the_processes_of_an_array_make_up_all_shards(first: int, step: int, procs: int) -> None:
     last = first + 4 * step
     shards = [
-        detect_shard({**array_task(t, first, last, 5, step), **srun_task(p, procs)}, AUTO)[0]
+        detect_part({**array_task(t, first, last, 5, step), **srun_task(p, procs)}, AUTO)[0]
         for t in range(first, last + 1, step)
         for p in range(procs)
     ]
-    assert shards == [Shard(i, 5 * procs) for i in range(5 * procs)]
+    assert shards == [Part(i, 5 * procs) for i in range(5 * procs)]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_the_processes_of_an_array_make_up_all_shards(first: int, step: int, pro
 )
 def test_an_array_with_gaps_needs_the_shard_told(environ: dict[str, str]) -> None:
     with pytest.raises(SchemaMismatchError, match=r"--part auto/N, or \$SLURM_ARRAY_TASK_ID/N"):
-        detect_shard(environ, AUTO)
+        detect_part(environ, AUTO)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_an_array_with_gaps_needs_the_shard_told(environ: dict[str, str]) -> Non
 )
 def test_a_malformed_variable_is_named(environ: dict[str, str], name: str) -> None:
     with pytest.raises(SchemaMismatchError, match=f"^{name}: expected"):
-        detect_shard(environ, AUTO)
+        detect_part(environ, AUTO)
 
 
 def test_processes_spread_over_the_devices() -> None:
@@ -249,8 +250,8 @@ def test_processes_spread_over_the_devices() -> None:
 def test_real_launchers_make_shards(launcher: list[str], tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib\n"
-        "from fedgfe_store.generation.parts import detect_shard, local_device\n"
-        "shard = detect_shard(os.environ)[0]\n"
+        "from fedgfe_store.generation.launchers import detect_part, local_device\n"
+        "shard = detect_part(os.environ)[0]\n"
         "text = f'{shard} on {local_device(os.environ, 2)}'\n"
         "pathlib.Path(sys.argv[1], str(shard.index)).write_text(text)\n"
     )

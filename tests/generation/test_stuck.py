@@ -14,9 +14,10 @@ from generation_fakes import SIZE, FakePipeline
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation import job
-from fedgfe_store.generation.parts import Shard
+from fedgfe_store.generation import prepare
+from fedgfe_store.generation.parts import Part
 from fedgfe_store.generation.plan import plan_images
+from fedgfe_store.generation.request import Request
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, fingerprint
 from fedgfe_store.generation.stopping import SIGNAL_LEAD, Stop, expected_stop
@@ -81,7 +82,7 @@ def test_an_image_in_between_makes_it_no_row(selection, flux, tmp_path: Path) ->
 def test_other_parts_and_ctrl_c_do_not_count(selection, flux, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     for i in range(2):
-        report = stopped(selection, folder, flux, shard=Shard(i, 2))
+        report = stopped(selection, folder, flux, part=Part(i, 2))
         assert (report.done, report.stuck) == (0, False)
     for _ in range(3):
         assert not stopped(selection, folder, flux, "SIGINT").stuck
@@ -138,7 +139,7 @@ def test_a_job_that_is_stopped_while_it_plans_is_queued_again_once(
         return plan_images(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(job, "plan_images", interrupted)
+        patched.setattr(prepare, "plan_images", interrupted)
         assert run(None, "--dry-run").exit_code == 75
         assert not (tmp_path / "out").exists()
         assert [run(None).exit_code for _ in range(2)] == [75, 1]
@@ -171,7 +172,9 @@ def test_a_plan_knows_when_a_batch_takes_longer_than_is_left(selection, rated, t
     assert shortage is not None
     assert shortage.endswith("nothing of it would be finished; a longer time limit helps")
     assert plan_images(selection, rated, tmp_path / "new").shortage(2, 1.0) is None
-    assert plan_images(selection, rated, tmp_path / "out", limit=0).shortage(2, 0.0) is None
+    assert (
+        plan_images(selection, rated, tmp_path / "out", Request(limit=0)).shortage(2, 0.0) is None
+    )
 
 
 def test_slurm_says_when_a_run_has_to_stop() -> None:

@@ -27,8 +27,9 @@ from processes import finished, started
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.generation.claims import Claims
-from fedgfe_store.generation.parts import Shard
+from fedgfe_store.generation.parts import Part
 from fedgfe_store.generation.plan import plan_images
+from fedgfe_store.generation.request import Request
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.images.manifest import read_manifest
@@ -185,7 +186,7 @@ def test_parts_by_hand_make_one_folder(
 
 def test_a_rank_without_work_is_done(flux: Path, selection: Selection, tmp_path: Path) -> None:
     arguments = command(selection, flux, tmp_path / "out")
-    chosen = next(key for key in selection.keys() if not Shard(0, 2).holds(key))
+    chosen = next(key for key in selection.keys() if not Part(0, 2).holds(key))
     filters = ["--index", str(chosen.index), "--class", chosen.class_name, "--split", chosen.split]
     result = CliRunner().invoke(group, [*arguments, *filters, "--shard", "0/2"])
     assert result.exit_code == 0, result.output
@@ -207,13 +208,15 @@ def test_shards_are_disjoint_complete_and_stable(
     keys = selection.keys()
     positions = [i for i, key in enumerate(keys) if chosen in ("all", key.class_name)]
     part = selection.take(positions)
-    plans = [plan_images(part, settings, Path("/nowhere"), shard=Shard(i, n)) for i in range(n)]
+    plans = [
+        plan_images(part, settings, Path("/nowhere"), Request(part=Part(i, n))) for i in range(n)
+    ]
     shares = [[item.key for item in plan.items] for plan in plans]
     assert sorted(key for share in shares for key in share) == sorted(keys[i] for i in positions)
     left = selection.take([i for i in positions if i not in done])
     if len(left):
         for index, share in enumerate(shares):
-            again = plan_images(left, settings, Path("/nowhere"), shard=Shard(index, n))
+            again = plan_images(left, settings, Path("/nowhere"), Request(part=Part(index, n)))
             assert {item.key for item in again.items} <= set(share)
 
 

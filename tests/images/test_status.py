@@ -20,7 +20,7 @@ from processes import finished
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.generation.parts import WHOLE, Shard, parts_of
+from fedgfe_store.generation.parts import WHOLE, Part, parts_of
 from fedgfe_store.generation.settings import Settings, fingerprint
 from fedgfe_store.images.manifest import Manifest, manifest_name
 from fedgfe_store.images.png import write_png
@@ -49,7 +49,7 @@ class Folder:
         made_with: Settings = SETTINGS,
         columns: tuple[str, ...] = ("t5", "clip"),
         listed: bool = True,
-        shard: Shard = WHOLE,
+        shard: Part = WHOLE,
         **changes: Any,
     ) -> None:
         self.minute += 1
@@ -75,7 +75,7 @@ class Folder:
         facts = {"key": key_json(key), "image": image, "error": error}
         self.line({"file": image_name(key, image), **facts})
 
-    def line(self, line: dict[str, Any], shard: Shard = WHOLE) -> None:
+    def line(self, line: dict[str, Any], shard: Part = WHOLE) -> None:
         created = f"2026-01-22T12:{self.minute:02}:00+00:00"
         with Manifest(self.path, manifest_name(shard.index, shard.count)) as manifest:
             manifest.append({**line, "created": created})
@@ -137,7 +137,7 @@ def test_a_failed_image_that_was_made_later_is_done(folder: Folder) -> None:
 def test_the_settings_are_those_of_the_image_finished_last(folder: Folder) -> None:
     other = replace(SETTINGS, steps=50)
     folder.make(0, 1, made_with=other)
-    folder.make(2, 3, shard=Shard(1, 2))
+    folder.make(2, 3, shard=Part(1, 2))
     folder.fail(4, "disk is full")
     status = folder.status()
     assert statuses(status) == ["stale"] * 2 + ["done"] * 2 + ["failed", "missing"]
@@ -239,7 +239,7 @@ def test_counts_of_groups_in_natural_order(store: EmbeddingStore, tmp_path: Path
 def test_unfinished_shards_are_those_that_hold_a_record_not_done(folder: Folder) -> None:
     folder.make(0, 1, 2)
     status = folder.status()
-    expected = {i for i in range(8) for key in folder.keys()[3:] if Shard(i, 8).holds(key)}
+    expected = {i for i in range(8) for key in folder.keys()[3:] if Part(i, 8).holds(key)}
     assert parts_of(status.unfinished, 8) == sorted(expected)
     assert parts_of(status.unfinished, 1) == [0]
     folder.make(3, 4, 5)
@@ -289,8 +289,8 @@ def test_the_table_counts_by_node_and_round_and_by_class(folder: Folder) -> None
 
 
 def test_the_array_to_finish(folder: Folder) -> None:
-    expected = {i for i in range(16) for key in folder.keys()[2:] if Shard(i, 16).holds(key)}
-    folder.make(0, 1, shard=Shard(3, 16))
+    expected = {i for i in range(16) for key in folder.keys()[2:] if Part(i, 16).holds(key)}
+    folder.make(0, 1, shard=Part(3, 16))
     for output in (run(folder).output, run(folder, "--shards", 16).output):
         listed = output.splitlines()[-1].removeprefix("to finish: --array=").split(",")
         ends = [[int(end) for end in part.split("-")] for part in listed]

@@ -18,7 +18,7 @@ from places import DATA
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import BusyError, ConflictError, NotFoundError
-from fedgfe_store.storage import append, backup, commit, create, files, owner
+from fedgfe_store.storage import append, backup, claim_files, commit, create, files
 from fedgfe_store.storage import claim as claims
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.staging import Staging
@@ -45,7 +45,7 @@ class Hosts:
     def next(self) -> None:
         """Whoever claims from now on is on another host."""
         name = next(self._names)
-        self._patch.setattr(owner, "machine", lambda: name)
+        self._patch.setattr(claim_files, "machine", lambda: name)
 
     def sleep(self, path: Path) -> None:
         """Let all who hold a claim on the store at `path` be silent for two minutes."""

@@ -37,13 +37,13 @@ class Gallery:
     thumbnails : Path
         Folder of its thumbnails.
     pictures : int
-        Pictures that it shows.
+        Images that it shows.
     made : int
         Thumbnails that were missing or out of date.
     left_out : mapping
         Why a file is not shown, by its name.
     outdated : mapping
-        Number of pictures that are marked, by what the mark says.
+        Number of images that are marked, by what the mark says.
     """
 
     page: Path
@@ -82,10 +82,10 @@ def make_gallery(
     store: EmbeddingStore | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Gallery:
-    """Make one static page of a folder's pictures; it works from the disk, without a network.
+    """Make one static page of a folder's images; it works from the disk, without a network.
 
-    Facts come from the folder's manifests and, where those say nothing of a picture, from the
-    picture itself.
+    Facts come from the folder's manifests and, where those say nothing of an image, from the
+    image itself.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def make_gallery(
         The page, by default ``gallery.html`` in the folder. Thumbnails lie beside it: in
         ``thumbnails`` where it is in the folder, else in a folder named after the page.
     store : EmbeddingStore, optional
-        Mark the pictures of its records that are out of date.
+        Mark the images of its records that are out of date.
     progress : callable, optional
         Called with 1 for each file that is looked at.
 
@@ -107,7 +107,7 @@ def make_gallery(
     Raises
     ------
     NotFoundError
-        If there is no such folder, or no picture in it of which a record is known.
+        If there is no such folder, or no image in it of which a record is known.
     """
     images = folder if isinstance(folder, ImageFolder) else scan_images(folder)
     folder, names = images.path, images.names
@@ -131,7 +131,7 @@ def make_gallery(
     text = render_page(
         records,
         title=os.fsencode(folder.resolve().name).decode("utf-8", "replace"),
-        picture_url=_folder_url(folder, page.parent),
+        image_url=_folder_url(folder, page.parent),
         thumbnail_url=_folder_url(thumbnails, page.parent),
     )
     write_file(page, text.encode("utf-8"))

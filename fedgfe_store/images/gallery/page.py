@@ -1,80 +1,86 @@
-"""The gallery's page: one HTML file that holds its style, its script and the pictures' facts."""
+"""The gallery's page: one HTML file that holds its style, its script and the images' facts."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
+
+from jinja2 import Environment, StrictUndefined, Template
 
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.records import RecordKey
 
-_PLACE = re.compile(r"\{\{(\w+)\}\}")
 _EXACT_IN_BROWSERS = 2**53
 
 
 def render_page(
-    pictures: Sequence[ImageRecord], *, title: str, picture_url: str, thumbnail_url: str
+    images: Sequence[ImageRecord], *, title: str, image_url: str, thumbnail_url: str
 ) -> str:
-    """Write the page of some pictures.
+    """Write the page of some images.
 
     Parameters
     ----------
-    pictures : sequence of ImageRecord
+    images : sequence of ImageRecord
         What it shows.
     title : str
         Its heading.
-    picture_url, thumbnail_url : str
-        What stands before the pictures' and the thumbnails' names: empty, or a folder that ends
+    image_url, thumbnail_url : str
+        What stands before the images' and the thumbnails' names: empty, or a folder that ends
         with ``/``.
 
     Returns
     -------
     str
-        HTML that needs nothing but the pictures and the thumbnails.
+        HTML that needs nothing but the images and the thumbnails.
     """
-    content = page_data(pictures)
-    content |= {"title": title, "pictures": picture_url, "thumbnails": thumbnail_url}
+    content = page_data(images)
+    content |= {"title": title, "pictures": image_url, "thumbnails": thumbnail_url}
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = {
-        "title": html.escape(title),
-        "style": _asset("page.css"),
-        "script": script,
-        "script_hash": f"sha256-{digest}",
-        "data": _script_json(content),
-    }
-    return _PLACE.sub(lambda place: parts[place[1]], _asset("page.html"))
+    return _template().render(
+        title=title,
+        style=_asset("page.css"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        data=content,
+    )
 
 
-def page_data(pictures: Iterable[ImageRecord]) -> dict[str, Any]:
-    """Give the facts of pictures by columns, what they share only once.
+def _template() -> Template:
+    """Return the page with its places: what is put there is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    # Facts keep their order, which the page shows them in.
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
+    return environment.from_string(_asset("page.html"))
+
+
+def page_data(images: Iterable[ImageRecord]) -> dict[str, Any]:
+    """Give the facts of images by columns, what they share only once.
 
     Parameters
     ----------
-    pictures : iterable of ImageRecord
+    images : iterable of ImageRecord
         In any order.
 
     Returns
     -------
     dict
         ``file``, ``index``, ``sample`` (see `sample_numbers`), ``image``, ``mark`` and each of
-        ``own`` have one value for each picture, latest round first; ``node``, ``round``,
+        ``own`` have one value for each image, latest round first; ``node``, ``round``,
         ``split``, ``class`` and ``shared`` a place in the lists of the same names under
-        ``values``. Without a mark on any picture there is no ``mark``. Whole numbers that
+        ``values``. Without a mark on any image there is no ``mark``. Whole numbers that
         JavaScript would round are text.
     """
     keys = {"node": str, "round": int, "split": str, "class": str}
-    shown = sorted(pictures, key=_order)
+    shown = sorted(images, key=_order)
     columns: dict[str, list[Any]] = {
         "node": [p.key.node for p in shown],
         "round": [p.key.round for p in shown],
@@ -107,9 +113,9 @@ def page_data(pictures: Iterable[ImageRecord]) -> dict[str, Any]:
     }
 
 
-def _order(picture: ImageRecord) -> tuple[Any, ...]:
-    key: RecordKey = picture.key
-    sample = key.split, key.index, picture.number, key.class_name, picture.name
+def _order(image: ImageRecord) -> tuple[Any, ...]:
+    key: RecordKey = image.key
+    sample = key.split, key.index, image.number, key.class_name, image.name
     return (-key.round, numbers_first(key.node), *sample)
 
 
@@ -129,11 +135,6 @@ def _exact(value: Any) -> Any:
     if isinstance(value, int) and abs(value) > _EXACT_IN_BROWSERS:
         return str(value)
     return str(value) if isinstance(value, float) and value - value != 0 else value
-
-
-def _script_json(content: Any) -> str:
-    """Give JSON that no HTML parser takes for anything but a script's text."""
-    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:

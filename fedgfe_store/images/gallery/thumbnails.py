@@ -1,4 +1,4 @@
-"""Small copies of pictures, made when they are missing or out of date."""
+"""Small copies of images, made when they are missing or out of date."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedgfe_store.storage.files import naming
+from fedgfe_store.storage.files import naming, placing
 
 SIZE = 256
-"""Longest side of a thumbnail in pixels; smaller pictures keep their size."""
+"""Longest side of a thumbnail in pixels; smaller images keep their size."""
 
+# A little above Pillow's own 80: thumbnails are looked at side by side.
 _QUALITY = 82
 
 
 def thumbnail_name(file: str) -> str:
-    """Name the thumbnail of the picture `file`."""
+    """Name the thumbnail of the image `file`."""
     return f"{file.removesuffix('.png')}.webp"
 
 
-def update_thumbnail(picture: Path, thumbnail: Path) -> bool:
-    """Make a picture's thumbnail unless there is one of its present state.
+def update_thumbnail(image: Path, thumbnail: Path) -> bool:
+    """Make an image's thumbnail unless there is one of its present state.
 
     Parameters
     ----------
-    picture : Path
-        The picture.
+    image : Path
+        The image.
     thumbnail : Path
-        WebP file; it gets the picture's time, by which it is known to be up to date, and is there
+        WebP file; it gets the image's time, by which it is known to be up to date, and is there
         whole or not at all.
 
     Returns
@@ -41,26 +42,21 @@ def update_thumbnail(picture: Path, thumbnail: Path) -> bool:
     Raises
     ------
     OSError
-        If the picture cannot be read, or the thumbnail not written.
+        If the image cannot be read, or the thumbnail not written.
     """
-    made_from = picture.stat()
+    made_from = image.stat()
     if thumbnail.exists() and thumbnail.stat().st_mtime_ns == made_from.st_mtime_ns:
         return False
-    with naming(picture), Image.open(picture, formats=["PNG"]) as image:
-        small = image.convert("RGB")
-    # A small picture is shown enlarged, and every flaw with it.
+    with naming(image), Image.open(image, formats=["PNG"]) as opened:
+        small = opened.convert("RGB")
+    # A small image is shown enlarged, and every flaw with it.
     lossless = max(small.size) <= SIZE
     small.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS, reducing_gap=3)
     data = BytesIO()
     small.save(data, "WEBP", quality=_QUALITY, lossless=lossless, method=2)
     temporary = thumbnail.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with naming(thumbnail):
-            with temporary.open("xb") as file:
-                file.write(data.getbuffer())
-            os.utime(temporary, ns=(made_from.st_atime_ns, made_from.st_mtime_ns))
-            os.replace(temporary, thumbnail)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with naming(thumbnail), placing(thumbnail, temporary):
+        with temporary.open("xb") as file:
+            file.write(data.getbuffer())
+        os.utime(temporary, ns=(made_from.st_atime_ns, made_from.st_mtime_ns))
     return True

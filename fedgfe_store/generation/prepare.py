@@ -1,0 +1,274 @@
+"""From a request to a run: what can be settled before any weights are loaded, step by step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, get_args
+
+import torch
+
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.generation.plan import Plan, plan_images
+from fedgfe_store.generation.request import DEFAULTS, Noise, Pool, Request
+from fedgfe_store.generation.settings import Settings
+from fedgfe_store.images.compare import noise_rule
+from fedgfe_store.images.identity import others_in
+from fedgfe_store.images.manifest import settings_of
+from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
+from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
+from fedgfe_store.models.model import ImagePipeline, Model
+from fedgfe_store.models.placement import Offload, Placement, possible_offloads
+from fedgfe_store.models.quantization import WEIGHT_SHARE, check_quantization
+from fedgfe_store.schema import Schema
+from fedgfe_store.text.negative import Negative, find_negative
+
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
+
+Report = Callable[[str], object]
+
+log_remark: Report = logging.getLogger("fedgfe_store").warning
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been planned and not yet begun.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records.
+    request : Request
+        What was asked.
+    plan : Plan
+        Their images.
+    model : Model
+        The model, without its weights.
+    placement : Placement
+        Where and in what to compute; its offload mode is decided by `place`.
+    batch_size : int
+        Images of a batch.
+    negative : Negative or None
+        Negative embeddings, where guidance needs them.
+    """
+
+    selection: Selection
+    request: Request
+    plan: Plan
+    model: Model
+    placement: Placement
+    batch_size: int
+    negative: Negative | None = None
+
+    def place(self, report: Report) -> Placement:
+        """Decide where the weights wait; they have to be on disk."""
+        placement = self.placement
+        offload, remark = choose_offload(
+            self.request.offload,
+            device_type=torch.device(placement.device).type,
+            free_bytes=free_bytes(placement.device),
+            footprint=footprint(
+                self.model, self.plan.settings, self.selection.schema, self.batch_size
+            ),
+            possible=possible_offloads(placement.compiled, placement.quantization),
+        )
+        if remark:
+            report(remark)
+        return replace(placement, offload=offload)
+
+
+def prepare(
+    selection: Selection,
+    output_dir: str | Path,
+    request: Request = DEFAULTS,
+    *,
+    pipeline: ImagePipeline | None = None,
+    keep_negative: bool = True,
+    report: Report = log_remark,
+) -> Run:
+    """Settle everything about a run that can be settled without loading weights.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records.
+    output_dir : str or Path
+        Folder of the images.
+    request : Request
+        What is asked.
+    pipeline : ImagePipeline, optional
+        Use this one rather than load a model; it decides on model, dtype and device.
+    keep_negative : bool
+        Keep negative embeddings that had to be encoded in the store.
+    report : callable
+        Gets remarks for the user, one line each; by default they are logged as warnings.
+
+    Returns
+    -------
+    Run
+        For `render`.
+
+    Raises
+    ------
+    NotFoundError
+        If there are no records, no such model, or no negative embeddings where they are needed.
+    SchemaMismatchError
+        If the store does not fit the model, or an option is not valid or not possible here.
+    ConflictError
+        If the folder holds images made with other settings, or of another store.
+    """
+    if not len(selection):
+        raise NotFoundError("selection: expected at least one record, got none")
+    folder, schema = Path(output_dir), selection.schema
+    model, placement = resolve(request, schema, pipeline=pipeline, report=report)
+    settings = choose_settings(request, model, placement, schema, report=report)
+    negative = None
+    if _takes_negative(model, settings.guidance, request.negative):
+        shape = schema.columns["clip"]
+        negative = find_negative(
+            model, selection.path, request.negative, shape, keep=keep_negative, report=report
+        )
+        settings = replace(settings, negative=negative.digest)
+    settings = replace(settings, noise=request.noise or _noise_of(folder))
+    batch_size = request.batch_size or fit(model, settings, schema, placement.device)
+    plan = plan_images(selection, settings, folder, request, columns=model.columns)
+    for other in others_in(plan.folder, plan.identity):
+        report(f"{plan.folder} holds images of {other}, too: this is {plan.identity}")
+    return Run(selection, request, plan, model, placement, batch_size, negative)
+
+
+def resolve(
+    request: Request, schema: Schema, *, pipeline: ImagePipeline | None, report: Report
+) -> tuple[Model, Placement]:
+    """Find the model that is asked for, and where and in what this machine computes with it."""
+    if pipeline is not None:
+        model = pipeline.model
+        placement = replace(pipeline.placement, quantization=request.quantize)
+    else:
+        model = _find_model(request, schema)
+        device = choose_device(request.device, local=request.local)
+        dtype, remark = choose_dtype(request.dtype, device)
+        if remark:
+            report(remark)
+        placement = Placement(
+            dtype, device, compiled=request.compiled, quantization=request.quantize
+        )
+    model.check_schema(schema)
+    _check_speed(placement, request.offload)
+    return model, placement
+
+
+def _find_model(request: Request, schema: Schema) -> Model:
+    """Find the model: of the type that is asked for, else of the one that the store is for."""
+    kind = request.diffusion_type or schema.kind
+    stored = schema.metadata.model if kind == schema.kind else None
+    return resolve_model(request.model, kind=kind, stored=stored)
+
+
+def _check_speed(placement: Placement, offload: str) -> None:
+    """Refuse what makes a run faster where this machine cannot do it, or not with the others."""
+    compiled, quantization = placement.compiled, placement.quantization
+    if quantization is not None:
+        check_quantization(
+            quantization, device=placement.device, dtype=placement.dtype, compiled=compiled
+        )
+    possible = ("auto", *possible_offloads(compiled, quantization))
+    if offload not in possible and offload in get_args(Offload):
+        name = "quantize" if quantization else "compile"
+        raise SchemaMismatchError(
+            f"{name}: expected offload {' or '.join(possible)}, since such weights do not move "
+            f"block by block, got {offload}"
+        )
+
+
+def choose_settings(
+    request: Request, model: Model, placement: Placement, schema: Schema, *, report: Report
+) -> Settings:
+    """Settle what an image depends on, but for what the folder and negative embeddings decide."""
+    return Settings(
+        model=model.name,
+        revision=model.revision,
+        dtype=placement.dtype,
+        steps=request.steps or model.default_steps,
+        guidance=_choose_guidance(request.guidance, model, report),
+        height=_choose_size("height", request.height, model),
+        width=_choose_size("width", request.width, model),
+        seed=request.seed,
+        pool=_choose_pool(request.pool, model, schema, report),
+        quantization=placement.quantization,
+    )
+
+
+def _choose_guidance(guidance: float | None, model: Model, report: Report) -> float | None:
+    if guidance is None:
+        return model.default_guidance
+    if not model.takes_guidance:
+        report(f"guidance {guidance:g} has no effect: the model {model.name} takes none")
+        return None
+    return float(guidance)
+
+
+def _takes_negative(model: Model, guidance: float | None, given: str | None) -> bool:
+    if model.needs_negative(guidance):
+        return True
+    if given is not None:
+        raise SchemaMismatchError(
+            f"negative: the model {model.name} takes none under guidance {guidance}"
+        )
+    return False
+
+
+def _choose_size(name: str, pixels: int | None, model: Model) -> int:
+    pixels = model.default_size if pixels is None else pixels
+    if pixels < 1 or pixels % model.size_step:
+        raise SchemaMismatchError(
+            f"{name}: expected a multiple of {model.size_step} pixels for the model "
+            f"{model.name}, got {pixels}"
+        )
+    return pixels
+
+
+def _noise_of(folder: Path) -> Noise:
+    """Give the rule of a folder's images, whose noise stays as it is, or the one for new ones."""
+    settings = settings_of(folder)
+    # What no rule is, as one of a later version, is refused by `Settings`.
+    return "file_id" if settings is None else cast("Noise", noise_rule(settings))
+
+
+def _choose_pool(pool: Pool, model: Model, schema: Schema, report: Report) -> Pool | None:
+    """Give the pooling that is needed: none where the store holds what the model takes."""
+    shape = schema.columns["clip"]
+    if model.kind != "flux" or len(shape) == 1:
+        return None
+    others = " or ".join(p for p in get_args(Pool) if p != pool)
+    report(
+        f"clip is a sequence {list(shape)}, which has no pooled vector: using pool {pool} of its "
+        f"tokens ({others} are the alternatives)"
+    )
+    return pool
+
+
+def fit(model: Model, settings: Settings, schema: Schema, device: str) -> int:
+    """Decide on the images of a batch by their size, and by the device's memory if known."""
+    return choose_batch_size(
+        settings.height * settings.width,
+        free_bytes=free_bytes(device) if model.has_weights else None,
+        footprint=lambda size: footprint(model, settings, schema, size),
+    )
+
+
+def footprint(model: Model, settings: Settings, schema: Schema, batch_size: int) -> Footprint:
+    """Estimate the memory that a batch of such images takes."""
+    return estimate_footprint(
+        model,
+        item_bytes=DTYPES[settings.dtype].itemsize,
+        batch_size=batch_size,
+        tokens=schema.columns[model.columns[0]][0],
+        height=settings.height,
+        width=settings.width,
+        weight_share=WEIGHT_SHARE[settings.quantization],
+    )
