@@ -1,27 +1,19 @@
 """Legacy FedGFE ``.pt`` checkpoints: what is in them, and bringing them into a store.
 
-A file goes through ``_pickles`` (safe loading), ``_header`` (node, round, time), ``_entries``
-(which tensor is which, which record it belongs to), ``reading`` (one sample at a time) and
-``importing`` (one commit per file); ``text_cache`` reads caches of text embeddings as if they were
-checkpoints. ``ledger`` remembers what a store has taken in, and ``sources`` takes files as names
-for records. ``exporting`` goes the other way.
+A file goes through ``torch_files`` (safe loading, by ``unpickler`` and ``builders``), ``header``
+(node, round, time), ``entries`` (which tensor is which, which record it belongs to), ``reading``
+(one sample at a time) and ``importing`` (one commit per file); ``text_cache`` reads caches of text
+embeddings as if they were checkpoints. ``ledger`` remembers what a store has taken in, and
+``sources`` takes files as names for records. ``exporting`` goes the other way.
 """
 
 from fedgfe_store.checkpoints.entries import Skipped
+from fedgfe_store.checkpoints.experiments import experiment_name, schema_of
 from fedgfe_store.checkpoints.exporting import ExportedFile, export_checkpoints
-from fedgfe_store.checkpoints.importing import (
-    FileReport,
-    ImportReport,
-    find_checkpoints,
-    import_checkpoints,
-)
-from fedgfe_store.checkpoints.reading import (
-    Checkpoint,
-    Entry,
-    experiment_name,
-    read_checkpoint,
-    schema_of,
-)
+from fedgfe_store.checkpoints.importing import import_checkpoints
+from fedgfe_store.checkpoints.listing import find_checkpoints
+from fedgfe_store.checkpoints.reading import Checkpoint, Entry, read_checkpoint
+from fedgfe_store.checkpoints.report import FileReport, ImportReport
 from fedgfe_store.checkpoints.sources import Sources, find_new, select_records
 from fedgfe_store.checkpoints.text_cache import read_text_cache
 

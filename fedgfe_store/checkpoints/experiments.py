@@ -1,4 +1,4 @@
-"""Whether checkpoints are of the experiment that a store holds."""
+"""Which store a checkpoint belongs in: its experiment, and the schema that its samples fit."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+from fedgfe_store.checkpoints.header import classes
 from fedgfe_store.checkpoints.ledger import Ledger
 from fedgfe_store.checkpoints.reading import (
     Checkpoint,
-    experiment_name,
+    audio_shape,
+    first_shapes,
+    folder_name,
     images_folder,
+    own_shapes,
     read_checkpoint,
 )
-from fedgfe_store.errors import ConflictError, FedgfeStoreError
+from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
+from fedgfe_store.schema import Metadata, Precision, Schema
 
 _NO_NAMES = {"", "embeddings", "checkpoints", "checkpoint", "ckpts", "ckpt", "output_images"}
 """Folders that are called like this in every experiment."""
@@ -87,3 +92,65 @@ def _opened(path: Path) -> Checkpoint | None:
         return read_checkpoint(path, round_from="content")
     except (FedgfeStoreError, OSError):  # reported when the file's turn comes
         return None
+
+
+def experiment_name(checkpoint: Checkpoint) -> str | None:
+    """Return the experiment's name: the folder of its images, else of the checkpoint.
+
+    Images that lie in ``output_images`` itself name no experiment.
+    """
+    return images_folder(checkpoint) or folder_name(checkpoint.path.resolve().parent.name)
+
+
+def schema_of(
+    checkpoint: Checkpoint, *, audio: bool = False, precision: Precision = "float32"
+) -> Schema:
+    """Return the schema of a store for this checkpoint, from its first complete sample.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        An opened checkpoint.
+    audio : bool
+        Add the optional column ``audio``, where the checkpoint has any.
+    precision : {"float32", "bfloat16"}
+        How the store keeps values.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If no sample has the tensors that its kind needs.
+    """
+    return schema_with_audio(checkpoint, audio_shape(checkpoint) if audio else None, precision)
+
+
+def schema_with_audio(
+    checkpoint: Checkpoint, audio: tuple[int, int] | None, precision: Precision
+) -> Schema:
+    """Return `schema_of` with an audio column of a shape found elsewhere."""
+    shapes = first_shapes(checkpoint)
+    metadata = Metadata(
+        experiment=experiment_name(checkpoint),
+        diffusion_type=checkpoint.kind,
+        classes=classes(checkpoint.metadata),
+    )
+    clip = shapes["clip"]
+    if checkpoint.kind == "sd":
+        return Schema.sd(
+            clip[0], width=clip[1], audio=audio, precision=precision, metadata=metadata
+        )
+    tokens, width = shapes["t5"]
+    return Schema.flux(
+        tokens, width=width, clip=clip, audio=audio, precision=precision, metadata=metadata
+    )
+
+
+def check_fit(checkpoint: Checkpoint, schema: Schema) -> None:
+    """Refuse a file none of whose complete samples fits the store."""
+    own = own_shapes(checkpoint)
+    if own and not own_shapes(checkpoint, schema.columns):
+        got = ", ".join(f"{k} {list(shape)}" for k, shape in own[0].items() if k != "audio")
+        raise SchemaMismatchError(
+            f"{checkpoint.path}: expected tensors as in the store ({schema.describe()}), got"
+            f" {checkpoint.kind}: {got}"
+        )

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedgfe_store.checkpoints.deleted import DeletedRecords
-from fedgfe_store.checkpoints.entries import Skipped
-from fedgfe_store.checkpoints.experiments import Experiment
+from fedgfe_store.checkpoints.experiments import Experiment, check_fit, schema_with_audio
 from fedgfe_store.checkpoints.header import RoundFrom, is_a_time
 from fedgfe_store.checkpoints.identity import Identities
 from fedgfe_store.checkpoints.ledger import Ledger, content_digest
+from fedgfe_store.checkpoints.listing import (
+    almost_matching,
+    find_checkpoints,
+    is_named_as_text_cache,
+    paths_of,
+)
 from fedgfe_store.checkpoints.reading import (
     Checkpoint,
     Entry,
     audio_shape,
     own_shapes,
     read_checkpoint,
-    schema_with_audio,
 )
-from fedgfe_store.checkpoints.text_cache import is_named_as_text_cache, read_text_cache
+from fedgfe_store.checkpoints.report import FileReport, ImportReport, Tally
+from fedgfe_store.checkpoints.text_cache import read_text_cache
 from fedgfe_store.errors import (
     BusyError,
     ConflictError,
@@ -46,185 +47,8 @@ from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
 from fedgfe_store.store import EmbeddingStore
 
 _GROUP_BYTES = 32 << 20
-_LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
 _log = logging.getLogger("fedgfe_store")
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """What became of one file.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    node : str or None
-        Its node; None where it could not be read.
-    round : int or None
-        Its round.
-    records : int
-        Records that are new in the store (in a dry run: all records found).
-    replaced : int
-        Records that took the place of others with the same key.
-    removed : int
-        Records that were deleted with ``if_exists="replace"``, since the file does not hold them:
-        what the store had besides of its node, round and splits.
-    unchanged : int
-        Records that the store had already.
-    classes, splits : mapping of str to int
-        Records of each, whether new, replaced or unchanged.
-    skipped : mapping of str to int
-        Samples left out, by reason.
-    left_out : mapping of str to tuple of str
-        Those of them that could not be taken, in words, by reason: all but records that were
-        deleted from the store before.
-    notes : tuple of str
-        What is odd about the file.
-    error : str or None
-        Why nothing of the file was imported.
-    bytes : int
-        Size of the file.
-    known : bool
-        Whether the store had taken it in before, so that it was not read.
-    """
-
-    path: Path
-    node: str | None = None
-    round: int | None = None
-    records: int = 0
-    replaced: int = 0
-    removed: int = 0
-    unchanged: int = 0
-    classes: Mapping[str, int] = field(default_factory=dict)
-    splits: Mapping[str, int] = field(default_factory=dict)
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    error: str | None = None
-    bytes: int = 0
-    known: bool = False
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What became of all files, in the order in which they were taken.
-
-    Parameters
-    ----------
-    store_path : Path
-        The store.
-    files : tuple of FileReport
-        One each, up to the first that failed where `fail_fast` was asked for.
-    notes : tuple of str
-        What is odd about the folders.
-    """
-
-    store_path: Path
-    files: tuple[FileReport, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def records(self) -> int:
-        """Records that are new in the store."""
-        return sum(file.records for file in self.files)
-
-    @property
-    def unchanged(self) -> int:
-        """Records that the store had already."""
-        return sum(file.unchanged for file in self.files)
-
-    @property
-    def failed(self) -> tuple[FileReport, ...]:
-        """The files of which nothing was imported because of an error."""
-        return tuple(file for file in self.files if file.error is not None)
-
-    @property
-    def incomplete(self) -> tuple[FileReport, ...]:
-        """The files of which some samples could not be taken."""
-        return tuple(file for file in self.files if file.left_out)
-
-
-def find_checkpoints(
-    paths: str | Path | Iterable[str | Path], *, pattern: str = "*.pt"
-) -> list[Path]:
-    """Expand files and folders to checkpoint files.
-
-    Parameters
-    ----------
-    paths : path-like or iterable of path-like
-        Files, taken as they are, and folders.
-    pattern : str
-        Which files of a folder, not of the folders in it.
-
-    Returns
-    -------
-    list of Path
-        Each file once. The files of a folder come in natural order, ``r2`` before ``r10``.
-
-    Raises
-    ------
-    NotFoundError
-        If no file of a folder matches.
-    SchemaMismatchError
-        If `pattern` is none.
-    """
-    found: list[Path] = []
-    for path in _paths(paths):
-        if not path.is_dir():
-            found.append(path)
-            continue
-        matching = sorted(_matching(path, pattern), key=natural_order)
-        if not matching:
-            hint = hint_at_folders(path, pattern) + "".join(
-                f"; {note}" for note in _almost_matching(path, pattern)
-            )
-            raise NotFoundError(f"{path}: no file matches {pattern!r}{hint}")
-        found += matching
-    return list(dict.fromkeys(found))
-
-
-def _paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
-    return [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-
-
-def _matching(folder: Path, pattern: str) -> list[Path]:
-    """Return what matches in a folder, but for folders; a link to nothing is reported as a file."""
-    try:
-        found = list(folder.glob(pattern))
-    except (ValueError, NotImplementedError) as error:
-        raise SchemaMismatchError(
-            f"pattern: expected one of file names such as node_*.pt, got {pattern!r}: {error}"
-        ) from None
-    return [path for path in found if not path.is_dir() and not hides(path.name, pattern)]
-
-
-def _almost_matching(folder: Path, pattern: str) -> list[str]:
-    """Return a note where names differ from `pattern` in case only, such as ``.PT``."""
-    there = {path.name for path in _matching(folder, pattern)}
-    others = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if fnmatchcase(path.name.casefold(), pattern.casefold())
-        and not (path.name in there or hides(path.name, pattern) or path.is_dir())
-    ]
-    if not others:
-        return []
-    count = "1 file" if len(others) == 1 else f"{len(others)} files"
-    shown = " and ".join(others[:2]) if len(others) < 3 else f"such as {others[0]}"
-    return [f"{count} by a name of another case left out: {shown} (pattern {pattern!r})"]
-
-
-def hint_at_folders(folder: Path, pattern: str, store_name: str | None = None) -> str:
-    """Return the names of the folders inside `folder` that have what is not in itself."""
-    inner = [
-        entry.name
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir()
-        and not entry.name.endswith(".zarr")
-        and (any(entry.glob(pattern)) or (store_name and (entry / store_name).is_dir()))
-    ]
-    return f" (but in its folders {', '.join(inner)}: name one)" if inner else ""
 
 
 def import_checkpoints(
@@ -299,7 +123,7 @@ def import_checkpoints(
         If another writer holds the store for longer than `timeout`.
     """
     # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
-    given = _paths(paths)
+    given = paths_of(paths)
     files = sorted(find_checkpoints(given, pattern=pattern), key=is_named_as_text_cache)
     wishes = _Wishes(
         audio,
@@ -322,9 +146,7 @@ def import_checkpoints(
         if fail_fast and reports[-1].error is not None:
             break
     folders = (path for path in given if path.is_dir())
-    notes = [
-        f"{folder}: {note}" for folder in folders for note in _almost_matching(folder, pattern)
-    ]
+    notes = [f"{folder}: {note}" for folder in folders for note in almost_matching(folder, pattern)]
     return ImportReport(Path(store_path), tuple(reports), tuple(notes))
 
 
@@ -417,18 +239,18 @@ class _Target:
         if schema is None and own_shapes(checkpoint):
             schema = self._new_schema(checkpoint)
         if schema is None:
-            tally = _Tally(None, None, fail_fast=self._wishes.fail_fast)
+            tally = Tally(None, None, fail_fast=self._wishes.fail_fast)
             for _ in tally.watch(checkpoint.read()):
                 pass
             return tally.on(report)
         if not self._wishes.dry_run:
             schema = self._made(schema).schema
-        _check_fit(checkpoint, schema)
+        check_fit(checkpoint, schema)
         deleted = None
         if self._wishes.new_only and self._store is not None:
             snapshot = Snapshot.latest(self._path)
             deleted = DeletedRecords(snapshot, checkpoint.node, checkpoint.round)
-        tally = _Tally(schema, deleted, fail_fast=self._wishes.fail_fast)
+        tally = Tally(schema, deleted, fail_fast=self._wishes.fail_fast)
         identities = Identities(checkpoint.node, checkpoint.round)
         samples = identities.watch(tally.watch(checkpoint.read(schema.columns)))
         if self._store is None or self._wishes.dry_run:
@@ -481,55 +303,6 @@ class _Target:
         return self._store
 
 
-class _Tally:
-    """Counts samples by class, split and reason as they pass."""
-
-    def __init__(
-        self, schema: Schema | None, deleted: DeletedRecords | None, *, fail_fast: bool
-    ) -> None:
-        self._schema, self._deleted, self._fail_fast = schema, deleted, fail_fast
-        self._classes: Counter[str] = Counter()
-        self._splits: Counter[str] = Counter()
-        self._skipped: Counter[str] = Counter()
-        self._left_out: dict[str, list[str]] = {}
-
-    def watch(self, items: Iterable[Entry | Skipped]) -> Iterator[Entry]:
-        for item in items:
-            if isinstance(item, Skipped):
-                unnamed = item.what == "unknown"
-                self._leave(f"entry {item.position}" if unnamed else item.what, item.reason)
-            elif self._schema is None:
-                self._leave(item.what, f"clip has shape {list(item.clip.shape)}, expected two axes")
-            elif self._schema.precision == "bfloat16" and _beyond_bfloat16(item):
-                self._leave(item.what, "values beyond bfloat16")
-            elif self._deleted is not None and item in self._deleted:
-                self._skipped["deleted from the store before"] += 1
-            else:
-                self._classes[item.class_name] += 1
-                self._splits[item.split] += 1
-                yield item
-
-    @property
-    def splits(self) -> list[str]:
-        """Splits of which samples were taken."""
-        return list(self._splits)
-
-    def _leave(self, what: str, reason: str) -> None:
-        if self._fail_fast:
-            raise SchemaMismatchError(f"{what}: {reason}")
-        self._skipped[reason] += 1
-        self._left_out.setdefault(reason, []).append(what)
-
-    def on(self, report: FileReport) -> FileReport:
-        return replace(
-            report,
-            classes=dict(sorted(self._classes.items())),
-            splits=dict(self._splits),
-            skipped=dict(self._skipped),
-            left_out={reason: tuple(what) for reason, what in self._left_out.items()},
-        )
-
-
 def _source(path: Path) -> str:
     name = path.name if path.name.isprintable() else ascii(path.name)[1:-1]
     return f"import {name}"
@@ -558,45 +331,11 @@ def _open_if_there(path: Path) -> EmbeddingStore | None:
         return None
 
 
-def _in_words(report: FileReport) -> str:
-    return (
-        f"node {report.node}, round {report.round}: {report.records} new records,"
-        f" {report.replaced} replaced, {report.unchanged} unchanged,"
-        f" {sum(report.skipped.values())} skipped"
-    )
-
-
-def _headed(checkpoint: Checkpoint) -> FileReport:
-    return FileReport(
-        checkpoint.path,
-        checkpoint.node,
-        checkpoint.round,
-        notes=checkpoint.notes,
-        bytes=checkpoint.nbytes,
-    )
-
-
-def _check_fit(checkpoint: Checkpoint, schema: Schema) -> None:
-    """Refuse a file none of whose complete samples fits the store."""
-    own = own_shapes(checkpoint)
-    if own and not own_shapes(checkpoint, schema.columns):
-        got = ", ".join(f"{k} {list(shape)}" for k, shape in own[0].items() if k != "audio")
-        raise SchemaMismatchError(
-            f"{checkpoint.path}: expected tensors as in the store ({schema.describe()}), got"
-            f" {checkpoint.kind}: {got}"
-        )
-
-
 def _audio_in(path: Path) -> tuple[int, int] | None:
     try:
         return audio_shape(read_checkpoint(path, audio=True))
     except FedgfeStoreError:  # reported when the file's turn comes
         return None
-
-
-def _beyond_bfloat16(entry: Entry) -> bool:
-    tensors = (entry.t5, entry.clip, entry.audio)
-    return any(t is not None and np.abs(t.numpy()).max() > _LARGEST_BFLOAT16 for t in tensors)
 
 
 def _groups(samples: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -630,12 +369,19 @@ def _columns(group: list[Entry], *, old: bool) -> dict[str, Any]:
     return columns
 
 
-def hides(name: str, pattern: str) -> bool:
-    """Whether a file is hidden from `pattern`, as a shell would have it: a store's lock, say."""
-    return name.startswith(".") and not pattern.rpartition("/")[2].startswith(".")
+def _headed(checkpoint: Checkpoint) -> FileReport:
+    return FileReport(
+        checkpoint.path,
+        checkpoint.node,
+        checkpoint.round,
+        notes=checkpoint.notes,
+        bytes=checkpoint.nbytes,
+    )
 
 
-def natural_order(path: Path) -> list[tuple[int, str]]:
-    """Return what sorts files so that ``r2`` comes before ``r10``."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+def _in_words(report: FileReport) -> str:
+    return (
+        f"node {report.node}, round {report.round}: {report.records} new records,"
+        f" {report.replaced} replaced, {report.unchanged} unchanged,"
+        f" {sum(report.skipped.values())} skipped"
+    )

@@ -16,7 +16,6 @@ from fedgfe_store.checkpoints import torch_files
 from fedgfe_store.checkpoints.entries import Skipped, Slot, survey
 from fedgfe_store.checkpoints.header import (
     RoundFrom,
-    classes,
     embeddings,
     kind_of,
     origin,
@@ -26,7 +25,7 @@ from fedgfe_store.checkpoints.header import (
 )
 from fedgfe_store.common.plain import Unusable, plain
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.schema import Kind, Metadata, Precision, Schema
+from fedgfe_store.schema import Kind
 from fedgfe_store.shapes import Shape, as_tensor
 
 _WINDOW_BYTES = 128 << 20
@@ -240,14 +239,6 @@ def read_checkpoint(
     )
 
 
-def experiment_name(checkpoint: Checkpoint) -> str | None:
-    """Return the experiment's name: the folder of its images, else of the checkpoint.
-
-    Images that lie in ``output_images`` itself name no experiment.
-    """
-    return images_folder(checkpoint) or _clean(checkpoint.path.resolve().parent.name)
-
-
 def images_folder(checkpoint: Checkpoint) -> str | None:
     """Return the name of the folder of the checkpoint's images, None where it tells none."""
     for slot in checkpoint._found:
@@ -255,65 +246,16 @@ def images_folder(checkpoint: Checkpoint) -> str | None:
         if isinstance(path, str):
             folders = path.replace("\\", "/").split("/")[:-1]
             named = bool(folders) and folders[-1] not in ("", ".", "..", "output_images")
-            return _clean(folders[-1]) if named else None
+            return folder_name(folders[-1]) if named else None
     return None
 
 
-def _clean(name: str) -> str | None:
+def folder_name(name: str) -> str | None:
     """Return a folder's name, None for one that cannot be an experiment's."""
     try:
         return plain(name) if name.isprintable() and name else None
     except Unusable:
         return None
-
-
-def schema_of(
-    checkpoint: Checkpoint, *, audio: bool = False, precision: Precision = "float32"
-) -> Schema:
-    """Return the schema of a store for this checkpoint, from its first complete sample.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        An opened checkpoint.
-    audio : bool
-        Add the optional column ``audio``, where the checkpoint has any.
-    precision : {"float32", "bfloat16"}
-        How the store keeps values.
-
-    Raises
-    ------
-    SchemaMismatchError
-        If no sample has the tensors that its kind needs.
-    """
-    return schema_with_audio(checkpoint, audio_shape(checkpoint) if audio else None, precision)
-
-
-def schema_with_audio(
-    checkpoint: Checkpoint, audio: tuple[int, int] | None, precision: Precision
-) -> Schema:
-    """Return `schema_of` with an audio column of a shape found elsewhere."""
-    complete = own_shapes(checkpoint)
-    if not complete:
-        needed = " and ".join(_needed(checkpoint.kind))
-        raise SchemaMismatchError(
-            f"{checkpoint.path}: expected a record with {needed}, got none"
-            f" ({len(checkpoint._found)} records)"
-        )
-    metadata = Metadata(
-        experiment=experiment_name(checkpoint),
-        diffusion_type=checkpoint.kind,
-        classes=classes(checkpoint.metadata),
-    )
-    clip = complete[0]["clip"]
-    if checkpoint.kind == "sd":
-        return Schema.sd(
-            clip[0], width=clip[1], audio=audio, precision=precision, metadata=metadata
-        )
-    tokens, width = complete[0]["t5"]
-    return Schema.flux(
-        tokens, width=width, clip=clip, audio=audio, precision=precision, metadata=metadata
-    )
 
 
 def own_shapes(checkpoint: Checkpoint, columns: Mapping[str, Shape] | None = None) -> list[Shapes]:
@@ -323,6 +265,24 @@ def own_shapes(checkpoint: Checkpoint, columns: Mapping[str, Shape] | None = Non
         return [_shapes(slot) for slot in slots if _fits(slot, checkpoint.kind)]
     needed = {name: shape for name, shape in columns.items() if name != "audio"}
     return [shapes for slot in slots if needed.items() <= (shapes := _shapes(slot)).items()]
+
+
+def first_shapes(checkpoint: Checkpoint) -> Shapes:
+    """Return the shapes of the first sample that has all that its kind needs.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If there is none.
+    """
+    complete = own_shapes(checkpoint)
+    if not complete:
+        needed = " and ".join(_needed(checkpoint.kind))
+        raise SchemaMismatchError(
+            f"{checkpoint.path}: expected a record with {needed}, got none"
+            f" ({len(checkpoint._found)} records)"
+        )
+    return complete[0]
 
 
 def audio_shape(checkpoint: Checkpoint) -> tuple[int, int] | None:

@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 
 from fedgfe_store.checkpoints.header import file_name, named_origin
-from fedgfe_store.checkpoints.importing import FileReport, hides, hint_at_folders, natural_order
 from fedgfe_store.checkpoints.ledger import Ledger
-from fedgfe_store.checkpoints.text_cache import is_named_as_text_cache
+from fedgfe_store.checkpoints.listing import (
+    hides,
+    hint_at_folders,
+    is_named_as_text_cache,
+    natural_order,
+)
+from fedgfe_store.checkpoints.report import FileReport
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.names import STORE_NAME
 from fedgfe_store.records import TEXT_NODE

@@ -16,13 +16,6 @@ from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT
 from fedgfe_store.schema import Kind
 
-_NAME = "_text_embs_dict.pt"
-
-
-def is_named_as_text_cache(path: Path) -> bool:
-    """Whether a file's name is that of a cache of reference text embeddings."""
-    return path.name.endswith(_NAME)
-
 
 def read_text_cache(
     path: str | Path, *, kind: Kind | None = None, classes: Iterable[str] = ()

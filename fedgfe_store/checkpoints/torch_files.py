@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from fedgfe_store.checkpoints.unpickler import Refused, Storage, Unpickler, storage_type
+from fedgfe_store.checkpoints.builders import Refused, Storage, storage_type
+from fedgfe_store.checkpoints.unpickler import Unpickler
 from fedgfe_store.errors import (
     DamagedDataError,
     FedgfeStoreError,

@@ -17,7 +17,6 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from fedgfe_store.common import threads
-from fedgfe_store.common.entry import whole_number
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
 from fedgfe_store.recording.block import RoundBatch
 from fedgfe_store.recording.runs import Run
@@ -25,6 +24,7 @@ from fedgfe_store.recording.target import Target
 from fedgfe_store.recording.writer import Job, LeftOut, Pool
 from fedgfe_store.schema import Metadata, Precision
 from fedgfe_store.storage.append import IfExists
+from fedgfe_store.storage.entry import whole_number
 from fedgfe_store.storage.incoming import checked_keys
 from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
 from fedgfe_store.store import EmbeddingStore

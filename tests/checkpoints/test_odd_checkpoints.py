@@ -32,7 +32,8 @@ from click.testing import CliRunner
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.checkpoints import find_checkpoints, import_checkpoints, read_checkpoint
-from fedgfe_store.checkpoints.unpickler import Refused, Unpickler
+from fedgfe_store.checkpoints.builders import Refused
+from fedgfe_store.checkpoints.unpickler import Unpickler
 from fedgfe_store.cli.main import group
 from fedgfe_store.common.plain import Placeholder
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
