@@ -57,6 +57,7 @@ test-gpu: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	time $(BIN)/mypy
 
 bench: $(VENV)/installed-bench

@@ -26,7 +26,7 @@ TEXT_NODE, TEXT_ROUND, TEXT_SPLIT = "text", 0, "reference"
 
 EARLIEST, LATEST = -62_135_596_800_000, 253_402_300_799_999
 """The moments that a stored record can have, years 1 to 9999, in milliseconds since 1970 UTC. New
-ones come in within narrower bounds: see `common.entry.FIRST_ENTRY`."""
+ones come in within narrower bounds: see `storage.entry.FIRST_ENTRY`."""
 
 
 @dataclass(frozen=True, order=True)

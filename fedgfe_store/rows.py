@@ -251,18 +251,21 @@ class Rows:
 
     def known_columns(self) -> dict[str, np.ndarray]:
         """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
-        return self._known_columns(self.rows)
-
-    def _known_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         names = self._snapshot.group.key_names
-        return {name: self._snapshot.column_at(name, rows) for name in names}
+        return {name: self._snapshot.column_at(name, self.rows) for name in names}
+
+    def parts(self, size: int) -> Iterator[tuple[slice, Self]]:
+        """Yield the records, `size` at a time, with their positions among all; nothing is read.
+
+        Whoever goes over more records than fit memory does it by this.
+        """
+        for start in range(0, len(self), size):
+            positions = slice(start, min(start + size, len(self)))
+            yield positions, self._with(self.rows[positions])
 
     def pieces(self) -> Iterator[RecordBatch]:
         """Yield the records with all that is known of them, a few tensor files at a time."""
-        step = self.schema.granule * 4
-        for start in range(0, len(self), step):
-            rows = self.rows[start : start + step]
-            self._snapshot.notes(rows)
-            columns = self._known_columns(rows)
-            tensors = {name: self._snapshot.read(name, rows) for name in self.schema.columns}
-            yield RecordBatch(columns, tensors)
+        for _, part in self.parts(self.schema.granule * 4):
+            self._snapshot.notes(part.rows)
+            tensors = {name: part.read(name) for name in self.schema.columns}
+            yield RecordBatch(part.known_columns(), tensors)

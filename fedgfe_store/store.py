@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedgfe_store.common.filters import check_names
 from fedgfe_store.common.words import is_whole
@@ -18,9 +18,6 @@ from fedgfe_store.storage.create import create
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.upkeep import LOCK_TIMEOUT, Upkeep
-
-if TYPE_CHECKING:
-    pass
 
 
 class EmbeddingStore(Upkeep):
@@ -36,7 +33,7 @@ class EmbeddingStore(Upkeep):
                 f"expected EmbeddingStore.open(path) or EmbeddingStore.create(path, schema), "
                 f"got EmbeddingStore({snapshot!r})"
             )
-        super().__init__(snapshot)
+        self._snapshot = snapshot
 
     @classmethod
     def create(
@@ -164,7 +161,7 @@ class EmbeddingStore(Upkeep):
         >>> with store.append(node=0, round=5) as batch:  # doctest: +SKIP
         ...     batch.add(split="train", class_name="dog", index=0, t5=t5, clip=clip)
         """
-        self._refuse_past()
+        self._snapshot.refuse_past()
         schema = self.schema
         if encoder is not None and encoder != (schema.metadata.encoder or encoder):
             raise SchemaMismatchError(

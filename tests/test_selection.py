@@ -228,6 +228,21 @@ def test_an_empty_selection_is_empty_everywhere(filled):
     assert selection.keys() == []
 
 
+@pytest.mark.parametrize("size", [1, 4, 27, 100])
+def test_parts_are_all_records_in_order_and_nothing_is_read(filled, reads, size):
+    store, model = filled
+    selection = store.select(node=["0", "1"], round=[1, 10], class_name=["dog", "cat"])
+    keys = selection.keys()
+    before = len(reads)
+    parts = list(selection.parts(size))
+    assert len(reads) == before
+    assert [n for at, _ in parts for n in range(at.start, at.stop)] == list(range(len(keys)))
+    assert [key for _, part in parts for key in part.keys()] == keys
+    assert all(len(part) == at.stop - at.start <= size for at, part in parts)
+    found = {(k.node, k.round, k.class_name, k.index) for k in keys}
+    assert found == expected(model, node=["0", "1"], round=[1, 10], class_name=["dog", "cat"])
+
+
 @pytest.mark.parametrize(("size", "depth"), [(1, 2), (4, 1), (7, 0), (100, 2)])
 def test_batches_are_torch_tensors_in_order(filled, size, depth):
     store, _ = filled

@@ -190,8 +190,7 @@ def test_old_stores_whose_axes_no_dataset_can_have_are_shown(tmp_path, monkeypat
 
 def test_times_and_names_of_old_stores_are_shown(store, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fedgfe_store.storage.incoming.check_entry", lambda columns, record: None)
-        patch.setattr("fedgfe_store.storage.digests.check_entry", lambda columns, record: None)
+        patch.setattr("fedgfe_store.storage.entry.check_entry", lambda columns, record: None)
         patch.setattr("fedgfe_store.storage.incoming.FIRST_ENTRY", -(2**63))
         with store.append(node=0, round=1) as batch:
             tensors, moment = values(2, schema=SMALL), np.datetime64("1500-01-01", "ms")

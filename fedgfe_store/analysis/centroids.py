@@ -15,9 +15,9 @@ from fedgfe_store.analysis.scan import (
     Progress,
     Tokens,
     Vectors,
-    batches,
     check_selection,
     key_frame,
+    read_vectors,
     squares,
     with_values,
 )
@@ -110,9 +110,9 @@ def centroids(
     progress(len(selection) - len(found))
     groups, codes = _groups(_sample_frame(found, by))
     sums = _Sums(len(groups), features.width)
-    for part in batches(found, column):
-        sums.add(features.read(found.take(part)), codes[part])
-        progress(part.stop - part.start)
+    for positions, values in read_vectors(found, features):
+        sums.add(values, codes[positions])
+        progress(len(values))
     attrs = {**features.describe(), "commit": selection.commit}
     shape = dict(zip(features.dims, features.shape, strict=True))
     return _dataset(groups, by, sums, shape, attrs)

@@ -15,9 +15,9 @@ from fedgfe_store.analysis.scan import (
     Progress,
     Tokens,
     Vectors,
-    batches,
     check_selection,
     key_frame,
+    read_vectors,
     with_values,
 )
 from fedgfe_store.common.words import is_whole
@@ -82,10 +82,9 @@ def project(
     _check(components, len(found), features.width)
     pca = _fit(found, features, components, progress)
     places = np.empty((len(found), components))
-    for part in batches(found, column):
-        vectors = features.read(found.take(part))
-        places[part] = pca.transform(vectors)[:, :components]
-        progress(part.stop - part.start)
+    for positions, values in read_vectors(found, features):
+        places[positions] = pca.transform(values)[:, :components]
+        progress(len(values))
     index = pd.MultiIndex.from_frame(key_frame(found, KEY_COLUMNS))
     variables: dict[str, Any] = {
         "projection": (("record", "component"), places),
@@ -117,9 +116,9 @@ def _fit(selection: Selection, features: Features, components: int, progress: Pr
     # So small a problem gains nothing from several threads, which on a busy machine wait for
     # each other up to 40 times as long as the work takes.
     with extra("threadpoolctl", "project").threadpool_limits(1, "blas"):
-        for vectors in _parts(selection, features, rows):
-            pca.partial_fit(vectors)
-            progress(len(vectors))
+        for values in _parts(selection, features, rows):
+            pca.partial_fit(values)
+            progress(len(values))
     return pca
 
 
@@ -128,5 +127,4 @@ def _parts(selection: Selection, features: Features, rows: int) -> Iterator[Vect
     count = max(1, len(selection) // rows)
     for positions in np.array_split(np.arange(len(selection)), count):
         part = selection.take(positions)
-        read = [features.read(part.take(few)) for few in batches(part, features.column)]
-        yield np.concatenate(read)
+        yield np.concatenate([values for _, values in read_vectors(part, features)])

@@ -105,13 +105,13 @@ def with_values(selection: Selection, column: str) -> Selection:
 
 def key_frame(selection: Selection, columns: Sequence[str]) -> pd.DataFrame:
     """Return some columns of `Selection.records`, without all of it in memory at once."""
-    starts = range(0, max(len(selection), 1), _KEYS_AT_ONCE)
-    parts = [selection.take(slice(s, s + _KEYS_AT_ONCE)).records[list(columns)] for s in starts]
-    return pd.concat(parts, ignore_index=True)
+    names = list(columns)
+    parts = [part.records[names] for _, part in selection.parts(_KEYS_AT_ONCE)]
+    return pd.concat(parts or [selection.records[names]], ignore_index=True)
 
 
-def batches(selection: Selection, column: str) -> Iterator[slice]:
-    """Yield the positions of `selection` in parts whose values of `column` take some 32 MB."""
-    step = max(1, _BATCH_BYTES // selection.schema.column(column).nbytes)
-    for start in range(0, len(selection), step):
-        yield slice(start, min(start + step, len(selection)))
+def read_vectors(selection: Selection, features: Features) -> Iterator[tuple[slice, Vectors]]:
+    """Yield positions and vectors of `selection`, in parts whose tensors take some 32 MB."""
+    size = max(1, _BATCH_BYTES // selection.schema.column(features.column).nbytes)
+    for positions, part in selection.parts(size):
+        yield positions, features.read(part)

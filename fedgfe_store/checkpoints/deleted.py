@@ -6,6 +6,7 @@ import numpy as np
 
 from fedgfe_store.checkpoints.reading import Entry
 from fedgfe_store.records import RecordKey
+from fedgfe_store.storage.entry import conformed
 from fedgfe_store.storage.incoming import checked
 from fedgfe_store.storage.snapshot import Snapshot
 
@@ -44,5 +45,6 @@ class DeletedRecords:
         if known is None:
             return False
         tensors = {name: getattr(sample, name) for name in self._schema.columns}
-        columns = checked(self._schema, vars(key), {}, tensors).columns
+        given = checked(self._schema, vars(key), {}, tensors)
+        columns = conformed(given, self._schema).columns
         return tuple(int(columns[name][0]) for name in self._names) in known

@@ -14,6 +14,7 @@ from fedgfe_store.common import threads
 from fedgfe_store.images.png import writer_is_gone, writer_token
 from fedgfe_store.storage import claim_files
 
+# Eight hex digits of the machine, a process's number, and 32 hex digits.
 _MARK_BYTES = 100
 _NAME = re.compile(r"\.fedgfe-claim-(.+)-([0-9]+)", re.DOTALL)
 

@@ -26,6 +26,8 @@ except ImportError:  # Windows
 
 CLAIMS_NAME = ".fedgfe-claims"
 
+# The system counts bytes in 63 bits. The one behind all that names can have tries out whether
+# there are locks.
 _OFFSETS = 2**62
 _IN_A_FILE = -1
 _LOOKS_EVERY = 0.5

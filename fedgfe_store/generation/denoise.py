@@ -1,4 +1,4 @@
-"""Denoising and decoding batches: within the memory there is, and until a stop is asked for."""
+"""Denoising batches: within the memory there is, and until a stop is asked for."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import logging
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from typing import cast
 
 import torch
 
 from fedgfe_store.generation.claims import Claims
+from fedgfe_store.generation.decode import NO_MEMORY, Decoder, Denoised
 from fedgfe_store.generation.plan import PlanItem, shortage
 from fedgfe_store.generation.prepare import Report, Run
-from fedgfe_store.generation.provenance import Provenance
 from fedgfe_store.generation.read import Batch, read_batches
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import PictureWriter, Tally
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
 from fedgfe_store.models.model import ImagePipeline
-from fedgfe_store.models.placement import Picture
 from fedgfe_store.readers.torch import prefetch
 
 # One is ready when the device asks, one is being read: an image is claimed as it is read, so more
@@ -29,16 +27,6 @@ from fedgfe_store.readers.torch import prefetch
 _PREFETCHED_BATCHES = 2
 
 _log = logging.getLogger("fedgfe_store")
-
-
-@dataclass(frozen=True)
-class _Denoised:
-    """Latents of some images, one row each, the batch that they were in, and seconds an image."""
-
-    items: tuple[PlanItem, ...]
-    latents: torch.Tensor
-    batch_size: int
-    seconds: float
 
 
 class _Pace:
@@ -66,8 +54,7 @@ class Renderer:
     """Takes a run's batches through the model to the writer.
 
     What memory does not allow is tried again smaller: a batch is halved, and stays so for the
-    rest of the run; latents are decoded in slices, and tile by tile where that is allowed,
-    without being denoised again.
+    rest of the run.
 
     Parameters
     ----------
@@ -97,14 +84,17 @@ class Renderer:
     ) -> None:
         self._run, self._pipeline, self._writer, self._tally = run, pipeline, writer, tally
         self._stop, self._report = stop, report
-        self._provenance = Provenance(run, pipeline.placement)
+        self._decoder = Decoder(run, pipeline, writer, tally, report=report)
         self._device = pipeline.placement.device
-        self._largest_batch = self._largest_decode = run.batch_size
-        self._tiled = self._undecodable = False
+        self._largest_batch = run.batch_size
         self._batches = 0
         self._pace: _Pace | None = None
-        self.gave_up: str | None = None
+        self._gave_up: str | None = None
+
+    @property
+    def gave_up(self) -> str | None:
         """Why rendering on would be of no use; None if there is no such reason."""
+        return self._gave_up or self._decoder.gave_up
 
     def run(self, claims: Claims) -> None:
         """Render all batches, or those until a stop or until there is no use in going on."""
@@ -114,19 +104,19 @@ class Renderer:
             while more and not self._ended():
                 # Usually a group is one batch. Only its latents are held, not what they were
                 # made from; whatever happens to the others, they are decoded.
-                group: list[_Denoised] = []
+                group: list[Denoised] = []
                 try:
                     more = self._denoise_group(batches, group)
                 finally:
                     for denoised in group:
-                        self._decode(denoised)
+                        self._decoder.decode(denoised)
 
     def _ended(self) -> bool:
         if self._writer.gave_up:
-            self.gave_up = "the pictures before it could not be written"
+            self._gave_up = "the pictures before it could not be written"
         return self._stop.requested or self.gave_up is not None
 
-    def _denoise_group(self, batches: Iterator[Batch], group: list[_Denoised]) -> bool:
+    def _denoise_group(self, batches: Iterator[Batch], group: list[Denoised]) -> bool:
         """Add what becomes of some batches to `group`; whether there were any."""
         any_left = False
         for batch in islice(batches, self._pipeline.batches_per_swap):
@@ -144,7 +134,7 @@ class Renderer:
                 break
         return any_left
 
-    def _denoise(self, batch: Batch) -> Iterator[_Denoised]:
+    def _denoise(self, batch: Batch) -> Iterator[Denoised]:
         """Denoise a batch in as large parts as fit; what a stop cuts short is not there."""
         start = 0
         while start < len(batch.items) and not self._ended():
@@ -160,9 +150,12 @@ class Renderer:
                 self._largest_batch = (stop - start) // 2
                 self._report(f"out of memory: going on in batches of {self._largest_batch}")
             else:
-                self._give_up(batch.items[start], "denoising", "--offload group or sequential")
+                remedy = "--offload group or sequential"
+                reason = f"out of memory denoising one picture; {remedy} may help"
+                self._tally.fail(batch.items[start], reason)
+                self._gave_up = NO_MEMORY
 
-    def _denoise_part(self, batch: Batch, rows: slice) -> _Denoised | None:
+    def _denoise_part(self, batch: Batch, rows: slice) -> Denoised | None:
         """Denoise some rows of a batch; None if the memory is not enough for them."""
         items, started = batch.items[rows], time.perf_counter()
         embeddings = {name: values[rows] for name, values in batch.embeddings.items()}
@@ -196,7 +189,7 @@ class Renderer:
 
     def _only_finite(
         self, items: tuple[PlanItem, ...], latents: torch.Tensor, batch_size: int, seconds: float
-    ) -> _Denoised:
+    ) -> Denoised:
         finite = torch.isfinite(latents).flatten(1).all(dim=1)
         if not finite.all():
             for item, ok in zip(items, finite.tolist(), strict=True):
@@ -205,59 +198,7 @@ class Renderer:
                     self._tally.fail(item, reason)
             items = tuple(i for i, ok in zip(items, finite.tolist(), strict=True) if ok)
             latents = latents[finite]
-        return _Denoised(items, latents, batch_size, seconds)
-
-    def _decode(self, denoised: _Denoised) -> None:
-        """Decode latents in as large slices as fit, and hand the pictures to the writer."""
-        start = 0
-        while start < len(denoised.items) and not (self._undecodable or self._writer.gave_up):
-            rows, started = slice(start, start + self._largest_decode), time.perf_counter()
-            items, pictures = denoised.items[rows], self._decoded(denoised.latents[rows])
-            if pictures is None:
-                self._decode_smaller(len(items), items[0])
-                continue
-            seconds = denoised.seconds + (time.perf_counter() - started) / len(items)
-            for item, picture in zip(items, pictures, strict=True):
-                self._hand_over(item, picture, denoised.batch_size, seconds)
-            start += len(items)
-
-    def _decoded(self, latents: torch.Tensor) -> list[Picture | None] | None:
-        """Decode latents; None if the memory is not enough."""
-        settings = self._run.plan.settings
-        try:
-            return self._pipeline.decode(latents, settings, tiled=self._tiled)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        clear_cache(self._device)
-        return None
-
-    def _decode_smaller(self, size: int, item: PlanItem) -> None:
-        if size > 1:
-            self._largest_decode = size // 2
-            self._report(f"out of memory: decoding in slices of {self._largest_decode}")
-        elif self._run.request.vae_tiling and not self._tiled:
-            self._tiled = True
-            self._report("out of memory: decoding tile by tile, which changes pixels")
-        else:
-            self._undecodable = True
-            remedy = "a smaller picture" if self._tiled else "--vae-tiling"
-            self._give_up(item, "decoding", remedy)
-
-    def _give_up(self, item: PlanItem, doing: str, remedy: str) -> None:
-        self._tally.fail(item, f"out of memory {doing} one picture; {remedy} may help")
-        self.gave_up = "there is not enough memory"
-
-    def _hand_over(
-        self, item: PlanItem, picture: Picture | None, batch_size: int, seconds: float
-    ) -> None:
-        if picture is None:
-            self._tally.fail(item, "the model gave a picture that is not finite (NaN or infinity)")
-        elif not picture.any():
-            self._tally.fail(item, "the model gave a picture that is black all over")
-        else:
-            text = self._provenance.of(item, batch_size=batch_size, tiled=self._tiled)
-            self._writer.submit(item, picture, text, seconds=seconds)
+        return Denoised(items, latents, batch_size, seconds)
 
 
 def _padded(values: torch.Tensor, missing: int) -> torch.Tensor:

@@ -16,9 +16,8 @@ from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
 from fedgfe_store.images.compare import Comparer, Expected, Status, Verdict
 from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look_at, side_by_side
-from fedgfe_store.images.identity import Identity
+from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.manifest import seconds_per_image
-from fedgfe_store.images.outdated import record_digests
 from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordKey
 

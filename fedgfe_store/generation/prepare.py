@@ -146,17 +146,15 @@ def resolve(
 ) -> tuple[Model, Placement]:
     """Find the model that is asked for, and where and in what this machine computes with it."""
     if pipeline is not None:
-        model = pipeline.model
-        placement = replace(pipeline.placement, quantization=request.quantize)
+        model, placement = pipeline.model, pipeline.placement
     else:
         model = _find_model(request, schema)
         device = choose_device(request.device, local=request.local)
         dtype, remark = choose_dtype(request.dtype, device)
         if remark:
             report(remark)
-        placement = Placement(
-            dtype, device, compiled=request.compiled, quantization=request.quantize
-        )
+        placement = Placement(dtype, device, compiled=request.compiled)
+    placement = replace(placement, quantization=request.quantize)
     model.check_schema(schema)
     _check_speed(placement, request.offload)
     return model, placement

@@ -14,7 +14,7 @@ from fedgfe_store.errors import DamagedDataError, NotFoundError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.plan import PlanItem, look_again
 from fedgfe_store.generation.prepare import Run
-from fedgfe_store.images.outdated import record_digests
+from fedgfe_store.images.identity import record_digests
 from fedgfe_store.records import KEY_COLUMNS
 from fedgfe_store.store import EmbeddingStore
 

@@ -17,7 +17,7 @@ from fedgfe_store.generation.plan import AGAIN
 from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.settings import fingerprint, settings_json
 from fedgfe_store.images.compare import difference, noise_rule
-from fedgfe_store.images.outdated import record_digests
+from fedgfe_store.images.identity import record_digests
 from fedgfe_store.images.png import inspect_image
 from fedgfe_store.names import read_key
 from fedgfe_store.records import RecordKey

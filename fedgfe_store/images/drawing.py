@@ -20,7 +20,9 @@ SMALLEST, LARGEST = 32, 1024
 _GAP = 6
 _FRAME = 2
 _INK, _FAINT, _LINE, _RED = (30, 30, 30), (110, 110, 110), (225, 225, 225), (190, 40, 40)
+# Pixels of a page's side: a bound that viewers and textures of graphics cards commonly share.
 _PAGE = 4096
+# Narrower, the title of a single small column would fall into many lines.
 _NARROWEST = 240
 
 

@@ -1,8 +1,8 @@
-"""Which store an image was made from: images of one never pass for those of another."""
+"""Which store and which of its embeddings an image was made from: none passes for another's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,6 +12,7 @@ from fedgfe_store.images.manifest import read_manifest
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
 
+# The latest lines of each manifest name the stores that a folder is shared by.
 _TAIL_BYTES = 256 * 1024
 
 
@@ -69,3 +70,20 @@ def others_in(folder: Path, own: Identity) -> list[Identity]:
     lines = read_manifest(folder, tail_bytes=_TAIL_BYTES)
     found = dict.fromkeys(Identity.of_image(line) for line in lines)
     return [identity for identity in found if own.is_another(identity)]
+
+
+def record_digests(selection: Selection, columns: Collection[str]) -> list[dict[str, str]]:
+    """Give the digests of each record's tensors, 16 hex digits, as images keep them.
+
+    Parameters
+    ----------
+    selection : Selection
+        The records; their tensors are not read.
+    columns : collection of str
+        Tensor columns; those that the store does not have are left out.
+    """
+    frame = selection.records
+    names = [name for name in columns if f"{name}_digest" in frame]
+    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
+    rows = range(len(frame))
+    return [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]

@@ -28,6 +28,7 @@ from fedgfe_store.storage.files import (
 
 MANIFEST_NAME = "manifest.jsonl"
 _SHARD_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
+# A line is about 1 kB: some 250 lines, more than a rate needs, in one read.
 _TAIL_BYTES = 256 * 1024
 _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("file", "error", "fingerprint", "created"), (str,)),
@@ -35,6 +36,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("image", "seed", "bytes"), (int,)),
     "seconds": (int, float),
 }
+# So few that a rate follows a change of machine, so many that one slow batch does not make it.
 _RATE_LINES = 100
 
 _T = TypeVar("_T")

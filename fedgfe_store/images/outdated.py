@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedgfe_store.images.identity import Identity
+from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.selection import Selection
 
@@ -110,20 +110,3 @@ def marked(images: Sequence[ImageRecord], store: EmbeddingStore | None) -> list[
         replace(image, mark=mark) if mark else image
         for image, mark in zip(images, marks, strict=True)
     ]
-
-
-def record_digests(selection: Selection, columns: Collection[str]) -> list[dict[str, str]]:
-    """Give the digests of each record's tensors, 16 hex digits, as images keep them.
-
-    Parameters
-    ----------
-    selection : Selection
-        The records; their tensors are not read.
-    columns : collection of str
-        Tensor columns; those that the store does not have are left out.
-    """
-    frame = selection.records
-    names = [name for name in columns if f"{name}_digest" in frame]
-    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
-    rows = range(len(frame))
-    return [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]

@@ -28,8 +28,10 @@ TEXT_KEY = "fedgfe_store"
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no sound image; an `OSError` may be the disk's, too."""
 
+# The chunk that every PNG ends with (PNG specification, 11.2.5): Pillow does not miss it.
 _END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _TEMP = re.compile(r"\.fedgfe-([0-9a-f]{8})-([0-9]+)-[0-9]+\.tmp")
+# Longer than any image takes to write, also on a disk that hangs for a night.
 _STALE_TEMP_SECONDS = 24 * 3600
 _counter = itertools.count()
 

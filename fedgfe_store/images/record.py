@@ -12,8 +12,10 @@ from typing import Any, Self
 from fedgfe_store.names import read_key
 from fedgfe_store.records import RecordKey
 
+# What is another in each image; all else of a provenance is one text that many share.
 _OWN = ("file_id", "seed", "digests", "created", "seconds", "bytes")
 _IDENTITY = ("file", "key", "image")
+# Pixels of a side: what says more is no size but damage, and no sheet is laid out by it.
 _LARGEST = 2**20
 
 

@@ -11,8 +11,8 @@ from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.images.compare import Comparer, Expected
 from fedgfe_store.images.folder import ImageFolder, side_by_side
-from fedgfe_store.images.identity import Identity
-from fedgfe_store.images.outdated import DELETED, mark_outdated, record_digests
+from fedgfe_store.images.identity import Identity, record_digests
+from fedgfe_store.images.outdated import DELETED, mark_outdated
 from fedgfe_store.images.png import read_provenance
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.names import image_name, key_json

@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
@@ -107,9 +108,8 @@ class Batches(IterableDataset[Batch]):
     def _read(self) -> Iterator[Batch]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        starts = range(0, len(self._selection), operator.index(self._size))
-        for start in starts[first::step]:
-            part = self._selection.take(slice(start, start + self._size))
+        parts = self._selection.parts(operator.index(self._size))
+        for _, part in islice(parts, first, None, step):
             yield Batch(part, {name: self._tensor(part, name) for name in self._columns})
 
     def _tensor(self, part: Rows, name: str) -> torch.Tensor:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import torch
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.recording.pages import Page
-from fedgfe_store.recording.target import Target
-from fedgfe_store.recording.writer import Job, LeftOut, Pool
+from fedgfe_store.recording.pages import Block, LeftOut, Page
+from fedgfe_store.recording.writer import Writer
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.incoming import checked_columns
 
-if TYPE_CHECKING:
-    from fedgfe_store.recording.recorder import Recorder
+_RECHECK = 0.005
+"""Seconds after which a thread that waits for a page looks again; filling one takes longer."""
 
 _log = logging.getLogger("fedgfe_store")
 
@@ -40,40 +40,39 @@ class RoundBatch:
         Once committed: the records that were not written, as their values are not finite.
     """
 
-    def __init__(self, recorder: Recorder, job: Job, target: Target, pool: Pool) -> None:
-        self._recorder, self._job, self._target, self._pool = recorder, job, target, pool
+    def __init__(self, writer: Writer, block: Block) -> None:
+        self._writer, self._block = writer, block
         self._started = datetime.now(UTC)
         self._numbers: Counter[tuple[str, str]] = Counter()
-        self._page: Page | None = None
-        self._is_open = self._submitted = self._torn = False
+        self._torn = False
 
     def __str__(self) -> str:
-        return str(self._job)
+        return str(self._block)
 
     @property
     def added(self) -> int:
         """Records that are new in the store."""
-        return self._job.added
+        return self._block.added
 
     @property
     def replaced(self) -> int:
         """Records that took the place of others with the same key."""
-        return self._job.replaced
+        return self._block.replaced
 
     @property
     def skipped(self) -> int:
         """Records that the store had already."""
-        return self._job.skipped
+        return self._block.skipped
 
     @property
     def removed(self) -> int:
         """Records of an earlier run that are gone."""
-        return self._job.removed
+        return self._block.removed
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """Records that were not written."""
-        return tuple(self._job.left_out)
+        return self._block.left_out
 
     def add(
         self,
@@ -115,13 +114,13 @@ class RoundBatch:
         SchemaMismatchError
             If something does not fit; nothing of this call is added.
         """
-        self._recorder._check_own_process()
-        if not self._is_open:
+        self._writer.check_own_process()
+        if not self._block.is_open:
             raise ConflictError(f"the block of {self} is not open: use it as a context")
-        schema, columns = self._target.arrange(tensors)
+        schema, columns = self._writer.target.arrange(tensors)
         n = len(next(iter(columns.values())))
         numbers, counted = self._numbered(index, split, class_name, n)
-        keys = {"node": self._job.node, "round": self._job.round, "split": split}
+        keys = {"node": self._block.node, "round": self._block.round, "split": split}
         keys |= {"class_name": class_name, "index": numbers}
         notes = {
             "sample_id": sample_id,
@@ -132,15 +131,14 @@ class RoundBatch:
             "extra": extra,
         }
         known = checked_columns(keys, notes, n)
-        self._recorder._say_rounded(columns)
+        self._writer.target.say_rounded(columns)
         self._torn = True
         self._numbers += counted
         self._copy(schema, known, columns)
         self._torn = False
 
     def __enter__(self) -> Self:
-        self._recorder._begin(self)
-        self._is_open = True
+        self._writer.begin(self._block)
         return self
 
     def __exit__(
@@ -149,19 +147,19 @@ class RoundBatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._is_open = False
-        if self._recorder._is_forked:
-            return  # the block goes on in the recorder's own process
+        self._block.is_open = False
+        if self._writer.is_forked:
+            return  # the block goes on in the writer's own process
         if error is not None:
-            self._drop()
+            self._writer.drop(self._block)
             return
         try:
             self._finish()
         except BaseException:
-            self._drop()
+            self._writer.drop(self._block)
             raise
-        if self._job.records:
-            self._recorder._ended()
+        if self._block.records:
+            self._writer.settle()
 
     def _finish(self) -> None:
         """Let the writer have everything."""
@@ -169,59 +167,41 @@ class RoundBatch:
             raise ConflictError(
                 f"{self}: a call of add was broken off in this block; nothing of it is recorded"
             )
-        self._hand_over()
-        self._job.end(dropped=False)
-        if self._job.records:
-            self._submit()
+        self._block.end()
+        if self._block.records:
+            self._writer.submit(self._block)
         else:
-            _log.warning("%s: nothing to record of %s", self._recorder.path, self)
-        self._recorder._forget(self)
-
-    def _drop(self) -> None:
-        """End the block so that nothing of it is committed."""
-        self._is_open = False
-        self._job.end(dropped=True)
-        self._hand_over()
-        if not self._submitted:
-            self._job.drain()
-        self._recorder._forget(self)
-
-    def _hand_over(self) -> None:
-        # Never two owners of a page, wherever this is interrupted.
-        page, self._page = self._page, None
-        if page is not None:
-            self._job.put(page)
-
-    def _submit(self) -> None:
-        """Let the writer begin, if it has not begun already."""
-        if not self._submitted:
-            self._recorder._submit(self._job)
-            self._submitted = True
+            _log.warning("%s: nothing to record of %s", self._writer.path, self)
+        self._writer.forget(self._block)
 
     def _copy(
         self, schema: Schema, known: Mapping[str, np.ndarray], tensors: Mapping[str, torch.Tensor]
     ) -> None:
-        start, n = 0, len(known["index"])
+        block, start, n = self._block, 0, len(known["index"])
         while start < n:
-            if self._page is None:
-                self._page = self._new_page(schema)
-            part = slice(start, start + self._page.room)
-            self._page.put(
+            if block.page is None:
+                block.page = self._new_page(schema)
+            part = slice(start, start + block.page.room)
+            block.page.put(
                 {name: values[part] for name, values in known.items()},
                 {name: tensor[part] for name, tensor in tensors.items()},
             )
             start = part.stop
-            if not self._page.room:
-                self._hand_over()
-        self._job.records += n
+            if not block.page.room:
+                block.hand_over()
+        block.records += n
 
     def _new_page(self, schema: Schema) -> Page:
         """Return an empty page; where there is none the writer begins before the block ends."""
-        page = self._pool.take(schema, self._job, wait=False)
+        pool, block = self._writer.pool, self._block
+        page = pool.take(schema, beyond=block.starved)
         if page is None:
-            self._submit()
-            page = self._pool.take(schema, self._job, wait=True)
-        assert page is not None
+            self._writer.submit(block)
+        while page is None:
+            # Not `get(timeout=...)`: in CPython 3.11 it can wait for ever where several threads do.
+            time.sleep(_RECHECK)
+            # Beyond what is allowed where the writer waits for this block: both would for ever.
+            page = pool.take(schema, beyond=block.starved)
         return page
 
     def _numbered(

@@ -1,24 +1,29 @@
-"""Records on their way to the writer, in memory of their own that is used again and again."""
+"""Records on their way to the writer: in blocks, whose memory is used again and again.
+
+As in `fedgfe_store.common.threads` no lock is taken here: a Ctrl-C in the training thread would
+leave it locked. An interruption at any step costs a page at most, which another one takes the place
+of.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from math import prod
-from typing import Any
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
 
-from fedgfe_store.common.plain import Unusable
-from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import RecordBatch
-from fedgfe_store.schema import Metadata, Precision, Schema
-from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
+from fedgfe_store.recording.target import Run
+from fedgfe_store.records import RecordBatch, RecordKey
+from fedgfe_store.schema import Schema
 
 PAGE_BYTES = 16 * 2**20
-CLIP_TOKENS = 77
+"""Of a page. With 1 MiB the training thread takes a fifth longer, and with 64 MiB hardly less; but
+a block of few records takes a whole page, too."""
+
 _NUMPY_DTYPES = (torch.float32, torch.float16, torch.float64)
+"""Those that numpy has, too."""
 
 
 class Page:
@@ -52,13 +57,13 @@ class Page:
         self.count += n
 
     def records(self) -> RecordBatch:
-        """Return what the page holds, in memory of its own."""
+        """Return what the page holds; the tensors are the page's memory, until it is cleared."""
         columns = {
             name: np.concatenate([part[name] for part in self._columns])
             for name in self._columns[0]
         }
         tensors = {
-            name: np.array(values[: self.count])
+            name: values[: self.count]
             for name, values in self._tensors.items()
             if columns.get(f"has_{name}", np.True_).any()
         }
@@ -83,103 +88,147 @@ def page_records(schema: Schema) -> int:
     return max(1, PAGE_BYTES // schema.record_nbytes)
 
 
-def arranged(given: Mapping[str, Any], schema: Schema | None) -> dict[str, torch.Tensor]:
-    r"""Sort tensors into columns and bring each to ``[n, \*shape]``, without copying a value.
+class Pool:
+    """The pages of a recorder: some are filled, some wait for the writer, the rest are free.
 
     Parameters
     ----------
-    given : mapping of str to Tensor, ndarray or None
-        Tensors by the name that the caller gave them: one record's or `n` records', with or
-        without axes of length 1 before a record's own.
-    schema : Schema or None
-        Of the store, whose shapes then tell one column from another; else width and rank do, as
-        in checkpoints.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Detached, on their device.
-
-    Raises
-    ------
-    SchemaMismatchError
-        If a tensor is none, or of a shape that fits no column, or two fit the same one.
+    nbytes : int
+        What all pages may take together; two pages are always allowed.
     """
-    try:
-        tensors = {k: as_tensor(value, k) for k, value in given.items() if value is not None}
-        n = None if schema else _records_in(tensors)
-        columns: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            if schema is not None:
-                column, inner = _stored_column(name, tuple(tensor.shape), schema)
-            else:
-                column, inner = _new_column(name, tuple(tensor.shape), n)
-            if column in columns:
-                raise Unusable(f"ambiguous: two of the tensors look like {column}")
-            columns[column] = tensor.reshape(-1, *inner)
-    except Unusable as reason:
-        raise SchemaMismatchError(str(reason)) from None
-    return columns
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._free: SimpleQueue[Page] = SimpleQueue()
+        self._made = 0
+
+    def take(self, schema: Schema, *, beyond: bool) -> Page | None:
+        """Return an empty page, None where there is none; `beyond` what is allowed if need be."""
+        try:
+            return self._free.get_nowait()
+        except Empty:
+            pass
+        # One to fill while the writer has the other.
+        most = max(2, self._nbytes // (schema.record_nbytes * page_records(schema)))
+        if self._made >= most and not beyond:
+            return None
+        self._made += 1
+        return Page(schema)
+
+    def give_back(self, page: Page) -> None:
+        """Let others have `page`."""
+        page.clear()
+        self._free.put(page)
+
+    def free(self) -> None:
+        """Let go of the memory of the pages that nobody uses."""
+        while True:
+            try:
+                self._free.get_nowait()
+            except Empty:
+                return
 
 
-def schema_of(
-    tensors: Mapping[str, torch.Tensor], precision: Precision, metadata: Metadata
-) -> Schema:
-    """Return the schema of a store for such tensors as `arranged` returns."""
-    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
-    clip = shapes.get("clip", ())
-    # Without T5, vectors of several records look like a sequence: that of CLIP has 77 tokens.
-    if not clip or ("t5" not in shapes and (len(clip) != 2 or clip[0] % CLIP_TOKENS)):
-        got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none"
-        raise SchemaMismatchError(
-            f"expected t5 [tokens, 4096] and clip [768], or for Stable Diffusion clip [77, 768] "
-            f"alone, got {got}; for other shapes make the store first"
-        )
-    kind = "flux" if "t5" in shapes else "sd"
-    if metadata.diffusion_type not in (None, kind):
-        raise SchemaMismatchError(
-            f"diffusion_type: expected {kind!r}, as the tensors are, got "
-            f"{metadata.diffusion_type!r}"
-        )
-    metadata = replace(metadata, diffusion_type=kind)
-    options: dict[str, Any] = {"precision": precision, "metadata": metadata}
-    if "audio" in shapes:
-        options["audio"] = shapes["audio"]
-    if kind == "sd":
-        return Schema.sd(clip[0], width=clip[1], **options)
-    tokens, width = shapes["t5"]
-    return Schema.flux(tokens, width=width, clip=clip, **options)
+@dataclass(frozen=True)
+class LeftOut:
+    """A record that was not written.
+
+    Parameters
+    ----------
+    key : RecordKey
+        Which record.
+    reason : str
+        Why, such as ``"t5 has values that are not finite"``.
+    """
+
+    key: RecordKey
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
 
 
-def _stored_column(name: str, shape: Shape, schema: Schema) -> tuple[str, Shape]:
-    """Find the column that `shape` ends with the shape of, the one called `name` first."""
-    columns = schema.columns
-    for column in sorted(columns, key=lambda c: c != name):
-        inner = columns[column]
-        before = shape[: len(shape) - len(inner)]
-        if shape[len(before) :] == inner and sum(n != 1 for n in before) <= 1:
-            return column, inner
-    wanted = f"[n, {', '.join(map(str, columns[name]))}]" if name in columns else "no such tensor"
-    raise Unusable(
-        f"{name}: expected {wanted} as in the store ({schema.describe()}), got {list(shape)}"
-    )
+class Block:
+    """The records of one node and round, in pages, from the training thread to the writer's.
+
+    Attributes
+    ----------
+    records : int
+        How many there are so far.
+    page : Page or None
+        The one that is being filled.
+    is_open : bool
+        Whether there may be more.
+    submitted : bool
+        Whether the writer was told of it.
+    added, replaced, skipped, removed, left_out
+        As of `RoundBatch`.
+    """
+
+    def __init__(self, node: str, round: int, run: Run, pool: Pool) -> None:
+        self.node, self.round, self.run = node, round, run
+        self.added = self.replaced = self.skipped = self.removed = 0
+        self.left_out: tuple[LeftOut, ...] = ()
+        self.records = 0
+        self.is_open = self.submitted = False
+        self._pool = pool
+        self.page: Page | None = None
+        self._pages: SimpleQueue[Page | None] = SimpleQueue()
+        self._dropped = self._over = False
+        self._given = self._wanted = 0
+
+    def __str__(self) -> str:
+        return f"node {self.node}, round {self.round}"
+
+    @property
+    def starved(self) -> bool:
+        """Whether the writer waits for records of this block."""
+        return self._wanted > self._given
+
+    def hand_over(self) -> None:
+        """Let the writer have the page that is being filled."""
+        # Never two owners of a page, wherever this is interrupted.
+        page, self.page = self.page, None
+        if page is not None:
+            self._given += 1
+            self._pages.put(page)
+            if self._over:
+                self.drain()
+
+    def end(self) -> None:
+        """Say that nothing follows."""
+        self.hand_over()
+        self._pages.put(None)
+
+    def drop(self) -> None:
+        """End the block so that nothing of it is committed."""
+        self.is_open, self._dropped = False, True
+        self.end()
+        if not self.submitted:
+            self.drain()
+
+    def next(self) -> Page | None:
+        """Wait for a page, in the writer's thread; None is the end, `Dropped` is raised."""
+        self._wanted += 1
+        page = self._pages.get()
+        if self._dropped:
+            if page is not None:
+                self._pool.give_back(page)
+            raise Dropped
+        return page
+
+    def drain(self) -> None:
+        """Give back the pages that wait, and from now on those that come."""
+        self._over = True
+        while True:
+            try:
+                page = self._pages.get_nowait()
+            except Empty:
+                self._pages.put(None)  # a writer that comes to this block yet finds its end
+                return
+            if page is not None:
+                self._pool.give_back(page)
 
 
-def _records_in(tensors: Mapping[str, torch.Tensor]) -> int | None:
-    """Return how many records tensors hold, by the leading axis of the T5 sequence if any."""
-    shapes = [tuple(t.shape) for name, t in tensors.items() if name != "audio"]
-    wide = [shape for shape in shapes if shape[-1:] == (T5_WIDTH,)]
-    for shape in wide or shapes:
-        if len(shape) >= 3 and prod(shape[:-2]) != 1:
-            return shape[0]
-    return None
-
-
-def _new_column(name: str, shape: Shape, n: int | None) -> tuple[str, Shape]:
-    row = row_shape(name, shape, n)
-    if name == "audio":
-        inner = without_batch(row)
-        if len(inner) != 2:
-            raise Unusable(f"audio: expected [n, frames, width], got {list(shape)}")
-        return name, inner
-    return column_of(name, row)
+class Dropped(Exception):
+    """The training block raised: nothing of it is to be committed."""

@@ -3,19 +3,58 @@
 from __future__ import annotations
 
 import json
+import logging
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedgfe_store.common.plain import Unusable
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.names import image_name
-from fedgfe_store.recording.pages import arranged, schema_of
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema
+from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
 from fedgfe_store.storage.append import AppendBatch, IfExists
 from fedgfe_store.storage.metadata import GROUP_FILE
 from fedgfe_store.store import EmbeddingStore
+
+CLIP_TOKENS = 77
+"""Positions of CLIP's text encoder; longer prompts come as several sequences in a row."""
+_log = logging.getLogger("fedgfe_store")
+
+
+class Run:
+    """Tells what this run has recorded from what earlier ones left in the store.
+
+    It is a few plain values: a host of the mixins that is copied or pickled takes it along.
+
+    Attributes
+    ----------
+    id : str
+        Random, made with the run.
+    """
+
+    def __init__(self) -> None:
+        self.id = secrets.token_hex(8)
+        self._recorded: set[tuple[str, int, str]] = set()
+
+    @property
+    def source(self) -> str:
+        """What the store's commits are marked by."""
+        return f"recorder {self.id}"
+
+    def is_new(self, node: str, round: int, split: str) -> bool:
+        """Whether nothing of this node, round and split was committed by this run."""
+        return (node, round, split) not in self._recorded
+
+    def keep(self, node: str, round: int, splits: Iterable[str]) -> None:
+        """Note that records of these splits are committed."""
+        self._recorded.update((node, round, split) for split in splits)
 
 
 class Target:
@@ -58,6 +97,7 @@ class Target:
         self._metadata, self._if_exists, self._timeout = metadata, if_exists, timeout
         self.supersedes = if_exists == "replace" and not keep_earlier
         self._images_dir, self._other_experiment = images_dir, other_experiment
+        self._said_rounded = False
         self._first: dict[str, Schema] = {}
         self._store: EmbeddingStore | None
         try:
@@ -90,6 +130,13 @@ class Target:
         if len(set(counts.values())) > 1:
             raise SchemaMismatchError(f"expected as many records in every tensor, got {counts}")
         return schema, columns
+
+    def say_rounded(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Log once that some values are not kept as they come."""
+        names = [name for name, tensor in tensors.items() if tensor.dtype is torch.float64]
+        if names and not self._said_rounded:
+            self._said_rounded = True
+            _log.warning("%s: float64 is rounded to float32 (%s)", self.path, ", ".join(names))
 
     @property
     def precision(self) -> Precision:
@@ -139,7 +186,11 @@ class Target:
             )
 
     def finished(self, records: RecordBatch) -> RecordBatch:
-        """Fill in what follows from a record's key: the file name of its image."""
+        """Fill in what follows from a record's key: the file name of its image.
+
+        Training does not wait for that: it is done in the writer's thread, whose batch checks the
+        texts as they are then.
+        """
         names, extra = records.columns["image_filename"], records.columns["extra"]
         for position in range(len(records)):
             names[position] = names[position] or image_name(records.key(position))
@@ -149,3 +200,105 @@ class Target:
                 if isinstance(known, dict):
                     extra[position] = json.dumps(path | known, ensure_ascii=False, sort_keys=True)
         return records
+
+
+def arranged(given: Mapping[str, Any], schema: Schema | None) -> dict[str, torch.Tensor]:
+    r"""Sort tensors into columns and bring each to ``[n, \*shape]``, without copying a value.
+
+    Parameters
+    ----------
+    given : mapping of str to Tensor, ndarray or None
+        Tensors by the name that the caller gave them: one record's or `n` records', with or
+        without axes of length 1 before a record's own.
+    schema : Schema or None
+        Of the store, whose shapes then tell one column from another; else width and rank do, as
+        in checkpoints.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Detached, on their device.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If a tensor is none, or of a shape that fits no column, or two fit the same one.
+    """
+    try:
+        tensors = {k: as_tensor(value, k) for k, value in given.items() if value is not None}
+        n = None if schema else _records_in(tensors)
+        columns: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            if schema is not None:
+                column, inner = _stored_column(name, tuple(tensor.shape), schema)
+            else:
+                column, inner = _new_column(name, tuple(tensor.shape), n)
+            if column in columns:
+                raise Unusable(f"ambiguous: two of the tensors look like {column}")
+            columns[column] = tensor.reshape(-1, *inner)
+    except Unusable as reason:
+        raise SchemaMismatchError(str(reason)) from None
+    return columns
+
+
+def schema_of(
+    tensors: Mapping[str, torch.Tensor], precision: Precision, metadata: Metadata
+) -> Schema:
+    """Return the schema of a store for such tensors as `arranged` returns."""
+    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+    clip = shapes.get("clip", ())
+    # Without T5, vectors of several records look like a sequence: that of CLIP has 77 tokens.
+    if not clip or ("t5" not in shapes and (len(clip) != 2 or clip[0] % CLIP_TOKENS)):
+        got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none"
+        raise SchemaMismatchError(
+            f"expected t5 [tokens, 4096] and clip [768], or for Stable Diffusion clip [77, 768] "
+            f"alone, got {got}; for other shapes make the store first"
+        )
+    kind = "flux" if "t5" in shapes else "sd"
+    if metadata.diffusion_type not in (None, kind):
+        raise SchemaMismatchError(
+            f"diffusion_type: expected {kind!r}, as the tensors are, got "
+            f"{metadata.diffusion_type!r}"
+        )
+    metadata = replace(metadata, diffusion_type=kind)
+    options: dict[str, Any] = {"precision": precision, "metadata": metadata}
+    if "audio" in shapes:
+        options["audio"] = shapes["audio"]
+    if kind == "sd":
+        return Schema.sd(clip[0], width=clip[1], **options)
+    tokens, width = shapes["t5"]
+    return Schema.flux(tokens, width=width, clip=clip, **options)
+
+
+def _stored_column(name: str, shape: Shape, schema: Schema) -> tuple[str, Shape]:
+    """Find the column that `shape` ends with the shape of, the one called `name` first."""
+    columns = schema.columns
+    for column in sorted(columns, key=lambda c: c != name):
+        inner = columns[column]
+        before = shape[: len(shape) - len(inner)]
+        if shape[len(before) :] == inner and sum(n != 1 for n in before) <= 1:
+            return column, inner
+    wanted = f"[n, {', '.join(map(str, columns[name]))}]" if name in columns else "no such tensor"
+    raise Unusable(
+        f"{name}: expected {wanted} as in the store ({schema.describe()}), got {list(shape)}"
+    )
+
+
+def _records_in(tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """Return how many records tensors hold, by the leading axis of the T5 sequence if any."""
+    shapes = [tuple(t.shape) for name, t in tensors.items() if name != "audio"]
+    wide = [shape for shape in shapes if shape[-1:] == (T5_WIDTH,)]
+    for shape in wide or shapes:
+        if len(shape) >= 3 and prod(shape[:-2]) != 1:
+            return shape[0]
+    return None
+
+
+def _new_column(name: str, shape: Shape, n: int | None) -> tuple[str, Shape]:
+    row = row_shape(name, shape, n)
+    if name == "audio":
+        inner = without_batch(row)
+        if len(inner) != 2:
+            raise Unusable(f"audio: expected [n, frames, width], got {list(shape)}")
+        return name, inner
+    return column_of(name, row)

@@ -1,207 +1,311 @@
-"""What is on its way to the writer: jobs, whose records come in pages, and the pool of pages.
-
-As in `fedgfe_store.common.threads` no lock is taken here, and an interruption at any step costs a
-page at most, which another one takes the place of.
-"""
+"""The writer of a recorder: a thread that commits blocks, and what became of them."""
 
 from __future__ import annotations
 
-import time
+import atexit
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from typing import Literal
 
 import numpy as np
 import torch
 
-from fedgfe_store.recording.pages import Page, page_records
-from fedgfe_store.recording.runs import Run
+from fedgfe_store.common import threads
+from fedgfe_store.errors import ConflictError, FedgfeStoreError
+from fedgfe_store.recording.pages import Block, Dropped, LeftOut, Pool
 from fedgfe_store.recording.target import Target
-from fedgfe_store.records import RecordBatch, RecordKey
-from fedgfe_store.schema import Schema
+from fedgfe_store.records import RecordBatch
+
+OnError = Literal["raise", "warn"]
 
 _LARGEST = {name: torch.finfo(getattr(torch, name)).max for name in ("float32", "bfloat16")}
-
-_RECHECK = 0.005
-"""Seconds after which a thread that waits for a page looks again; filling one takes longer."""
+_SHOWN = 10
+"""Records that a line of the log names."""
+_STORE_PROBLEMS = (FedgfeStoreError, OSError, MemoryError)
+_log = logging.getLogger("fedgfe_store")
+_open: weakref.WeakSet[Writer] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A record that was not written.
+class Missing:
+    """Records of one node and round that could not be committed.
 
     Parameters
     ----------
-    key : RecordKey
-        Which record.
+    node : str
+        Federated node.
+    round : int
+        Federated round.
     reason : str
-        Why, such as ``"t5 has values that are not finite"``.
+        Why.
     """
 
-    key: RecordKey
+    node: str
+    round: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.reason}"
+        return f"node {self.node}, round {self.round} ({self.reason})"
 
 
-class Pool:
-    """The pages of a recorder: some are filled, some wait for the writer, the rest are free.
+class Writer:
+    """Commits blocks in a thread of its own, in order, and keeps what became of them.
 
     Parameters
     ----------
-    nbytes : int
-        What all pages may take together; two pages are always allowed.
+    target : Target
+        The store.
+    pool : Pool
+        Where blocks have their pages from.
+    on_error : {"raise", "warn"}
+        Whether problems of the store are raised, see `Recorder`.
+    background : bool
+        Whether a block may end before it is committed.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._free: SimpleQueue[Page] = SimpleQueue()
-        self._made = 0
-
-    def take(self, schema: Schema, job: Job, *, wait: bool) -> Page | None:
-        """Return an empty page for `job`; without `wait` None where there is none.
-
-        A job for whose records the writer waits gets one in any case, or both would wait for
-        ever.
-        """
-        most = max(2, self._nbytes // (schema.record_nbytes * page_records(schema)))
-        while True:
-            try:
-                return self._free.get_nowait()
-            except Empty:
-                pass
-            if self._made < most or job.starved:
-                self._made += 1
-                return Page(schema)
-            if not wait:
-                return None
-            # Not `get(timeout=...)`: in CPython 3.11 it can wait for ever where several threads do.
-            time.sleep(_RECHECK)
-
-    def give_back(self, page: Page) -> None:
-        """Let others have `page`."""
-        page.clear()
-        self._free.put(page)
-
-    def free(self) -> None:
-        """Let go of the memory of the pages that nobody uses."""
-        while True:
-            try:
-                self._free.get_nowait()
-            except Empty:
-                return
-
-
-class Job:
-    """The records of one node and round, from the training thread to the writer's.
-
-    Attributes
-    ----------
-    records : int
-        How many there are so far.
-    committed : bool
-        Whether they are on the disk.
-    added, replaced, skipped, removed : int
-        As of `AppendBatch`, once they are.
-    left_out : list of LeftOut
-        Records that were not written, once the others are.
-    """
-
-    def __init__(self, node: str, round: int, pool: Pool, run: Run) -> None:
-        self.node, self.round = node, round
-        self.added = self.replaced = self.skipped = self.removed = 0
-        self.records = 0
-        self.committed = False
-        self.left_out: list[LeftOut] = []
-        self._pool, self._run = pool, run
-        self._pages: SimpleQueue[Page | None] = SimpleQueue()
-        self._dropped = self._over = False
-        self._given = self._wanted = 0
-
-    def __str__(self) -> str:
-        return f"node {self.node}, round {self.round}"
+    def __init__(self, target: Target, pool: Pool, *, on_error: OnError, background: bool) -> None:
+        self.target, self.pool, self.path = target, pool, target.path
+        self._on_error, self._background = on_error, background
+        self._line = threads.Line("fedgfe-store-recorder", self)
+        self._process = os.getpid()
+        # Plain dicts and a deque: each of their operations takes place whole or not at all.
+        self._waiting: dict[Block, None] = {}
+        self._blocks: dict[int, Block] = {}
+        self._missing: dict[tuple[str, int], Missing] = {}
+        self._errors: deque[BaseException] = deque()
+        self._left_out: list[LeftOut] = []
+        self._closed = False
+        _open.add(self)
 
     @property
-    def starved(self) -> bool:
-        """Whether the writer waits for records of this job."""
-        return self._wanted > self._given
+    def missing(self) -> tuple[Missing, ...]:
+        """What could not be committed, and has not been since."""
+        return tuple(self._missing.values())
 
-    def put(self, page: Page) -> None:
-        """Hand a filled page to the writer."""
-        self._given += 1
-        self._pages.put(page)
-        if self._over:
-            self.drain()
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What was left out of blocks that were committed."""
+        return tuple(self._left_out)
 
-    def end(self, *, dropped: bool) -> None:
-        """Say that nothing follows, or that nothing is to be committed."""
-        self._dropped = self._dropped or dropped
-        self._pages.put(None)
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the writer's: its thread and store stay there."""
+        return self._process != os.getpid()
 
-    def write(self, target: Target) -> None:
-        """Commit the records as they come; nothing if the job is dropped.
+    def check_own_process(self) -> None:
+        """Refuse a process that was forked from the writer's: nothing would ever be committed."""
+        if self.is_forked:
+            raise ConflictError(
+                f"this recorder of {self.path} belongs to process {self._process}: make another "
+                f"one in process {os.getpid()}"
+            )
 
-        The first of this run take the place of what earlier runs left of their node, round and
-        split: after a restart the same samples may come under other indices.
+    def check_usable(self) -> None:
+        """Refuse to begin anything here, now or in this thread."""
+        self.check_own_process()
+        if self._closed:
+            raise ConflictError(f"this recorder of {self.path} is closed: make another one")
+        self._check_no_block()
+
+    def _check_no_block(self) -> None:
+        block = self._blocks.get(threading.get_ident())
+        if block is not None:
+            raise ConflictError(f"the block of {block} is still open in this thread: end it first")
+
+    def begin(self, block: Block) -> None:
+        """Open `block`, the only one of this thread."""
+        self.check_usable()
+        self._blocks[threading.get_ident()] = block
+        block.is_open = True
+
+    def submit(self, block: Block) -> None:
+        """Commit `block` as its pages come, after those before it; a second call does nothing."""
+        if block.submitted:
+            return
+        if self._closed:
+            raise ConflictError(f"{block}: the recorder was closed before this block ended")
+        self._waiting[block] = None
+        self._line.submit(lambda: self._write(block))
+        if self._closed:  # by another thread, just now: its own thread may have ended before
+            self._line.close()
+        block.submitted = True
+
+    def drop(self, block: Block) -> None:
+        """End `block` so that nothing of it is committed."""
+        block.drop()
+        self.forget(block)
+
+    def forget(self, block: Block) -> None:
+        """Note that `block` has ended."""
+        for thread, each in list(self._blocks.items()):  # other threads begin blocks meanwhile
+            if each is block:
+                self._blocks.pop(thread, None)
+
+    def settle(self) -> None:
+        """Where nothing is written in the background: wait, and raise what went wrong."""
+        if not self._background:
+            self._line.wait()
+            self.raise_errors()
+
+    def flush(self) -> None:
+        """Wait until all blocks that have ended are committed, and raise what went wrong."""
+        self.check_usable()
+        self._line.wait()
+        self.raise_errors()
+
+    def close(self) -> None:
+        """Write what waits, end the thread, say what is missing and raise what went wrong."""
+        if self.is_forked or self._closed:
+            return
+        self._check_no_block()
+        self._line.wait()
+        self._closed = True
+        self._line.close()
+        self.pool.free()
+        _open.discard(self)
+        if self._missing:
+            missing = [str(each) for each in self.missing]
+            _log.warning("%s: not recorded: %s", self.path, _listed(missing))
+        self.raise_errors()
+
+    def leave(self) -> None:
+        """Close because an exception passes, without this thread's block."""
+        if self.is_forked:
+            return
+        # Still open where an interruption kept it from ending.
+        block = self._blocks.get(threading.get_ident())
+        if block is not None:
+            self.drop(block)
+        self._close_quietly()
+
+    def finish(self) -> None:
+        """Close as the interpreter exits; a block that is open then is not committed."""
+        if self.is_forked or self._closed:
+            return
+        for block in list(self._blocks.values()):
+            _log.warning("%s: the block of %s never ended: not recorded", self.path, block)
+            self.drop(block)
+        if self._waiting:
+            _log.warning("%s: the recorder was not closed: writing what waits", self.path)
+        self._close_quietly()
+
+    def _close_quietly(self) -> None:
+        """Close where an error would hide another one, or nobody would see it: it is logged."""
+        try:
+            self.close()
+        except Exception:  # noqa: BLE001 - logged whole
+            _log.exception("%s: recording failed", self.path)
+
+    def raise_errors(self) -> None:
+        """Raise what went wrong since the last call, under ``on_error="raise"``."""
+        errors = []
+        while self._errors:
+            errors.append(self._errors.popleft())
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"then: {other}")
+            raise errors[0]
+
+    def _write(self, block: Block) -> None:
+        """Commit a block, in the writer's thread, and keep what became of it."""
+        try:
+            self._commit(block)
+        except Dropped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised from the next call, or logged
+            self._keep_error(block, error)
+        else:
+            self._keep_success(block)
+        finally:
+            block.drain()
+            self._waiting.pop(block, None)
+
+    def _commit(self, block: Block) -> None:
+        """Commit records as they come.
+
+        The first of a run take the place of what earlier runs left of their node, round and split:
+        after a restart the same samples may come under other indices.
         """
         splits: set[str] = set()
-        try:
-            with target.append(self.node, self.round, self._run.source) as batch:
-                while (page := self._next()) is not None:
-                    records = page.records()
-                    self._pool.give_back(page)
+        run = block.run
+        with self.target.append(block.node, block.round, run.source) as batch:
+            while (page := block.next()) is not None:
+                try:
+                    records = self.target.finished(page.records())
                     splits.update(records.columns["split"].tolist())
-                    records = self._finite(target.finished(records), target.precision)
+                    records = self._finite(block, records)
                     if len(records):
                         batch.add_records(records)
-                for split in sorted(splits) if target.supersedes else ():
-                    if self._run.is_new(self.node, self.round, split):
-                        batch.supersede(node=self.node, round=self.round, split=split)
-            self.added, self.replaced, self.removed = batch.added, batch.replaced, batch.removed
-            self.skipped, self.committed = batch.skipped, True
-            self._run.keep(self.node, self.round, splits)
-        except _Dropped:
-            return
-        finally:
-            self.drain()
+                finally:
+                    # Only now: the records are the page's own memory, and the batch copies them.
+                    self.pool.give_back(page)
+            for split in sorted(splits) if self.target.supersedes else ():
+                if run.is_new(block.node, block.round, split):
+                    batch.supersede(node=block.node, round=block.round, split=split)
+        block.added, block.replaced, block.removed = batch.added, batch.replaced, batch.removed
+        block.skipped = batch.skipped
+        run.keep(block.node, block.round, splits)
 
-    def drain(self) -> None:
-        """Give back the pages that wait, and from now on those that come."""
-        self._over = True
-        while True:
-            try:
-                page = self._pages.get_nowait()
-            except Empty:
-                self._pages.put(None)  # a writer that comes to this job yet finds its end
-                return
-            if page is not None:
-                self._pool.give_back(page)
-
-    def _next(self) -> Page | None:
-        self._wanted += 1
-        page = self._pages.get()
-        if self._dropped:
-            if page is not None:
-                self._pool.give_back(page)
-            raise _Dropped
-        return page
-
-    def _finite(self, records: RecordBatch, precision: str) -> RecordBatch:
+    def _finite(self, block: Block, records: RecordBatch) -> RecordBatch:
         """Return the records whose values are finite, and keep a note of the others."""
+        precision = self.target.precision
         reasons: dict[int, str] = {}
         for name, values in records.tensors.items():
-            present = records.columns.get(f"has_{name}", np.full(len(records), True))
-            for position in np.flatnonzero(present).tolist():
-                largest = np.abs(values[position]).max()
-                if not largest <= _LARGEST[precision]:
-                    beyond = precision != "float32" and np.isfinite(largest)
-                    what = f"beyond {precision}" if beyond else "that are not finite"
-                    reasons.setdefault(position, f"{name} has values {what}")
+            # A batch would refuse all of them for one; in rows that are not there is anything.
+            within = tuple(range(1, values.ndim))
+            with np.errstate(invalid="ignore"):
+                largest = np.maximum(values.max(within), -values.min(within))
+            present = records.columns.get(f"has_{name}", np.True_)
+            for position in np.flatnonzero(present & ~(largest <= _LARGEST[precision])).tolist():
+                beyond = precision != "float32" and np.isfinite(largest[position])
+                what = f"beyond {precision}" if beyond else "that are not finite"
+                reasons.setdefault(position, f"{name} has values {what}")
         if not reasons:
             return records
-        self.left_out += [LeftOut(records.key(i), reason) for i, reason in reasons.items()]
+        block.left_out += tuple(LeftOut(records.key(i), why) for i, why in reasons.items())
         return records.take(np.array([i for i in range(len(records)) if i not in reasons], int))
 
+    def _keep_error(self, block: Block, error: BaseException) -> None:
+        known = isinstance(error, _STORE_PROBLEMS)
+        reason = str(error) or type(error).__name__
+        if not known:
+            reason = f"{type(error).__name__}: {error}"
+        self._missing[block.node, block.round] = Missing(block.node, block.round, reason)
+        if self._on_error == "raise" or not known:
+            error.add_note(f"while {block} was recorded to {self.path}")
+            self._errors.append(error)
+        _log.warning("%s: %s is not recorded: %s", self.path, block, reason)
 
-class _Dropped(Exception):
-    """The training block raised: nothing of the job is to be committed."""
+    def _keep_success(self, block: Block) -> None:
+        self._missing.pop((block.node, block.round), None)
+        self._left_out += block.left_out
+        if block.removed:
+            _log.warning(
+                "%s: %s: recorded anew; %d records that an earlier run left of it are gone",
+                self.path,
+                block,
+                block.removed,
+            )
+        if block.left_out:
+            left = [str(each) for each in block.left_out]
+            _log.warning("%s: left out of %s: %s", self.path, block, _listed(left))
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
+    return "; ".join([*items[:_SHOWN], *more])
+
+
+def _finish() -> None:
+    """Write what waits in recorders that nobody closed."""
+    for writer in list(_open):
+        writer.finish()
+
+
+# Commits use thread pools, which take no more work once `atexit` runs: this comes before they end.
+getattr(threading, "_register_atexit", atexit.register)(_finish)

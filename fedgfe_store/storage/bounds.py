@@ -25,12 +25,14 @@ KEY_FILE_BYTES = 2**32
 """Longest file of a key column; the codec of texts counts in 32 bits."""
 _LAST_COMMIT = 2**31 - 2
 """Commit numbers are int32, and one more is compared with."""
+# The digests of one column would take 8 TiB of memory: no writer of ours has come that far.
 _MOST_ROWS = 2**40
 
 _ALWAYS = 2**26
 _RATIO = 2**14
 """Bytes that texts may become in any case, and per byte of the file. Zstd packs the same note in
 each row 5,000 to 12,000 times smaller; a file made to fill memory is packed 32,000 times."""
+# RFC 8878: Magic_Number in 3.1.1, Block_Maximum_Size in 3.1.1.2.
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _BLOCK = 2**17
 _COUNTERS = ("commit", "records", "live", "compacted")

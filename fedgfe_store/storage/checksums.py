@@ -1,12 +1,20 @@
-"""The Zarr codec ``crc32c``: four bytes behind the data that tell whether it is intact."""
+"""What tells whether data is intact: the Zarr codec ``crc32c``, and digests of records."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import google_crc32c
 import numpy as np
+import xxhash
+
+from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS
 
 SIZE = 4
-"""Bytes of a checksum."""
+"""Bytes of a checksum, which stands behind the data."""
+
+_DIGESTED = tuple(name for name in (*KEY_COLUMNS, *NOTE_COLUMNS) if name != "file_id")
+"""What a row's digest covers, in this order: the columns of format version 1."""
 
 
 class UnreadableError(ValueError):
@@ -15,6 +23,8 @@ class UnreadableError(ValueError):
 
 def checksum(data: bytes | np.ndarray) -> bytes:
     """Return the crc32c of `data` as it stands behind it in a file."""
+    # What numcodecs' CRC32C calls as well, and does not bring along; the codec itself would copy
+    # each chunk to put four bytes behind it.
     return int(google_crc32c.value(data)).to_bytes(SIZE, "little")
 
 
@@ -30,3 +40,19 @@ def unsealed(data: bytes) -> np.ndarray:
     if checksum(content) != data[-SIZE:]:
         raise UnreadableError("its checksum does not fit")
     return content
+
+
+def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the xxh3 digest of each row's key and notes, uint64 ``[n]``.
+
+    It ties the columns together: each has checksums of its own, which a file that took another
+    column's place passes.
+    """
+    rows = zip(*(columns[name].tolist() for name in _DIGESTED), strict=True)
+    digests = [xxhash.xxh3_64_intdigest("\0".join(map(str, row)).encode()) for row in rows]
+    return np.array(digests, np.uint64)
+
+
+def digest(values: np.ndarray) -> int:
+    """Return the xxh3 digest of one record's float32 values in one tensor column."""
+    return xxhash.xxh3_64_intdigest(values.data)

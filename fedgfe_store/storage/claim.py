@@ -32,7 +32,9 @@ from fedgfe_store.storage.files import (
     sync_folder,
 )
 
+# A small commit takes about 10 ms; to list a network folder twice a second bothers nobody.
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.5
+"""Seconds between two looks at what another writer holds; each is twice the one before."""
 _LOOK_SECONDS = 1.0
 """How often a waiting writer asks whether the owner lives, which makes a file."""
 _NAME = re.compile(r"claim\.(\d+)\.(\d+)")
@@ -94,6 +96,7 @@ class Claim:
         """
         waiting = _Waiting(path, timeout, since)
         while True:
+            # Anew each time: whoever was waited for may have published, and more than once.
             number = published() + 1
             rivals = claims(path).get(number, {})
             dead = _all_dead(rivals) if rivals else True
@@ -102,6 +105,7 @@ class Claim:
                 continue
             claim = cls(path, number, Owner.this())
             try:
+                # Behind all that lie there: of several who take over at once, one makes this one.
                 if not claim._make(max(rivals, default=-1) + 1):
                     continue
                 claim.after_others, claim.alone = bool(rivals), dead
@@ -110,6 +114,7 @@ class Claim:
             except BaseException:
                 claim.release()
                 raise
+            # Somebody has made this commit: all claims on it have had their time, this one too.
             claim.release(published=True)
 
     def _is_next(self, published: Callable[[], int]) -> bool:
@@ -130,6 +135,7 @@ class Claim:
         return made
 
     def _begin(self, target: Path) -> bool:
+        # Under another name first, as a claim must not be seen that does not say whose it is.
         data = json.dumps(asdict(self._owner)).encode()
         temporary = self._path / f"claim.{self.token}{TEMPORARY}"
         try:
@@ -153,6 +159,7 @@ class Claim:
 
     def _link(self, target: Path) -> bool:
         try:
+            # One file with many names: to touch the last renews all, and none is flushed again.
             return _exclusive_link(self._made[-1], target, self.token)
         except FileNotFoundError:
             return False
@@ -165,6 +172,7 @@ class Claim:
         ConflictError
             If someone has.
         """
+        # Made, not looked for: between a look and what follows it, someone could take over.
         epoch = int(self._made[-1].name.split(".")[2])
         if not self._make(epoch + 1) or not self._touch():
             raise ConflictError(
@@ -198,6 +206,7 @@ class Claim:
         self.abandon()
         if self.after_others and not published:
             for file in self._made:
+                # A time of long ago lets the next writer take over without waiting a minute.
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(file, times=(0, 0))
             return
@@ -215,6 +224,7 @@ class Claim:
         self._abandoned = True
 
     def __del__(self) -> None:
+        # A forked child has a copy, and no thread that renews it: the claim is its parent's.
         if not self._abandoned and self._owner.pid == os.getpid():
             self.abandon()
 

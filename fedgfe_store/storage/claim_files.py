@@ -67,8 +67,10 @@ class Owner:
     @property
     def dead(self) -> bool:
         """Whether it is certain that nothing of it is at work any more."""
+        # Of another machine nothing is certain: a minute of silence has to do.
         if self.machine != machine():
             return False
+        # A claim that this process was interrupted in the middle of making, or has given up.
         if self.pid == os.getpid():
             return self.token not in held
         # The system counts a process's start in ticks since a boot time that it may correct.
@@ -79,6 +81,8 @@ def started_at(pid: int) -> float:
     """Return when the process `pid` was started, seconds since 1970; -1 where none runs."""
     import psutil
 
+    # A number that was given to another process since is told by the time of its start; one that
+    # ended and that its parent has not asked for is none that works.
     try:
         process = psutil.Process(pid)
         return -1.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
@@ -89,6 +93,7 @@ def started_at(pid: int) -> float:
 @cache
 def machine() -> str:
     """Return what is the same for two processes only if each sees whether the other lives."""
+    # A boot begins to count processes anew, and a container counts its own; names of hosts repeat.
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not on Linux, where a host's name has to do
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -96,6 +101,7 @@ def machine() -> str:
     return " ".join(parts)
 
 
+# A child may be the first process of another namespace.
 os.register_at_fork(after_in_child=machine.cache_clear)
 
 

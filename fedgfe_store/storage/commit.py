@@ -76,6 +76,8 @@ class Transaction:
 
     def _open(self, timeout: float, known: Snapshot) -> None:
         started = time.monotonic()
+        # The lock makes waiting cheap, and a dead writer's is free at once; the claim holds where
+        # the lock is refused, or granted to everyone: docs/decisions.md, "One writer".
         self._lock = WriterLock(self.path, timeout)
         claim, group = None, known.group
 
@@ -99,6 +101,7 @@ class Transaction:
             self.snapshot = known if same else known.at(group)
             self._skip(self._tail - group.point.records)
         except BaseException:
+            # The claim first: who gets the lock must not have to wait for one that nobody uses.
             try:
                 if claim is not None:
                     claim.release()
@@ -132,11 +135,14 @@ class Transaction:
             if error is not None and self._begun:
                 _add_outcome(error, self.path, self.commit if published else None)
         finally:
+            # In any case, also where the disk refuses all else: a claim that is renewed by a
+            # process that no longer works for it would lock everybody out.
             self._claim.abandon()
             self._lock.release()
 
     def _is_published(self) -> bool:
         """Whether the rename that publishes took place, as when only the flush after it failed."""
+        # Asked of the disk: an interruption, too, may come between the rename and what notes it.
         try:
             return self._encoded == (self.path / GROUP_FILE).read_bytes()
         except FileNotFoundError:
@@ -157,6 +163,7 @@ class Transaction:
         self._begin()
         if (records.columns["file_id"] != "").any():
             self.upgrade()
+        # Whole files that nothing refers to: no reader has one open, and to roll back is to unlink.
         granule, n = self.schema.granule, len(records)
         starts = range(0, n, granule)
         work = (
@@ -170,6 +177,7 @@ class Transaction:
         self._tail += n + skipped
 
     def _begin(self) -> None:
+        # Set before the file is there: what an interruption leaves half done is cleared, too.
         first, self._begun = not self._begun, True
         if first and self.snapshot.group.version == 1:
             put_pending(self.path, token=self._claim.token, commit=self.commit)
@@ -209,13 +217,18 @@ class Transaction:
         marked = np.empty(0, np.int64) if deleted is None else deleted
         rows = self._gathered() | _commit_row(kind, source or "")
         group = self._next_group(kind, rows, len(marked))
+        # An upgrade adds arrays.
         for name in group.arrays.keys() - self.snapshot.group.arrays.keys():
             make_folders(self.path / name)
         chunks = self._key_chunks(group, rows, marked)
         contents, digests = self._encoded_keys(group, chunks)
         group = replace(group, digests=digests)
+        # First what zarr.json will count. A reader by the old one takes no more of a key chunk than
+        # that counts, and ignores marks of commits beyond it.
         self._staging.write(shape_files(self.path, group) | contents)
         self._place()
+        # Then, once that is on the disk, the one rename that publishes: a crash before it leaves
+        # the old commit, and one after it the new.
         self._encoded = group.encode()
         self._staging.write({self.path / GROUP_FILE: self._encoded})
         self._place()
@@ -332,6 +345,8 @@ class Transaction:
     def _abort(self, error: BaseException | None) -> None:
         try:
             self._staging.discard()
+            # Files with names of their own did no harm; those in place hold rows that nobody
+            # committed, and shapes that other Zarr readers would believe.
             if self._staging.placed or (self._begun and self.snapshot.group.version == 1):
                 clear(self.path, self.snapshot.group, self._claim)
             self._claim.release()

@@ -14,6 +14,7 @@ from fedgfe_store.storage.files import chunk_sizes, sync_folder
 from fedgfe_store.storage.recovery import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 
+# A copy then gains at least as many bytes as it writes.
 _THIN = 0.5
 """Share of live records up to which a granule is worth copying."""
 

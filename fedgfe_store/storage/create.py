@@ -21,6 +21,7 @@ def create(path: Path, schema: Schema, *, timeout: float) -> None:
     started = time.monotonic()
     schema.check_new()
     make_folders(path.resolve().parent)
+    # Beside the store, so that it can be held while there is none yet.
     lock = WriterLock(path, timeout)
     try:
         group = Group.new(schema)
@@ -58,6 +59,8 @@ def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
     for contents in (shape_files(path, group), {path / GROUP_FILE: group.encode()}):
         staging.write(contents)
         claim.fence()
+        # A maker that was taken for dead may have come to its end meanwhile, and others have
+        # written to what it made.
         _before(path)
         staging.place()
 

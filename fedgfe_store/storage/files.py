@@ -159,7 +159,7 @@ def placing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     temporary : Path, optional
         Another name for it until then, in the same folder; removed if the block raises.
     """
-    temporary = temporary or temporary_of(path)
+    temporary = temporary or path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -183,11 +183,6 @@ def linked(source: Path, target: Path) -> bool:
             raise
         return False
     return True
-
-
-def temporary_of(path: Path) -> Path:
-    """Return a name beside `path` for a file that takes its place when it is whole."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def sync_folders(files: Iterable[Path]) -> None:

@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.common.entry import (
+from fedgfe_store.common.words import is_whole, shown
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.records import KEY_COLUMNS, RecordBatch, key_at, to_milliseconds
+from fedgfe_store.schema import Schema, TensorColumn
+from fedgfe_store.storage.entry import (
     ENTRY_MOMENTS,
     EXTRA_DEPTH,
     FIRST_ENTRY,
@@ -21,11 +25,6 @@ from fedgfe_store.common.entry import (
     milliseconds,
     named,
 )
-from fedgfe_store.common.words import is_whole, shown
-from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, RecordBatch, key_at, to_milliseconds
-from fedgfe_store.schema import Schema, TensorColumn
-from fedgfe_store.storage.digests import conformed
 
 
 def checked(
@@ -34,7 +33,7 @@ def checked(
     notes: Mapping[str, Any],
     tensors: Mapping[str, Any],
 ) -> RecordBatch:
-    """Return the records given by `keys`, `notes` and `tensors` if they fit `schema`.
+    """Return the records given by `keys`, `notes` and `tensors`, for `conformed` to look into.
 
     Parameters
     ----------
@@ -65,23 +64,23 @@ def checked(
             f"expected the tensor columns {', '.join(schema.columns)}, got also "
             f"{', '.join(sorted(unknown))}"
         )
-    columns = checked_columns(keys, notes, n)
     given = {name: array for name, array in arrays.items() if array is not None}
-    return conformed(RecordBatch(columns, given), schema)
+    return RecordBatch(_columns(keys, notes, n), given)
 
 
 def checked_columns(
     keys: Mapping[str, Any], notes: Mapping[str, Any], n: int
 ) -> dict[str, np.ndarray]:
-    """Return keys and notes of `n` records from what a caller gave, as in `checked`."""
-    columns = checked_keys(keys, n)
-
-    def record(position: int) -> str:
-        return named(key_at(columns, position))
-
-    columns |= checked_notes(notes, n, record)
-    check_entry(columns, record)
+    """Return keys and notes of `n` records from what a caller gave, all that there is to check."""
+    columns = _columns(keys, notes, n)
+    check_entry(columns, lambda position: named(key_at(columns, position)))
     return columns
+
+
+def _columns(keys: Mapping[str, Any], notes: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+    columns = checked_keys(keys, n)
+    notes_of = _checked_notes(notes, n, lambda position: named(key_at(columns, position)))
+    return columns | notes_of
 
 
 def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
@@ -100,11 +99,7 @@ def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
     }
 
 
-def checked_notes(
-    notes: Mapping[str, Any], n: int, record: Record | None = None
-) -> dict[str, np.ndarray]:
-    """Return `NOTE_COLUMNS` of `n` records from what a caller gave, as in `checked`."""
-    record = record or _numbered(n)
+def _checked_notes(notes: Mapping[str, Any], n: int, record: Record) -> dict[str, np.ndarray]:
     columns = {}
     for name in ("sample_id", "file_id", "image_filename", "audio_path"):
         values = ["" if v is None else v for v in _spread(name, notes.get(name), n)]

@@ -39,6 +39,8 @@ def encode(column: KeyColumn, values: np.ndarray) -> EncodedChunk:
     """Return the file that holds `values`, up to a chunk of them, and fill values behind."""
     packed = _packed(column, values)
     padded = packed + column.padding * (KEY_CHUNK - len(values))
+    # Zarr's edge chunks are whole. The digest covers the values alone: it can be asked for of a
+    # chunk that has grown since, so that readers of an older commit find it there.
     if column.data_type == "string":
         padded = _COUNT.pack(KEY_CHUNK) + padded[_COUNT.size :]
     compressed: bytes = Zstd(level=ZSTD_LEVEL).encode(padded)

@@ -10,6 +10,8 @@ import numpy as np
 
 from fedgfe_store.schema import FORMAT_VERSION, Schema, TensorColumn
 
+# Smaller chunks make more files and slower queries of all records, larger ones slower appends:
+# docs/performance.md, "Key columns".
 KEY_CHUNK = 16384
 """Rows per chunk of a key column."""
 
@@ -18,6 +20,8 @@ DIGEST_DIGITS = 16
 
 _CRC32C = {"name": "crc32c"}
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+# lz4 is all but as small as zstd, and faster; the bit shuffle brings the zero bits of rounded
+# values together: docs/performance.md, "Codec".
 _BLOSC = {
     "name": "blosc",
     "configuration": {

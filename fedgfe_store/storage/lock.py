@@ -24,7 +24,9 @@ T = TypeVar("T")
 
 _PATIENCE = 1.0
 """Seconds of waiting for another writer that go without saying."""
+# flock and lockf wait for ever or not at all, and what waits for ever cannot be given up.
 _PAUSE = 0.05
+"""Seconds between two tries."""
 NOT_OFFERED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 """What a system answers that has no locks: none of this kind, no room for one, or none here."""
 HELD = {errno.EACCES, errno.EAGAIN}

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgfe_store.common.entry import FIRST_ENTRY, LAST_ENTRY
 from fedgfe_store.common.words import counted
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import EARLIEST, KEY_COLUMNS, LATEST, NOTE_COLUMNS, key_at
 from fedgfe_store.storage import key_files
-from fedgfe_store.storage.digests import row_digests
+from fedgfe_store.storage.checksums import row_digests
+from fedgfe_store.storage.entry import FIRST_ENTRY, LAST_ENTRY
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.snapshot import Snapshot
 

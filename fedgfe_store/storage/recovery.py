@@ -36,6 +36,7 @@ def recover(path: Path, group: Group, claim: Claim) -> int:
         first = (max(number for _, number in beyond) + 1) * group.schema.granule
     remove_temporary(path, group)
     clear(path, group, claim)
+    # Only now: until all is cleared, a claim that lies there tells who comes next to clear it.
     claim.forget_others()
     files.sync_folder(path)
     return first
@@ -51,9 +52,11 @@ def make_sure(path: Path, group: Group, claim: Claim) -> None:
     NotFoundError
         If the store has been removed.
     """
+    # Asked for apart: where the folder is gone, the fence would say that somebody came in between.
     if not (path / GROUP_FILE).exists():
         raise NotFoundError(f"{path}: the store is gone, while commit {claim.number} was written")
     claim.fence()
+    # Releases before format version 2 know no claims.
     if (path / GROUP_FILE).read_bytes() != group.raw:
         raise ConflictError(
             f"{path}: another writer came in between while commit {claim.number} was written; "

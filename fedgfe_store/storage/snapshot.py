@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
+from fedgfe_store.errors import (
+    DamagedDataError,
+    FedgfeStoreError,
+    NotFoundError,
+    SchemaMismatchError,
+)
 from fedgfe_store.records import (
     KEY_COLUMNS,
     NOTE_COLUMNS,
@@ -22,8 +27,7 @@ from fedgfe_store.records import (
 )
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage import key_files
-from fedgfe_store.storage.checksums import UnreadableError
-from fedgfe_store.storage.digests import digest, row_digests
+from fedgfe_store.storage.checksums import UnreadableError, digest, row_digests
 from fedgfe_store.storage.gather import gather
 from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import CommitPoint, Group
@@ -75,6 +79,20 @@ class Snapshot:
     def at(self, group: Group) -> Snapshot:
         """Return the same store as `group` published it, nothing read yet."""
         return Snapshot(self.path, group, root=self.root)
+
+    def refuse_past(self) -> None:
+        """Refuse a state that was asked for by its commit: nothing can be written onto it.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If it is one.
+        """
+        if self.as_of is not None:
+            raise SchemaMismatchError(
+                f"{self.path} was opened as of commit {self.commit}: "
+                f"open it without as_of to change it"
+            )
 
     @property
     def schema(self) -> Schema:
@@ -185,6 +203,8 @@ class Snapshot:
 
         Chunks of key columns that are known stay known, so that a long-lived writer reads none.
         """
+        # Committed chunks never change but for the last one, which grows, and for marks. To read
+        # them back would make each commit of a long run slower than the one before.
         new = self.at(group)
         tails = {name: self.group.rows(name) // KEY_CHUNK for name in rows}
         for (name, chunk), values in self._chunks.copy().items():
@@ -193,11 +213,13 @@ class Snapshot:
         for name, added in rows.items():
             start = self.group.rows(name)
             known = self._chunks.get((name, tails[name]))
+            # Its beginning was not read yet; it is when it is asked for, with what was added.
             if start % KEY_CHUNK and known is None:
                 continue
             values = added if known is None else np.concatenate([known, added])
             for chunk in range(-(-len(values) // KEY_CHUNK)):
                 new._chunks[name, tails[name] + chunk] = values[chunk * KEY_CHUNK :][:KEY_CHUNK]
+        # Who sees the old state shares these arrays: read anew, not marked in place.
         for chunk in np.unique(marked // KEY_CHUNK):
             new._chunks.pop(("deleted_in", int(chunk)), None)
         return new

@@ -51,6 +51,7 @@ class Staging:
         ConflictError
             If another writer took this one for dead.
         """
+        # Before the first rename: one that is interrupted may have taken place.
         self.placed = self.placed or bool(self._waiting)
         folders = list(self._waiting)
         for path, temporary in list(self._waiting.items()):
@@ -60,6 +61,7 @@ class Staging:
                 raise ConflictError(
                     f"{path}: another writer came in between, which took this one for dead"
                 ) from None
+            # What has its place is no longer this one's to remove: `recovery.clear` undoes it.
             del self._waiting[path]
         files.sync_folders(folders)
 

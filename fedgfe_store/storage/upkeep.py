@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import FORMAT_VERSION
 from fedgfe_store.storage.commit import CommitKind, Transaction
 from fedgfe_store.storage.compact import Compaction, compact
@@ -30,8 +29,7 @@ LOCK_TIMEOUT = 600.0
 class Upkeep:
     """A store as its files are kept, whatever its records mean."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
+    _snapshot: Snapshot
 
     @property
     def path(self) -> Path:
@@ -118,7 +116,7 @@ class Upkeep:
         """
         from fedgfe_store.storage.backup import back_up
 
-        self._refuse_past()
+        self._snapshot.refuse_past()
         return back_up(self._snapshot, Path(target), timeout=timeout, progress=progress)
 
     def upgrade(self, *, timeout: float = LOCK_TIMEOUT) -> bool:
@@ -180,15 +178,8 @@ class Upkeep:
         return done
 
     def _transaction(self, timeout: float) -> Transaction:
-        self._refuse_past()
+        self._snapshot.refuse_past()
         return Transaction(self._snapshot, timeout=timeout)
-
-    def _refuse_past(self) -> None:
-        if self._snapshot.as_of is not None:
-            raise SchemaMismatchError(
-                f"{self.path} was opened as of commit {self.commit}: "
-                f"open it without as_of to change it"
-            )
 
     def history(self) -> pd.DataFrame:
         """Return one row per commit.

@@ -18,6 +18,7 @@ PENDING = "pending"
 
 def put_pending(path: Path, *, token: str, commit: int) -> None:
     """Say in the store at `path` that `commit` is being written, and by whom."""
+    # Older releases look for it before they write, and clear what lies beyond the commit point.
     note = {
         "token": token,
         "commit": commit,

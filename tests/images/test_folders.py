@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings, fingerprint
+from fedgfe_store.images import folder as folder_module
 from fedgfe_store.images.arrange import arrange
 from fedgfe_store.images.folder import ImageFolder
 from fedgfe_store.images.gallery import make_gallery
@@ -245,3 +247,27 @@ def test_an_experiments_name_chooses_no_folder_outside(tmp_path: Path, name: str
         result = CliRunner().invoke(group, ["--store", str(store.path), *command])
         assert result.exit_code == 1, result.output
         assert "experiment: expected a name that can be a folder's" in result.stderr
+
+
+def test_a_sheet_lists_the_folder_once_and_reads_each_file_once(
+    store: EmbeddingStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: Counter[str] = Counter()
+
+    def counted(name: str) -> None:
+        function = getattr(folder_module, name)
+
+        def call(path: Path, *args: Any) -> Any:
+            looks[path.name] += 1
+            return function(path, *args)
+
+        monkeypatch.setattr(folder_module, name, call)
+
+    for name in ("png_names", "latest", "inspect_image"):
+        counted(name)
+    options = ["--input-dir", str(folder), "--output", str(tmp_path / "a.png"), "--round", "5"]
+    result = CliRunner().invoke(group, ["--store", str(store.path), "sheet", *options])
+    assert result.exit_code == 0, result.output
+    # The folder is listed, and its manifests are read, which name some of its files.
+    assert looks.pop(folder.name) == 2
+    assert set(looks.values()) <= {1}

@@ -689,7 +689,9 @@ def test_an_interruption_at_any_step_leaves_whole_blocks_and_nobody_waiting(
             flushed.append(begun[-1])
 
     for _ in strikes(
-        train, ("threads.py", "recorder.py", "block.py", "recording/writer.py"), every=37
+        train,
+        ("threads.py", "recorder.py", "block.py", "recording/writer.py", "pages.py"),
+        every=37,
     ):
         pass
     store.refresh()

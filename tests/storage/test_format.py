@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import google_crc32c
@@ -200,6 +202,42 @@ def test_other_peoples_attributes_and_arrays_are_kept(store):
     group = zarr.open_group(store.path, mode="r")
     assert group.attrs["note"] == "mine"
     assert zarr_values(zarr.open_array(store.path / "labels")).tolist() == [4, 5]
+
+
+def published(path: Path) -> str:
+    """What a store's zarr.json says, in its order, but for what differs by time and by chance."""
+    document = json.loads((path / "zarr.json").read_bytes())
+    ours = document["attributes"]["fedgfe_store"]
+    del ours["checksum"], ours["id"], ours["key_digests"]["commit_time"]
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_writer_that_stays_open_publishes_what_one_that_opens_anew_does(tmp_path, version):
+    here, there = tmp_path / "here.zarr", tmp_path / "there.zarr"
+    if version == 1:
+        shutil.copytree(DATA / "federation_v1.zarr", here)
+    else:
+        EmbeddingStore.create(here, SMALL)
+    zarr.open_group(here, mode="r+").attrs["note"] = "mine"
+    shutil.copytree(here, there)
+    stays = EmbeddingStore.open(here)
+    for number in range(3):
+        for writer in (stays, EmbeddingStore.open(there)):
+            given = values(3, schema=writer.schema)
+            with writer.append(node=0, round=900 + number) as batch:
+                batch.add(
+                    split="train",
+                    class_name=f"class {number}",
+                    index=range(3),
+                    file_id=["a", "b", "c"],
+                    timestamp=datetime(2026, 1, 2, tzinfo=UTC),
+                    **given,
+                )
+            writer.delete(round=900 + number, index=1)
+    assert "mine" in published(here)
+    assert published(here) == published(there)
+    assert EmbeddingStore.open(here).verify().sound
 
 
 WRITER = """

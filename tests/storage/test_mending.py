@@ -16,7 +16,7 @@ from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS
 from fedgfe_store.storage import key_files
-from fedgfe_store.storage.digests import row_digests
+from fedgfe_store.storage.checksums import row_digests
 from fedgfe_store.storage.layout import key_columns
 from fedgfe_store.storage.staging import Staging
 

@@ -14,6 +14,7 @@ from fedgfe_store.storage.files import naming, placing
 SIZE = 256
 """Longest side of a thumbnail in pixels; smaller images keep their size."""
 
+# A little above Pillow's own 80: thumbnails are looked at side by side.
 _QUALITY = 82
 
 

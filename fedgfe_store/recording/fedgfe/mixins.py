@@ -13,7 +13,7 @@ from fedgfe_store.names import STORE_NAME
 from fedgfe_store.recording.fedgfe.entries import EmbeddingBatch, is_empty
 from fedgfe_store.recording.fedgfe.settings import DEFAULT_DIR, RecordingSettings
 from fedgfe_store.recording.recorder import Missing, OnError, Recorder, RoundBatch
-from fedgfe_store.recording.runs import Run
+from fedgfe_store.recording.target import Run
 from fedgfe_store.schema import Metadata, Precision
 
 _log = logging.getLogger("fedgfe_store")

@@ -53,8 +53,7 @@ def added(store, **change) -> pd.DataFrame:
 def earlier_rules(monkeypatch):
     """Let in what earlier releases let in."""
     with monkeypatch.context() as patch:
-        patch.setattr("fedgfe_store.storage.incoming.check_entry", lambda columns, record: None)
-        patch.setattr("fedgfe_store.storage.digests.check_entry", lambda columns, record: None)
+        patch.setattr("fedgfe_store.storage.entry.check_entry", lambda columns, record: None)
         patch.setattr("fedgfe_store.storage.incoming.FIRST_ENTRY", -(2**63))
         patch.setattr("fedgfe_store.storage.incoming.LAST_ENTRY", 2**63 - 1)
         yield
