@@ -30,7 +30,7 @@ from fedgfe_store.checkpoints.reading import (
     own_shapes,
     read_checkpoint,
 )
-from fedgfe_store.checkpoints.report import FileReport, ImportReport, Tally
+from fedgfe_store.checkpoints.report import FileReport, ImportReport, Tally, headed, in_words
 from fedgfe_store.checkpoints.text_cache import read_text_cache
 from fedgfe_store.errors import (
     BusyError,
@@ -41,12 +41,13 @@ from fedgfe_store.errors import (
 )
 from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.schema import Precision, Schema
-from fedgfe_store.storage.append import IfExists
+from fedgfe_store.storage.append import AppendBatch, IfExists
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
 from fedgfe_store.store import EmbeddingStore
 
 _GROUP_BYTES = 32 << 20
+"""Tensors that are appended at once: many samples a call, in bounded memory."""
 
 _log = logging.getLogger("fedgfe_store")
 
@@ -125,18 +126,18 @@ def import_checkpoints(
     # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
     given = paths_of(paths)
     files = sorted(find_checkpoints(given, pattern=pattern), key=is_named_as_text_cache)
-    wishes = _Wishes(
-        audio,
-        precision,
-        if_exists,
-        dry_run,
-        new_only,
-        round_from,
-        fail_fast,
-        other_experiment,
-        timeout,
+    options = _Options(
+        audio=audio,
+        precision=precision,
+        if_exists=if_exists,
+        dry_run=dry_run,
+        new_only=new_only,
+        round_from=round_from,
+        fail_fast=fail_fast,
+        other_experiment=other_experiment,
+        timeout=timeout,
     )
-    target = _Target(Path(store_path), files, wishes)
+    target = _Target(Path(store_path), files, options)
     target.check_experiments()
     reports: list[FileReport] = []
     for path in files:
@@ -150,8 +151,8 @@ def import_checkpoints(
     return ImportReport(Path(store_path), tuple(reports), tuple(notes))
 
 
-@dataclass(frozen=True)
-class _Wishes:
+@dataclass(frozen=True, kw_only=True)
+class _Options:
     """The options of `import_checkpoints`."""
 
     audio: bool
@@ -168,15 +169,15 @@ class _Wishes:
 class _Target:
     """The store that files go into, made when the first good file is there."""
 
-    def __init__(self, path: Path, files: Iterable[Path], wishes: _Wishes) -> None:
-        self._path, self._files, self._wishes = path, files, wishes
+    def __init__(self, path: Path, files: Iterable[Path], options: _Options) -> None:
+        self._path, self._files, self._options = path, files, options
         self._ledger = Ledger(path)
         self._groups: set[tuple[str, int, str]] = set()
         self._store = _open_if_there(path)
         self._schema = self._store.schema if self._store is not None else None
         name = self._schema.metadata.experiment if self._schema is not None else None
         self._experiment = Experiment(path, name, self._ledger, new=self._store is None)
-        if wishes.audio and self._schema is not None and "audio" not in self._schema.columns:
+        if options.audio and self._schema is not None and "audio" not in self._schema.columns:
             raise SchemaMismatchError(
                 f"audio: expected a store with a column for it, got {path} with"
                 f" {self._schema.describe()}"
@@ -184,19 +185,20 @@ class _Target:
 
     def check_experiments(self) -> None:
         """Refuse files of another experiment, as far as one of each folder tells."""
-        if not self._wishes.other_experiment:
+        if not self._options.other_experiment:
             checkpoints = [path for path in self._files if not is_named_as_text_cache(path)]
-            self._experiment.check_folders(checkpoints, new_only=self._wishes.new_only)
+            self._experiment.check_folders(checkpoints, new_only=self._options.new_only)
 
     def take(self, path: Path) -> FileReport:
         """Import one file, or report why not."""
-        if not self._wishes.new_only:
+        if not self._options.new_only:
             return self._read(path)
         known = FileReport(path, known=True)
         if self._ledger.knows(path):
             _log.info("%s: known, not read again", path)
             return known
-        with self._ledger.turn(self._wishes.timeout):
+        with self._ledger.turn(self._options.timeout):
+            # Asked again: another process may have had its turn before.
             if self._ledger.knows(path):
                 _log.info("%s: imported by another process meanwhile", path)
                 return known
@@ -205,17 +207,18 @@ class _Target:
     def _read(self, path: Path) -> FileReport:
         report = FileReport(path, bytes=_size(path))
         try:
+            # Before the file is read: if it changes meanwhile, it is read again next time.
             content = content_digest(path)
             checkpoint = self._opened(path)
-            report = _headed(checkpoint)
+            report = headed(checkpoint)
             checkpoint.verify()
             report = self._import(checkpoint, report)
-            if self._store is not None and not self._wishes.dry_run:
+            if self._store is not None and not self._options.dry_run:
                 node, number = checkpoint.node, checkpoint.round
                 self._ledger.add(path, content, node=node, round=number)
-            _log.info("%s: %s", path, _in_words(report))
+            _log.info("%s: %s", path, in_words(report))
             return report
-        except BusyError:
+        except BusyError:  # every other file would wait as long
             raise
         except (FedgfeStoreError, OSError) as error:
             reason = str(error).removeprefix(f"{path}: ")
@@ -225,7 +228,7 @@ class _Target:
     def _opened(self, path: Path) -> Checkpoint:
         if not is_named_as_text_cache(path):
             return read_checkpoint(
-                path, audio=self._wishes.audio, round_from=self._wishes.round_from
+                path, audio=self._options.audio, round_from=self._options.round_from
             )
         if self._schema is None:
             return read_text_cache(path)
@@ -233,49 +236,66 @@ class _Target:
         return read_text_cache(path, kind=self._schema.kind, classes=known)
 
     def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
-        if not self._wishes.other_experiment and checkpoint.node != TEXT_NODE:
+        if not self._options.other_experiment and checkpoint.node != TEXT_NODE:
             self._experiment.check(checkpoint)
         schema = self._schema
         if schema is None and own_shapes(checkpoint):
             schema = self._new_schema(checkpoint)
         if schema is None:
-            tally = Tally(None, None, fail_fast=self._wishes.fail_fast)
+            tally = Tally(None, None, fail_fast=self._options.fail_fast)
             for _ in tally.watch(checkpoint.read()):
                 pass
             return tally.on(report)
-        if not self._wishes.dry_run:
+        if not self._options.dry_run:
             schema = self._made(schema).schema
         check_fit(checkpoint, schema)
-        deleted = None
-        if self._wishes.new_only and self._store is not None:
-            snapshot = Snapshot.latest(self._path)
-            deleted = DeletedRecords(snapshot, checkpoint.node, checkpoint.round)
-        tally = Tally(schema, deleted, fail_fast=self._wishes.fail_fast)
+        return self._take_samples(checkpoint, schema, report)
+
+    def _take_samples(
+        self, checkpoint: Checkpoint, schema: Schema, report: FileReport
+    ) -> FileReport:
+        tally = Tally(schema, self._deleted(checkpoint), fail_fast=self._options.fail_fast)
         identities = Identities(checkpoint.node, checkpoint.round)
         samples = identities.watch(tally.watch(checkpoint.read(schema.columns)))
-        if self._store is None or self._wishes.dry_run:
+        if self._store is None or self._options.dry_run:
             self._schema = schema
-            records = sum(1 for _ in samples)
-            return tally.on(replace(report, records=records))
+            return tally.on(replace(report, records=sum(1 for _ in samples)))
+        batch = self._append(self._store, checkpoint, samples, tally)
+        self._schema = self._store.schema  # with the classes that the file brought
+        report = replace(
+            report,
+            records=batch.added,
+            replaced=batch.replaced,
+            removed=batch.removed,
+            unchanged=batch.skipped,
+            notes=(*report.notes, *identities.notes(self._store)),
+        )
+        return tally.on(report)
+
+    def _deleted(self, checkpoint: Checkpoint) -> DeletedRecords | None:
+        if not self._options.new_only or self._store is None:
+            return None
+        # Not as this import has seen the store: somebody may have deleted records meanwhile.
+        snapshot = Snapshot.latest(self._path)
+        return DeletedRecords(snapshot, checkpoint.node, checkpoint.round)
+
+    def _append(
+        self, store: EmbeddingStore, checkpoint: Checkpoint, samples: Iterable[Entry], tally: Tally
+    ) -> AppendBatch:
         moment = checkpoint.timestamp or _changed(checkpoint.path)
-        with self._store.append(
+        with store.append(
             node=checkpoint.node,
             round=checkpoint.round,
-            if_exists=self._wishes.if_exists,
-            timeout=self._wishes.timeout,
+            if_exists=self._options.if_exists,
+            timeout=self._options.timeout,
             source=_source(checkpoint.path),
         ) as batch:
             for group in _groups(samples):
-                batch.add(timestamp=moment, **_columns(group, old=self._store.id is None))
-            if self._wishes.if_exists == "replace" and checkpoint.node != TEXT_NODE:
+                batch.add(timestamp=moment, **_columns(group, old=store.id is None))
+            if self._options.if_exists == "replace" and checkpoint.node != TEXT_NODE:
                 for split in self._begun(checkpoint, tally.splits):
                     batch.supersede(node=checkpoint.node, round=checkpoint.round, split=split)
-        self._schema = self._store.schema  # with the classes that the file brought
-        report = replace(
-            report, records=batch.added, replaced=batch.replaced, removed=batch.removed
-        )
-        report = replace(report, notes=(*report.notes, *identities.notes(self._store)))
-        return tally.on(replace(report, unchanged=batch.skipped))
+        return batch
 
     def _begun(self, checkpoint: Checkpoint, splits: Iterable[str]) -> Iterator[str]:
         """Yield the splits of which this is the first file; another one adds to it."""
@@ -287,15 +307,15 @@ class _Target:
 
     def _new_schema(self, checkpoint: Checkpoint) -> Schema:
         audio = None
-        if self._wishes.audio:  # the first file need not be one that has audio
+        if self._options.audio:  # the first file need not be one that has audio
             audio = next(filter(None, map(_audio_in, [checkpoint.path, *self._files])), None)
-        return schema_with_audio(checkpoint, audio, self._wishes.precision)
+        return schema_with_audio(checkpoint, audio, self._options.precision)
 
     def _made(self, schema: Schema) -> EmbeddingStore:
         if self._store is None:
             try:
                 self._store = EmbeddingStore.create(
-                    self._path, schema, timeout=self._wishes.timeout
+                    self._path, schema, timeout=self._options.timeout
                 )
             except ConflictError:  # another import made it meanwhile
                 self._store = EmbeddingStore.open(self._path)
@@ -367,21 +387,3 @@ def _columns(group: list[Entry], *, old: bool) -> dict[str, Any]:
         given = tensors[0] is not None
         columns[name] = np.stack([t.numpy() for t in tensors]) if given else None
     return columns
-
-
-def _headed(checkpoint: Checkpoint) -> FileReport:
-    return FileReport(
-        checkpoint.path,
-        checkpoint.node,
-        checkpoint.round,
-        notes=checkpoint.notes,
-        bytes=checkpoint.nbytes,
-    )
-
-
-def _in_words(report: FileReport) -> str:
-    return (
-        f"node {report.node}, round {report.round}: {report.records} new records,"
-        f" {report.replaced} replaced, {report.unchanged} unchanged,"
-        f" {sum(report.skipped.values())} skipped"
-    )

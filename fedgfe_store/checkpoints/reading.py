@@ -29,6 +29,7 @@ from fedgfe_store.schema import Kind
 from fedgfe_store.shapes import Shape, as_tensor
 
 _WINDOW_BYTES = 128 << 20
+"""Values that are read before a file is mapped anew: pages of a mapping stay until it goes."""
 Shapes = dict[str, Shape]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fedgfe_store.checkpoints.deleted import DeletedRecords
 from fedgfe_store.checkpoints.entries import Skipped
-from fedgfe_store.checkpoints.reading import Entry
+from fedgfe_store.checkpoints.reading import Checkpoint, Entry
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema
 
@@ -173,3 +173,23 @@ class Tally:
 def _beyond_bfloat16(entry: Entry) -> bool:
     tensors = (entry.t5, entry.clip, entry.audio)
     return any(t is not None and np.abs(t.numpy()).max() > _LARGEST_BFLOAT16 for t in tensors)
+
+
+def headed(checkpoint: Checkpoint) -> FileReport:
+    """Return the report on a file of which the samples are still to be read."""
+    return FileReport(
+        checkpoint.path,
+        checkpoint.node,
+        checkpoint.round,
+        notes=checkpoint.notes,
+        bytes=checkpoint.nbytes,
+    )
+
+
+def in_words(report: FileReport) -> str:
+    """Return a report as a line of the log."""
+    return (
+        f"node {report.node}, round {report.round}: {report.records} new records,"
+        f" {report.replaced} replaced, {report.unchanged} unchanged,"
+        f" {sum(report.skipped.values())} skipped"
+    )

@@ -30,7 +30,9 @@ _BLOCK = 1 << 20
 _LARGEST_PICKLE = 1 << 30
 """Bytes of a pickle, tensors apart, that are read: 176,000 entries take some 100 MB."""
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+"""How the older format begins: ``MAGIC_NUMBER`` and ``PROTOCOL_VERSION`` of torch.serialization."""
 _LOCAL_HEADER = 30
+"""Bytes before a zip member's name; the last four are the lengths of the name and what follows."""
 _BAD_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
@@ -160,6 +162,7 @@ def load(source: Source) -> Loaded:
         with path.open("rb") as file:
             if _stamp(path) != source.stamp:
                 raise DamagedDataError(f"{path}: changed while it was being read")
+            # torch takes writable memory only; a copy on write leaves the file alone.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             return _Zip(file, mapped).load() if source.zipped else _load_older(mapped)
     except FedgfeStoreError:
