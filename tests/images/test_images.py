@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import finished, started
 
-from fedgfe_store.images.png import inspect_image, read_provenance, remove_stale_temps, write_png
+from fedgfe_store.images.png import (
+    inspect_image,
+    read_provenance,
+    remove_stale_temps,
+    write_png,
+    writer_is_gone,
+    writer_token,
+)
 from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordKey
 
@@ -204,6 +211,16 @@ def test_a_killed_writer_leaves_only_a_temp_file_that_goes_next_time(tmp_path: P
     assert len(os.listdir(tmp_path)) == 1
     assert remove_stale_temps(tmp_path) == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_a_process_of_another_user_lives_also_where_proc_does_not_show_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)  # and nothing of that number is in /proc
+    assert not writer_is_gone(writer_token(), 2**30)
 
 
 def test_temp_files_of_other_machines_go_when_they_are_old(
