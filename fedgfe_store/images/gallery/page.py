@@ -56,7 +56,9 @@ def render_page(
 
 def _template() -> Template:
     """Return the page with its places: what is put there is escaped."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
     # Facts keep their order, which the page shows them in.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
     return environment.from_string(_asset("page.html"))
