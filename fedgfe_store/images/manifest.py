@@ -1,4 +1,4 @@
-"""The lists of the images in a folder: JSON lines, in one file for each shard."""
+"""The lists of the images in a folder: JSON lines, in one file for each part."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Manifest:
     """Appends lines to a folder's manifest; threads and processes may append at once.
 
     Each line goes out in one write in append mode, so that lines of several writers do not mix.
-    Network disks do not promise that between machines, so each shard has a file of its own.
+    Network disks do not promise that between machines, so each part has a file of its own.
 
     Parameters
     ----------
@@ -282,7 +282,7 @@ def shard_count(folder: Path) -> int | None:
     Returns
     -------
     int or None
-        None without a manifest of a shard.
+        None without a manifest of a part.
     """
     found = [
         (path.stat().st_mtime_ns, match)
