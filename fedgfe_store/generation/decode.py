@@ -1,4 +1,4 @@
-"""Decoding latents to pictures within the memory there is, and handing them to the writer."""
+"""Decoding latents to images within the memory there is, and handing them to the writer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.provenance import Provenance
-from fedgfe_store.generation.write import PictureWriter, Tally
+from fedgfe_store.generation.write import ImageWriter, Tally
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
 from fedgfe_store.models.model import ImagePipeline
 from fedgfe_store.models.placement import Picture
 
 NO_MEMORY = "there is not enough memory"
-"""Why a run gives up for which even one picture is too much."""
+"""Why a run gives up for which even one image is too much."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Decoder:
         What is rendered.
     pipeline : ImagePipeline
         The model.
-    writer : PictureWriter
-        Gets the pictures.
+    writer : ImageWriter
+        Gets the images.
     tally : Tally
         Hears of images that fail.
     report : callable
@@ -53,7 +53,7 @@ class Decoder:
         self,
         run: Run,
         pipeline: ImagePipeline,
-        writer: PictureWriter,
+        writer: ImageWriter,
         tally: Tally,
         *,
         report: Report,
@@ -68,7 +68,7 @@ class Decoder:
         """Why decoding on would be of no use; None if there is no such reason."""
 
     def decode(self, denoised: Denoised) -> None:
-        """Decode latents in as large slices as fit, and hand the pictures to the writer."""
+        """Decode latents in as large slices as fit, and hand the images to the writer."""
         start = 0
         while start < len(denoised.items) and not (self.gave_up or self._writer.gave_up):
             rows, started = slice(start, start + self._largest), time.perf_counter()

@@ -17,7 +17,7 @@ from fedgfe_store.generation.plan import PlanItem, shortage
 from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.read import Batch, read_batches
 from fedgfe_store.generation.stopping import Stop, Stopped
-from fedgfe_store.generation.write import PictureWriter, Tally
+from fedgfe_store.generation.write import ImageWriter, Tally
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
 from fedgfe_store.models.model import ImagePipeline
 from fedgfe_store.readers.torch import prefetch
@@ -62,8 +62,8 @@ class Renderer:
         What to render.
     pipeline : ImagePipeline
         The model.
-    writer : PictureWriter
-        Gets the pictures.
+    writer : ImageWriter
+        Gets the images.
     tally : Tally
         Hears of images that fail, and of those that others make.
     stop : Stop
@@ -76,7 +76,7 @@ class Renderer:
         self,
         run: Run,
         pipeline: ImagePipeline,
-        writer: PictureWriter,
+        writer: ImageWriter,
         tally: Tally,
         *,
         stop: Stop,

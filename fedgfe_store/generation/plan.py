@@ -51,7 +51,7 @@ class PlanItem:
     seed : int
         Seed of its noise.
     digests : dict
-        Digest of each of the record's tensors that the picture depends on, 16 hex digits.
+        Digest of each of the record's tensors that the image depends on, 16 hex digits.
     status : {"done", "missing", "stale"}
         ``"stale"`` is a sound image of another embedding, of other settings, or not ours.
     reason : str

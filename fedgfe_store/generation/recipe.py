@@ -1,4 +1,4 @@
-"""Making a picture again from what it says about itself."""
+"""Making an image again from what it says about itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
 
 AGAIN_FOLDER = "again"
-"""Where a picture that is made again goes unless told otherwise: a folder beside the first one."""
+"""Where an image that is made again goes unless told otherwise: a folder beside the first one."""
 
 _AS_THEY_ARE = ("steps", "guidance", "height", "width", "seed", "dtype")
 """Settings that are asked for by the same name, and with the same values."""
@@ -45,12 +45,12 @@ _NEEDED_SETTINGS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Record, settings and place of a picture, as its own metadata has them.
+    """Record, settings and place of an image, as its own metadata has them.
 
     Parameters
     ----------
     path : Path
-        The picture.
+        The image.
     key : RecordKey
         Its record.
     number : int
@@ -66,7 +66,7 @@ class Recipe:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a picture's metadata.
+        """Read an image's metadata.
 
         Raises
         ------
@@ -116,7 +116,7 @@ class Recipe:
     def find(
         self, stores: Sequence[Path], *, report: Report, as_of: int | None = None
     ) -> Selection:
-        """Find the record in the first store that has what the picture was made from.
+        """Find the record in the first store that has what the image was made from.
 
         Parameters
         ----------
@@ -189,19 +189,19 @@ class Recipe:
         return record_digests(selection, digests)[0] == digests
 
     def with_its_noise(self, run: Run) -> Run:
-        """Return a run with the picture's own seed: its record's ``file_id`` may have changed."""
+        """Return a run with the image's own seed: its record's ``file_id`` may have changed."""
         facts = self.provenance
         own = {"seed": facts["seed"], "file_id": facts.get("file_id", "")}
         items = tuple(replace(item, **own) for item in run.plan.items)
         return replace(run, plan=replace(run.plan, items=items))
 
     def check(self, run: Run) -> None:
-        """Make sure that a run has the picture's settings and takes no picture's place unasked.
+        """Make sure that a run has the image's settings and takes no image's place unasked.
 
         Raises
         ------
         ConflictError
-            What differs, such as the model's revision, or which picture would be lost.
+            What differs, such as the model's revision, or which image would be lost.
         """
         settings = run.plan.settings
         if fingerprint(settings) != self.provenance["fingerprint"]:
@@ -221,6 +221,6 @@ class Recipe:
 
 
 def _unfit(facts: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> list[str]:
-    """Name the facts that are missing, or of another type than their picture would give them."""
+    """Name the facts that are missing, or of another type than their image would give them."""
     absent = object()
     return [name for name, kind in kinds.items() if not isinstance(facts.get(name, absent), kind)]

@@ -15,7 +15,7 @@ from fedgfe_store.generation.plan import Plan, PlanItem
 from fedgfe_store.generation.prepare import Report, Run, log_remark, prepare
 from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.stopping import Stop, Stopped
-from fedgfe_store.generation.write import Failure, PictureWriter, Progress, Tally
+from fedgfe_store.generation.write import Failure, ImageWriter, Progress, Tally
 from fedgfe_store.images.manifest import (
     Manifest,
     fruitless_stops,
@@ -113,7 +113,7 @@ def generate(
     Returns
     -------
     GenerationReport
-        The plan and what became of it. Records whose embeddings are damaged, whose pictures are
+        The plan and what became of it. Records whose embeddings are damaged, whose images are
         not finite or cannot be written fail alone and are listed there.
 
     Raises
@@ -191,7 +191,7 @@ def render(
             claims.release(item.path.name)
 
         tally = Tally(progress or (lambda _: None), settle)
-        with PictureWriter(manifest, tally) as writer:
+        with ImageWriter(manifest, tally) as writer:
             renderer = Renderer(run, pipeline, writer, tally, stop=stop, report=report)
             renderer.run(claims)
     if renderer.gave_up:
@@ -282,7 +282,7 @@ def _complete_manifest(run: Run, report: Report) -> None:
                 found = item.path.stat()
                 facts = {"bytes": found.st_size, "created": timestamp(found.st_mtime)}
                 manifest.append({"file": item.path.name, **provenance, **facts})
-    except OSError as error:  # the pictures say the same of themselves
+    except OSError as error:  # the images say the same of themselves
         report(f"the manifest of {folder} is not completed: {error}")
 
 

@@ -1,4 +1,4 @@
-"""What decides a picture besides its record: settings, their fingerprint, and seeds."""
+"""What decides an image besides its record: settings, their fingerprint, and seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedgfe_store.records import RecordKey
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the record that a picture depends on.
+    """Everything but the record that an image depends on.
 
     Batch size, offload, device and library versions are left out on purpose: they move pixels by
     rounding at most, and a run may go on under others.
@@ -32,7 +32,7 @@ class Settings:
     guidance : float or None
         Guidance scale; None for a model that takes none.
     height, width : int
-        Size of the picture in pixels.
+        Size of the image in pixels.
     seed : int
         Base seed; each image's own seed follows from it, see `seed_of`.
     pool : str or None

@@ -1,4 +1,4 @@
-"""Writing pictures beside the device's work, and keeping count of what became of each image."""
+"""Writing images beside the device's work, and keeping count of what became of each image."""
 
 from __future__ import annotations
 
@@ -90,16 +90,16 @@ class Tally:
         return tuple(Failure(i.key, i.number, reason) for i, reason in self.failed.items())
 
 
-class PictureWriter:
-    """Encodes and writes pictures in a few threads, with a bounded number waiting.
+class ImageWriter:
+    """Encodes and writes images in a few threads, with a bounded number waiting.
 
-    A picture that cannot be written fails alone. After three in a row, as on a full disk, the
+    An image that cannot be written fails alone. After three in a row, as on a full disk, the
     writer has `gave_up`: rendering on would only cost hours.
 
     Parameters
     ----------
     manifest : Manifest
-        Gets a line for each picture.
+        Gets a line for each image.
     tally : Tally
         Hears what became of each; only from the thread that calls.
     """
@@ -112,24 +112,24 @@ class PictureWriter:
 
     @property
     def gave_up(self) -> bool:
-        """Whether the latest pictures could not be written."""
+        """Whether the latest images could not be written."""
         return self._failed_in_a_row >= _FAILURES_TO_GIVE_UP
 
     def submit(
         self,
         item: PlanItem,
-        picture: NDArray[np.uint8],
+        pixels: NDArray[np.uint8],
         provenance: Mapping[str, Any],
         *,
         seconds: float,
     ) -> None:
-        """Write a picture soon; waits while too many others do.
+        """Write an image soon; waits while too many others do.
 
         Parameters
         ----------
         item : PlanItem
             The image.
-        picture : ndarray
+        pixels : ndarray
             uint8 ``[height, width, 3]``.
         provenance : mapping
             What the file says about itself.
@@ -138,23 +138,23 @@ class PictureWriter:
         """
         self._settle(_WAITING_PICTURES - 1)
         self._waiting.append(
-            (item, self._pool.submit(self._write, item, picture, provenance, seconds))
+            (item, self._pool.submit(self._write, item, pixels, provenance, seconds))
         )
 
     def _write(
         self,
         item: PlanItem,
-        picture: NDArray[np.uint8],
+        pixels: NDArray[np.uint8],
         provenance: Mapping[str, Any],
         seconds: float,
     ) -> None:
-        size = write_png(item.path, picture, provenance)
+        size = write_png(item.path, pixels, provenance)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"bytes": size, "seconds": round(seconds, 4), "created": created}
         self._manifest.append({"file": item.path.name, **provenance, **facts})
 
     def _settle(self, leave: int) -> None:
-        """Count the oldest pictures that are written, and wait until at most `leave` are not."""
+        """Count the oldest images that are written, and wait until at most `leave` are not."""
         while self._waiting and (len(self._waiting) > leave or self._waiting[0][1].done()):
             item, future = self._waiting.popleft()
             try:

@@ -1,4 +1,4 @@
-"""The lists of the images in a folder: JSON lines, in one file for each part of a run."""
+"""The lists of the images in a folder: JSON lines, in one file for each part."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 
 def shard_count(folder: Path) -> int | None:
-    """Give the number of parts of the latest run that was split.
+    """Give the number of shards of the latest run that was split.
 
     Parameters
     ----------

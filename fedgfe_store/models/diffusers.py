@@ -182,14 +182,14 @@ class DiffusersImages(ABC):
         latents : torch.Tensor
             As `denoise` returns them, or some rows of it.
         settings : Sampling
-            Size of the pictures.
+            Size of the images.
         tiled : bool
             Decode tile by tile, which takes less memory and changes pixels.
 
         Returns
         -------
         list of ndarray or None
-            uint8 ``[height, width, 3]``; None for a picture with NaN or infinity.
+            uint8 ``[height, width, 3]``; None for an image with NaN or infinity.
         """
         with naming(f"model {self.model.folder} cannot decode"):
             if self._swap:
@@ -230,7 +230,7 @@ def _compiling() -> Iterator[None]:
 
 @contextmanager
 def _tiling(vae: Any, latents: torch.Tensor) -> Iterator[None]:
-    """Decode in tiles of half the picture: by itself a decoder splits larger ones only."""
+    """Decode in tiles of half the image: by itself a decoder splits larger ones only."""
     before = vae.tile_latent_min_size, vae.tile_sample_min_size
     side = max(4, min(before[0], min(latents.shape[-2:]) // 2))
     vae.tile_latent_min_size = side

@@ -21,7 +21,7 @@ _BLOCKS_ON_DEVICE = 3
 _LAYERS_PER_BLOCK = 3
 _MEGAPIXEL = 1024**2
 _LARGEST_BATCH = 8
-# On a GPU whose memory is known to be enough, batches pay up to four large pictures.
+# On a GPU whose memory is known to be enough, batches pay up to four large images.
 _MEGAPIXELS_ON_GPU = 4
 
 
@@ -66,7 +66,7 @@ def estimate_footprint(
     width: int,
     weight_share: float = 1.0,
 ) -> Footprint:
-    """Estimate a run's device memory from its weight files and the size of its pictures.
+    """Estimate a run's device memory from its weight files and the size of its images.
 
     Parameters
     ----------

@@ -272,5 +272,5 @@ class ImagePipeline(Protocol):
     def decode(
         self, latents: torch.Tensor, settings: Sampling, *, tiled: bool
     ) -> list[Picture | None]:
-        """Turn denoised latents into pictures; None for one with values that are not finite."""
+        """Turn denoised latents into images; None for one with values that are not finite."""
         ...

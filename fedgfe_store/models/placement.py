@@ -21,7 +21,7 @@ Quantization = Literal["nf4", "fp8"]
 """How the denoising network's weights are kept, if not in the dtype that it computes in."""
 
 Picture: TypeAlias = "NDArray[np.uint8]"
-"""A picture, uint8 ``[height, width, 3]``."""
+"""An image, uint8 ``[height, width, 3]``."""
 
 
 def possible_offloads(compiled: bool, quantization: str | None) -> tuple[Offload, ...]:
