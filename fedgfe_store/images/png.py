@@ -18,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from fedgfe_store.storage.claim_files import is_gone
 from fedgfe_store.storage.files import flushed, placing
 
 FileState = Literal["ours", "foreign", "damaged"]
@@ -159,16 +160,7 @@ def _is_old(path: Path) -> bool:
 
 def writer_is_gone(token: str, pid: int) -> bool:
     """Whether a process is known to run no more: one of this machine, by its `writer_token`."""
-    if token != writer_token() or os.name != "posix":
-        return False
-    # Not psutil, which also asks /proc: with hidepid that shows no processes of other users.
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return token == writer_token() and os.name == "posix" and is_gone(pid)
 
 
 @cache

@@ -54,7 +54,9 @@ class Owner:
         """Return this process, under a new token."""
         since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
         pid = os.getpid()
-        return cls(uuid.uuid4().hex, pid, started_at(pid), machine(), socket.gethostname(), since)
+        started = started_at(pid)
+        begun = -1.0 if started is None else started
+        return cls(uuid.uuid4().hex, pid, begun, machine(), socket.gethostname(), since)
 
     @classmethod
     def of(cls, file: Path) -> Owner | None:
@@ -74,11 +76,12 @@ class Owner:
         if self.pid == os.getpid():
             return self.token not in held
         # The system counts a process's start in ticks since a boot time that it may correct.
-        return abs(started_at(self.pid) - self.started) > 2
+        started = started_at(self.pid)
+        return is_gone(self.pid) if started is None else abs(started - self.started) > 2
 
 
-def started_at(pid: int) -> float:
-    """Return when the process `pid` was started, seconds since 1970; -1 where none runs."""
+def started_at(pid: int) -> float | None:
+    """Return when `pid` was started, seconds since 1970; -1 where it has ended, None unseen."""
     import psutil
 
     # A number that was given to another process since is told by the time of its start; one that
@@ -87,7 +90,19 @@ def started_at(pid: int) -> float:
         process = psutil.Process(pid)
         return -1.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
     except psutil.NoSuchProcess:
-        return -1.0
+        return None
+
+
+def is_gone(pid: int) -> bool:
+    """Whether no process of this machine has the number `pid`."""
+    # Not psutil, which also asks /proc: with hidepid that shows no processes of other users.
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):  # no number of a process, as in a stranger's name
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 @cache

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +353,17 @@ def test_half_a_claim_keeps_nobody_waiting(store, monkeypatch):
     assert not list(store.path.glob("claim.*"))
     fill(store, node=0, round=1)
     check_sound(store.path, 6)
+
+
+def test_a_process_of_another_user_that_the_system_hides_is_not_taken_for_dead(
+    tmp_path, monkeypatch
+):
+    here = claim_files.Owner.this()
+    other = replace(here, pid=2**30, token="other")
+    assert other.dead
+
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)  # and nothing of that number is in /proc
+    assert not other.dead
