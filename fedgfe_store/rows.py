@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -22,25 +23,19 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-class Rows:
-    """Records of a store, in a fixed order, as one commit shows them.
+class Rows(ABC):
+    """Records of a store, in a fixed order, as one commit shows them; `Selection` says which."""
 
-    Parameters
-    ----------
-    snapshot : Snapshot
-        The store at that commit.
-    rows : ndarray of int64, shape [n]
-        Row numbers of the records in the store's arrays.
-    """
-
-    def __init__(self, snapshot: Snapshot, rows: np.ndarray) -> None:
-        self._snapshot = snapshot
-        self._given = rows
+    _snapshot: Snapshot
 
     @property
+    @abstractmethod
     def rows(self) -> np.ndarray:
         """Row numbers of the records in the store's arrays, int64 ``[n]``."""
-        return self._given
+
+    @abstractmethod
+    def _with(self, rows: np.ndarray) -> Self:
+        """Return the records in these rows."""
 
     @property
     def path(self) -> Path:
@@ -183,9 +178,6 @@ class Rows:
             If it is none of these, such as a mask of another length, or fractions.
         """
         return self._with(self._rows_at(positions))
-
-    def _with(self, rows: np.ndarray) -> Self:
-        return type(self)(self._snapshot, rows)
 
     def _rows_at(self, positions: Any) -> np.ndarray:
         rows = self.rows
