@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from fedgfe_store.checkpoints import entries
 from fedgfe_store.checkpoints.entries import Slot, survey
-from fedgfe_store.common.plain import Placeholder, Unusable, brief, mapping, plain, whole
+from fedgfe_store.common.plain import Placeholder, Unusable, brief, mapping, plain, what, whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import SERVER
 from fedgfe_store.schema import Kind
@@ -30,16 +30,16 @@ def embeddings(content: Any, path: Path) -> list[Any]:
     top = mapping(content)
     if top is not None and isinstance(top.get("embeddings"), (list, tuple)):
         return list(top["embeddings"])
-    what = str(content) if isinstance(content, Placeholder) else f"a {type(content).__name__}"
+    got = what(content)
     if isinstance(content, Placeholder) and top is None:
-        what += ": load it where it was written and `torch.save` a dict"
+        got += ": load it where it was written and `torch.save` a dict"
     elif top is not None:
         if is_text_cache(content):
-            what = "a cache of reference text embeddings; its name must end in _text_embs_dict.pt"
+            got = "a cache of reference text embeddings; its name must end in _text_embs_dict.pt"
         else:
-            what = f"a dict of {', '.join(map(brief, list(top)[:5])) or 'nothing'}"
+            got = f"a dict of {', '.join(map(brief, list(top)[:5])) or 'nothing'}"
     raise SchemaMismatchError(
-        f"{path}: not a FedGFE checkpoint: expected a dict with a list `embeddings`, got {what}"
+        f"{path}: not a FedGFE checkpoint: expected a dict with a list `embeddings`, got {got}"
     )
 
 

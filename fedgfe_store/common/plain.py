@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedgfe_store.common.words import is_utf8
+
 LARGEST_BITS = 1024
 _MOST_VALUES, _DEEPEST = 200_000, 32
 
@@ -112,7 +114,7 @@ def brief(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
         return shown if len(shown) <= 80 else f"{shown[:80]}..."
-    return str(value) if isinstance(value, Placeholder) else f"a {type(value).__name__}"
+    return what(value)
 
 
 def mapping(value: Any) -> Mapping[Any, Any] | None:
@@ -149,8 +151,4 @@ def text(value: str, what: str) -> str:
 
 def is_clean(value: str) -> bool:
     """Whether UTF-8 can hold a text, and no U+0000 is in it."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in value
+    return "\0" not in value and is_utf8(value)
