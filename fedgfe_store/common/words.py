@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex
+
+from fedgfe_store.errors import SchemaMismatchError
 
 _LIKE_A_RANGE = re.compile(r"[0-9]+-[0-9]+")
 
@@ -88,6 +91,15 @@ def is_whole(value: Any) -> bool:
     # have an __index__ too, whatever they hold.
     whole = hasattr(type(value), "__index__") and not hasattr(value, "__len__")
     return whole and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return `value` if it is a whole number from 0, else raise `SchemaMismatchError`."""
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        number = operator.index(value)
+        if number >= 0:
+            return number
+    raise SchemaMismatchError(f"{name}: expected a whole number from 0, got {value!r}")
 
 
 def is_number(name: str) -> bool:

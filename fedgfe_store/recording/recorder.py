@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
 
+from fedgfe_store.common.words import whole_number
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.recording.block import RoundBatch
 from fedgfe_store.recording.pages import Block, LeftOut, Pool
@@ -14,7 +15,6 @@ from fedgfe_store.recording.target import Run, Target
 from fedgfe_store.recording.writer import Missing, OnError, Writer
 from fedgfe_store.schema import Metadata, Precision
 from fedgfe_store.storage.append import IfExists
-from fedgfe_store.storage.entry import whole_number
 from fedgfe_store.storage.incoming import checked_keys
 from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
 from fedgfe_store.store import EmbeddingStore

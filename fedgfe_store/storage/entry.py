@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 
@@ -219,12 +218,3 @@ def is_nested_deeper(value: Any, most: int) -> bool:
     if not isinstance(value, Mapping | list | tuple):
         return False
     return most == 0 or any(is_nested_deeper(each, most - 1) for each in inner)
-
-
-def whole_number(name: str, value: Any) -> int:
-    """Return `value` if it is a whole number from 0, else raise `SchemaMismatchError`."""
-    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        number = operator.index(value)
-        if number >= 0:
-            return number
-    raise SchemaMismatchError(f"{name}: expected a whole number from 0, got {value!r}")

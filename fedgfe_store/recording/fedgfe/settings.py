@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from fedgfe_store.common.words import whole_number
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.names import STORE_NAME
-from fedgfe_store.storage.entry import whole_number
 
 DEFAULT_DIR = "checkpoints/embeddings"
 """Folder of checkpoints where a configuration names none."""
