@@ -100,8 +100,8 @@ def is_gone(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):  # no number of a process, as in a stranger's name
         return True
-    except PermissionError:
-        return False
+    except PermissionError:  # it runs, as another user's
+        pass
     return False
 
 
