@@ -72,14 +72,23 @@ class TinyFamily:
         return tuple(argument for argument in self.columns if "mask" in argument)
 
 
-def save(name: str, folder: Path) -> Path:
-    """Save a family's model as a checkpoint would lie there, in float32; the same one each time."""
+def save(name: str, folder: Path, *, encoders: bool = False) -> Path:
+    """Save a family's model as a checkpoint would lie there, in float32; the same one each time.
+
+    Parameters
+    ----------
+    encoders : bool
+        Whether it has text encoders and tokenizers. Few are small: up to 120 MB.
+    """
     family = FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = family.build()
-    pipeline = _class(family)(**made, **dict.fromkeys(family.encoders), **family.options)
-    pipeline.save_pretrained(folder)
+        made = dict.fromkeys(family.encoders) | family.build()
+        if encoders:
+            from tiny_encoders import make  # who needs none does not wait for transformers
+
+            made |= make(name)
+    _class(family)(**made, **family.options).save_pretrained(folder)
     return folder
 
 
@@ -151,14 +160,25 @@ def direct(
         given[f"negative_{argument}"] = value
     if guidance is not None:
         given[family.guidance] = guidance
-    images = load(folder, name)(
-        **given | more,
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="np",
-    ).images
+    return pixels(
+        load(folder, name)(
+            **given | more,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            generator=generators(seeds),
+            output_type="np",
+        ).images
+    )
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Return a generator on the CPU for each image."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def pixels(images: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
+    """Round images as diffusers does when it makes pictures of them."""
     assert np.isfinite(images).all()
     return list((images * 255).round().astype(np.uint8))
 
