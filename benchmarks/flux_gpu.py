@@ -124,7 +124,9 @@ def embeddings(case: Case, images: DiffusersImages) -> dict[str, torch.Tensor]:
     """Make embeddings of the case's length, the same for a record in any batch."""
     generator = torch.Generator().manual_seed(1)
     model = images.model
-    t5 = torch.randn(8, case.tokens, int(model.denoiser["joint_attention_dim"]), generator=generator)
+    t5 = torch.randn(
+        8, case.tokens, int(model.denoiser["joint_attention_dim"]), generator=generator
+    )
     clip = torch.randn(8, int(model.denoiser["pooled_projection_dim"]), generator=generator)
     return {"prompt_embeds": t5[: case.batch], "pooled_prompt_embeds": clip[: case.batch]}
 

@@ -163,7 +163,12 @@ def naive(
 ) -> None:
     """Read a batch, render it, save it, and only then go on."""
     for number, batch in enumerate(store.select().batches(batch_size, prefetch=0)):
-        save(pipeline, {"prompt_embeds": batch["t5"], "pooled_prompt_embeds": batch["clip"]}, folder, number * batch_size)
+        save(
+            pipeline,
+            {"prompt_embeds": batch["t5"], "pooled_prompt_embeds": batch["clip"]},
+            folder,
+            number * batch_size,
+        )
 
 
 def legacy(

@@ -179,7 +179,8 @@ DEFAULTS = Request()
 class RequestOptions(TypedDict, total=False):
     """The fields of `Request`, which a test compares, as type checkers see keywords of them."""
 
-    diffusion_type: Kind | None
+    diffusion_type: str | None
+    family: str | None
     model: str | None
     steps: int | None
     guidance: float | None

@@ -204,31 +204,23 @@ class DiffusersImages:
         self, embeddings: Mapping[str, torch.Tensor], side: str, images: int
     ) -> dict[str, Any]:
         """Give positive or negative conditioning as the pipeline takes it, masks to match."""
-        family = self.model.family
         values: dict[str, Any] = {}
-        tokens = 0
-        for column in family.columns:
-            found = embeddings.get(side + column.argument)
-            if column.is_mask:
-                if found is None:
-                    found = torch.ones(images, tokens, dtype=torch.int64)
-                fits = tuple(found.shape) == (images, tokens)
-                expected = f"[{images}, {tokens}]"
-            else:
-                width = self.model.width(column)
-                sequence = column.kind == "sequence"
-                expected = f"[{images}, {'tokens, ' if sequence else ''}{width}]"
-                fits = found is not None and found.ndim == (3 if sequence else 2)
-                fits = fits and (found.shape[0], found.shape[-1]) == (images, width)
-                if fits and column == family.sequence:
-                    tokens = found.shape[1]
-            if not fits:
+        for column in self.model.family.columns:
+            name = side + column.argument
+            found, expected = embeddings.get(name), self._shape(column, images)
+            if column.is_mask:  # a declaration names the sequence before its mask
+                expected[1] = values[side + self.model.family.sequence.argument].shape[1]
+                found = torch.ones(images, int(expected[1])) if found is None else found
+            if found is None or not _is_shaped(found, expected):
+                shape = ", ".join(map(str, expected))
                 got = None if found is None else list(found.shape)
-                raise SchemaMismatchError(
-                    f"embeddings: expected {side}{column.argument} {expected}, got {got}"
-                )
-            values[side + column.argument] = self._at_home(found, column)
+                raise SchemaMismatchError(f"embeddings: expected {name} [{shape}], got {got}")
+            values[name] = self._at_home(found, column)
         return self._cut(values, side)
+
+    def _shape(self, column: Column, images: int) -> list[int | str]:
+        tokens: list[int | str] = [] if column.kind == "vector" else ["tokens"]
+        return [images, *tokens, *([] if column.is_mask else [self.model.width(column)])]
 
     def _cut(self, values: dict[str, Any], side: str) -> dict[str, Any]:
         """Cut sequences to their tokens, where the pipeline takes a list of them."""
@@ -280,9 +272,15 @@ class DiffusersImages:
             if decoded.ndim == 5:  # a decoder of frames gives one
                 decoded = decoded[:, :, 0]
             finite = torch.nan_to_num(decoded)
-            return _pixels(
-                decoded, pipeline.image_processor.postprocess(finite, output_type="np")
-            )
+            return _pixels(decoded, pipeline.image_processor.postprocess(finite, output_type="np"))
+
+
+def _is_shaped(values: torch.Tensor, expected: Sequence[int | str]) -> bool:
+    """Whether a tensor has a shape, in which a word stands for any length."""
+    return values.ndim == len(expected) and all(
+        isinstance(wanted, str) or wanted == got
+        for wanted, got in zip(expected, values.shape, strict=True)
+    )
 
 
 def _check_alike(positive: Mapping[str, Any], negative: Mapping[str, Any]) -> None:
@@ -328,7 +326,8 @@ def _compiling() -> Iterator[None]:
 @contextmanager
 def _tiling(vae: Any, latents: torch.Tensor) -> Iterator[None]:
     """Decode in tiles of half the image: by itself a decoder splits larger ones only."""
-    names = ("tile_latent_min_size", "tile_sample_min_size")
+    names: tuple[str, ...] = ("tile_latent_min_size", "tile_sample_min_size")
+    values: tuple[int, ...]
     if hasattr(vae, names[0]):
         before = [getattr(vae, name) for name in names]
         side = max(4, min(before[0], min(latents.shape[-2:]) // 2))

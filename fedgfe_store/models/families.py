@@ -78,7 +78,8 @@ def resolve_model(
         (stored, "the store names the model"),
     )
     default = family or families().get(store_kind)
-    name, origin = next(((n, why) for n, why in given if n), (default and default.model, None))
+    usual = default.model if default else None
+    name, origin = next(((n, why) for n, why in given if n), (usual, None))
     if not name:
         raise NotFoundError(f"model: none is known for {store_kind}: name one with --model")
     try:

@@ -177,8 +177,8 @@ class Family:
 
     @property
     def sequence(self) -> Column:
-        """The first sequence of tokens, whose length masks share."""
-        return next(column for column in self.columns if column.kind == "sequence")
+        """The first column, a sequence of tokens whose length masks share."""
+        return self.columns[0]
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -349,8 +349,9 @@ def _columns(table: _Table) -> tuple[Column, ...]:
         dtype = one.choice("dtype", get_args(MaskDtype), "int64")
         found.append(Column(argument, kind, width, one.names("also"), dtype))
         one.end()
-    if not any(column.kind == "sequence" for column in found):
-        raise SchemaMismatchError(f"{table.where}: expected at least one sequence, got none")
+    if not found or found[0].kind != "sequence":
+        got = found[0].kind if found else "none"
+        raise SchemaMismatchError(f"{table.where}: expected a sequence first, got {got}")
     return tuple(found)
 
 

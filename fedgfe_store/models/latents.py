@@ -88,14 +88,16 @@ def scaled(
             for values in (config.latents_mean, config.latents_std)
         )
         # The pipeline divides by the reciprocal; rounded so, pixels are the same to the last bit.
-        return latents / (1.0 / deviation) + mean
+        result: torch.Tensor = latents / (1.0 / deviation) + mean
+        return result
     if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
         mean, deviation = (
             torch.tensor(values).view(1, -1, 1, 1).to(latents.device, latents.dtype)
             for values in (config.latents_mean, config.latents_std)
         )
-        return latents * deviation / config.scaling_factor + mean
-    result: torch.Tensor = latents / config.scaling_factor
+        result = latents * deviation / config.scaling_factor + mean
+        return result
+    result = latents / config.scaling_factor
     shift = getattr(config, "shift_factor", None)
     return result if shift is None else result + shift
 

@@ -23,8 +23,8 @@ from fedgfe_store.generation import denoise as denoising
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.models import devices, offload, quantization
-from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.diffusers import DiffusersImages
+from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.placement import Placement, Sampling
 from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
