@@ -123,11 +123,9 @@ def load(case: Case, device: str, dtype: str, *, small: bool) -> DiffusersImages
 def embeddings(case: Case, images: DiffusersImages) -> dict[str, torch.Tensor]:
     """Make embeddings of the case's length, the same for a record in any batch."""
     generator = torch.Generator().manual_seed(1)
-    model = images.model
-    t5 = torch.randn(
-        8, case.tokens, int(model.denoiser["joint_attention_dim"]), generator=generator
-    )
-    clip = torch.randn(8, int(model.denoiser["pooled_projection_dim"]), generator=generator)
+    t5_width, clip_width = map(images.model.width, images.model.family.columns)
+    t5 = torch.randn(8, case.tokens, t5_width, generator=generator)
+    clip = torch.randn(8, clip_width, generator=generator)
     return {"prompt_embeds": t5[: case.batch], "pooled_prompt_embeds": clip[: case.batch]}
 
 

@@ -163,12 +163,8 @@ def naive(
 ) -> None:
     """Read a batch, render it, save it, and only then go on."""
     for number, batch in enumerate(store.select().batches(batch_size, prefetch=0)):
-        save(
-            pipeline,
-            {"prompt_embeds": batch["t5"], "pooled_prompt_embeds": batch["clip"]},
-            folder,
-            number * batch_size,
-        )
+        pair = {"prompt_embeds": batch["t5"], "pooled_prompt_embeds": batch["clip"]}
+        save(pipeline, pair, folder, number * batch_size)
 
 
 def legacy(

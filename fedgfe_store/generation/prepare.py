@@ -261,8 +261,8 @@ def _choose_pool(
         if column.kind == "vector" and len(shape) == 2:
             others = " or ".join(p for p in get_args(Pool) if p != pool)
             report(
-                f"{name} is a sequence {list(shape)}, which has no pooled vector: using pool {pool} "
-                f"of its tokens ({others} are the alternatives)"
+                f"{name} is a sequence {list(shape)}, which has no pooled vector: using pool "
+                f"{pool} of its tokens ({others} are the alternatives)"
             )
             return pool
     return None

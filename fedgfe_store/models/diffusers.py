@@ -159,7 +159,7 @@ class DiffusersImages:
             return torch.from_numpy(np.asarray(result)) if self._own else result
 
     def draw(self, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
-        """Draw initial latents, float32 on the CPU, as the pipeline does from one generator each."""
+        """Draw initial latents as the pipeline does, float32 on the CPU, one image a generator."""
         model, scale = self.model, self.model.latent_scale
         shape = (model.latent_channels, height // scale, width // scale)
         return draw(self._pipeline, model.family.latents, generators, *shape)
