@@ -91,11 +91,13 @@ def scaled(
         )
         if layout == "framed":
             # The pipeline divides by the reciprocal; rounded so, pixels are the same to a bit.
-            return latents / (1.0 / deviation) + mean
-        return latents * deviation / config.scaling_factor + mean
-    result: torch.Tensor = latents / config.scaling_factor
+            unscaled: torch.Tensor = latents / (1.0 / deviation)
+        else:
+            unscaled = latents * deviation / config.scaling_factor
+        return unscaled + mean
+    unscaled = latents / config.scaling_factor
     shift = getattr(config, "shift_factor", None)
-    return result if shift is None else result + shift
+    return unscaled if shift is None else unscaled + shift
 
 
 def _unpatched(pipeline: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
