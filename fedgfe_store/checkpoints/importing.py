@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from fedgfe_store.checkpoints.earlier import EarlierRecords
+from fedgfe_store.checkpoints.earlier import DeletedRecords, Identities
 from fedgfe_store.checkpoints.experiments import Experiment, check_fit, schema_with_audio
 from fedgfe_store.checkpoints.header import is_a_time
 from fedgfe_store.checkpoints.ledger import Ledger, content_digest
@@ -204,14 +204,13 @@ class _Target:
     def _take_samples(
         self, checkpoint: Checkpoint, schema: Schema, report: FileReport
     ) -> FileReport:
-        earlier = self._earlier(checkpoint)
-        known = earlier if self._request.new_only else None
-        tally = Tally(schema, known, fail_fast=self._request.fail_fast)
+        tally = Tally(schema, self._deleted(checkpoint), fail_fast=self._request.fail_fast)
         samples = tally.watch(checkpoint.read(schema.columns))
-        if self._store is None or earlier is None or self._request.dry_run:
+        if self._store is None or self._request.dry_run:
             self._schema = schema
             return tally.on(replace(report, records=sum(1 for _ in samples)))
-        batch = self._append(self._store, checkpoint, earlier.watch(samples), tally)
+        identities = Identities(checkpoint.node, checkpoint.round)
+        batch = self._append(self._store, checkpoint, identities.watch(samples), tally)
         self._schema = self._store.schema  # with the classes that the file brought
         report = replace(
             report,
@@ -219,16 +218,16 @@ class _Target:
             replaced=batch.replaced,
             removed=batch.removed,
             unchanged=batch.skipped,
-            notes=(*report.notes, *earlier.notes()),
+            notes=(*report.notes, *identities.notes(self._store.snapshot)),
         )
         return tally.on(report)
 
-    def _earlier(self, checkpoint: Checkpoint) -> EarlierRecords | None:
-        if self._store is None:
+    def _deleted(self, checkpoint: Checkpoint) -> DeletedRecords | None:
+        if not self._request.new_only or self._store is None:
             return None
         # Not as this import has seen the store: somebody may have deleted records meanwhile.
         snapshot = Snapshot.latest(self._path)
-        return EarlierRecords(snapshot, checkpoint.node, checkpoint.round)
+        return DeletedRecords(snapshot, checkpoint.node, checkpoint.round)
 
     def _append(
         self, store: EmbeddingStore, checkpoint: Checkpoint, samples: Iterable[Entry], tally: Tally

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedgfe_store.checkpoints.earlier import EarlierRecords
+from fedgfe_store.checkpoints.earlier import DeletedRecords
 from fedgfe_store.checkpoints.entries import Skipped
 from fedgfe_store.checkpoints.reading import Checkpoint, Entry
 from fedgfe_store.errors import SchemaMismatchError
@@ -117,9 +117,9 @@ class Tally:
     """Counts samples by class, split and reason as they pass."""
 
     def __init__(
-        self, schema: Schema | None, earlier: EarlierRecords | None, *, fail_fast: bool
+        self, schema: Schema | None, deleted: DeletedRecords | None, *, fail_fast: bool
     ) -> None:
-        self._schema, self._earlier, self._fail_fast = schema, earlier, fail_fast
+        self._schema, self._deleted, self._fail_fast = schema, deleted, fail_fast
         self._classes: Counter[str] = Counter()
         self._splits: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
@@ -141,7 +141,7 @@ class Tally:
                 self._leave(item.what, f"clip has shape {list(item.clip.shape)}, expected two axes")
             elif self._schema.precision == "bfloat16" and _beyond_bfloat16(item):
                 self._leave(item.what, "values beyond bfloat16")
-            elif self._earlier is not None and self._earlier.deleted(item):
+            elif self._deleted is not None and item in self._deleted:
                 self._skipped["deleted from the store before"] += 1
             else:
                 self._classes[item.class_name] += 1
