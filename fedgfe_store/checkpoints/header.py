@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from fedgfe_store.checkpoints import entries
 from fedgfe_store.checkpoints.entries import Slot, survey
@@ -146,7 +146,7 @@ def kind_of(metadata: Mapping[str, Any], embeddings: list[Any]) -> Kind:
     """Return which conditioning the entries are: what the metadata says, else what they hold."""
     said = str(metadata.get("diffusion_type")).lower()
     if said in ("flux", "sd"):
-        return cast("Kind", said)
+        return said
     found, _ = survey(embeddings, "", "flux")
     return "flux" if any(isinstance(s, Slot) and "t5" in s.places for s in found) else "sd"
 
