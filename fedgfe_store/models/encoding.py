@@ -25,7 +25,7 @@ class Encoding:
         Tokens of a sequence that `length` does not count.
     """
 
-    returns: tuple[str, ...]
+    returns: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     length: str = ""
     besides: int = 0

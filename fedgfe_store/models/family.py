@@ -174,7 +174,7 @@ class Family:
     float32_latents: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
     encoders: Mapping[str, str] = field(default_factory=dict)
-    encode: Encoding = Encoding(())
+    encode: Encoding = field(default_factory=Encoding)
     variants: tuple[Variant, ...] = ()
     model: str = ""
     source: str | None = None

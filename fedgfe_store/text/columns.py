@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -80,7 +79,7 @@ def encoder_schema(
             for argument, column in found.items()
             if argument in columns or not (is_ragged and column.dtype == "bool")
         }
-    named = {column.name: column for column in found.values()}
+    named: dict[str, Any] = {column.name: column for column in found.values()}
     return Schema.of(model.kind, metadata=metadata, **named)
 
 
@@ -133,6 +132,7 @@ def as_arrays(model: Model, found: Mapping[str, Any], tokens: int) -> dict[str, 
         If a value is missing or of another shape.
     """
     family, values = model.family, dict(found)
+    is_masked = any(column.is_mask for column in family.columns)
     sequence = family.sequence.argument
     given = values.get(sequence)
     lengths = None
@@ -145,13 +145,11 @@ def as_arrays(model: Model, found: Mapping[str, Any], tokens: int) -> dict[str, 
         value = values.get(column.argument)
         if column.is_mask and isinstance(given, torch.Tensor):
             value = _mask(value, given, lengths)
-        _check_returned(model, column, value)
-        if column.argument == sequence and any(c.is_mask for c in family.columns):
-            value = _padded(value, tokens)
-        elif column.is_mask:
-            value = _padded(value, tokens)
-        value = value.bool() if column.is_mask else value.float()
-        arrays[column.argument] = value.cpu().numpy()
+        tensor = _returned(model, column, value)
+        if column.is_mask or (column.argument == sequence and is_masked):
+            tensor = _padded(tensor, tokens)
+        tensor = tensor.bool() if column.is_mask else tensor.float()
+        arrays[column.argument] = tensor.cpu().numpy()
     return arrays
 
 
@@ -170,10 +168,10 @@ def _padded(value: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], dim=1)
 
 
-def _check_returned(model: Model, column: Column, value: Any) -> None:
+def _returned(model: Model, column: Column, value: Any) -> torch.Tensor:
     ranks = {"sequence": (3,), "vector": (2, 3)}.get(column.kind, (2,))
     if isinstance(value, torch.Tensor) and value.ndim in ranks:
-        return
+        return value
     got = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     raise SchemaMismatchError(
         f"text encoders of the model {model.name}: expected {column.argument} among what "

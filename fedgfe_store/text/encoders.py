@@ -267,7 +267,6 @@ class TextEncoders:
                 if length > limit:
                     yield f"prompt {prompt!r}: {length} tokens of {name}, cut to {limit}"
 
-
     def _limits(self, tokens: int) -> Iterator[tuple[str, Any, int]]:
         """Give each tokenizer with what its encoder is called, and the tokens that it takes."""
         family = self._model.family
