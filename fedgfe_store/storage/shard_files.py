@@ -113,6 +113,13 @@ class TensorFiles:
         return len(encoded) + checksums.SIZE
 
 
+def granule_of(name: str) -> int:
+    """Return the granule that the tensor file called `name` holds, -1 for a file that is none."""
+    parts = name.split(".")
+    is_chunk = parts[0] == "c" and len(parts) > 1 and all(part.isdecimal() for part in parts[1:])
+    return int(parts[1]) if is_chunk else -1
+
+
 def _check_coder(codec: Mapping[str, Any]) -> None:
     bounds = {"clevel": 9, "blocksize": 2**31 - 1, "typesize": 255}
     for name, most in bounds.items():
