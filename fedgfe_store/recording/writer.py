@@ -12,18 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-
 from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError, FedgfeStoreError
 from fedgfe_store.recording.pages import Block, Dropped, LeftOut, Pool
 from fedgfe_store.recording.target import Target
-from fedgfe_store.records import RecordBatch
 
 OnError = Literal["raise", "warn"]
 
-_LARGEST = {name: torch.finfo(getattr(torch, name)).max for name in ("float32", "bfloat16")}
 _SHOWN = 10
 """Records that a line of the log names."""
 _STORE_PROBLEMS = (FedgfeStoreError, OSError, MemoryError)
@@ -238,9 +233,10 @@ class Writer:
                 try:
                     records = self.target.finished(page.records())
                     splits.update(records.columns["split"].tolist())
-                    records = self._finite(block, records)
-                    if len(records):
-                        batch.add_records(records)
+                    unfit = batch.add_finite(records)
+                    block.left_out += tuple(
+                        LeftOut(records.key(position), why) for position, why in unfit.items()
+                    )
                 finally:
                     # Only now: the records are the page's own memory, and the batch copies them.
                     self.pool.give_back(page)
@@ -250,25 +246,6 @@ class Writer:
         block.added, block.replaced, block.removed = batch.added, batch.replaced, batch.removed
         block.skipped = batch.skipped
         run.keep(block.node, block.round, splits)
-
-    def _finite(self, block: Block, records: RecordBatch) -> RecordBatch:
-        """Return the records whose values are finite, and keep a note of the others."""
-        precision = self.target.precision
-        reasons: dict[int, str] = {}
-        for name, values in records.tensors.items():
-            # A batch would refuse all of them for one; in rows that are not there is anything.
-            within = tuple(range(1, values.ndim))
-            with np.errstate(invalid="ignore"):
-                largest = np.maximum(values.max(within), -values.min(within))
-            present = records.columns.get(f"has_{name}", np.True_)
-            for position in np.flatnonzero(present & ~(largest <= _LARGEST[precision])).tolist():
-                beyond = precision != "float32" and np.isfinite(largest[position])
-                what = f"beyond {precision}" if beyond else "that are not finite"
-                reasons.setdefault(position, f"{name} has values {what}")
-        if not reasons:
-            return records
-        block.left_out += tuple(LeftOut(records.key(i), why) for i, why in reasons.items())
-        return records.take(np.array([i for i in range(len(records)) if i not in reasons], int))
 
     def _keep_error(self, block: Block, error: BaseException) -> None:
         known = isinstance(error, _STORE_PROBLEMS)
