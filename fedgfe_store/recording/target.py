@@ -119,6 +119,8 @@ class Target:
         columns = arranged(given, schema)
         if schema is None:
             made = schema_of(columns, self._precision, self._metadata)
+            # One step, which needs no lock: of several threads that bring first records one says
+            # what the store looks like, and the others are held to it.
             schema = self.schema = self._first.setdefault("of any thread", made)
             if schema is not made:
                 columns = arranged(given, schema)

@@ -20,9 +20,10 @@ from fedgfe_store.recording.target import Target
 OnError = Literal["raise", "warn"]
 
 _SHOWN = 10
-"""Records that a line of the log names."""
+"""Records that a line of the log names: a round that diverged would fill it with all of them."""
 _STORE_PROBLEMS = (FedgfeStoreError, OSError, MemoryError)
 _log = logging.getLogger("fedgfe_store")
+# Weak: a recorder that nobody holds any more must not keep its pages until the process ends.
 _open: weakref.WeakSet[Writer] = weakref.WeakSet()
 
 
@@ -115,6 +116,7 @@ class Writer:
     def begin(self, block: Block) -> None:
         """Open `block`, the only one of this thread."""
         self.check_usable()
+        # In this order: an interruption between the two leaves a block that `leave` finds and drops.
         self._blocks[threading.get_ident()] = block
         block.is_open = True
 
@@ -158,7 +160,7 @@ class Writer:
         if self.is_forked or self._closed:
             return
         self._check_no_block()
-        self._line.wait()
+        self._line.wait()  # first: a Ctrl-C while it waits leaves the recorder open
         self._closed = True
         self._line.close()
         self.pool.free()
@@ -199,7 +201,7 @@ class Writer:
     def raise_errors(self) -> None:
         """Raise what went wrong since the last call, under ``on_error="raise"``."""
         errors = []
-        while self._errors:
+        while self._errors:  # one by one: the writer's thread may add another meanwhile
             errors.append(self._errors.popleft())
         if errors:
             for other in errors[1:]:
@@ -217,6 +219,7 @@ class Writer:
         else:
             self._keep_success(block)
         finally:
+            # Training may fill pages yet for what failed: without this it would wait for them.
             block.drain()
             self._waiting.pop(block, None)
 
@@ -245,6 +248,7 @@ class Writer:
                     batch.supersede(node=block.node, round=block.round, split=split)
         block.added, block.replaced, block.removed = batch.added, batch.replaced, batch.removed
         block.skipped = batch.skipped
+        # Only now that it is committed: a block that failed is followed by one that is still new.
         run.keep(block.node, block.round, splits)
 
     def _keep_error(self, block: Block, error: BaseException) -> None:
