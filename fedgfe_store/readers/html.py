@@ -13,6 +13,7 @@ from fedgfe_store.storage.files import usage
 
 if TYPE_CHECKING:
     from fedgfe_store.rows import Rows
+    from fedgfe_store.schema import TensorColumn
     from fedgfe_store.storage.snapshot import Snapshot
 
 T = TypeVar("T")
@@ -90,14 +91,15 @@ def _page(kind: str, selection: Rows, facts: Iterable[tuple[str, str]]) -> str:
 def _records(selection: Rows) -> str:
     n = len(selection)
     nbytes = size(n * selection.schema.record_nbytes)
-    return f"{n:,}" + (_dim(f", {nbytes} as float32") if n else "")
+    plain = all(t.dtype == "float32" for t in selection.schema.tensors)
+    return f"{n:,}" + (_dim(f", {nbytes} {'as float32' if plain else 'in memory'}") if n else "")
 
 
 def _schema_facts(snapshot: Snapshot) -> list[tuple[str, str]]:
     schema = snapshot.schema
     shapes = [
         f"<code>{escape(t.name)}</code> [{', '.join(map(str, t.shape))}]"
-        + (_dim(" optional") if t.optional else "")
+        + (_dim(_kind(t)) if _kind(t) else "")
         for t in schema.tensors
     ]
     latest = snapshot.point.commit
@@ -109,6 +111,16 @@ def _schema_facts(snapshot: Snapshot) -> list[tuple[str, str]]:
         ("precision", schema.precision),
         ("commit", commit + time),
     ]
+
+
+def _kind(column: TensorColumn) -> str:
+    """Return what a column is besides a tensor of float32 in each record."""
+    kinds = {
+        f" {column.dtype}": column.dtype != "float32",
+        " ragged": column.ragged,
+        " optional": column.optional,
+    }
+    return "".join(kind for kind, holds in kinds.items() if holds)
 
 
 def _key_facts(selection: Rows) -> list[tuple[str, str]]:

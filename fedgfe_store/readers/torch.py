@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedgfe_store.rows import Rows
+    from fedgfe_store.schema import Schema
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of some records, ``[b, *shape]`` each, and the records themselves."""
+    """Tensors of some records, ``[b, *shape]`` each, and the records themselves.
+
+    A ragged column is padded with zeros, and ``length_<name>``, int32 ``[b]``, is beside it.
+    """
 
     selection: Rows
     tensors: Mapping[str, torch.Tensor]
@@ -86,10 +90,7 @@ class Batches(IterableDataset[Batch]):
             raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {dtype!r}")
         if isinstance(columns, str):
             raise SchemaMismatchError(f"columns: expected a list of names, got {columns!r}")
-        required = [t.name for t in selection.schema.tensors if not t.optional]
-        self._columns = required if columns is None else list(columns)
-        for name in self._columns:
-            selection.schema.column(name)
+        self._columns = _columns(selection.schema, columns)
         self._selection = selection
         self._size, self._dtype, self._prefetch = batch_size, dtype, prefetch
         self._pinned = pin_memory
@@ -116,14 +117,33 @@ class Batches(IterableDataset[Batch]):
         """Decode a column to where it stays; only another data type takes a copy."""
         if not self._pinned:
             tensor = torch.from_numpy(part.read(name))
-            return tensor if self._dtype is None else tensor.to(self._dtype)
-        shape = (len(part), *part.schema.column(name).shape)
-        pinned = torch.empty(shape, dtype=self._dtype or torch.float32, pin_memory=True)
-        if pinned.dtype == torch.float32:
+            return tensor.to(self._dtype) if self._converts(tensor.dtype) else tensor
+        known = {t.name: (t.shape, t.dtype) for t in part.schema.tensors}
+        mark: tuple[tuple[int, ...], str] = ((), "bool" if name.startswith("has_") else "int32")
+        shape, dtype = known.get(name, mark)
+        stored: torch.dtype = getattr(torch, dtype)
+        wanted = self._dtype if self._converts(stored) else stored
+        pinned = torch.empty((len(part), *shape), dtype=wanted, pin_memory=True)
+        if wanted == stored:
             part.read(name, out=pinned.numpy())
         else:
             pinned.copy_(torch.from_numpy(part.read(name)))
         return pinned
+
+    def _converts(self, stored: torch.dtype) -> bool:
+        """Whether values come as another data type: embeddings do, masks and lengths do not."""
+        return self._dtype is not None and stored.is_floating_point
+
+
+def _columns(schema: Schema, asked: Sequence[str] | None) -> list[str]:
+    """Return the columns of a batch: those asked for, and the lengths of those that are ragged."""
+    names = [t.name for t in schema.tensors if not t.optional] if asked is None else list(asked)
+    marks = set(schema.marks) - schema.columns.keys()
+    ragged = [f"length_{t.name}" for t in schema.tensors if t.ragged and t.name in names]
+    for name in names:
+        if name not in marks:
+            schema.column(name)
+    return list(dict.fromkeys([*names, *ragged]))
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ class _TensorArray(BackendArray):
     def __init__(self, selection: Rows, name: str) -> None:
         self._selection = selection
         self._name = name
-        self.shape = (len(selection), *selection.schema.column(name).shape)
-        self.dtype = np.dtype(np.float32)
+        column = selection.schema.column(name)
+        self.shape = (len(selection), *column.shape)
+        self.dtype = np.dtype(column.dtype)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(

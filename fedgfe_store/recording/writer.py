@@ -116,7 +116,7 @@ class Writer:
     def begin(self, block: Block) -> None:
         """Open `block`, the only one of this thread."""
         self.check_usable()
-        # In this order: an interruption between the two leaves a block that `leave` finds and drops.
+        # In this order: interrupted between the two it is a block that `leave` finds and drops.
         self._blocks[threading.get_ident()] = block
         block.is_open = True
 

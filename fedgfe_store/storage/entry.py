@@ -12,7 +12,7 @@ import numpy as np
 from fedgfe_store.common import threads
 from fedgfe_store.common.words import shortened, shown
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch
+from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, key_at
 from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.storage.checksums import digest, row_digests
 
@@ -65,8 +65,8 @@ def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
     Raises
     ------
     SchemaMismatchError
-        If a value is not finite in the schema's precision, or a key or note is one that does
-        not come into a store any more; names the record.
+        If a value is not finite in the schema's precision, or is missing, or a key or note is one
+        that does not come into a store any more; names the record.
     """
     known = {name: records.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
     check_entry(known, lambda position: named(records.key(position)))
@@ -106,18 +106,45 @@ def finished(
         given = records.tensors.get(tensor.name)
         present = np.full(len(records), given is not None)
         digests = np.zeros(len(records), np.uint64)
+        lengths = np.zeros(len(records), np.int32)
         if given is not None:
             present &= records.columns.get(f"has_{tensor.name}", True)
+            _check_present(tensor, columns, present)
+            if tensor.ragged:
+                lengths = _lengths(tensor, records, present)
             states = np.zeros(len(records), np.uint8)
-            finish = _Finishing(schema, tensor, given, present, digests, states)
+            finish = _Finishing(schema, tensor, given, present, lengths, digests, states)
             tensors[tensor.name] = finish.run()
             for position in np.flatnonzero(states).tolist():
                 unfit.setdefault(position, (tensor.name, states[position] == _BEYOND))
         columns[f"{tensor.name}_digest"] = digests
         if tensor.optional:
             columns[f"has_{tensor.name}"] = present
+        if tensor.ragged:
+            columns[f"length_{tensor.name}"] = lengths
     columns["row_digest"] = row_digests(columns)
     return RecordBatch(columns, tensors), unfit
+
+
+def _check_present(
+    tensor: TensorColumn, keys: Mapping[str, np.ndarray], present: np.ndarray
+) -> None:
+    for position in [] if tensor.optional else np.flatnonzero(~present)[:1].tolist():
+        key = key_at(keys, position)
+        raise SchemaMismatchError(f"{tensor.name} of {key}: expected a value, got none")
+
+
+def _lengths(tensor: TensorColumn, records: RecordBatch, present: np.ndarray) -> np.ndarray:
+    """Return how long each record is in a ragged column, 0 where there is none."""
+    longest = tensor.shape[0]
+    given = records.columns.get(f"length_{tensor.name}", longest)
+    lengths = np.where(present, given, 0).astype(np.int32)
+    for position in np.flatnonzero((lengths < 0) | (lengths > longest))[:1].tolist():
+        raise SchemaMismatchError(
+            f"{tensor.name} of {records.key(position)}: expected a length from 0 to {longest}, got "
+            f"{lengths[position]}"
+        )
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -131,12 +158,17 @@ class _Finishing:
     tensor: TensorColumn
     given: np.ndarray
     present: np.ndarray
+    lengths: np.ndarray
     digests: np.ndarray
     states: np.ndarray
 
     def run(self) -> np.ndarray:
-        """Return the finished values, NaN where a record has none; fill in digests and states."""
-        values = np.empty((len(self.given), *self.tensor.shape), np.float32)
+        """Return the finished values, and fill in the digests and states."""
+        if self.tensor.dtype != "float32" and self.given.dtype != self.tensor.dtype:
+            raise SchemaMismatchError(
+                f"{self.tensor.name}: expected {self.tensor.dtype}, got {self.given.dtype}"
+            )
+        values = np.empty((len(self.given), *self.tensor.shape), self.tensor.dtype)
         step = max(1, _GROUP_BYTES // self.tensor.nbytes)
         groups = [slice(start, start + step) for start in range(0, len(values), step)]
         if values.nbytes < _WORTH_THREADS:
@@ -151,13 +183,23 @@ class _Finishing:
         for group in groups:
             some, present = values[group], self.present[group]
             some[...] = self.given[group]
-            some[~present] = np.nan
-            self._mark(some, group, _NOT_FINITE)
-            if self.schema.precision == "bfloat16":
-                _round_to_bfloat16(some)
-                self._mark(some, group, _BEYOND)
-            pairs = zip(some, present.tolist(), strict=True)
-            self.digests[group] = [digest(record) if here else 0 for record, here in pairs]
+            lengths = self.lengths[group]
+            if self.tensor.ragged:
+                some[np.arange(self.tensor.shape[0]) >= lengths[:, np.newaxis]] = 0
+            some[~present] = self.tensor.fill
+            if self.tensor.dtype == "float32":
+                self._round(some, group)
+            rows = zip(some, lengths.tolist(), present.tolist(), strict=True)
+            self.digests[group] = [
+                digest(record, length) if here else 0 for record, length, here in rows
+            ]
+
+    def _round(self, values: np.ndarray, group: slice) -> None:
+        """Round float32 `values` in place as the schema says; note what is not finite."""
+        self._mark(values, group, _NOT_FINITE)
+        if self.schema.precision == "bfloat16":
+            _round_to_bfloat16(values)
+            self._mark(values, group, _BEYOND)
 
     def _mark(self, values: np.ndarray, group: slice, state: int) -> None:
         """Note which records have values that are not finite, unless that is noted already."""

@@ -32,8 +32,8 @@ from fedgfe_store.storage.shard_files import TensorFiles
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "fedgfe_store"
-FEATURES: frozenset[str] = frozenset()
-"""What a store may ask of its readers beyond format version 2; this release knows no such thing."""
+FEATURES = frozenset({"kinds", "dtypes", "ragged"})
+"""What a store may ask of its readers beyond what the first release of format version 2 knew."""
 
 GROUP_BYTES = 2**28
 """Longest ``zarr.json``: other people's arrays and attributes are in it, too."""
@@ -78,7 +78,15 @@ class Group:
         """Return the group of a store without records."""
         digests = dict.fromkeys(key_columns(schema), ())
         arrays = array_metadata(schema)
-        return cls(schema, CommitPoint(), arrays, {}, id=uuid.uuid4().hex, digests=digests)
+        return cls(
+            schema,
+            CommitPoint(),
+            arrays,
+            {},
+            id=uuid.uuid4().hex,
+            features=schema.features,
+            digests=digests,
+        )
 
     @classmethod
     def read(cls, path: Path, known: Self | None = None) -> Self:
