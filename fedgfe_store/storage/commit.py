@@ -38,7 +38,7 @@ from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
 from fedgfe_store.storage.recovery import clear, recover, remove_temporary
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
-from fedgfe_store.storage.version_1 import identities, is_pending, put_pending, remove_pending
+from fedgfe_store.storage.version_1 import PENDING, identities, put_pending, remove_pending
 
 CommitKind = Literal["append", "replace", "delete", "compact", "upgrade", "repair"]
 
@@ -89,7 +89,7 @@ class Transaction:
                 clear=lambda: remove_temporary(self.path, group),
             )
             self._staging = Staging(claim.token)
-            if claim.after_others or is_pending(self.path):
+            if claim.after_others or (self.path / PENDING).exists():
                 self._tail = recover(self.path, group, claim)
             else:
                 # Of writers that died before they claimed anything; one that waits makes its

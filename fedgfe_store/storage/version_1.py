@@ -29,11 +29,6 @@ def put_pending(path: Path, *, token: str, commit: int) -> None:
     write_file(path / PENDING, json.dumps(note).encode())
 
 
-def is_pending(path: Path) -> bool:
-    """Whether a commit of the store at `path` was begun and not published."""
-    return (path / PENDING).exists()
-
-
 def remove_pending(path: Path) -> None:
     """Say so no longer, once the commit is published."""
     # Gone where a late writer had still to remove its own.
