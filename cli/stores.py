@@ -88,6 +88,8 @@ def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, st
 
     schema, metadata = store.schema, store.schema.metadata
     nbytes, files = usage(store.path)
+    plain = all(column.dtype == "float32" for column in schema.tensors)
+    uncompressed = "of float32" if plain else "in memory"
     history = store.history()
     last = f", {history['time'].iloc[-1]:%Y-%m-%d %H:%M} UTC" if len(history) else ""
     return [
@@ -98,7 +100,7 @@ def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, st
         ("commit", f"{store.commit}{last}"),
         ("records", f"{len(records):,}"),
         ("on disk", f"{size(nbytes)} in {files:,} files"
-         f" ({size(len(records) * schema.record_nbytes)} of float32)"),
+         f" ({size(len(records) * schema.record_nbytes)} {uncompressed})"),
         ("nodes", names(records["node"].unique()) or "-"),
         ("rounds", numbers(records["round"].unique().tolist()) or "-"),
         ("splits", names(records["split"].unique()) or "-"),

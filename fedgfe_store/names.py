@@ -1,9 +1,11 @@
-"""How records, stores and images are named: in names of files, and in JSON."""
+"""How records, stores, images and checkpoints are named: in names of files, and in JSON."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,11 @@ _PLAIN = re.compile(
 )
 _HASHED = re.compile(r"_h[0-9a-f]{32}\.png$")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
+_PLAIN_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_CHECKPOINT = re.compile(r"(?:node_(?P<node>.+)|server)_embeddings_r(?P<round>\d{1,18})\.pt")
+
+Origin = tuple[str, int]
+"""Node and round."""
 
 
 def image_name(key: RecordKey, number: int = 0) -> str:
@@ -69,11 +76,54 @@ def _plain_name(key: RecordKey, number: int) -> str:
 
 
 def _hashed_name(key: RecordKey, number: int) -> str:
-    parts = [_UNSAFE.sub("-", part)[:32] for part in (key.node, key.split, key.class_name)]
+    parts = [_readable(part, 32) for part in (key.node, key.split, key.class_name)]
     readable = f"node_{parts[0]}_{parts[1]}_{parts[2]}_{key.index}_r{key.round}"
     # The full digest: a name shared by two records would hide one of them.
     identity = json.dumps([*key_json(key).values(), number]).encode("ascii")
     return f"{readable}_h{xxhash.xxh3_128_hexdigest(identity)}"
+
+
+def _readable(text: str, most: int) -> str:
+    """Return what every file system takes of a text; it may be the same of two texts."""
+    return _UNSAFE.sub("-", text)[:most]
+
+
+def checkpoint_name(node: str, round: int) -> str:
+    """Name the checkpoint that training would have written: ``node_0_embeddings_r5.pt``."""
+    owner = node if node == SERVER else f"node_{node}"
+    return f"{owner}_embeddings_r{round}.pt"
+
+
+def checkpoint_origin(name: str) -> Origin | None:
+    """Return node and round that a checkpoint's name tells, None where it tells none."""
+    match = _CHECKPOINT.fullmatch(name)
+    return (match["node"] or SERVER, int(match["round"])) if match else None
+
+
+def checkpoint_names(origins: Iterable[Origin]) -> dict[Origin, str]:
+    """Name checkpoints that are written into one folder, on any file system.
+
+    Parameters
+    ----------
+    origins : iterable of (str, int)
+        Node and round of each.
+
+    Returns
+    -------
+    dict of (str, int) to str
+        `checkpoint_name`; where that does not do for a name, or differs from another one in case
+        only, unsafe characters of the node are replaced and a hash of it stands behind.
+    """
+    names = {(node, round): _safe_name(node, round) for node, round in origins}
+    counts = Counter(name.casefold() for name in names.values())
+    alone = {origin for origin, name in names.items() if counts[name.casefold()] == 1}
+    return {origin: _safe_name(*origin, plain=origin in alone) for origin in names}
+
+
+def _safe_name(node: str, round: int, *, plain: bool = True) -> str:
+    if not (plain and _PLAIN_NODE.fullmatch(node)):
+        node = f"{_readable(node, 60)}_h{xxhash.xxh3_64_hexdigest(node.encode())}"
+    return checkpoint_name(node, round)
 
 
 def key_json(key: RecordKey) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class RecordBatch:
     columns : mapping of str to ndarray
         Key columns, notes and digests, each ``[n]``.
     tensors : mapping of str to ndarray
-        Tensor columns, float32 ``[n, *shape]``, already rounded to the schema's precision.
+        Tensor columns, ``[n, *shape]`` of their data types, rounded to the schema's precision.
     """
 
     columns: Mapping[str, np.ndarray]
@@ -107,17 +107,18 @@ class RecordBatch:
             name: np.concatenate([batch.columns[name] for batch in batches])
             for name in batches[0].columns
         }
-        shapes = {name: v.shape[1:] for batch in batches for name, v in batch.tensors.items()}
+        found = {name: values for batch in batches for name, values in batch.tensors.items()}
         tensors = {
-            name: np.concatenate([batch._values(name, shape) for batch in batches])
-            for name, shape in shapes.items()
+            name: np.concatenate([batch._values(name, like) for batch in batches])
+            for name, like in found.items()
         }
         return cls(columns, tensors)
 
-    def _values(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _values(self, name: str, like: np.ndarray) -> np.ndarray:
         if name in self.tensors:
             return self.tensors[name]
-        return np.full((len(self), *shape), np.nan, np.float32)
+        missing = np.nan if like.dtype.kind == "f" else 0
+        return np.full((len(self), *like.shape[1:]), missing, like.dtype)
 
 
 def check_keys(name: str, columns: Sequence[str]) -> None:

@@ -97,13 +97,14 @@ class Rows(ABC):
             Columns ``node``, ``round``, ``split``, ``class_name``, ``index``, ``sample_id``,
             ``image_filename``, ``audio_path``, ``timestamp`` (UTC), ``extra`` (JSON), a
             ``<tensor>_digest`` for each tensor column and ``recorded_in``, the commit that
-            first wrote the record. The frame's own index counts the selection from 0.
+            first wrote the record; ``has_<tensor>`` for each optional column, and
+            ``length_<tensor>`` for each ragged one. The frame's own index counts from 0.
         """
         import pandas as pd
 
         self._snapshot.notes(self.rows)
         names = [*KEY_COLUMNS, *NOTE_COLUMNS]
-        names += [name for name in self._snapshot.group.key_names if name.startswith("has_")]
+        names += self.schema.marks
         names += [f"{name}_digest" for name in self.schema.columns] + ["recorded_in"]
         frame = pd.DataFrame({name: self._column(name, self.rows) for name in names})
         frame["timestamp"] = pd.to_datetime(frame["timestamp"], unit="ms", utc=True)
@@ -226,20 +227,20 @@ class Rows(ABC):
         SchemaMismatchError
             If `out` is not as it must be.
         """
+        if column in self.schema.marks and column not in self.schema.columns:
+            return self._marks(column, out)
         if out is not None:
-            self._check_memory(column, out)
+            known = self.schema.column(column)
+            _check_memory(out, (len(self), *known.shape), known.dtype)
         return self._snapshot.read(column, self.rows, out=out)
 
-    def _check_memory(self, column: str, out: np.ndarray) -> None:
-        shape = (len(self), *self.schema.column(column).shape)
-        right = (out.shape, out.dtype) == (shape, np.dtype(np.float32))
-        if not (right and out.flags.c_contiguous and out.flags.writeable):
-            states = [("contiguous", out.flags.c_contiguous), ("writable", out.flags.writeable)]
-            got = " ".join(f"{'' if holds else 'not '}{state}," for state, holds in states)
-            raise SchemaMismatchError(
-                f"out: expected contiguous, writable, float32 {list(shape)}, "
-                f"got {got} {out.dtype} {list(out.shape)}"
-            )
+    def _marks(self, name: str, out: np.ndarray | None) -> np.ndarray:
+        values = self._snapshot.column_at(name, self.rows)
+        if out is None:
+            return values
+        _check_memory(out, values.shape, values.dtype.name)
+        out[...] = values
+        return out
 
     def known_columns(self) -> dict[str, np.ndarray]:
         """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
@@ -261,3 +262,14 @@ class Rows(ABC):
             self._snapshot.notes(part.rows)
             tensors = {name: part.read(name) for name in self.schema.columns}
             yield RecordBatch(part.known_columns(), tensors)
+
+
+def _check_memory(out: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
+    right = (out.shape, out.dtype) == (shape, np.dtype(dtype))
+    if not (right and out.flags.c_contiguous and out.flags.writeable):
+        states = [("contiguous", out.flags.c_contiguous), ("writable", out.flags.writeable)]
+        got = " ".join(f"{'' if holds else 'not '}{state}," for state, holds in states)
+        raise SchemaMismatchError(
+            f"out: expected contiguous, writable, {dtype} {list(shape)}, "
+            f"got {got} {out.dtype} {list(out.shape)}"
+        )

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
 from typing import Any, Literal, Self
 
 from fedgfe_store.common.column_names import check_axes, check_columns, check_new_columns
+from fedgfe_store.common.tensor_column import LARGEST_CHUNK, ColumnDtype, TensorColumn
 from fedgfe_store.common.words import is_utf8, shown
 from fedgfe_store.errors import SchemaMismatchError
 
-Kind = Literal["flux", "sd"]
+__all__ = ["LARGEST_CHUNK", "ColumnDtype", "Kind", "Metadata", "Precision", "Schema"]
+__all__ += ["TensorColumn"]
+
+Kind = str
+"""Name of a conditioning: ``"flux"``, ``"sd"``, ``"sdxl"``, ``"custom"`` or any other."""
 Precision = Literal["float32", "bfloat16"]
 
 FORMAT_VERSION = 2
 """What new stores are written in; version 1 is read, and written on unchanged."""
 _CHUNK_BYTES = 0.3 * 2**20
 _LARGE_RECORD_BYTES = 4 * 2**20
-LARGEST_CHUNK = 2**31 - 17
-"""Bytes of float32 that blosc, which codes a record or several as one chunk, takes at most."""
-_MOST_AXES = 31
+_KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -55,38 +58,22 @@ class Metadata:
 
 
 @dataclass(frozen=True)
-class TensorColumn:
-    """One tensor per record: name, shape without the record axis, names of its axes.
-
-    Only optional columns may be left out of a record; a bool column ``has_<name>`` tells.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dims: tuple[str, ...]
-    optional: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one record's float32 values."""
-        return 4 * prod(self.shape)
-
-
-@dataclass(frozen=True)
 class Schema:
     """What every record of a store looks like.
 
-    Use `Schema.flux` or `Schema.sd`; the constructor is for other sets of tensor columns.
+    `Schema.flux` and `Schema.sd` make the usual ones, `Schema.of` any other.
 
     Parameters
     ----------
-    kind : {"flux", "sd"}
-        Family of image models that the embeddings condition.
+    kind : str
+        Name of the conditioning: ``"flux"``, ``"sd"``, ``"sdxl"``, ``"custom"`` or any other of
+        lower-case letters, digits, ``-``, ``_`` and ``.``. What makes images asks for it.
     tensors : tuple of TensorColumn
-        Tensor columns, float32.
+        Tensor columns.
     precision : {"float32", "bfloat16"}
         ``"float32"`` keeps every bit. ``"bfloat16"`` rounds to the nearest bfloat16 (ties to
-        even) before writing; values stay float32 arrays and take about 0.4 of the space.
+        even) before writing; values stay float32 arrays and take about 0.4 of the space. Masks
+        and numbers are kept as they are.
     granule : int
         Records per tensor file.
     metadata : Metadata
@@ -106,21 +93,25 @@ class Schema:
     _stored: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("flux", "sd"):
-            raise SchemaMismatchError(f"kind: expected 'flux' or 'sd', got {shown(self.kind)}")
+        if not (isinstance(self.kind, str) and _KIND.fullmatch(self.kind)):
+            raise SchemaMismatchError(
+                f"kind: expected a name such as 'flux', 'sd' or 'custom', of lower-case letters, "
+                f"digits, '-', '_' and '.', got {shown(self.kind)}"
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise SchemaMismatchError(
                 f"precision: expected 'float32' or 'bfloat16', got {shown(self.precision)}"
             )
-        if not _is_int(self.granule) or not 1 <= self.granule <= 16384:
+        if type(self.granule) is not int or not 1 <= self.granule <= 16384:
             raise SchemaMismatchError(
                 f"granule: expected 1 to 16384 records, got {shown(self.granule)}"
             )
         if not self.tensors:
             raise SchemaMismatchError("tensors: expected at least one tensor column, got none")
         for column in self.tensors:
-            _check_column(column)
-        check_columns([column.name for column in self.tensors])
+            column.check()
+        ragged = [column.name for column in self.tensors if column.ragged]
+        check_columns([column.name for column in self.tensors], ragged)
         if not self._stored:
             self.check_new()
 
@@ -132,7 +123,7 @@ class Schema:
         SchemaMismatchError
             If a column's name is not plain, or an axis has two lengths or a column's name.
         """
-        check_new_columns([column.name for column in self.tensors])
+        check_new_columns(list(self.columns))
         check_axes({t.name: list(zip(t.dims, t.shape, strict=True)) for t in self.tensors})
 
     @classmethod
@@ -187,6 +178,44 @@ class Schema:
         return cls._of("sd", (clip,), audio, precision, granule, metadata)
 
     @classmethod
+    def of(
+        cls,
+        kind: Kind,
+        /,
+        *,
+        precision: Precision = "float32",
+        granule: int | None = None,
+        metadata: Metadata | None = None,
+        **columns: tuple[int, ...] | TensorColumn,
+    ) -> Self:
+        """Return the schema of any columns, such as those named by a pipeline's arguments.
+
+        Parameters
+        ----------
+        kind : str
+            Name of the conditioning, see `Schema`.
+        precision, granule, metadata
+            As for `Schema.flux`.
+        **columns : tuple of int or TensorColumn
+            Tensor columns: a shape, or a `TensorColumn` of that name where more is to be said.
+
+        Examples
+        --------
+        >>> mask = TensorColumn("prompt_attention_mask", (512,), dtype="bool")
+        >>> Schema.of("custom", prompt_embeds=(512, 2304), prompt_attention_mask=mask).describe()
+        'custom: prompt_embeds [512, 2304], prompt_attention_mask [512] bool'
+        """
+        tensors = []
+        for name, given in columns.items():
+            column = given if isinstance(given, TensorColumn) else TensorColumn(name, given)
+            if column.name != name:
+                raise SchemaMismatchError(
+                    f"{name}: expected a column of that name, got one called {shown(column.name)}"
+                )
+            tensors.append(column)
+        return cls._of(kind, tuple(tensors), None, precision, granule, metadata)
+
+    @classmethod
     def _of(
         cls,
         kind: Kind,
@@ -200,6 +229,8 @@ class Schema:
             dims = ("audio_token", "audio_feature")
             tensors = (*tensors, TensorColumn("audio", tuple(audio), dims, optional=True))
         if granule is None:
+            for column in tensors:
+                column.check()
             large = len(tensors) < 3 and sum(t.nbytes for t in tensors) > _LARGE_RECORD_BYTES
             granule = 16 if large else 32
         return cls(kind, tensors, precision, granule, metadata or Metadata())
@@ -211,8 +242,23 @@ class Schema:
 
     @property
     def record_nbytes(self) -> int:
-        """Bytes of one record's float32 values over all tensor columns."""
+        """Bytes of one record's values over all tensor columns, as they are in memory."""
         return sum(column.nbytes for column in self.tensors)
+
+    @property
+    def marks(self) -> list[str]:
+        """Names of the key columns ``has_<name>`` and ``length_<name>`` of the tensor columns."""
+        return [name for column in self.tensors for name in column.marks]
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What a reader must know for such a store that the first release of version 2 did not."""
+        needed = {
+            "kinds": self.kind not in ("flux", "sd"),
+            "dtypes": any(column.dtype != "float32" for column in self.tensors),
+            "ragged": any(column.ragged for column in self.tensors),
+        }
+        return tuple(name for name, is_needed in needed.items() if is_needed)
 
     def column(self, name: str) -> TensorColumn:
         """Return the tensor column called `name`.
@@ -246,15 +292,16 @@ class Schema:
         SchemaMismatchError
             If kind, tensor shapes or the encoders' fingerprints differ; both are shown.
         """
-        shapes = dict(other.columns)
-        shapes |= {t.name: t.shape for t in self.tensors if t.optional and t.name not in shapes}
-        if (other.kind, shapes) != (self.kind, self.columns):
+        ours = {t.name: (t.shape, t.dtype, t.ragged) for t in self.tensors}
+        theirs = {t.name: (t.shape, t.dtype, t.ragged) for t in other.tensors}
+        lacking = {t.name: ours[t.name] for t in self.tensors if t.optional}
+        if (other.kind, lacking | theirs) != (self.kind, ours):
             raise SchemaMismatchError(
                 f"{name}: expected {self.describe()}, as in the store, got {other.describe()}"
             )
-        ours, theirs = self.metadata.encoder, other.metadata.encoder
-        if ours and theirs and ours != theirs:
-            raise SchemaMismatchError(f"{name}: expected the encoder {ours!r}, got {theirs!r}")
+        encoder, given = self.metadata.encoder, other.metadata.encoder
+        if encoder and given and encoder != given:
+            raise SchemaMismatchError(f"{name}: expected the encoder {encoder!r}, got {given!r}")
 
     def with_classes(self, names: Iterable[str]) -> Self:
         """Return the schema with the classes `names` added behind those it has."""
@@ -267,10 +314,7 @@ class Schema:
         """Return the schema as it stands in a store's attributes."""
         return {
             "kind": self.kind,
-            "tensors": {
-                t.name: {"shape": list(t.shape), "dims": list(t.dims), "optional": t.optional}
-                for t in self.tensors
-            },
+            "tensors": {t.name: t.to_json() for t in self.tensors},
             "precision": self.precision,
             "granule": self.granule,
             "metadata": {**asdict(self.metadata), "classes": list(self.metadata.classes)},
@@ -287,8 +331,7 @@ class Schema:
             taken, see `check_new`.
         """
         tensors = tuple(
-            TensorColumn(name, tuple(_list(t["shape"])), tuple(_list(t["dims"])), t["optional"])
-            for name, t in _dict(data["tensors"]).items()
+            TensorColumn.from_json(name, _dict(t)) for name, t in _dict(data["tensors"]).items()
         )
         known = _dict(data["metadata"])
         metadata = Metadata(**{**known, "classes": tuple(_list(known["classes"]))})
@@ -296,8 +339,7 @@ class Schema:
 
     def describe(self) -> str:
         """Return kind and shapes in one line, for messages."""
-        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.columns.items())
-        return f"{self.kind}: {shapes}"
+        return f"{self.kind}: {', '.join(column.describe() for column in self.tensors)}"
 
 
 def _clip_column(shape: tuple[int, ...]) -> TensorColumn:
@@ -307,32 +349,6 @@ def _clip_column(shape: tuple[int, ...]) -> TensorColumn:
             f"clip: expected a shape (768,) or (77, 768), got {tuple(shape)!r}"
         )
     return TensorColumn("clip", tuple(shape), dims[len(shape)])
-
-
-def _check_column(column: TensorColumn) -> None:
-    name = shown(column.name) if not isinstance(column.name, str) else column.name
-    shape, dims = column.shape, column.dims
-    fits = isinstance(shape, tuple) and isinstance(dims, tuple)
-    fits = fits and all(_is_int(n) and n > 0 for n in shape)
-    fits = fits and all(isinstance(axis, str) and is_utf8(axis) for axis in dims)
-    if not fits or not 0 < len(shape) == len(dims) <= _MOST_AXES:
-        raise SchemaMismatchError(
-            f"{name}: expected a shape of positive whole numbers with one name for each "
-            f"axis, got shape {shown(shape)} and axes {shown(dims)}"
-        )
-    if column.nbytes > LARGEST_CHUNK:
-        raise SchemaMismatchError(
-            f"{name}: expected a record of at most {LARGEST_CHUNK:,} bytes of float32, got the "
-            f"shape {shown(shape)}"
-        )
-    if not isinstance(column.optional, bool):
-        raise SchemaMismatchError(
-            f"{name}: expected optional to be true or false, got {shown(column.optional)}"
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Selection(Rows):
         Dataset
             Tensor columns along ``record``; the keys are a MultiIndex on it, so that
             ``.sel(round=5, class_name="dog")`` works. Tensors are read, and checked, when their
-            values are used.
+            values are used. ``length_<name>`` and ``has_<name>`` are coordinates of the records.
         """
         from fedgfe_store.readers.xarray import to_dataset
 
@@ -141,9 +141,10 @@ class Selection(Rows):
         batch_size : int
             Records per batch; the last one holds what remains.
         dtype : torch.dtype, optional
-            Data type of the tensors, by default float32.
+            Data type of the embeddings, by default float32; masks and lengths keep theirs.
         columns : sequence of str, optional
-            Tensor columns, by default all that every record has.
+            Tensor columns, by default all that every record has. A ragged column brings its
+            lengths as ``length_<name>``; ``has_<name>`` of an optional one can be named, too.
         prefetch : int
             Batches read ahead; 0 reads in the caller's thread.
         pin_memory : bool

@@ -6,8 +6,9 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.name == "virtual_gpu" and not asked else None
 
 
-MODELS = {"flux", "sd", "clip", "demo"}
+MODELS = {"flux", "sd", "clip", "demo", "tiny_model"}
 """Fixtures that are models, or made with one."""
 
 
@@ -100,6 +101,19 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from generation_fakes import save_random_flux
 
     return save_random_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of the models in `tiny_families`, by name; each is made once a process."""
+
+    @cache
+    def folder(name: str) -> Path:
+        from tiny_families import save
+
+        return save(name, tmp_path_factory.mktemp("models") / name)
+
+    return folder
 
 
 _watched: list[str] = []

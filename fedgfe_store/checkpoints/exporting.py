@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,13 +12,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import xxhash
 
-from fedgfe_store.checkpoints.header import file_name
 from fedgfe_store.common.plain import Unusable
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
-from fedgfe_store.names import image_name
+from fedgfe_store.names import Origin, checkpoint_names, image_name
 from fedgfe_store.records import SERVER, RecordBatch
 from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.selection import Selection
@@ -28,8 +24,6 @@ from fedgfe_store.shapes import column_of
 from fedgfe_store.storage import files
 
 Layout = Literal["guide", "upstream"]
-_PLAIN_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _NAMED = ("sample_id", "audio_path")
 _NOTES = (*_NAMED, "file_id", "image_filename")
 _AUDIO = "and optional audio [frames, width]"
@@ -37,7 +31,6 @@ _PLACES = {
     "flux": f"t5 [tokens, 4096], clip [768] or [tokens, 768] (of two tokens or more), {_AUDIO}",
     "sd": f"clip [tokens, 768] (of two tokens or more), {_AUDIO}",
 }
-Origin = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,7 @@ def export_checkpoints(
     _check_columns(selection)
     folder = Path(folder)
     groups = _groups(selection)
-    paths = {origin: folder / name for origin, name in _file_names(groups).items()}
+    paths = {origin: folder / name for origin, name in checkpoint_names(groups).items()}
     there = [path for path in paths.values() if path.exists()]
     if there and not overwrite:
         raise ConflictError(
@@ -164,24 +157,7 @@ def _reads_back(schema: Schema, column: TensorColumn) -> bool:
     return right and (schema.kind == "flux" or (len(column.shape) == 2 and column.name == "clip"))
 
 
-def _file_names(origins: Iterable[Origin]) -> dict[Origin, str]:
-    """Return a name for each node and round; those that differ in case only get a hash."""
-    names = {origin: _file_name(*origin) for origin in origins}
-    counts = Counter(name.casefold() for name in names.values())
-    return {
-        (node, round): _file_name(node, round, plain=counts[name.casefold()] == 1)
-        for (node, round), name in names.items()
-    }
-
-
-def _file_name(node: str, round: int, *, plain: bool = True) -> str:
-    """Return a checkpoint's name; a node that does not do for one is replaced, with a hash."""
-    if not (plain and _PLAIN_NODE.fullmatch(node)):
-        node = f"{_UNSAFE.sub('-', node)[:60]}_h{xxhash.xxh3_64_hexdigest(node.encode())}"
-    return file_name(node, round)
-
-
-def _groups(selection: Selection) -> dict[tuple[str, int], Selection]:
+def _groups(selection: Selection) -> dict[Origin, Selection]:
     """Divide `selection` by round and node, in natural order, each in the store's order."""
     groups = selection.by_node_and_round()
     order = sorted(groups, key=lambda group: (group[1], numbers_first(group[0])))

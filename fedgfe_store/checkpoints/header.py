@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from fedgfe_store.checkpoints import entries
 from fedgfe_store.checkpoints.entries import Slot, survey
 from fedgfe_store.common.plain import Placeholder, Unusable, brief, mapping, plain, what, whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import SERVER
+from fedgfe_store.names import checkpoint_origin
 from fedgfe_store.schema import Kind
 
 RoundFrom = Literal["name", "content"]
@@ -22,7 +21,6 @@ _LARGEST_ROUND = 2**31 - 1
 _MOST_NAMED = 10
 _EARLIEST, _LATEST = datetime(1678, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo=UTC)
 """Between them xarray and pandas can hold a time."""
-_FILE_NAME = re.compile(r"(?:node_(?P<node>.+)|server)_embeddings_r(?P<round>\d{1,18})\.pt")
 
 
 def embeddings(content: Any, path: Path) -> list[Any]:
@@ -43,18 +41,6 @@ def embeddings(content: Any, path: Path) -> list[Any]:
     )
 
 
-def file_name(node: str, round_number: int) -> str:
-    """Return the name of the file that training would have written: ``node_0_embeddings_r5.pt``."""
-    owner = node if node == SERVER else f"node_{node}"
-    return f"{owner}_embeddings_r{round_number}.pt"
-
-
-def named_origin(name: str) -> tuple[str, int] | None:
-    """Return node and round by a file's name, None where it tells none."""
-    match = _FILE_NAME.fullmatch(name)
-    return (match["node"] or SERVER, int(match["round"])) if match else None
-
-
 def is_text_cache(content: Any) -> bool:
     """Whether content maps classes to text embeddings by diffusion type."""
     inner = (mapping(content) or {}).values()
@@ -66,7 +52,7 @@ def origin(
     content: Mapping[Any, Any], path: Path, round_from: RoundFrom | None
 ) -> tuple[str, int, list[str]]:
     """Return node and round, the file's own before those of its name, and notes."""
-    named = named_origin(path.name)
+    named = checkpoint_origin(path.name)
     named_node, named_round = named or (None, None)
     node = _node(content.get("node_id"), path) or named_node
     own = whole(content.get("round"))
@@ -160,7 +146,7 @@ def kind_of(metadata: Mapping[str, Any], embeddings: list[Any]) -> Kind:
     """Return which conditioning the entries are: what the metadata says, else what they hold."""
     said = str(metadata.get("diffusion_type")).lower()
     if said in ("flux", "sd"):
-        return cast("Kind", said)
+        return said
     found, _ = survey(embeddings, "", "flux")
     return "flux" if any(isinstance(s, Slot) and "t5" in s.places for s in found) else "sd"
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.checkpoints.header import file_name, named_origin
 from fedgfe_store.checkpoints.ledger import Ledger
 from fedgfe_store.checkpoints.listing import (
     hides,
@@ -20,13 +19,10 @@ from fedgfe_store.checkpoints.listing import (
 )
 from fedgfe_store.checkpoints.report import FileReport
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.names import STORE_NAME
+from fedgfe_store.names import STORE_NAME, Origin, checkpoint_name, checkpoint_origin
 from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.selection import Selection
 from fedgfe_store.store import EmbeddingStore
-
-Origin = tuple[str, int]
-"""Node and round."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,9 @@ class Sources:
     def _in_folder(self, stored: Set[Origin], ledger: Ledger) -> set[Origin]:
         if self.folder is None:
             return set()
-        files = {o: file_name(*o) for o in stored if o[0] != TEXT_NODE}  # it has no checkpoint
+        files = {
+            o: checkpoint_name(*o) for o in stored if o[0] != TEXT_NODE
+        }  # it has no checkpoint
         named = {origin for origin, name in files.items() if self._matches(name)}
         lines = [(ledger.path_of(line), line) for line in ledger.lines().values()]
         said = {
@@ -140,7 +138,7 @@ class Sources:
 
 def origins_of(file: Path, ledger: Ledger) -> set[Origin]:
     """Return node and round that a file had when it was taken in, else those of its name."""
-    line, named = ledger.line_of(file), named_origin(file.name)
+    line, named = ledger.line_of(file), checkpoint_origin(file.name)
     if line is not None:
         return {(line.node, line.round)}
     return set() if named is None else {named}

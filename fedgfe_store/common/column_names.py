@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from fedgfe_store.common.words import shown
 from fedgfe_store.errors import SchemaMismatchError
@@ -21,14 +21,14 @@ _AXES = ("record", "commit")
 _UNSAFE = re.compile(r"[/\\:\0-\x1f\x7f]|^\.|^zarr\.json$|^pending(\.|$)|^claim\.|^$")
 """What leads out of the store's folder, or is no folder's name, or is that of a file of ours."""
 _PLAIN = re.compile(r"\w([\w .+-]*\w)?")
-_OURS = re.compile(r"has_.*|.*_digest|commit_.*|record|commit", re.IGNORECASE)
+_OURS = re.compile(r"(has|length)_.*|.*_digest|commit_.*|record|commit", re.IGNORECASE)
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _LONGEST = 100
 """Bytes of UTF-8: with what is put before and behind it, a name fits any file system."""
 
 
-def check_columns(names: Sequence[str]) -> None:
-    """Refuse `names` of tensor columns with which a store cannot even be read.
+def check_columns(names: Sequence[str], ragged: Collection[str] = ()) -> None:
+    """Refuse `names` of tensor columns, some of them `ragged`, with which a store cannot be read.
 
     Raises
     ------
@@ -43,7 +43,8 @@ def check_columns(names: Sequence[str]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
             raise _unfit(f"each name once, got {count} times", name)
-        taken = {f"has_{name}", f"{name}_digest"} & set(names)
+        lengths = {f"length_{name}"} if name in ragged else set()
+        taken = {f"has_{name}", f"{name}_digest", *lengths} & set(names)
         if taken:
             raise _unfit(f"a name that {name} leaves free", min(taken))
 
@@ -59,8 +60,8 @@ def check_new_columns(names: Sequence[str]) -> None:
     for name in names:
         if not _PLAIN.fullmatch(name) or _DEVICES.fullmatch(name) or _OURS.fullmatch(name):
             raise _unfit(
-                "letters, digits and underscores, and not has_..., ..._digest, commit_..., record "
-                "or the name of a device",
+                "letters, digits and underscores, and not has_..., length_..., ..._digest, "
+                "commit_..., record or the name of a device",
                 name,
             )
     alike = {name: name for name in ARRAYS}

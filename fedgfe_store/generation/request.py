@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.parts import WHOLE, Part
@@ -171,3 +171,34 @@ class Request:
 
 DEFAULTS = Request()
 """What is asked where nothing is said."""
+
+
+class RequestOptions(TypedDict, total=False):
+    """The fields of `Request`, which a test compares, as type checkers see keywords of them."""
+
+    diffusion_type: Kind | None
+    model: str | None
+    steps: int | None
+    guidance: float | None
+    negative: str | None
+    height: int | None
+    width: int | None
+    pool: Pool
+    seed: int
+    images_per_record: int
+    dtype: Dtype | None
+    quantize: Quantization | None
+    device: str | None
+    offload: Literal["auto"] | Offload
+    batch_size: int | None
+    compiled: bool
+    vae_tiling: bool
+    clear_cache_every: int | None
+    part: Part
+    limit: int | None
+    on_stale: OnStale
+    replace_others: bool
+    noise: Noise | None
+    only_image: int | None
+    again: bool
+    local: int | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
@@ -13,7 +13,7 @@ from fedgfe_store.generation.denoise import Renderer
 from fedgfe_store.generation.parts import Part
 from fedgfe_store.generation.plan import Plan, PlanItem
 from fedgfe_store.generation.prepare import Report, Run, log_remark, prepare
-from fedgfe_store.generation.request import DEFAULTS, Request
+from fedgfe_store.generation.request import DEFAULTS, Request, RequestOptions
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import Failure, ImageWriter, Progress, Tally
 from fedgfe_store.images.manifest import (
@@ -85,7 +85,8 @@ def generate(
     stop: Stop | None = None,
     report: Report = log_remark,
     progress: Progress | None = None,
-    **options: Any,
+    shard: Part | None = None,
+    **options: Unpack[RequestOptions],
 ) -> GenerationReport:
     """Render the images of a selection that are not done yet.
 
@@ -107,6 +108,8 @@ def generate(
         Gets remarks for the user, one line each; by default they are logged as warnings.
     progress : callable, optional
         Called with 1 for each image that was made or has failed.
+    shard : Part, optional
+        What the field `part` was called before.
     **options
         Fields of `Request` that take the place of those of `request`, as ``steps=20``.
 
@@ -121,8 +124,8 @@ def generate(
     FedgfeStoreError
         As for `prepare` and `render`.
     """
-    if "shard" in options:  # what `part` was called before
-        options["part"] = options.pop("shard")
+    if shard is not None:
+        options["part"] = shard
     run = prepare(
         selection,
         output_dir,

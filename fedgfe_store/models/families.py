@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
 
 from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
 from fedgfe_store.models.files import (
@@ -36,9 +35,7 @@ def family_of(kind: Kind) -> type[Model]:
         If there is no such family.
     """
     if kind not in FAMILIES:
-        raise SchemaMismatchError(
-            f"diffusion type: expected {' or '.join(get_args(Kind))}, got {kind!r}"
-        )
+        raise SchemaMismatchError(f"diffusion type: expected {' or '.join(FAMILIES)}, got {kind!r}")
     return FAMILIES[kind]
 
 

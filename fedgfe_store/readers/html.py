@@ -17,6 +17,7 @@ from fedgfe_store.storage.files import usage
 
 if TYPE_CHECKING:
     from fedgfe_store.rows import Rows
+    from fedgfe_store.schema import Schema, TensorColumn
     from fedgfe_store.storage.snapshot import Snapshot
 
 T = TypeVar("T")
@@ -137,8 +138,9 @@ def _page(kind: str, selection: Rows, snapshot: Snapshot, **own: object) -> str:
         kind=kind,
         path=str(selection.path),
         records=n,
-        size=size(n * selection.schema.record_nbytes),
+        memory=_memory(snapshot.schema, n),
         schema=snapshot.schema,
+        tensors=[(tensor, _kind(tensor)) for tensor in snapshot.schema.tensors],
         commit=f"{snapshot.commit}" + (f" of {latest}" if snapshot.commit < latest else ""),
         time=None if moment is None else f"{moment:%Y-%m-%d %H:%M} UTC",
         table=_Table.of(counts) if counts else None,
@@ -154,6 +156,21 @@ def _template() -> Template:
     environment.filters["thousands"] = "{:,}".format
     page = files("fedgfe_store.readers").joinpath("notebook.html")
     return environment.from_string(page.read_text(encoding="utf-8"))
+
+
+def _memory(schema: Schema, records: int) -> str:
+    plain = all(tensor.dtype == "float32" for tensor in schema.tensors)
+    return f"{size(records * schema.record_nbytes)} {'as float32' if plain else 'in memory'}"
+
+
+def _kind(column: TensorColumn) -> str:
+    """Return what a column is besides a tensor of float32 in each record."""
+    kinds = {
+        f" {column.dtype}": column.dtype != "float32",
+        " ragged": column.ragged,
+        " optional": column.optional,
+    }
+    return "".join(kind for kind, holds in kinds.items() if holds)
 
 
 def _key_facts(selection: Rows) -> dict[str, object]:

@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedgfe_store.rows import Rows
+    from fedgfe_store.schema import Schema
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of some records, ``[b, *shape]`` each, and the records themselves."""
+    """Tensors of some records, ``[b, *shape]`` each, and the records themselves.
+
+    A ragged column is padded with zeros, and ``length_<name>``, int32 ``[b]``, is beside it.
+    """
 
     selection: Rows
     tensors: Mapping[str, torch.Tensor]
@@ -67,9 +71,9 @@ class BatchReader:
     Parameters
     ----------
     columns : sequence of str
-        Tensor columns.
+        Tensor columns, and lengths and marks of them.
     dtype : torch.dtype, optional
-        Data type of the tensors, by default float32.
+        Data type of the embeddings, by default float32; masks and lengths keep theirs.
     pinned : bool
         Decode into page-locked memory.
     """
@@ -86,16 +90,24 @@ class BatchReader:
         """Decode a column to where it stays; only another data type takes a copy."""
         if not self.pinned:
             tensor = torch.from_numpy(rows.read(name))
-            return tensor if self.dtype is None else tensor.to(self.dtype)
-        shape = (len(rows), *rows.schema.column(name).shape)
+            return tensor.to(self.dtype) if self._converts(tensor.dtype) else tensor
+        known = {t.name: (t.shape, t.dtype) for t in rows.schema.tensors}
+        mark: tuple[tuple[int, ...], str] = ((), "bool" if name.startswith("has_") else "int32")
+        shape, dtype = known.get(name, mark)
+        stored: torch.dtype = getattr(torch, dtype)
+        wanted = self.dtype if self._converts(stored) else stored
         # Anew for each batch, since one may outlive the next; torch keeps pinned memory that nobody
         # holds any more, and gives it out again.
-        pinned = torch.empty(shape, dtype=self.dtype or torch.float32, pin_memory=True)
-        if pinned.dtype == torch.float32:
+        pinned = torch.empty((len(rows), *shape), dtype=wanted, pin_memory=True)
+        if wanted == stored:
             rows.read(name, out=pinned.numpy())
         else:
             pinned.copy_(torch.from_numpy(rows.read(name)))
         return pinned
+
+    def _converts(self, stored: torch.dtype) -> bool:
+        """Whether values come as another data type: embeddings do, masks and lengths do not."""
+        return self.dtype is not None and stored.is_floating_point
 
 
 class Batches(IterableDataset[Batch]):
@@ -124,17 +136,13 @@ class Batches(IterableDataset[Batch]):
             raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {dtype!r}")
         if isinstance(columns, str):
             raise SchemaMismatchError(f"columns: expected a list of names, got {columns!r}")
-        required = [t.name for t in selection.schema.tensors if not t.optional]
-        names = required if columns is None else list(columns)
-        for name in names:
-            selection.schema.column(name)
+        self._reader = BatchReader(_columns(selection.schema, columns), dtype, pin_memory)
         # Torch would say so only when the first batch is read.
         if pin_memory and not torch.accelerator.is_available():
             raise SchemaMismatchError(
                 "pin_memory: expected a machine with an accelerator that torch can use, got none"
             )
         self._selection, self._size, self._prefetch = selection, batch_size, prefetch
-        self._reader = BatchReader(names, dtype, pin_memory)
 
     def __len__(self) -> int:
         return math.ceil(len(self._selection) / self._size)
@@ -151,6 +159,17 @@ class Batches(IterableDataset[Batch]):
         # A numpy integer of few bits would overflow where positions are counted.
         parts = self._selection.parts(operator.index(self._size))
         return (rows for _, rows in islice(parts, first, None, step))
+
+
+def _columns(schema: Schema, asked: Sequence[str] | None) -> list[str]:
+    """Return the columns of a batch: those asked for, and the lengths of those that are ragged."""
+    names = [t.name for t in schema.tensors if not t.optional] if asked is None else list(asked)
+    marks = set(schema.marks) - schema.columns.keys()
+    ragged = [f"length_{t.name}" for t in schema.tensors if t.ragged and t.name in names]
+    for name in names:
+        if name not in marks:
+            schema.column(name)
+    return list(dict.fromkeys([*names, *ragged]))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from fedgfe_store.rows import Rows
     from fedgfe_store.schema import Schema
 
-# Dask spends up to a millisecond on a task (its best practices: avoid very large graphs), which does
-# not show beside reading this much; and a task for each core still fits the memory of a laptop.
+# Dask spends up to a millisecond on a task (its best practices: avoid very large graphs), which
+# does not show beside reading this much; and a task for each core fits the memory of a laptop.
 _DASK_BYTES = 64 * 2**20
 
 
@@ -29,8 +29,9 @@ class _TensorArray(BackendArray):
     def __init__(self, selection: Rows, name: str) -> None:
         self._selection = selection
         self._name = name
-        self.shape = (len(selection), *selection.schema.column(name).shape)
-        self.dtype = np.dtype(np.float32)
+        column = selection.schema.column(name)
+        self.shape = (len(selection), *column.shape)
+        self.dtype = np.dtype(column.dtype)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(

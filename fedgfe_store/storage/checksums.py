@@ -53,6 +53,9 @@ def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.array(digests, np.uint64)
 
 
-def digest(values: np.ndarray) -> int:
-    """Return the xxh3 digest of one record's float32 values in one tensor column."""
-    return xxhash.xxh3_64_intdigest(values.data)
+def digest(values: np.ndarray, length: int = 0) -> int:
+    """Return the xxh3 digest of one record's values in one tensor column.
+
+    The seed is the record's `length` in a ragged column, whose padding is digested too.
+    """
+    return xxhash.xxh3_64_intdigest(values.data, length)

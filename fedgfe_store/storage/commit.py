@@ -193,7 +193,7 @@ class Transaction:
                 return
             # A copy of a busy store brought it along. Replaced, not unlinked: a late writer may
             # not unlink what who took over has put there.
-            values, present = np.empty((0, *column.shape), np.float32), None
+            values, present = np.empty((0, *column.shape), column.dtype), None
         with self._staging.open(path) as file:
             files.write(file, values, present)
 

@@ -64,8 +64,8 @@ def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
     Raises
     ------
     SchemaMismatchError
-        If a value is not finite in the schema's precision, or a key or note is one that does
-        not come into a store any more; names the record.
+        If a value is not finite in the schema's precision, or is missing, or a key or note is one
+        that does not come into a store any more; names the record.
     """
     columns = {name: records.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
     check_entry(columns, lambda position: named(records.key(position)))
@@ -74,15 +74,42 @@ def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
         given = records.tensors.get(tensor.name)
         present = np.full(len(records), given is not None)
         digests = np.zeros(len(records), np.uint64)
+        lengths = np.zeros(len(records), np.int32)
         if given is not None:
             present &= records.columns.get(f"has_{tensor.name}", True)
-            finish = _Finishing(schema, tensor, columns, given, present, digests)
+            _check_present(tensor, columns, present)
+            if tensor.ragged:
+                lengths = _lengths(tensor, records, present)
+            finish = _Finishing(schema, tensor, columns, given, present, lengths, digests)
             tensors[tensor.name] = finish.run()
         columns[f"{tensor.name}_digest"] = digests
         if tensor.optional:
             columns[f"has_{tensor.name}"] = present
+        if tensor.ragged:
+            columns[f"length_{tensor.name}"] = lengths
     columns["row_digest"] = row_digests(columns)
     return RecordBatch(columns, tensors)
+
+
+def _check_present(
+    tensor: TensorColumn, keys: Mapping[str, np.ndarray], present: np.ndarray
+) -> None:
+    for position in [] if tensor.optional else np.flatnonzero(~present)[:1].tolist():
+        key = key_at(keys, position)
+        raise SchemaMismatchError(f"{tensor.name} of {key}: expected a value, got none")
+
+
+def _lengths(tensor: TensorColumn, records: RecordBatch, present: np.ndarray) -> np.ndarray:
+    """Return how long each record is in a ragged column, 0 where there is none."""
+    longest = tensor.shape[0]
+    given = records.columns.get(f"length_{tensor.name}", longest)
+    lengths = np.where(present, given, 0).astype(np.int32)
+    for position in np.flatnonzero((lengths < 0) | (lengths > longest))[:1].tolist():
+        raise SchemaMismatchError(
+            f"{tensor.name} of {records.key(position)}: expected a length from 0 to {longest}, got "
+            f"{lengths[position]}"
+        )
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -97,11 +124,16 @@ class _Finishing:
     keys: Mapping[str, np.ndarray]
     given: np.ndarray
     present: np.ndarray
+    lengths: np.ndarray
     digests: np.ndarray
 
     def run(self) -> np.ndarray:
-        """Return the finished values, NaN where a record has none, and fill in the digests."""
-        values = np.empty((len(self.given), *self.tensor.shape), np.float32)
+        """Return the finished values, and fill in the digests."""
+        if self.tensor.dtype != "float32" and self.given.dtype != self.tensor.dtype:
+            raise SchemaMismatchError(
+                f"{self.tensor.name}: expected {self.tensor.dtype}, got {self.given.dtype}"
+            )
+        values = np.empty((len(self.given), *self.tensor.shape), self.tensor.dtype)
         step = max(1, _GROUP_BYTES // self.tensor.nbytes)
         groups = [slice(start, start + step) for start in range(0, len(values), step)]
         if values.nbytes < _WORTH_THREADS:
@@ -117,13 +149,23 @@ class _Finishing:
         for group in groups:
             some, present = values[group], self.present[group]
             some[...] = self.given[group]
-            some[~present] = np.nan
-            if self.schema.precision == "bfloat16":
-                self._check_finite(some, group, "not finite")
-                _round_to_bfloat16(some)
-            self._check_finite(some, group, f"not finite in {self.schema.precision}")
-            pairs = zip(some, present.tolist(), strict=True)
-            self.digests[group] = [digest(record) if here else 0 for record, here in pairs]
+            lengths = self.lengths[group]
+            if self.tensor.ragged:
+                some[np.arange(self.tensor.shape[0]) >= lengths[:, np.newaxis]] = 0
+            some[~present] = self.tensor.fill
+            if self.tensor.dtype == "float32":
+                self._check_rounded(some, group)
+            rows = zip(some, lengths.tolist(), present.tolist(), strict=True)
+            self.digests[group] = [
+                digest(record, length) if here else 0 for record, length, here in rows
+            ]
+
+    def _check_rounded(self, values: np.ndarray, group: slice) -> None:
+        """Round float32 `values` in place as the schema says; refuse what is not finite then."""
+        if self.schema.precision == "bfloat16":
+            self._check_finite(values, group, "not finite")
+            _round_to_bfloat16(values)
+        self._check_finite(values, group, f"not finite in {self.schema.precision}")
 
     def _check_finite(self, values: np.ndarray, group: slice, what: str) -> None:
         if np.isfinite(values).all():

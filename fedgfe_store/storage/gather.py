@@ -15,7 +15,7 @@ from fedgfe_store.storage.checksums import UnreadableError
 from fedgfe_store.storage.shard_files import OpenFile, TensorFiles
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
-"""Bytes of float32 values between which a thread reads on before it takes the next piece."""
+"""Bytes of values between which a thread reads on before it takes the next piece."""
 _PIECES = 2
 """Pieces for each thread, so that none is left waiting for the last one."""
 
@@ -55,11 +55,11 @@ def gather(files: TensorFiles, rows: np.ndarray, out: np.ndarray, check: Check) 
         Where they lie.
     rows : ndarray of int64, shape [n]
         Row numbers, in any order, repeats allowed.
-    out : ndarray of float32, shape [n, \*shape]
-        Where to; contiguous. NaN where a file holds no value.
+    out : ndarray, shape [n, \*shape]
+        Where to; contiguous. NaN, or 0 in columns of whole numbers, where a file holds no value.
     check : callable
         Called in a thread with places in `out` that have just been decoded, and None, or with the
-        error for which they are NaN.
+        error for which they have no value.
     """
     order = np.argsort(rows, kind="stable")
     request = _Request(files, rows[order], order.tolist(), out, check)
@@ -117,7 +117,7 @@ def _read_span(request: _Request, file: OpenFile, span: _Span) -> None:
 
 
 def _miss(request: _Request, places: list[int], error: Exception) -> None:
-    request.out[places] = np.nan
+    request.out[places] = request.files.fill
     request.check(places, error)
 
 
@@ -125,6 +125,6 @@ def _scratch(files: TensorFiles) -> np.ndarray:
     """Return memory of this thread for one chunk; new memory would cost as much as decoding."""
     kept: np.ndarray | None = getattr(_own, "scratch", None)
     shape = (files.chunk, *files.shape)
-    if kept is None or kept.shape != shape:
-        kept = _own.scratch = np.empty(shape, np.float32)
+    if kept is None or (kept.shape, kept.dtype) != (shape, files.dtype):
+        kept = _own.scratch = np.empty(shape, files.dtype)
     return kept

@@ -13,7 +13,7 @@ import numpy as np
 from fedgfe_store.common.words import is_whole, shown
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, RecordBatch, key_at, to_milliseconds
-from fedgfe_store.schema import Schema, TensorColumn
+from fedgfe_store.schema import Schema
 from fedgfe_store.storage.entry import (
     ENTRY_MOMENTS,
     EXTRA_DEPTH,
@@ -25,6 +25,7 @@ from fedgfe_store.storage.entry import (
     milliseconds,
     named,
 )
+from fedgfe_store.storage.values import is_dense, is_tensor, taken
 
 
 def checked(
@@ -45,27 +46,52 @@ def checked(
         The same for `NOTE_COLUMNS`; None where nothing is known.
     tensors : mapping
         For each tensor column ``[n, *shape]``, or ``[*shape]`` for a single record: torch
-        tensors on any device or numpy arrays, of float16, bfloat16 or float32. Optional
-        columns may be None.
+        tensors on any device or numpy arrays, of float16, bfloat16 or float32, or of whole
+        numbers for such a column. A ragged column may be a sequence of ``[length, ...]``, or have
+        its lengths as ``length_<name>``. Optional columns may be None.
 
     Raises
     ------
     SchemaMismatchError
         If a name, shape, data type or value does not fit; the message names the record.
     """
-    arrays = {t.name: _tensor(schema, t, tensors.get(t.name)) for t in schema.tensors}
-    counts = {name: len(array) for name, array in arrays.items() if array is not None}
+    found = {t.name: taken(schema, t, tensors.get(t.name)) for t in schema.tensors}
+    given = {name: each for name, each in found.items() if each is not None}
+    counts = {name: len(values) for name, (values, _) in given.items()}
+    if not counts:
+        raise SchemaMismatchError(f"expected one of {', '.join(schema.columns)}, got none")
     n = next(iter(counts.values()))
     if len(set(counts.values())) > 1:
         raise SchemaMismatchError(f"expected as many records in every tensor, got {counts}")
-    unknown = set(tensors) - set(schema.columns)
+    lengths = {f"length_{t.name}" for t in schema.tensors if t.ragged}
+    unknown = set(tensors) - set(schema.columns) - lengths
     if any(tensors[name] is not None for name in unknown):
         raise SchemaMismatchError(
             f"expected the tensor columns {', '.join(schema.columns)}, got also "
             f"{', '.join(sorted(unknown))}"
         )
-    given = {name: array for name, array in arrays.items() if array is not None}
-    return RecordBatch(_columns(keys, notes, n), given)
+    columns = _columns(keys, notes, n) | _lengths(tensors, given, n)
+    return RecordBatch(columns, {name: values for name, (values, _) in given.items()})
+
+
+def _lengths(
+    tensors: Mapping[str, Any], given: Mapping[str, tuple[np.ndarray, np.ndarray | None]], n: int
+) -> dict[str, np.ndarray]:
+    """Return the lengths of the records in the ragged columns that are `given`."""
+    columns = {}
+    for name, (_, known) in given.items():
+        if known is None:
+            continue
+        said = tensors.get(f"length_{name}")
+        columns[f"length_{name}"] = known
+        if said is not None:
+            lengths = _integers(f"length_{name}", said, n, np.dtype(np.int32))
+            for position in np.flatnonzero(lengths > known)[:1].tolist():
+                wanted = f"a length of at most {known[position]}, as {name} is long"
+                record = _numbered(n)(position)
+                raise _unfit(f"length_{name}", wanted, int(lengths[position]), record)
+            columns[f"length_{name}"] = lengths
+    return columns
 
 
 def checked_columns(
@@ -139,7 +165,7 @@ def _spread(name: str, value: Any, n: int) -> Sequence[Any]:
 
 def _plain(value: Any) -> Any:
     """Return what a tensor holds as Python's own values, and all else as it is."""
-    return value.tolist() if _is_tensor(value) and _is_dense(value) else value
+    return value.tolist() if is_tensor(value) and is_dense(value) else value
 
 
 def _unfit(name: str, wanted: str, value: Any, record: object = "") -> SchemaMismatchError:
@@ -219,71 +245,3 @@ def _json(value: Any, position: int, record: Record) -> str:
         raise SchemaMismatchError(
             f"extra: {shown(value)} cannot be kept as JSON: {error} ({record(position)})"
         ) from None
-
-
-def _is_tensor(value: Any) -> bool:
-    return hasattr(value, "detach") and hasattr(value, "numpy")
-
-
-def _tensor(schema: Schema, column: TensorColumn, value: Any) -> np.ndarray | None:
-    """Return `value` as float32 ``[n, *shape]``, in the caller's memory if it is so there."""
-    if value is None:
-        if column.optional:
-            return None
-        raise SchemaMismatchError(
-            f"{column.name}: expected a tensor {list(column.shape)}, got None"
-        )
-    _check_values(column, value)
-    shape = tuple(value.shape)
-    if shape == column.shape:
-        shape = (1, *shape)
-    if shape[1:] != column.shape:
-        raise SchemaMismatchError(
-            f"{column.name}: expected [n, {', '.join(map(str, column.shape))}] as in the store "
-            f"({schema.describe()}), got {list(value.shape)}"
-        )
-    try:
-        plain = value.detach().cpu().float().resolve_neg().numpy() if _is_tensor(value) else value
-        return np.asarray(plain, np.float32).reshape(shape)
-    except (TypeError, ValueError) as error:  # of a kind that has its values elsewhere
-        raise SchemaMismatchError(
-            f"{column.name}: expected values in memory, got {_kind(value)}: {error}"
-        ) from None
-
-
-def _check_values(column: TensorColumn, value: Any) -> None:
-    """Refuse what is no tensor of floating-point values, or one of which some are not there."""
-    dtype = getattr(value, "dtype", None)
-    name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
-    if name not in ("float32", "float16", "bfloat16"):
-        got = type(value).__name__ if dtype is None else name
-        raise SchemaMismatchError(
-            f"{column.name}: expected float32, float16 or bfloat16, got {got}; "
-            f"convert it first, so that what is lost is your choice"
-        )
-    if isinstance(value, np.ma.MaskedArray):
-        raise SchemaMismatchError(
-            f"{column.name}: expected an array without a mask, which a store cannot keep, got a "
-            f"masked array; fill it first"
-        )
-    if _is_tensor(value) and not _is_dense(value):
-        raise SchemaMismatchError(
-            f"{column.name}: expected a dense tensor with its values in memory, got {_kind(value)}"
-        )
-
-
-def _is_dense(tensor: Any) -> bool:
-    """Whether torch has the values of `tensor`, one after another."""
-    names = {kind.__name__ for kind in type(tensor).__mro__}
-    return (
-        str(tensor.layout) == "torch.strided"
-        and not (tensor.is_nested or tensor.is_meta)
-        and not names & {"FakeTensor", "FunctionalTensor"}
-    )
-
-
-def _kind(value: Any) -> str:
-    """Return what sort of tensor `value` is."""
-    if not _is_tensor(value):
-        return type(value).__name__
-    return f"a {type(value).__name__} of layout {value.layout} on device {value.device}"

@@ -94,6 +94,8 @@ def gap(column: KeyColumn, values: np.ndarray, has: np.ndarray | None) -> str | 
     wrong = values == column.dtype.type(column.fill)
     if column.attributes:
         wrong = wrong | (values < EARLIEST) | (values > LATEST)
+    if column.largest is not None:
+        wrong = (values < 0) | (values > column.largest)
     places = np.flatnonzero(wrong)
     return f"{values[places[0]]!r} at row {places[0]} of the chunk" if len(places) else None
 

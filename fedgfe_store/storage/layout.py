@@ -22,16 +22,7 @@ _CRC32C = {"name": "crc32c"}
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 # lz4 is all but as small as zstd, and faster; the bit shuffle brings the zero bits of rounded
 # values together: docs/performance.md, "Codec".
-_BLOSC = {
-    "name": "blosc",
-    "configuration": {
-        "typesize": 4,
-        "cname": "lz4",
-        "clevel": 5,
-        "shuffle": "bitshuffle",
-        "blocksize": 0,
-    },
-}
+_BLOSC = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 ZSTD_LEVEL = 1
 _ZSTD = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
 _TIME = {"units": "milliseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
@@ -49,6 +40,8 @@ class KeyColumn:
     attributes: Mapping[str, str] = field(default_factory=dict)
     since: int = 1
     """First format version that has the column; in older stores it reads as skipped values."""
+    largest: int | None = None
+    """Largest value of a column of lengths, the smallest of which is 0."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -115,6 +108,8 @@ def _tensor_keys(schema: Schema) -> Iterator[KeyColumn]:
         yield KeyColumn(f"{tensor.name}_digest", "uint64", int(np.iinfo(np.uint64).max), 0)
         if tensor.optional:
             yield KeyColumn(f"has_{tensor.name}", "bool", False, False)
+        if tensor.ragged:
+            yield _integer(f"length_{tensor.name}", "int32", 0, largest=tensor.shape[0])
 
 
 def array_metadata(schema: Schema, version: int = FORMAT_VERSION) -> dict[str, dict[str, Any]]:
@@ -124,31 +119,31 @@ def array_metadata(schema: Schema, version: int = FORMAT_VERSION) -> dict[str, d
 
 
 def _tensor_metadata(schema: Schema, column: TensorColumn) -> dict[str, Any]:
+    itemsize = np.dtype(column.dtype).itemsize
+    blosc = {"name": "blosc", "configuration": {"typesize": itemsize, **_BLOSC}}
     sharding = {
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": [schema.chunk_records(column), *column.shape],
-            "codecs": [_BYTES, _BLOSC, _CRC32C],
+            "codecs": [_bytes(column.dtype), blosc, _CRC32C],
             "index_codecs": [_BYTES, _CRC32C],
             "index_location": "end",
         },
     }
     return _metadata(
         shape=[0, *column.shape],
-        data_type="float32",
+        data_type=column.dtype,
         chunk_shape=[schema.granule, *column.shape],
-        fill_value="NaN",
+        fill_value={"float32": "NaN", "bool": False}.get(column.dtype, 0),
         codecs=[sharding],
         dimension_names=["record", *column.dims],
     )
 
 
 def _key_metadata(column: KeyColumn) -> dict[str, Any]:
-    first = _BYTES
-    if column.data_type == "string":
-        first = {"name": "vlen-utf8", "configuration": {}}
-    elif column.data_type == "bool":
-        first = {"name": "bytes"}
+    first = {"name": "vlen-utf8", "configuration": {}}
+    if column.data_type != "string":
+        first = _bytes(column.data_type)
     return _metadata(
         shape=[0],
         data_type=column.data_type,
@@ -158,6 +153,10 @@ def _key_metadata(column: KeyColumn) -> dict[str, Any]:
         dimension_names=[column.dim],
         attributes=dict(column.attributes),
     )
+
+
+def _bytes(data_type: str) -> dict[str, Any]:
+    return {"name": "bytes"} if data_type == "bool" else _BYTES
 
 
 def _metadata(*, chunk_shape: list[int], **rest: Any) -> dict[str, Any]:

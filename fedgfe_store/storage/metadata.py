@@ -27,8 +27,8 @@ from fedgfe_store.storage.layout import (
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "fedgfe_store"
-FEATURES: frozenset[str] = frozenset()
-"""What a store may ask of its readers beyond format version 2; this release knows no such thing."""
+FEATURES = frozenset({"kinds", "dtypes", "ragged"})
+"""What a store may ask of its readers beyond what the first release of format version 2 knew."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,15 @@ class Group:
         """Return the group of a store without records."""
         digests = dict.fromkeys(key_columns(schema), ())
         arrays = array_metadata(schema)
-        return cls(schema, CommitPoint(), arrays, {}, id=uuid.uuid4().hex, digests=digests)
+        return cls(
+            schema,
+            CommitPoint(),
+            arrays,
+            {},
+            id=uuid.uuid4().hex,
+            features=schema.features,
+            digests=digests,
+        )
 
     @classmethod
     def read(cls, path: Path, known: Self | None = None) -> Self:

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, get_args
 
 import numpy as np
 from numcodecs import blosc
 
-from fedgfe_store.schema import LARGEST_CHUNK
+from fedgfe_store.common.words import shown
+from fedgfe_store.schema import LARGEST_CHUNK, ColumnDtype
 from fedgfe_store.storage import checksums
 from fedgfe_store.storage.checksums import UnreadableError, checksum, unsealed
 from fedgfe_store.storage.files import named_or_unreadable, open_regular
@@ -38,6 +39,7 @@ class TensorFiles:
     granule: int
     chunk: int
     shape: tuple[int, ...]
+    dtype: np.dtype[Any]
     codec: blosc.Blosc
 
     @classmethod
@@ -53,10 +55,12 @@ class TensorFiles:
         sharding = metadata["codecs"][0]["configuration"]
         chunk, *inner = sharding["chunk_shape"]
         codec = sharding["codecs"][1]["configuration"]
+        dtype = _dtype(metadata["data_type"])
         sizes = [granule, chunk, *shape]
         if not all(type(size) is int and size > 0 for size in sizes) or inner != shape:
             raise ValueError(f"expected files of chunks of whole records, got {sizes} and {inner}")
-        if granule > _MOST_RECORDS or granule % chunk or 4 * chunk * prod(shape) > LARGEST_CHUNK:
+        nbytes = dtype.itemsize * chunk * prod(shape)
+        if granule > _MOST_RECORDS or granule % chunk or nbytes > LARGEST_CHUNK:
             raise ValueError(f"expected files of chunks that blosc can code, got {sizes}")
         _check_coder(codec)
         return cls(
@@ -64,6 +68,7 @@ class TensorFiles:
             granule,
             chunk,
             tuple(shape),
+            dtype,
             blosc.Blosc(
                 cname=codec["cname"],
                 clevel=codec["clevel"],
@@ -80,8 +85,13 @@ class TensorFiles:
 
     @property
     def chunk_nbytes(self) -> int:
-        """Bytes of the float32 values of an inner chunk."""
-        return 4 * self.chunk * prod(self.shape)
+        """Bytes of the values of an inner chunk."""
+        return self.dtype.itemsize * self.chunk * prod(self.shape)
+
+    @property
+    def fill(self) -> float | int:
+        """What stands where a file holds no value."""
+        return float("nan") if self.dtype.kind == "f" else 0
 
     def write(self, file: BinaryIO, values: np.ndarray, present: np.ndarray | None) -> None:
         r"""Write the contents of a file.
@@ -90,7 +100,7 @@ class TensorFiles:
         ----------
         file : binary file
             Where to, from its beginning.
-        values : ndarray of float32, shape [n, \*shape]
+        values : ndarray, shape [n, \*shape]
             Its first records, at most a granule.
         present : ndarray of bool, shape [n], optional
             Which records have a value; chunks without any are left out.
@@ -105,12 +115,19 @@ class TensorFiles:
 
     def _write_chunk(self, file: BinaryIO, values: np.ndarray) -> int:
         if len(values) < self.chunk:
-            missing = np.full((self.chunk - len(values), *self.shape), np.nan, np.float32)
+            missing = np.full((self.chunk - len(values), *self.shape), self.fill, self.dtype)
             values = np.concatenate([values, missing])
         encoded = self.codec.encode(values)
         file.write(encoded)
         file.write(checksum(encoded))
         return len(encoded) + checksums.SIZE
+
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    if name not in get_args(ColumnDtype):
+        raise ValueError(f"expected one of {', '.join(get_args(ColumnDtype))}, got {shown(name)}")
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
 
 
 def _check_coder(codec: Mapping[str, Any]) -> None:
@@ -182,7 +199,7 @@ class OpenFile:
         ----------
         chunk : int
             Number of the chunk within the file.
-        out : ndarray of float32, shape [chunk, \*shape]
+        out : ndarray, shape [chunk, \*shape]
             Where to; contiguous.
 
         Raises
@@ -192,7 +209,7 @@ class OpenFile:
         """
         offset, size = map(int, self._index[chunk])
         if offset == size == _ABSENT:
-            out[...] = np.nan
+            out[...] = self._files.fill
             return
         if offset + size > self._index_at:
             raise UnreadableError("its index points beyond it")

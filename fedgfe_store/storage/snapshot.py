@@ -182,6 +182,10 @@ class Snapshot:
         if name == "deleted_in" and (beyond := values > self.point.commit).any():
             self.stale.add((name, chunk))
             values[beyond] = 0
+        if column.largest is not None and (wrong := key_files.gap(column, values, None)):
+            raise DamagedDataError(
+                f"{where} is damaged: expected lengths to {column.largest}, got {wrong}"
+            )
         if self.group.version > 1:
             if key_files.digest(column, values) != self.group.digests[name][chunk]:
                 raise DamagedDataError(f"{where} is damaged: not what was committed there")
@@ -262,30 +266,34 @@ class Snapshot:
             Tensor column.
         rows : ndarray of int64, shape [n]
             Row numbers, in any order, repeats allowed.
-        out : ndarray of float32, shape [n, \*shape], optional
-            Memory to decode into; contiguous.
+        out : ndarray, shape [n, \*shape], optional
+            Memory to decode into, of the column's data type; contiguous.
 
         Returns
         -------
-        ndarray of float32, shape [n, \*shape]
-            NaN where a record has no value in an optional column.
+        ndarray, shape [n, \*shape]
+            NaN, or 0 in a column of whole numbers, where a record has no value.
 
         Raises
         ------
         DamagedDataError
             If a record's values are not those that were committed; names the record.
         """
+        column = self.schema.column(name)
         if out is None:
-            out = np.empty((len(rows), *self.schema.column(name).shape), np.float32)
+            out = np.empty((len(rows), *column.shape), column.dtype)
         digests = self.column_at(f"{name}_digest", rows).tolist()
+        lengths = [0] * len(rows)
+        if column.ragged:
+            lengths = self.column_at(f"length_{name}", rows).tolist()
 
         def check(places: list[int], error: Exception | None) -> None:
             for place in places:
-                if error is None and digest(out[place]) == digests[place]:
+                if error is None and digest(out[place], lengths[place]) == digests[place]:
                     continue
                 if self._has(name, rows[place]):
                     raise self._lost(name, rows[place]) from error
-                out[place] = np.nan
+                out[place] = column.fill
 
         gather(self.tensor_files[name], rows, out, check)
         return out
@@ -293,7 +301,7 @@ class Snapshot:
     def check_file(self, name: str, granule: int) -> None:
         """Read a whole tensor file, so that the checksums of all its chunks are looked at."""
         files = self.tensor_files[name]
-        decoded = np.empty((files.chunk, *files.shape), np.float32)
+        decoded = np.empty((files.chunk, *files.shape), files.dtype)
         try:
             with OpenFile(files, granule) as file:
                 for chunk in range(files.granule // files.chunk):

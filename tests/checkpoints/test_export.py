@@ -19,6 +19,7 @@ from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.checkpoints import export_checkpoints, import_checkpoints, read_checkpoint
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.names import checkpoint_names
 from fedgfe_store.schema import TensorColumn
 
 WHEN = datetime(2026, 1, 22, 12, 30, 15, 250_000, UTC)
@@ -358,6 +359,18 @@ def test_nodes_that_differ_in_case_have_files_on_every_system(tmp_path):
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert len({name.casefold() for name in names}) == 5
     assert "node_B_embeddings_r1.pt" in names
+
+
+def test_names_of_checkpoints_stay_as_they_are():
+    origins = [("0", 5), ("server", 5), ("Nord", 1), ("nord", 1), ("a/b é", 2), ("_x", 3)]
+    assert [*checkpoint_names(origins).values()] == [
+        "node_0_embeddings_r5.pt",
+        "server_embeddings_r5.pt",
+        "node_Nord_h14a81939516cd22d_embeddings_r1.pt",
+        "node_nord_hbc0ee731ac560955_embeddings_r1.pt",
+        "node_a-b-_hee77837b301362c7_embeddings_r2.pt",
+        "node_-x_hd7c85cc6fb11161f_embeddings_r3.pt",
+    ]
 
 
 # the command

@@ -1,7 +1,10 @@
-"""Parts of a run: each builds only its own images, and together they are all of them."""
+"""Parts of a run: disjoint, complete and lasting, and each builds only its own images."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from conftest import SMALL, fill
 from generation_fakes import SIZE, FakePipeline, save_random_flux
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
@@ -85,6 +89,56 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 KEYS = st.builds(
     RecordKey, NAMES, st.integers(0, 2**31 - 1), NAMES, NAMES, st.integers(0, 2**63 - 1)
 )
+
+
+@given(st.lists(KEYS, max_size=50), st.integers(1, 20), st.randoms())
+def test_parts_are_disjoint_complete_and_do_not_depend_on_the_other_records(keys, n, random):
+    def split(records: list[RecordKey]) -> list[list[RecordKey]]:
+        return [[key for key in records if Part(i, n).holds(key)] for i in range(n)]
+
+    whole = split(keys)
+    assert sum(map(Counter, whole), Counter()) == Counter(keys)
+    # What a filter leaves, or what is not done yet, in any order, is split in the same way.
+    rest = random.sample(keys, random.randint(0, len(keys)))
+    for part, of_rest in zip(whole, split(rest), strict=True):
+        assert set(of_rest) == set(part) & set(rest)
+
+
+def test_more_parts_than_records_leave_some_without_work() -> None:
+    keys = [RecordKey("0", 5, "train", "dog", i) for i in range(3)]
+    held = [sum(Part(i, 16).holds(key) for key in keys) for i in range(16)]
+    assert sum(held) == 3
+    assert held.count(0) >= 13
+
+
+def test_parts_are_even_and_rounds_of_a_sample_spread() -> None:
+    parts = itertools.product("01234", range(10), ["train"], ["dog", "cat"], range(100))
+    keys = [RecordKey(*each) for each in parts]
+    counts = Counter(next(i for i in range(8) if Part(i, 8).holds(key)) for key in keys)
+    assert max(counts.values()) < 1.1 * len(keys) / 8
+    of_rounds = {
+        i for i in range(8) for r in range(40) if Part(i, 8).holds(RecordKey("0", r, "a", "b", 0))
+    }
+    assert len(of_rounds) > 4
+
+
+def test_parts_are_the_same_in_every_process_and_version() -> None:
+    code = (
+        "from fedgfe_store.generation.parts import part_of\n"
+        "from fedgfe_store.records import RecordKey\n"
+        "keys = [RecordKey('server', 5, 'train', 'chien été', i) for i in range(12)]\n"
+        "print([part_of(key, 8) for key in keys])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "77"}
+    command = [sys.executable, "-c", code]
+    output = finished(command, env=environment)
+    assert output.stdout.strip() == "[3, 5, 1, 4, 4, 6, 1, 0, 0, 7, 4, 6]"
+
+
+def test_a_part_is_written_as_it_is_read() -> None:
+    assert Part.parse("3/8") == Part(3, 8)
+    assert str(Part(3, 8)) == "3/8"
+    assert Part.parse("0/1") == Part()
 
 
 @given(st.lists(KEYS, max_size=30), st.integers(1, 9))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from conftest import fill
@@ -16,7 +16,7 @@ from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.generate import command
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.parts import Part
-from fedgfe_store.generation.request import DEFAULTS, Request
+from fedgfe_store.generation.request import DEFAULTS, Request, RequestOptions
 from fedgfe_store.generation.run import generate
 
 
@@ -77,6 +77,19 @@ def test_keywords_take_the_place_of_fields(store: EmbeddingStore, tmp_path: Path
     ]
     assert parts[0].plan.items == parts[1].plan.items
     assert 0 < len(parts[0].plan.items) < len(selection)
+
+
+def test_every_field_is_a_keyword_of_its_type() -> None:
+    assert get_type_hints(RequestOptions) == get_type_hints(Request)
+    assert not RequestOptions.__required_keys__
+
+
+def test_type_checkers_see_wrong_keywords(store: EmbeddingStore, tmp_path: Path) -> None:
+    # mypy, which checks the tests, complains of a comment that hides nothing.
+    with pytest.raises(TypeError, match="'step'"):
+        generate(store.select(), tmp_path, step=2)  # type: ignore[call-arg]
+    with pytest.raises(SchemaMismatchError, match="^on_stale: "):
+        generate(store.select(), tmp_path, on_stale="ask")  # type: ignore[arg-type]
 
 
 def test_the_options_help_waits_for_nothing_heavy() -> None:

@@ -200,7 +200,7 @@ def test_a_rank_without_work_is_done(flux: Path, selection: Selection, tmp_path:
     done=st.sets(st.integers(0, RECORDS - 1)),
     chosen=st.sampled_from(["all", "dog", "cat"]),
 )
-def test_shards_are_disjoint_complete_and_stable(
+def test_parts_are_disjoint_complete_and_stable(
     selection: Selection, n: int, done: set[int], chosen: str, tmp_path_factory: object
 ) -> None:
     """Over the plans that runs really make, whatever the filter and whatever is done."""

@@ -1,27 +1,19 @@
-"""Parts: a disjoint, complete and lasting split, and what the environment says of it."""
+"""Which part of a run a process has: by what is asked, and by what its launcher says."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from processes import finished
 
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.launchers import AskedPart, detect_part, local_device
 from fedgfe_store.generation.parts import Part
-from fedgfe_store.records import RecordKey
 
 AUTO = AskedPart.parse("auto")
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-NUMBERS = st.integers(0, 2**31 - 1)
-KEYS = st.lists(st.builds(RecordKey, NAMES, NUMBERS, NAMES, NAMES, NUMBERS), max_size=50)
 
 
 def array_task(task: int, first: int, last: int, count: int, step: int | None) -> dict[str, str]:
@@ -43,68 +35,18 @@ def srun_task(task: int, tasks: int, nodes: int = 1) -> dict[str, str]:
     }
 
 
-@given(KEYS, st.integers(1, 20), st.randoms())
-def test_shards_are_disjoint_complete_and_do_not_depend_on_the_other_records(keys, n, random):
-    def split(records: list[RecordKey]) -> list[list[RecordKey]]:
-        return [[key for key in records if Part(i, n).holds(key)] for i in range(n)]
-
-    whole = split(keys)
-    assert sum(map(Counter, whole), Counter()) == Counter(keys)
-    # What a filter leaves, or what is not done yet, in any order, is split in the same way.
-    rest = random.sample(keys, random.randint(0, len(keys)))
-    for part, of_rest in zip(whole, split(rest), strict=True):
-        assert set(of_rest) == set(part) & set(rest)
-
-
-def test_more_shards_than_records_leave_some_without_work() -> None:
-    keys = [RecordKey("0", 5, "train", "dog", i) for i in range(3)]
-    held = [sum(Part(i, 16).holds(key) for key in keys) for i in range(16)]
-    assert sum(held) == 3
-    assert held.count(0) >= 13
-
-
-def test_shards_are_even_and_rounds_of_a_sample_spread() -> None:
-    parts = itertools.product("01234", range(10), ["train"], ["dog", "cat"], range(100))
-    keys = [RecordKey(*each) for each in parts]
-    counts = Counter(next(i for i in range(8) if Part(i, 8).holds(key)) for key in keys)
-    assert max(counts.values()) < 1.1 * len(keys) / 8
-    of_rounds = {
-        i for i in range(8) for r in range(40) if Part(i, 8).holds(RecordKey("0", r, "a", "b", 0))
-    }
-    assert len(of_rounds) > 4
-
-
-def test_shards_are_the_same_in_every_process_and_version() -> None:
-    code = (
-        "from fedgfe_store.generation.parts import part_of\n"
-        "from fedgfe_store.records import RecordKey\n"
-        "keys = [RecordKey('server', 5, 'train', 'chien été', i) for i in range(12)]\n"
-        "print([part_of(key, 8) for key in keys])"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "77"}
-    command = [sys.executable, "-c", code]
-    output = finished(command, env=environment)
-    assert output.stdout.strip() == "[3, 5, 1, 4, 4, 6, 1, 0, 0, 7, 4, 6]"
-
-
-def test_a_shard_is_written_as_it_is_read() -> None:
-    assert Part.parse("3/8") == Part(3, 8)
-    assert str(Part(3, 8)) == "3/8"
-    assert Part.parse("0/1") == Part()
-
-
 @pytest.mark.parametrize(
     "text",
     ["8/8", "1", "", "-1/4", "1/0", "a/b", "1/4/2", " 1/4", "²/4", "auto/0", "auto/", "Auto"],
 )
-def test_other_shards_are_refused(text: str) -> None:
+def test_other_parts_are_refused(text: str) -> None:
     with pytest.raises(SchemaMismatchError, match="part: expected i/n with 0 <= i < n") as caught:
         AskedPart.parse(text)
     assert repr(text) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("environ", "shard"),
+    ("environ", "part"),
     [
         ({}, "0/1"),
         ({"RANK": "", "WORLD_SIZE": "", "SLURM_ARRAY_TASK_ID": ""}, "0/1"),
@@ -133,8 +75,8 @@ def test_other_shards_are_refused(text: str) -> None:
         ({**array_task(1, 0, 1, 2, 1), **srun_task(1, 2, 2), **ranks(1, 4, 4)}, "13/16"),
     ],
 )
-def test_the_environment_says_which_shard(environ: dict[str, str], shard: str) -> None:
-    assert str(detect_part(environ, AUTO)[0]) == shard
+def test_the_environment_says_which_part(environ: dict[str, str], part: str) -> None:
+    assert str(detect_part(environ, AUTO)[0]) == part
 
 
 @pytest.mark.parametrize(
@@ -182,14 +124,14 @@ def test_the_reason_names_the_variables() -> None:
 
 @pytest.mark.parametrize(("first", "step"), [(0, 1), (1, 1), (0, 3), (10, 5)])
 @pytest.mark.parametrize("procs", [1, 3])
-def test_the_processes_of_an_array_make_up_all_shards(first: int, step: int, procs: int) -> None:
+def test_the_processes_of_an_array_make_up_all_parts(first: int, step: int, procs: int) -> None:
     last = first + 4 * step
-    shards = [
+    parts = [
         detect_part({**array_task(t, first, last, 5, step), **srun_task(p, procs)}, AUTO)[0]
         for t in range(first, last + 1, step)
         for p in range(procs)
     ]
-    assert shards == [Part(i, 5 * procs) for i in range(5 * procs)]
+    assert parts == [Part(i, 5 * procs) for i in range(5 * procs)]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +145,7 @@ def test_the_processes_of_an_array_make_up_all_shards(first: int, step: int, pro
         {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"},
     ],
 )
-def test_an_array_with_gaps_needs_the_shard_told(environ: dict[str, str]) -> None:
+def test_an_array_with_gaps_needs_the_part_told(environ: dict[str, str]) -> None:
     with pytest.raises(SchemaMismatchError, match=r"--part auto/N, or \$SLURM_ARRAY_TASK_ID/N"):
         detect_part(environ, AUTO)
 
@@ -247,13 +189,13 @@ def test_processes_spread_over_the_devices() -> None:
     ],
     ids=["torchrun", "accelerate"],
 )  # fmt: skip
-def test_real_launchers_make_shards(launcher: list[str], tmp_path: Path) -> None:
+def test_real_launchers_make_parts(launcher: list[str], tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib\n"
         "from fedgfe_store.generation.launchers import detect_part, local_device\n"
-        "shard = detect_part(os.environ)[0]\n"
-        "text = f'{shard} on {local_device(os.environ, 2)}'\n"
-        "pathlib.Path(sys.argv[1], str(shard.index)).write_text(text)\n"
+        "part = detect_part(os.environ)[0]\n"
+        "text = f'{part} on {local_device(os.environ, 2)}'\n"
+        "pathlib.Path(sys.argv[1], str(part.index)).write_text(text)\n"
     )
     program = [sys.executable, "-c", code, str(tmp_path)]
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD"))}
