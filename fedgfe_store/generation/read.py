@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -107,10 +107,11 @@ def _claimed(run: Run, claims: Claims) -> Iterator[_Claimed]:
 
 
 def _embedded(run: Run, claimed: _Claimed) -> Embedded:
-    reader = BatchReader(run.model.columns)
+    # One column may be several arguments of the pipeline; it is read once.
+    reader = BatchReader(tuple(dict.fromkeys(run.columns.values())))
     items, damaged = claimed.taken, dict(claimed.refused)
     try:
-        embeddings = _tensors(run.selection, items, reader)
+        tensors = _tensors(run.selection, items, reader)
     except DamagedDataError:
         # One bad record must not take its neighbours along: find it by reading each alone.
         rows = []
@@ -120,13 +121,25 @@ def _embedded(run: Run, claimed: _Claimed) -> Embedded:
             except DamagedDataError as error:
                 damaged[item] = str(error)
         items = [item for item in claimed.taken if item not in damaged]
-        embeddings = {n: torch.cat([row[n] for row in rows]) for n in reader.columns if rows}
-    pool = run.plan.settings.pool
-    if pool is not None and embeddings:
-        embeddings["clip"] = _pooled(embeddings["clip"], pool)
-    if run.negative is not None and embeddings:
-        embeddings["negative"] = torch.from_numpy(run.negative.values).expand(len(items), -1, -1)
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in reader.columns if rows}
+    embeddings = _conditioning(run, tensors, len(items)) if tensors else {}
     return Embedded(tuple(items), embeddings, damaged, tuple(claimed.elsewhere))
+
+
+def _conditioning(
+    run: Run, tensors: Mapping[str, torch.Tensor], images: int
+) -> dict[str, torch.Tensor]:
+    """Give what was read by the arguments of the model's pipeline."""
+    found = {argument: tensors[name] for argument, name in run.columns.items()}
+    pool = run.plan.settings.pool
+    if pool is not None:
+        for column in run.model.family.columns:
+            if column.kind == "vector" and found[column.argument].ndim == 3:
+                found[column.argument] = _pooled(found[column.argument], pool)
+    if run.negative is not None:
+        negative = torch.from_numpy(run.negative.values)
+        found["negative_prompt_embeds"] = negative.expand(images, -1, -1)
+    return found
 
 
 def _tensors(
