@@ -94,6 +94,11 @@ class EmbeddingStore(Upkeep):
         """What tells this store from every other one; None in format version 1."""
         return self._snapshot.group.id
 
+    @property
+    def snapshot(self) -> Snapshot:
+        """The committed state that the store shows, for the package's own rooms."""
+        return self._snapshot
+
     def __len__(self) -> int:
         """Return the number of records."""
         return int(self._snapshot.visible.sum())

@@ -2,9 +2,10 @@
 
 A file goes through ``torch_files`` (safe loading, by ``unpickler`` and ``builders``), ``header``
 (node, round, time), ``entries`` (which tensor is which, which record it belongs to), ``reading``
-(one sample at a time) and ``importing`` (one commit per file); ``text_cache`` reads caches of text
-embeddings as if they were checkpoints. ``ledger`` remembers what a store has taken in, and
-``sources`` takes files as names for records. ``exporting`` goes the other way.
+(one sample at a time) and ``importing`` (one commit per file, as ``request`` asks); ``earlier`` is
+what the store had before, and ``text_cache`` reads caches of text embeddings as if they were
+checkpoints. ``ledger`` remembers what a store has taken in, and ``sources`` takes files as names
+for records. ``exporting`` goes the other way.
 """
 
 from fedgfe_store.checkpoints.entries import Skipped
@@ -14,6 +15,7 @@ from fedgfe_store.checkpoints.importing import import_checkpoints
 from fedgfe_store.checkpoints.listing import find_checkpoints
 from fedgfe_store.checkpoints.reading import Checkpoint, Entry, read_checkpoint
 from fedgfe_store.checkpoints.report import FileReport, ImportReport
+from fedgfe_store.checkpoints.request import ImportRequest
 from fedgfe_store.checkpoints.sources import Sources, find_new, select_records
 from fedgfe_store.checkpoints.text_cache import read_text_cache
 
@@ -23,6 +25,7 @@ __all__ = [
     "ExportedFile",
     "FileReport",
     "ImportReport",
+    "ImportRequest",
     "Skipped",
     "Sources",
     "experiment_name",

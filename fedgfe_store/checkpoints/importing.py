@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from fedgfe_store.checkpoints.deleted import DeletedRecords
+from fedgfe_store.checkpoints.earlier import DeletedRecords, Identities
 from fedgfe_store.checkpoints.experiments import Experiment, check_fit, schema_with_audio
-from fedgfe_store.checkpoints.header import RoundFrom, is_a_time
-from fedgfe_store.checkpoints.identity import Identities
+from fedgfe_store.checkpoints.header import is_a_time
 from fedgfe_store.checkpoints.ledger import Ledger, content_digest
 from fedgfe_store.checkpoints.listing import (
     almost_matching,
@@ -31,6 +30,7 @@ from fedgfe_store.checkpoints.reading import (
     read_checkpoint,
 )
 from fedgfe_store.checkpoints.report import FileReport, ImportReport, Tally, headed, in_words
+from fedgfe_store.checkpoints.request import DEFAULTS, ImportOptions, ImportRequest
 from fedgfe_store.checkpoints.text_cache import read_text_cache
 from fedgfe_store.errors import (
     BusyError,
@@ -40,10 +40,9 @@ from fedgfe_store.errors import (
     SchemaMismatchError,
 )
 from fedgfe_store.records import TEXT_NODE
-from fedgfe_store.schema import Precision, Schema
-from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.schema import Schema
+from fedgfe_store.storage.append import AppendBatch
 from fedgfe_store.storage.snapshot import Snapshot
-from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
 from fedgfe_store.store import EmbeddingStore
 
 _GROUP_BYTES = 32 << 20
@@ -55,18 +54,10 @@ _log = logging.getLogger("fedgfe_store")
 def import_checkpoints(
     store_path: str | Path,
     paths: str | Path | Iterable[str | Path],
+    request: ImportRequest = DEFAULTS,
     *,
-    pattern: str = "*.pt",
-    audio: bool = False,
-    precision: Precision = "float32",
-    if_exists: IfExists = "error",
-    dry_run: bool = False,
-    new_only: bool = False,
-    round_from: RoundFrom | None = None,
-    fail_fast: bool = False,
-    other_experiment: bool = False,
-    timeout: float = LOCK_TIMEOUT,
     on_file: Callable[[FileReport], None] | None = None,
+    **options: Unpack[ImportOptions],
 ) -> ImportReport:
     """Import checkpoint files, each as one commit; importing them again changes nothing.
 
@@ -78,33 +69,12 @@ def import_checkpoints(
         The store; made from the first file with a complete record if it is not there.
     paths : path-like or iterable of path-like
         Files and folders, see `find_checkpoints`.
-    pattern : str
-        Which files of a folder.
-    audio : bool
-        Keep audio embeddings too.
-    precision : {"float32", "bfloat16"}
-        How a store that is made here keeps values. float64 values are rounded to float32.
-    if_exists : {"error", "replace", "skip"}
-        What becomes of records whose key the store has with other tensors. With ``"replace"`` a
-        file stands for all of its node, round and splits: other records of those, as an earlier
-        run left them, are deleted in the same commit.
-    dry_run : bool
-        Read and report, write nothing.
-    new_only : bool
-        Do not read files that the store has taken in as they are, see `Ledger`, and do not put
-        back records that were deleted from it.
-    round_from : {"name", "content"}, optional
-        Which round counts where a file's name and its content tell different ones; by default
-        such a file is refused.
-    fail_fast : bool
-        Stop at the first file that fails, and let a file fail of which a sample cannot be taken.
-    other_experiment : bool
-        Take files of another experiment than the store's, too. A file is of the experiment that
-        the folder of its images names, or its own folder.
-    timeout : float
-        Seconds that each file waits for another writer.
+    request : ImportRequest
+        What is asked.
     on_file : callable, optional
         Called with each file's report when it is done.
+    **options
+        Fields of `ImportRequest` that take the place of those of `request`, as ``audio=True``.
 
     Returns
     -------
@@ -119,65 +89,45 @@ def import_checkpoints(
     ConflictError
         If files are of another experiment than the store or one another; nothing is written then.
     SchemaMismatchError
-        If `audio` is asked for and the store has no column for it.
+        If audio is asked for and the store has no column for it.
     BusyError
-        If another writer holds the store for longer than `timeout`.
+        If another writer holds the store for longer than `ImportRequest.timeout`.
     """
-    # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
+    request = replace(request, **options)
     given = paths_of(paths)
-    files = sorted(find_checkpoints(given, pattern=pattern), key=is_named_as_text_cache)
-    options = _Options(
-        audio=audio,
-        precision=precision,
-        if_exists=if_exists,
-        dry_run=dry_run,
-        new_only=new_only,
-        round_from=round_from,
-        fail_fast=fail_fast,
-        other_experiment=other_experiment,
-        timeout=timeout,
-    )
-    target = _Target(Path(store_path), files, options)
+    # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
+    files = sorted(find_checkpoints(given, pattern=request.pattern), key=is_named_as_text_cache)
+    target = _Target(Path(store_path), files, request)
     target.check_experiments()
     reports: list[FileReport] = []
     for path in files:
         reports.append(target.take(path))
         if on_file is not None:
             on_file(reports[-1])
-        if fail_fast and reports[-1].error is not None:
+        if request.fail_fast and reports[-1].error is not None:
             break
+    return ImportReport(Path(store_path), tuple(reports), _notes(given, request.pattern))
+
+
+def _notes(given: Iterable[Path], pattern: str) -> tuple[str, ...]:
     folders = (path for path in given if path.is_dir())
-    notes = [f"{folder}: {note}" for folder in folders for note in almost_matching(folder, pattern)]
-    return ImportReport(Path(store_path), tuple(reports), tuple(notes))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """The options of `import_checkpoints`."""
-
-    audio: bool
-    precision: Precision
-    if_exists: IfExists
-    dry_run: bool
-    new_only: bool
-    round_from: RoundFrom | None
-    fail_fast: bool
-    other_experiment: bool
-    timeout: float
+    return tuple(
+        f"{folder}: {note}" for folder in folders for note in almost_matching(folder, pattern)
+    )
 
 
 class _Target:
     """The store that files go into, made when the first good file is there."""
 
-    def __init__(self, path: Path, files: Iterable[Path], options: _Options) -> None:
-        self._path, self._files, self._options = path, files, options
+    def __init__(self, path: Path, files: Iterable[Path], request: ImportRequest) -> None:
+        self._path, self._files, self._request = path, files, request
         self._ledger = Ledger(path)
         self._groups: set[tuple[str, int, str]] = set()
         self._store = _open_if_there(path)
         self._schema = self._store.schema if self._store is not None else None
         name = self._schema.metadata.experiment if self._schema is not None else None
         self._experiment = Experiment(path, name, self._ledger, new=self._store is None)
-        if options.audio and self._schema is not None and "audio" not in self._schema.columns:
+        if request.audio and self._schema is not None and "audio" not in self._schema.columns:
             raise SchemaMismatchError(
                 f"audio: expected a store with a column for it, got {path} with"
                 f" {self._schema.describe()}"
@@ -185,19 +135,19 @@ class _Target:
 
     def check_experiments(self) -> None:
         """Refuse files of another experiment, as far as one of each folder tells."""
-        if not self._options.other_experiment:
+        if not self._request.other_experiment:
             checkpoints = [path for path in self._files if not is_named_as_text_cache(path)]
-            self._experiment.check_folders(checkpoints, new_only=self._options.new_only)
+            self._experiment.check_folders(checkpoints, new_only=self._request.new_only)
 
     def take(self, path: Path) -> FileReport:
         """Import one file, or report why not."""
-        if not self._options.new_only:
+        if not self._request.new_only:
             return self._read(path)
         known = FileReport(path, known=True)
         if self._ledger.knows(path):
             _log.info("%s: known, not read again", path)
             return known
-        with self._ledger.turn(self._options.timeout):
+        with self._ledger.turn(self._request.timeout):
             # Asked again: another process may have had its turn before.
             if self._ledger.knows(path):
                 _log.info("%s: imported by another process meanwhile", path)
@@ -213,7 +163,7 @@ class _Target:
             report = headed(checkpoint)
             checkpoint.verify()
             report = self._import(checkpoint, report)
-            if self._store is not None and not self._options.dry_run:
+            if self._store is not None and not self._request.dry_run:
                 node, number = checkpoint.node, checkpoint.round
                 self._ledger.add(path, content, node=node, round=number)
             _log.info("%s: %s", path, in_words(report))
@@ -228,7 +178,7 @@ class _Target:
     def _opened(self, path: Path) -> Checkpoint:
         if not is_named_as_text_cache(path):
             return read_checkpoint(
-                path, audio=self._options.audio, round_from=self._options.round_from
+                path, audio=self._request.audio, round_from=self._request.round_from
             )
         if self._schema is None:
             return read_text_cache(path)
@@ -236,17 +186,17 @@ class _Target:
         return read_text_cache(path, kind=self._schema.kind, classes=known)
 
     def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
-        if not self._options.other_experiment and checkpoint.node != TEXT_NODE:
+        if not self._request.other_experiment and checkpoint.node != TEXT_NODE:
             self._experiment.check(checkpoint)
         schema = self._schema
         if schema is None and own_shapes(checkpoint):
             schema = self._new_schema(checkpoint)
         if schema is None:
-            tally = Tally(None, None, fail_fast=self._options.fail_fast)
+            tally = Tally(None, None, fail_fast=self._request.fail_fast)
             for _ in tally.watch(checkpoint.read()):
                 pass
             return tally.on(report)
-        if not self._options.dry_run:
+        if not self._request.dry_run:
             schema = self._made(schema).schema
         check_fit(checkpoint, schema)
         return self._take_samples(checkpoint, schema, report)
@@ -254,13 +204,13 @@ class _Target:
     def _take_samples(
         self, checkpoint: Checkpoint, schema: Schema, report: FileReport
     ) -> FileReport:
-        tally = Tally(schema, self._deleted(checkpoint), fail_fast=self._options.fail_fast)
-        identities = Identities(checkpoint.node, checkpoint.round)
-        samples = identities.watch(tally.watch(checkpoint.read(schema.columns)))
-        if self._store is None or self._options.dry_run:
+        tally = Tally(schema, self._deleted(checkpoint), fail_fast=self._request.fail_fast)
+        samples = tally.watch(checkpoint.read(schema.columns))
+        if self._store is None or self._request.dry_run:
             self._schema = schema
             return tally.on(replace(report, records=sum(1 for _ in samples)))
-        batch = self._append(self._store, checkpoint, samples, tally)
+        identities = Identities(checkpoint.node, checkpoint.round)
+        batch = self._append(self._store, checkpoint, identities.watch(samples), tally)
         self._schema = self._store.schema  # with the classes that the file brought
         report = replace(
             report,
@@ -268,12 +218,12 @@ class _Target:
             replaced=batch.replaced,
             removed=batch.removed,
             unchanged=batch.skipped,
-            notes=(*report.notes, *identities.notes(self._store)),
+            notes=(*report.notes, *identities.notes(self._store.snapshot)),
         )
         return tally.on(report)
 
     def _deleted(self, checkpoint: Checkpoint) -> DeletedRecords | None:
-        if not self._options.new_only or self._store is None:
+        if not self._request.new_only or self._store is None:
             return None
         # Not as this import has seen the store: somebody may have deleted records meanwhile.
         snapshot = Snapshot.latest(self._path)
@@ -286,13 +236,13 @@ class _Target:
         with store.append(
             node=checkpoint.node,
             round=checkpoint.round,
-            if_exists=self._options.if_exists,
-            timeout=self._options.timeout,
+            if_exists=self._request.if_exists,
+            timeout=self._request.timeout,
             source=_source(checkpoint.path),
         ) as batch:
             for group in _groups(samples):
                 batch.add(timestamp=moment, **_columns(group, old=store.id is None))
-            if self._options.if_exists == "replace" and checkpoint.node != TEXT_NODE:
+            if self._request.if_exists == "replace" and checkpoint.node != TEXT_NODE:
                 for split in self._begun(checkpoint, tally.splits):
                     batch.supersede(node=checkpoint.node, round=checkpoint.round, split=split)
         return batch
@@ -307,15 +257,15 @@ class _Target:
 
     def _new_schema(self, checkpoint: Checkpoint) -> Schema:
         audio = None
-        if self._options.audio:  # the first file need not be one that has audio
+        if self._request.audio:  # the first file need not be one that has audio
             audio = next(filter(None, map(_audio_in, [checkpoint.path, *self._files])), None)
-        return schema_with_audio(checkpoint, audio, self._options.precision)
+        return schema_with_audio(checkpoint, audio, self._request.precision)
 
     def _made(self, schema: Schema) -> EmbeddingStore:
         if self._store is None:
             try:
                 self._store = EmbeddingStore.create(
-                    self._path, schema, timeout=self._options.timeout
+                    self._path, schema, timeout=self._request.timeout
                 )
             except ConflictError:  # another import made it meanwhile
                 self._store = EmbeddingStore.open(self._path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedgfe_store.checkpoints.deleted import DeletedRecords
+from fedgfe_store.checkpoints.earlier import DeletedRecords
 from fedgfe_store.checkpoints.entries import Skipped
 from fedgfe_store.checkpoints.reading import Checkpoint, Entry
 from fedgfe_store.errors import SchemaMismatchError

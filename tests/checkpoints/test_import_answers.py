@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import legacy
 import pytest
@@ -12,7 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from fedgfe_store import EmbeddingStore
-from fedgfe_store.checkpoints import import_checkpoints, read_checkpoint
+from fedgfe_store.checkpoints import ImportRequest, import_checkpoints, read_checkpoint
+from fedgfe_store.checkpoints.request import ImportOptions
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
 
@@ -30,6 +31,30 @@ def run(*arguments: object) -> Any:
 def save(folder: Path, *entries: Any, **more: Any) -> Path:
     name = more.pop("name", "node_0_embeddings_r5.pt")
     return legacy.save(folder, legacy.content(entries, **more), name)
+
+
+# what is asked
+
+
+def test_every_field_of_a_request_is_a_keyword_of_its_type():
+    assert get_type_hints(ImportOptions) == get_type_hints(ImportRequest)
+    assert not ImportOptions.__required_keys__
+
+
+def test_keywords_take_the_place_of_a_requests_fields(tmp_path: Path):
+    legacy.node_file(tmp_path / "c", 0, 4, n=2)
+    request = ImportRequest(pattern="*.none", dry_run=True, precision="bfloat16")
+    report = import_checkpoints(tmp_path / "s.zarr", tmp_path / "c", request, pattern="*.pt")
+    assert report.records == 2
+    assert not report.store_path.exists()
+    import_checkpoints(report.store_path, tmp_path / "c", request, pattern="*.pt", dry_run=False)
+    assert EmbeddingStore.open(report.store_path).schema.precision == "bfloat16"
+
+
+def test_type_checkers_see_wrong_keywords_of_an_import(tmp_path: Path):
+    # mypy, which checks the tests, complains of a comment that hides nothing.
+    with pytest.raises(TypeError, match="'patern'"):
+        import_checkpoints(tmp_path / "s.zarr", tmp_path, patern="*.pt")  # type: ignore[call-arg]
 
 
 # a round in the name and another in the content

@@ -1,0 +1,142 @@
+"""What a store has had before a file is taken in: records that were deleted, other samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from fedgfe_store.checkpoints.reading import Entry
+from fedgfe_store.records import RecordKey
+from fedgfe_store.storage.entry import conformed
+from fedgfe_store.storage.incoming import checked
+from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.version_1 import identities
+
+Place = tuple[str, str, int]
+"""Split, class and index: what tells a record of a node and round."""
+
+
+class DeletedRecords:
+    """The records of one node and round that a store has had and has no more under their key.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        The store.
+    node : str
+        Their node.
+    round : int
+        Their round.
+    """
+
+    def __init__(self, snapshot: Snapshot, node: str, round: int) -> None:
+        self._schema, self._node, self._round = snapshot.schema, node, round
+        self._names = [f"{t.name}_digest" for t in self._schema.tensors if not t.optional]
+        written = snapshot.column("created_in") > 0
+        rows = _rows(snapshot, node, written & (snapshot.column("round") == round))
+        live = snapshot.visible[rows]
+        replaced = set(snapshot.keys(rows[live]))
+        digests = [snapshot.column_at(name, rows[~live]).tolist() for name in self._names]
+        self._digests: dict[RecordKey, set[tuple[int, ...]]] = {}
+        for key, *found in zip(snapshot.keys(rows[~live]), *digests, strict=True):
+            if key not in replaced:
+                self._digests.setdefault(key, set()).add(tuple(found))
+
+    def __contains__(self, sample: Entry) -> bool:
+        """Whether `sample`, with these very tensors, was deleted."""
+        key = RecordKey(self._node, self._round, sample.split, sample.class_name, sample.index)
+        known = self._digests.get(key)
+        if known is None:
+            return False
+        tensors = {name: getattr(sample, name) for name in self._schema.columns}
+        given = checked(self._schema, vars(key), {}, tensors)
+        columns = conformed(given, self._schema).columns
+        return tuple(int(columns[name][0]) for name in self._names) in known
+
+
+class Identities:
+    """What the samples of a file say of who they are: by their file, else by their sample's name.
+
+    Parameters
+    ----------
+    node : str
+        Node of the file.
+    round : int
+        Its round.
+    """
+
+    def __init__(self, node: str, round: int) -> None:
+        self._node, self._round = node, round
+        self._seen: dict[Place, Mapping[str, str]] = {}
+
+    def watch(self, samples: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield `samples`, looking at each."""
+        for sample in samples:
+            names = {"file": sample.file_id or "", "sample": sample.sample_id or ""}
+            self._seen[sample.split, sample.class_name, sample.index] = names
+            yield sample
+
+    def notes(self, snapshot: Snapshot) -> list[str]:
+        """Return a note if an index means another sample than in the round before.
+
+        Whoever follows a sample through the rounds by its index would compare two samples.
+        """
+        if not any(any(names.values()) for names in self._seen.values()):
+            return []
+        before = self._round_before(snapshot)
+        if before is None:
+            return []
+        last, known = before
+        others = [
+            (place, *found)
+            for place, names in self._seen.items()
+            if place in known and (found := _differing(names, known[place]))
+        ]
+        if not others:
+            return []
+        (split, class_name, index), what, now, then = others[0]
+        return [
+            f"{len(others)} of {len(self._seen)} indices mean another sample than in round {last}, "
+            f"such as split {split}, class {class_name}, index {index}: {what} {now} here, {then} "
+            f"there"
+        ]
+
+    def _round_before(
+        self, snapshot: Snapshot
+    ) -> tuple[int, dict[Place, Mapping[str, str]]] | None:
+        """Return the last round before that the node has records of, and who they are."""
+        rounds, live = snapshot.column("round"), snapshot.visible
+        # From the latest on, mostly the one before: names of nodes are text, and slow to compare.
+        for number in np.unique(rounds[live & (rounds < self._round)])[::-1]:
+            rows = _rows(snapshot, self._node, live & (rounds == number))
+            if len(rows):
+                return int(number), _known(snapshot, rows)
+        return None
+
+
+def _rows(snapshot: Snapshot, node: str, mask: np.ndarray) -> np.ndarray:
+    """Return the rows of a node among those of `mask`."""
+    rows = np.flatnonzero(mask)
+    own: np.ndarray = rows[snapshot.column_at("node", rows) == node]
+    return own
+
+
+def _known(snapshot: Snapshot, rows: np.ndarray) -> dict[Place, Mapping[str, str]]:
+    """Return who the records at `rows` are; old stores have ``file_id`` in ``extra``."""
+    columns = snapshot.notes(rows)
+    names = ("split", "class_name", "index", "sample_id", "file_id")
+    inside = identities(columns["extra"])
+    parts = zip(*(columns[name].tolist() for name in names), inside.tolist(), strict=True)
+    return {
+        (split, class_name, index): {"file": file_id or other, "sample": sample_id}
+        for split, class_name, index, sample_id, file_id, other in parts
+    }
+
+
+def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """Return what tells two samples apart, the first name that both have, and both names."""
+    for what, name in ours.items():
+        if name and theirs[what]:
+            return None if name == theirs[what] else (what, name, theirs[what])
+    return None
