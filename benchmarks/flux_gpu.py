@@ -34,7 +34,9 @@ from diffusers import (
 
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.models.devices import DTYPES, clear_cache, is_out_of_memory
-from fedgfe_store.models.flux import FluxImages, FluxModel
+from fedgfe_store.models.diffusers import DiffusersImages
+from fedgfe_store.models.families import family_named
+from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Offload, Placement
 
 T = TypeVar("T")
@@ -87,7 +89,7 @@ def cases(small: bool) -> Iterator[Case]:
             yield Case(pixels, 17, batch, "sequential")
 
 
-def load(case: Case, device: str, dtype: str, *, small: bool) -> FluxImages:
+def load(case: Case, device: str, dtype: str, *, small: bool) -> DiffusersImages:
     """Make a pipeline of random weights, placed as the case says."""
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPES[dtype])
@@ -113,23 +115,24 @@ def load(case: Case, device: str, dtype: str, *, small: bool) -> FluxImages:
         text_encoder_2=None,
         tokenizer_2=None,
     )
-    model = FluxModel("random", Path(), "", dict(transformer.config), dict(vae.config))
-    return FluxImages(pipeline, model, Placement(dtype, device, case.offload, case.compiled))
+    configs = dict(transformer.config), dict(vae.config)
+    model = Model(family_named("flux"), "random", Path(), "", "FluxPipeline", *configs)
+    return DiffusersImages(pipeline, model, Placement(dtype, device, case.offload, case.compiled))
 
 
-def embeddings(case: Case, images: FluxImages) -> dict[str, torch.Tensor]:
+def embeddings(case: Case, images: DiffusersImages) -> dict[str, torch.Tensor]:
     """Make embeddings of the case's length, the same for a record in any batch."""
     generator = torch.Generator().manual_seed(1)
-    model = images.model
-    t5 = torch.randn(8, case.tokens, model.t5_width, generator=generator)
-    clip = torch.randn(8, model.clip_width, generator=generator)
-    return {"t5": t5[: case.batch], "clip": clip[: case.batch]}
+    t5_width, clip_width = map(images.model.width, images.model.family.columns)
+    t5 = torch.randn(8, case.tokens, t5_width, generator=generator)
+    clip = torch.randn(8, clip_width, generator=generator)
+    return {"prompt_embeds": t5[: case.batch], "pooled_prompt_embeds": clip[: case.batch]}
 
 
 def measure(case: Case, device: str, dtype: str, *, small: bool) -> tuple[str, np.ndarray | None]:
     """Give a row of the table, and the first picture."""
     cuda = torch.device(device).type == "cuda"
-    images: FluxImages | None = None
+    images: DiffusersImages | None = None
     try:
         images = load(case, device, dtype, small=small)
         held = (

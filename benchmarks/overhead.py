@@ -163,7 +163,8 @@ def naive(
 ) -> None:
     """Read a batch, render it, save it, and only then go on."""
     for number, batch in enumerate(store.select().batches(batch_size, prefetch=0)):
-        save(pipeline, {"t5": batch["t5"], "clip": batch["clip"]}, folder, number * batch_size)
+        pair = {"prompt_embeds": batch["t5"], "pooled_prompt_embeds": batch["clip"]}
+        save(pipeline, pair, folder, number * batch_size)
 
 
 def legacy(
@@ -171,7 +172,10 @@ def legacy(
 ) -> None:
     """Load everything, then render one record after the other."""
     for number, entry in enumerate(torch.load(checkpoint)["embeddings"]):
-        pair = {"t5": entry["t5_embedding"][None], "clip": entry["clip_embedding"][None]}
+        pair = {
+            "prompt_embeds": entry["t5_embedding"][None],
+            "pooled_prompt_embeds": entry["clip_embedding"][None],
+        }
         save(pipeline, pair, folder, number)
 
 
@@ -180,7 +184,7 @@ def save(
 ) -> None:
     """Render a batch and save it as Pillow does by itself."""
     settings = Settings("", "", "float32", 28, 3.5, SIZE, SIZE)
-    latents = pipeline.denoise(embeddings, range(len(embeddings["t5"])), settings)
+    latents = pipeline.denoise(embeddings, range(len(embeddings["prompt_embeds"])), settings)
     for offset, picture in enumerate(pipeline.decode(latents, settings)):
         assert picture is not None
         Image.fromarray(picture).save(folder / f"{first + offset}.png")

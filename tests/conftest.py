@@ -104,14 +104,14 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Folders of the models in `tiny_families`, by name; each is made once a process."""
 
     @cache
-    def folder(name: str) -> Path:
+    def folder(name: str, *, encoders: bool = False) -> Path:
         from tiny_families import save
 
-        return save(name, tmp_path_factory.mktemp("models") / name)
+        return save(name, tmp_path_factory.mktemp("models") / name, encoders=encoders)
 
     return folder
 

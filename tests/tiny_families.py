@@ -14,20 +14,11 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import tiny_parts as parts
 import torch
 from numpy.typing import NDArray
-from tiny_parts import (
-    deep_compression,
-    flow,
-    kl,
-    kl_of_flux2,
-    kl_of_qwen,
-    lively,
-    unet,
-)
 
 Columns = Mapping[str, NDArray[Any]]
-Parts = dict[str, Any]
 
 TOKENS = 24
 """Tokens of a record where the family takes any number."""
@@ -46,9 +37,7 @@ class TinyFamily:
     build : callable
         Makes denoiser, decoder and scheduler, by the names that they have in the pipeline.
     columns : mapping
-        Argument of the pipeline to shape of a record. Of a `ragged` family the mask is none.
-    masks : tuple of str
-        Which of the columns are masks: 1 for each token that counts, then 0.
+        Argument of the pipeline to shape of a record. The mask of a `ragged` one is no argument.
     mask_type : str
         What ``encode_prompt`` returns masks as.
     ragged : bool
@@ -67,9 +56,8 @@ class TinyFamily:
 
     name: str
     pipeline_class: str
-    build: Callable[[], Parts]
+    build: Callable[[], dict[str, Any]]
     columns: Mapping[str, tuple[int, ...]]
-    masks: tuple[str, ...] = ()
     mask_type: str = "int64"
     ragged: bool = False
     negatives: bool = False
@@ -78,15 +66,29 @@ class TinyFamily:
     options: Mapping[str, Any] = field(default_factory=dict)
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
 
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Columns that are masks: 1 for each token that counts, then 0."""
+        return tuple(argument for argument in self.columns if "mask" in argument)
 
-def save(name: str, folder: Path) -> Path:
-    """Save a family's model as a checkpoint would lie there, in float32; the same one each time."""
+
+def save(name: str, folder: Path, *, encoders: bool = False) -> Path:
+    """Save a family's model as a checkpoint would lie there, in float32; the same one each time.
+
+    Parameters
+    ----------
+    encoders : bool
+        Whether it has text encoders and tokenizers. Few are small: up to 120 MB.
+    """
     family = FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parts = family.build()
-    pipeline = _class(family)(**parts, **dict.fromkeys(family.encoders), **family.options)
-    pipeline.save_pretrained(folder)
+        made = dict.fromkeys(family.encoders) | family.build()
+        if encoders:
+            from tiny_encoders import make  # who needs none does not wait for transformers
+
+            made |= make(name)
+    _class(family)(**made, **family.options).save_pretrained(folder)
     return folder
 
 
@@ -158,14 +160,25 @@ def direct(
         given[f"negative_{argument}"] = value
     if guidance is not None:
         given[family.guidance] = guidance
-    images = load(folder, name)(
-        **given | more,
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="np",
-    ).images
+    return pixels(
+        load(folder, name)(
+            **given | more,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            generator=generators(seeds),
+            output_type="np",
+        ).images
+    )
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Return a generator on the CPU for each image."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def pixels(images: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
+    """Round images as diffusers does when it makes pictures of them."""
     assert np.isfinite(images).all()
     return list((images * 255).round().astype(np.uint8))
 
@@ -189,336 +202,117 @@ def _arguments(family: TinyFamily, columns: Columns, count: int) -> dict[str, An
     }
 
 
-def _flux(*, guidance_embeds: bool) -> Parts:
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        axes_dims_rope=(4, 6, 6),
-        guidance_embeds=guidance_embeds,
-    )
-    return {"transformer": lively(transformer), "vae": kl(shift=0.1), "scheduler": flow()}
-
-
-def _chroma() -> Parts:
-    transformer = diffusers.ChromaTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        axes_dims_rope=(4, 6, 6),
-        approximator_hidden_dim=32,
-        approximator_layers=1,
-        approximator_num_channels=16,
-    )
-    return {"transformer": lively(transformer), "vae": kl(shift=0.1), "scheduler": flow()}
-
-
-def _flux2(width: int, *, guidance_embeds: bool) -> Parts:
-    transformer = diffusers.Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=width,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=guidance_embeds,
-    )
-    return {"transformer": lively(transformer), "vae": kl_of_flux2(), "scheduler": flow()}
-
-
-def _sd(width: int) -> Parts:
-    beta = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **beta)
-    denoiser = unet(cross_attention_dim=width, attention_head_dim=4)
-    return {"unet": denoiser, "vae": kl(), "scheduler": scheduler}
-
-
-def _sdxl(scheduler: Any, **options: Any) -> Parts:
-    denoiser = unet(
-        cross_attention_dim=2048,
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        transformer_layers_per_block=(1, 1),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=1280 + 6 * 8,
-        **options,
-    )
-    beta = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return {"unet": denoiser, "vae": kl(), "scheduler": scheduler(**beta)}
-
-
-def _turbo() -> Parts:
-    parts = _sdxl(diffusers.EulerAncestralDiscreteScheduler)
-    scheduler = parts["scheduler"]
-    trailing = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
-    return parts | {"scheduler": trailing}
-
-
-def _sd3() -> Parts:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        caption_projection_dim=32,
-        pos_embed_max_size=16,
-    )
-    return {
-        "transformer": lively(transformer),
-        "vae": kl(shift=0.1),
-        "scheduler": flow(shift=3.0),
-    }
-
-
-def _pixart(*, conditions: bool) -> Parts:
-    transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=128,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        cross_attention_dim=24,
-        caption_channels=4096,
-        use_additional_conditions=conditions,
-    )
-    scheduler = diffusers.DPMSolverMultistepScheduler()
-    return {"transformer": lively(transformer), "vae": kl(), "scheduler": scheduler}
-
-
-def _sana() -> Parts:
-    transformer = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-    )
-    return {
-        "transformer": lively(transformer),
-        "vae": deep_compression(),
-        "scheduler": flow(shift=3.0),
-    }
-
-
-def _lumina2() -> Parts:
-    transformer = diffusers.Lumina2Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        hidden_size=32,
-        num_layers=1,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=(8, 4, 4),
-        axes_lens=(300, 32, 32),
-        cap_feat_dim=2304,
-    )
-    return {
-        "transformer": lively(transformer),
-        "vae": kl(shift=0.1),
-        "scheduler": flow(shift=6.0),
-    }
-
-
-def _qwen() -> Parts:
-    transformer = diffusers.QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return {"transformer": lively(transformer), "vae": kl_of_qwen(), "scheduler": flow()}
-
-
-def _zimage() -> Parts:
-    transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        axes_dims=[8, 4, 4],
-        axes_lens=[1024, 32, 32],
-    )
-    return {
-        "transformer": lively(transformer),
-        "vae": kl(shift=0.1),
-        "scheduler": flow(shift=3.0),
-    }
-
-
 _TWO = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _THREE = (*_TWO, "text_encoder_3", "tokenizer_3")
-_MASK = ("prompt_attention_mask",)
+_UNCHECKED = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+# The pipelines' own value of the first counts as given, and the second changes the size.
 _BINNED = {"negative_prompt": None, "use_resolution_binning": False}
 
 
-def _masked(tokens: int, width: int, mask: str = _MASK[0]) -> dict[str, tuple[int, ...]]:
-    return {"prompt_embeds": (tokens, width), mask: (tokens,)}
+def _sequence(tokens: int, width: int, *, pooled: int = 0, mask: str = "") -> dict[str, Any]:
+    columns: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, width)}
+    if pooled:
+        columns["pooled_prompt_embeds"] = (pooled,)
+    if mask:
+        columns[mask] = (tokens,)
+    return columns
 
 
-def _families() -> list[TinyFamily]:
-    flux = {"prompt_embeds": (17, 4096), "pooled_prompt_embeds": (768,)}
-    sdxl = {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)}
-    sd3 = {"prompt_embeds": (77 + TOKENS, 4096), "pooled_prompt_embeds": (2048,)}
-    klein = {"prompt_embeds": (TOKENS, 7680)}
-    unchecked = {"requires_safety_checker": False}
-    sd_parts = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
-    euler, lcm = diffusers.EulerDiscreteScheduler, diffusers.LCMScheduler
-    return [
-        TinyFamily(
-            "flux-dev",
-            "FluxPipeline",
-            partial(_flux, guidance_embeds=True),
-            flux,
-            encoders=_TWO,
-        ),
-        TinyFamily(
-            "flux-schnell",
-            "FluxPipeline",
-            partial(_flux, guidance_embeds=False),
-            flux,
-            encoders=_TWO,
-        ),
-        TinyFamily(
-            "sd",
-            "StableDiffusionPipeline",
-            partial(_sd, 768),
-            {"prompt_embeds": (77, 768)},
-            negatives=True,
-            options=unchecked,
-            encoders=sd_parts,
-        ),
-        TinyFamily(
-            "sdxl",
-            "StableDiffusionXLPipeline",
-            partial(_sdxl, euler),
-            sdxl,
-            encoders=_TWO,
-        ),
-        TinyFamily(
-            "sdxl-turbo",
-            "StableDiffusionXLPipeline",
-            _turbo,
-            sdxl,
-            encoders=_TWO,
-        ),
-        TinyFamily(
-            "sdxl-lcm",
-            "StableDiffusionXLPipeline",
-            partial(_sdxl, lcm, time_cond_proj_dim=16),
-            sdxl,
-            encoders=_TWO,
-        ),
-        TinyFamily(
-            "sd3",
-            "StableDiffusion3Pipeline",
-            _sd3,
-            sd3,
-            negatives=True,
-            encoders=_THREE,
-        ),
-        TinyFamily(
-            "flux2-dev",
-            "Flux2Pipeline",
-            partial(_flux2, 15360, guidance_embeds=True),
-            {"prompt_embeds": (TOKENS, 15360)},
-        ),
-        TinyFamily(
-            "flux2-klein",
-            "Flux2KleinPipeline",
-            partial(_flux2, 7680, guidance_embeds=False),
-            klein,
-            options={"is_distilled": True},
-        ),
-        TinyFamily(
-            "flux2-klein-base",
-            "Flux2KleinPipeline",
-            partial(_flux2, 7680, guidance_embeds=False),
-            klein,
-            negatives=True,
-            options={"is_distilled": False},
-        ),
-        TinyFamily(
-            "pixart-alpha",
-            "PixArtAlphaPipeline",
-            partial(_pixart, conditions=True),
-            _masked(120, 4096),
-            _MASK,
-            negatives=True,
-            call=_BINNED,
-        ),
-        TinyFamily(
-            "pixart-sigma",
-            "PixArtSigmaPipeline",
-            partial(_pixart, conditions=False),
-            _masked(TOKENS, 4096),
-            _MASK,
-            negatives=True,
-            call=_BINNED,
-        ),
-        TinyFamily(
-            "chroma",
-            "ChromaPipeline",
-            _chroma,
-            _masked(TOKENS, 4096),
-            _MASK,
-            mask_type="float32",
-            negatives=True,
-        ),
-        TinyFamily(
-            "sana",
-            "SanaPipeline",
-            _sana,
-            _masked(TOKENS, 2304),
-            _MASK,
-            negatives=True,
-            call=_BINNED,
-        ),
-        TinyFamily(
-            "lumina2",
-            "Lumina2Pipeline",
-            _lumina2,
-            _masked(TOKENS, 2304),
-            _MASK,
-            negatives=True,
-        ),
-        TinyFamily(
-            "qwen-image",
-            "QwenImagePipeline",
-            _qwen,
-            _masked(TOKENS, 3584, "prompt_embeds_mask"),
-            ("prompt_embeds_mask",),
-            negatives=True,
-            guidance="true_cfg_scale",
-        ),
-        TinyFamily(
-            "z-image",
-            "ZImagePipeline",
-            _zimage,
-            _masked(TOKENS, 2560, "prompt_embeds_mask"),
-            ("prompt_embeds_mask",),
-            ragged=True,
-            negatives=True,
-        ),
-    ]
+def _flux(name: str, *, guidance_embeds: bool) -> TinyFamily:
+    build = partial(parts.flux, guidance_embeds=guidance_embeds)
+    return TinyFamily(name, "FluxPipeline", build, _sequence(17, 4096, pooled=768), encoders=_TWO)
 
 
-FAMILIES: dict[str, TinyFamily] = {family.name: family for family in _families()}
-"""Every family's model by its name."""
+def _sdxl(name: str, build: Callable[[], dict[str, Any]]) -> TinyFamily:
+    columns = _sequence(77, 2048, pooled=1280)
+    return TinyFamily(name, "StableDiffusionXLPipeline", build, columns, encoders=_TWO)
+
+
+def _klein(name: str, *, distilled: bool) -> TinyFamily:
+    return TinyFamily(
+        name,
+        "Flux2KleinPipeline",
+        partial(parts.flux2, 7680, guidance_embeds=False),
+        _sequence(TOKENS, 7680),
+        negatives=not distilled,
+        options={"is_distilled": distilled},
+    )
+
+
+def _masked(
+    name: str,
+    pipeline_class: str,
+    build: Callable[[], dict[str, Any]],
+    tokens: int,
+    width: int,
+    mask: str = "prompt_attention_mask",
+    **options: Any,
+) -> TinyFamily:
+    columns = _sequence(tokens, width, mask=mask)
+    return TinyFamily(name, pipeline_class, build, columns, negatives=True, **options)
+
+
+_LIST = [
+    _flux("flux-dev", guidance_embeds=True),
+    _flux("flux-schnell", guidance_embeds=False),
+    TinyFamily(
+        "sd",
+        "StableDiffusionPipeline",
+        partial(parts.sd, 768),
+        _sequence(77, 768),
+        negatives=True,
+        options={"requires_safety_checker": False},
+        encoders=_UNCHECKED,
+    ),
+    _sdxl("sdxl", partial(parts.sdxl, diffusers.EulerDiscreteScheduler)),
+    _sdxl("sdxl-turbo", parts.sdxl_turbo),
+    _sdxl("sdxl-lcm", partial(parts.sdxl, diffusers.LCMScheduler, time_cond_proj_dim=16)),
+    TinyFamily(
+        "sd3",
+        "StableDiffusion3Pipeline",
+        parts.sd3,
+        _sequence(77 + TOKENS, 4096, pooled=2048),
+        negatives=True,
+        encoders=_THREE,
+    ),
+    TinyFamily(
+        "flux2-dev",
+        "Flux2Pipeline",
+        partial(parts.flux2, 15360, guidance_embeds=True),
+        _sequence(TOKENS, 15360),
+    ),
+    _klein("flux2-klein", distilled=True),
+    _klein("flux2-klein-base", distilled=False),
+    _masked(
+        "pixart-alpha",
+        "PixArtAlphaPipeline",
+        partial(parts.pixart, conditions=True),
+        120,
+        4096,
+        call=_BINNED,
+    ),
+    _masked(
+        "pixart-sigma",
+        "PixArtSigmaPipeline",
+        partial(parts.pixart, conditions=False),
+        TOKENS,
+        4096,
+        call=_BINNED,
+    ),
+    _masked("chroma", "ChromaPipeline", parts.chroma, TOKENS, 4096, mask_type="float32"),
+    _masked("sana", "SanaPipeline", parts.sana, TOKENS, 2304, call=_BINNED),
+    _masked("lumina2", "Lumina2Pipeline", parts.lumina2, TOKENS, 2304),
+    _masked(
+        "qwen-image",
+        "QwenImagePipeline",
+        parts.qwen,
+        TOKENS,
+        3584,
+        "prompt_embeds_mask",
+        guidance="true_cfg_scale",
+    ),
+    _masked("z-image", "ZImagePipeline", parts.zimage, TOKENS, 2560, ragged=True),
+]
+
+FAMILIES: dict[str, TinyFamily] = {family.name: family for family in _LIST}
+"""A model of each family, and of what is otherwise in some, by name."""

@@ -1,4 +1,4 @@
-"""The parts of tiny image models: decoders, U-Nets and schedulers of diffusers' own classes."""
+"""The parts of tiny image models: diffusers' own denoisers, decoders and schedulers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 
+Parts = dict[str, Any]
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
@@ -108,3 +109,177 @@ def unet(**options: Any) -> diffusers.UNet2DConditionModel:
             **options,
         )
     )
+
+
+def flux(*, guidance_embeds: bool) -> Parts:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance_embeds,
+    )
+    return {"transformer": lively(transformer), "vae": kl(shift=0.1), "scheduler": flow()}
+
+
+def chroma() -> Parts:
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        axes_dims_rope=(4, 6, 6),
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+        approximator_num_channels=16,
+    )
+    return {"transformer": lively(transformer), "vae": kl(shift=0.1), "scheduler": flow()}
+
+
+def flux2(width: int, *, guidance_embeds: bool) -> Parts:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=width,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    return {"transformer": lively(transformer), "vae": kl_of_flux2(), "scheduler": flow()}
+
+
+def sd(width: int) -> Parts:
+    beta = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **beta)
+    denoiser = unet(cross_attention_dim=width, attention_head_dim=4)
+    return {"unet": denoiser, "vae": kl(), "scheduler": scheduler}
+
+
+def sdxl(scheduler: Any, **options: Any) -> Parts:
+    denoiser = unet(
+        cross_attention_dim=2048,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 1),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=1280 + 6 * 8,
+        **options,
+    )
+    beta = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return {"unet": denoiser, "vae": kl(), "scheduler": scheduler(**beta)}
+
+
+def sdxl_turbo() -> Parts:
+    parts = sdxl(diffusers.EulerAncestralDiscreteScheduler)
+    scheduler = parts["scheduler"]
+    trailing = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+    return parts | {"scheduler": trailing}
+
+
+def sd3() -> Parts:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_projection_dim=32,
+        pos_embed_max_size=16,
+    )
+    return {
+        "transformer": lively(transformer),
+        "vae": kl(shift=0.1),
+        "scheduler": flow(shift=3.0),
+    }
+
+
+def pixart(*, conditions: bool) -> Parts:
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=128,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        cross_attention_dim=24,
+        caption_channels=4096,
+        use_additional_conditions=conditions,
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    return {"transformer": lively(transformer), "vae": kl(), "scheduler": scheduler}
+
+
+def sana() -> Parts:
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+    )
+    return {
+        "transformer": lively(transformer),
+        "vae": deep_compression(),
+        "scheduler": flow(shift=3.0),
+    }
+
+
+def lumina2() -> Parts:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(8, 4, 4),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=2304,
+    )
+    return {
+        "transformer": lively(transformer),
+        "vae": kl(shift=0.1),
+        "scheduler": flow(shift=6.0),
+    }
+
+
+def qwen() -> Parts:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return {"transformer": lively(transformer), "vae": kl_of_qwen(), "scheduler": flow()}
+
+
+def zimage() -> Parts:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 32, 32],
+    )
+    return {
+        "transformer": lively(transformer),
+        "vae": kl(shift=0.1),
+        "scheduler": flow(shift=3.0),
+    }

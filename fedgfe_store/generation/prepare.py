@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
@@ -52,6 +52,8 @@ class Run:
         Where and in what to compute; its offload mode is decided by `place`.
     batch_size : int
         Images of a batch.
+    columns : mapping
+        Name of the store's column by the argument of the model's pipeline.
     negative : Negative or None
         Negative embeddings, where guidance needs them.
     """
@@ -62,7 +64,13 @@ class Run:
     model: Model
     placement: Placement
     batch_size: int
+    columns: Mapping[str, str]
     negative: Negative | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a record's sequence."""
+        return _tokens(self.model, self.selection.schema, self.columns)
 
     def place(self, report: Report) -> Placement:
         """Decide where the weights wait; they have to be on disk."""
@@ -71,9 +79,7 @@ class Run:
             self.request.offload,
             device_type=torch.device(placement.device).type,
             free_bytes=free_bytes(placement.device),
-            footprint=footprint(
-                self.model, self.plan.settings, self.selection.schema, self.batch_size
-            ),
+            footprint=footprint(self.model, self.plan.settings, self.tokens, self.batch_size),
             possible=possible_offloads(placement.compiled, placement.quantization),
         )
         if remark:
@@ -125,20 +131,23 @@ def prepare(
         raise NotFoundError("selection: expected at least one record, got none")
     folder, schema = Path(output_dir), selection.schema
     model, placement = resolve(request, schema, pipeline=pipeline, report=report)
-    settings = choose_settings(request, model, placement, schema, report=report)
+    columns = model.conditioning(schema)
+    settings = choose_settings(request, model, placement, report=report)
+    settings = replace(settings, pool=_choose_pool(request.pool, model, schema, columns, report))
     negative = None
     if _takes_negative(model, settings.guidance, request.negative):
-        shape = schema.columns["clip"]
+        shape = schema.columns[columns["prompt_embeds"]]
         negative = find_negative(
             model, selection.path, request.negative, shape, keep=keep_negative, report=report
         )
         settings = replace(settings, negative=negative.digest)
     settings = replace(settings, noise=request.noise or _noise_of(folder))
-    batch_size = request.batch_size or fit(model, settings, schema, placement.device)
-    plan = plan_images(selection, settings, folder, request, columns=model.columns)
+    tokens = _tokens(model, schema, columns)
+    batch_size = request.batch_size or fit(model, settings, tokens, placement.device)
+    plan = plan_images(selection, settings, folder, request, columns=tuple(columns.values()))
     for other in others_in(plan.folder, plan.identity):
         report(f"{plan.folder} holds images of {other}, too: this is {plan.identity}")
-    return Run(selection, request, plan, model, placement, batch_size, negative)
+    return Run(selection, request, plan, model, placement, batch_size, columns, negative)
 
 
 def resolve(
@@ -155,16 +164,20 @@ def resolve(
             report(remark)
         placement = Placement(dtype, device, compiled=request.compiled)
     placement = replace(placement, quantization=request.quantize)
-    model.check_schema(schema)
     _check_speed(placement, request.offload)
     return model, placement
 
 
 def _find_model(request: Request, schema: Schema) -> Model:
     """Find the model: of the type that is asked for, else of the one that the store is for."""
-    kind = request.diffusion_type or schema.kind
-    stored = schema.metadata.model if kind == schema.kind else None
-    return resolve_model(request.model, kind=kind, stored=stored)
+    kind = request.diffusion_type
+    return resolve_model(
+        request.model,
+        kind=kind,
+        stored=schema.metadata.model if kind in (None, schema.kind) else None,
+        store_kind=kind or schema.kind,
+        declared=request.family,
+    )
 
 
 def _check_speed(placement: Placement, offload: str) -> None:
@@ -184,7 +197,7 @@ def _check_speed(placement: Placement, offload: str) -> None:
 
 
 def choose_settings(
-    request: Request, model: Model, placement: Placement, schema: Schema, *, report: Report
+    request: Request, model: Model, placement: Placement, *, report: Report
 ) -> Settings:
     """Settle what an image depends on, but for what the folder and negative embeddings decide."""
     return Settings(
@@ -196,7 +209,6 @@ def choose_settings(
         height=_choose_size("height", request.height, model),
         width=_choose_size("width", request.width, model),
         seed=request.seed,
-        pool=_choose_pool(request.pool, model, schema, report),
         quantization=placement.quantization,
     )
 
@@ -212,6 +224,8 @@ def _choose_guidance(guidance: float | None, model: Model, report: Report) -> fl
 
 def _takes_negative(model: Model, guidance: float | None, given: str | None) -> bool:
     if model.needs_negative(guidance):
+        return True
+    if given is not None and model.takes_negative(guidance):
         return True
     if given is not None:
         raise SchemaMismatchError(
@@ -237,35 +251,43 @@ def _noise_of(folder: Path) -> Noise:
     return "file_id" if settings is None else cast("Noise", noise_rule(settings))
 
 
-def _choose_pool(pool: Pool, model: Model, schema: Schema, report: Report) -> Pool | None:
+def _choose_pool(
+    pool: Pool, model: Model, schema: Schema, columns: Mapping[str, str], report: Report
+) -> Pool | None:
     """Give the pooling that is needed: none where the store holds what the model takes."""
-    shape = schema.columns["clip"]
-    if model.kind != "flux" or len(shape) == 1:
-        return None
-    others = " or ".join(p for p in get_args(Pool) if p != pool)
-    report(
-        f"clip is a sequence {list(shape)}, which has no pooled vector: using pool {pool} of its "
-        f"tokens ({others} are the alternatives)"
-    )
-    return pool
+    for column in model.family.columns:
+        name = columns.get(column.argument, "")
+        shape = schema.columns.get(name, ())
+        if column.kind == "vector" and len(shape) == 2:
+            others = " or ".join(p for p in get_args(Pool) if p != pool)
+            report(
+                f"{name} is a sequence {list(shape)}, which has no pooled vector: using pool "
+                f"{pool} of its tokens ({others} are the alternatives)"
+            )
+            return pool
+    return None
 
 
-def fit(model: Model, settings: Settings, schema: Schema, device: str) -> int:
+def _tokens(model: Model, schema: Schema, columns: Mapping[str, str]) -> int:
+    return schema.columns[columns[model.family.sequence.argument]][0]
+
+
+def fit(model: Model, settings: Settings, tokens: int, device: str) -> int:
     """Decide on the images of a batch by their size, and by the device's memory if known."""
     return choose_batch_size(
         settings.height * settings.width,
         free_bytes=free_bytes(device) if model.has_weights else None,
-        footprint=lambda size: footprint(model, settings, schema, size),
+        footprint=lambda size: footprint(model, settings, tokens, size),
     )
 
 
-def footprint(model: Model, settings: Settings, schema: Schema, batch_size: int) -> Footprint:
+def footprint(model: Model, settings: Settings, tokens: int, batch_size: int) -> Footprint:
     """Estimate the memory that a batch of such images takes."""
     return estimate_footprint(
         model,
         item_bytes=DTYPES[settings.dtype].itemsize,
         batch_size=batch_size,
-        tokens=schema.columns[model.columns[0]][0],
+        tokens=tokens,
         height=settings.height,
         width=settings.width,
         weight_share=WEIGHT_SHARE[settings.quantization],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ def _claimed(run: Run, claims: Claims) -> Iterator[_Part]:
 
 def _read(run: Run, items: Sequence[PlanItem]) -> Batch:
     damaged: dict[PlanItem, str] = {}
-    columns = run.model.columns
+    columns = tuple(run.columns.values())
     try:
         rows = _rows(run.selection, items, columns)
     except DamagedDataError:
@@ -116,13 +116,24 @@ def _read(run: Run, items: Sequence[PlanItem]) -> Batch:
                 damaged[item] = str(error)
         items = [item for item, _ in sound]
         rows = {c: np.concatenate([row[c] for _, row in sound]) for c in columns if sound}
-    embeddings = {name: torch.from_numpy(values) for name, values in rows.items()}
-    pool = run.plan.settings.pool
-    if pool is not None and embeddings:
-        embeddings["clip"] = _pooled(embeddings["clip"], pool)
-    if run.negative is not None and embeddings:
-        embeddings["negative"] = torch.from_numpy(run.negative.values).expand(len(items), -1, -1)
+    embeddings = _conditioning(run, rows, len(items)) if rows else {}
     return Batch(tuple(items), embeddings, damaged)
+
+
+def _conditioning(
+    run: Run, rows: Mapping[str, NDArray[Any]], images: int
+) -> dict[str, torch.Tensor]:
+    """Give what was read by the arguments of the model's pipeline."""
+    found = {argument: torch.from_numpy(rows[name]) for argument, name in run.columns.items()}
+    pool = run.plan.settings.pool
+    if pool is not None:
+        for column in run.model.family.columns:
+            if column.kind == "vector" and found[column.argument].ndim == 3:
+                found[column.argument] = _pooled(found[column.argument], pool)
+    if run.negative is not None:
+        negative = torch.from_numpy(run.negative.values)
+        found["negative_prompt_embeds"] = negative.expand(images, -1, -1)
+    return found
 
 
 def _rows(

@@ -13,7 +13,6 @@ from typing import Any, Literal, TypedDict, get_args
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.parts import WHOLE, Part
 from fedgfe_store.models.placement import Dtype, Offload, Quantization
-from fedgfe_store.schema import Kind
 
 Noise = Literal["index", "file_id"]
 """What tells a sample from the others in the seed of its noise."""
@@ -66,36 +65,40 @@ class Request:
     to be written for it there. Without one it is Python's only.
     """
 
-    diffusion_type: Kind | None = _asked(
+    diffusion_type: str | None = _asked(
         None,
-        "Family of the model [the store's].",
+        "Family of the model, such as flux, sd or sdxl [what the model says].",
         flags=("--diffusion-type", "--diffusion_type"),
+        metavar="FAMILY",
         of_image=True,
+    )
+    family: str | None = _asked(
+        None, "File that declares a family of models that is not known.", metavar="FILE"
     )
     model: str | None = _asked(None, "Hub id, folder or tiny [$FEDGFE_MODEL, the store's].")
     steps: int | None = _asked(
         None,
-        "Denoising steps [dev 28, schnell 4, tiny 8, Stable Diffusion 50].",
+        "Denoising steps [the model's: dev 28, schnell 4, tiny 8, Stable Diffusion 50].",
         flags=("--steps", "--num_inference_steps"),
         least=1,
         of_image=True,
     )
     guidance: float | None = _asked(
         None,
-        "Guidance scale [3.5; Stable Diffusion 7.5; schnell takes none].",
+        "Guidance scale [the model's: dev 3.5, Stable Diffusion 7.5; schnell takes none].",
         flags=("--guidance", "--guidance_scale"),
         of_image=True,
     )
     negative: str | None = _asked(
         None,
-        "Negative prompt, or embeddings in a file; Stable Diffusion only [empty prompt].",
+        "Negative prompt, or embeddings in a file, where guidance takes one [empty prompt].",
         metavar="PROMPT|FILE",
     )
     height: int | None = _asked(None, "Pixels [the model's own].", least=1, of_image=True)
     width: int | None = _asked(None, "Pixels [the model's own].", least=1, of_image=True)
     pool: Pool = _asked(
         "last",
-        "How a CLIP sequence becomes FLUX's vector, where the store holds sequences.",
+        "How a CLIP sequence becomes the model's vector, where the store holds sequences.",
         of_image=True,
     )
     seed: int = _asked(0, "Base seed of the noise.", of_image=True)
@@ -176,7 +179,8 @@ DEFAULTS = Request()
 class RequestOptions(TypedDict, total=False):
     """The fields of `Request`, which a test compares, as type checkers see keywords of them."""
 
-    diffusion_type: Kind | None
+    diffusion_type: str | None
+    family: str | None
     model: str | None
     steps: int | None
     guidance: float | None

@@ -257,7 +257,9 @@ def note_stop(folder: Path, part: Part, stop: Stop, report: Report) -> bool:
 
 def _load(run: Run, report: Report) -> ImagePipeline:
     run.model.fetch_weights()
-    return run.model.load(run.place(report))
+    from fedgfe_store.models.diffusers import DiffusersImages
+
+    return DiffusersImages.load(run.model, run.place(report))
 
 
 def _make_folder(folder: Path) -> None:

@@ -23,7 +23,8 @@ Negatives = Literal["none", "zeros", "rows"]
 """What guidance leads away from."""
 
 _TABLE = Path(__file__).with_name("families.toml")
-_MASK_DTYPES = ("int64", "bool")
+MaskDtype = Literal["int64", "bool", "float"]
+"""What a mask is passed as; ``"float"`` is the dtype that the denoiser computes in."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Column:
         Key of the denoiser's configuration that gives the width, or the width.
     also : tuple of str
         Other names that stores know it by.
-    dtype : {"int64", "bool"}
+    dtype : {"int64", "bool", "float"}
         What a mask is passed as.
     """
 
@@ -50,7 +51,7 @@ class Column:
     kind: ColumnKind
     width: str | int = ""
     also: tuple[str, ...] = ()
-    dtype: Literal["int64", "bool"] = "int64"
+    dtype: MaskDtype = "int64"
 
     @property
     def is_mask(self) -> bool:
@@ -75,11 +76,14 @@ class Variant:
         Denoising steps then.
     guidance : float or False, optional
         Guidance scale then; False for a model that takes none.
+    negatives : {"none", "zeros", "rows"}, optional
+        What guidance leads away from then.
     """
 
     when: Mapping[str, Any]
     steps: int | None = None
     guidance: float | Literal[False] | None = None
+    negatives: Negatives | None = None
 
     def is_of(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether a model's configurations are as this says."""
@@ -122,6 +126,8 @@ class Family:
         Key that says whether the denoiser embeds the scale; empty where that is no question.
     negatives : {"none", "zeros", "rows"}
         What guidance leads away from.
+    above : float
+        Guidance scale from which on it leads away from something.
     unless : str
         Key of a network that embeds the scale and needs no negatives then.
     features, blocks : tuple of str
@@ -130,6 +136,8 @@ class Family:
     upcast : bool
         Whether the decoder computes in float32 where the rest is float16 and its configuration has
         ``force_upcast``.
+    float32_latents : bool
+        Whether the pipeline keeps latents in float32 whatever it computes in.
     call : mapping
         What the pipeline is always called with.
     encoders : mapping
@@ -155,10 +163,12 @@ class Family:
     guidance_argument: str = "guidance_scale"
     embedded: str = ""
     negatives: Negatives = "none"
+    above: float = 1.0
     unless: str = ""
     features: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     upcast: bool = False
+    float32_latents: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
     encoders: Mapping[str, str] = field(default_factory=dict)
     variants: tuple[Variant, ...] = ()
@@ -167,8 +177,8 @@ class Family:
 
     @property
     def sequence(self) -> Column:
-        """The first sequence of tokens, whose length masks share."""
-        return next(column for column in self.columns if column.kind == "sequence")
+        """The first column, a sequence of tokens whose length masks share."""
+        return self.columns[0]
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -182,7 +192,12 @@ class Family:
             if variant.is_of(configs):
                 steps = found.steps if variant.steps is None else variant.steps
                 scale = found.guidance if variant.guidance is None else variant.guidance
-                found = replace(found, steps=steps, guidance=None if scale is False else scale)
+                found = replace(
+                    found,
+                    steps=steps,
+                    guidance=None if scale is False else scale,
+                    negatives=variant.negatives or found.negatives,
+                )
         return found
 
     def describe(self) -> str:
@@ -234,6 +249,9 @@ class _Table:
         if not isinstance(values, dict):
             raise SchemaMismatchError(f"{where}: expected a table, got {values!r}")
         self._left, self.where = dict(values), where
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._left
 
     def take(self, key: str, kind: type | tuple[type, ...], what: str, *default: Any) -> Any:
         """Take a value out; without a default it has to be there."""
@@ -302,12 +320,14 @@ def _read(name: str, values: object, source: str | None) -> Family:
         features=table.names("features"),
         blocks=table.names("blocks"),
         upcast=table.take("upcast", bool, "true or false", False),
+        float32_latents=table.take("float32_latents", bool, "true or false", False),
         call=table.table("call", {}).rest(),
         encoders=table.table("encoders", {}).rest(),
         columns=_columns(table.table("columns")),
         guidance_argument=guidance.take("argument", str, "an argument", "guidance_scale"),
         embedded=guidance.take("embedded", str, "a key", ""),
         negatives=guidance.choice("negatives", get_args(Negatives), "none"),
+        above=guidance.scale("above", 1.0),
         unless=guidance.take("unless", str, "a key", ""),
         steps=defaults.take("steps", int, "a whole number"),
         guidance=None if scale is False else scale,
@@ -326,11 +346,12 @@ def _columns(table: _Table) -> tuple[Column, ...]:
         kind = one.choice("is", get_args(ColumnKind))
         mask = kind in ("mask", "lengths")
         width = one.take("width", (int, str), "a number or a key", *([""] if mask else []))
-        dtype = one.choice("dtype", _MASK_DTYPES, "int64")
+        dtype = one.choice("dtype", get_args(MaskDtype), "int64")
         found.append(Column(argument, kind, width, one.names("also"), dtype))
         one.end()
-    if not any(column.kind == "sequence" for column in found):
-        raise SchemaMismatchError(f"{table.where}: expected at least one sequence, got none")
+    if not found or found[0].kind != "sequence":
+        got = found[0].kind if found else "none"
+        raise SchemaMismatchError(f"{table.where}: expected a sequence first, got {got}")
     return tuple(found)
 
 
@@ -340,6 +361,7 @@ def _variants(tables: list[Any], name: str) -> tuple[Variant, ...]:
         one = _Table(values, f"family [{name}], variant {number + 1}")
         when = one.table("when").rest()
         steps = one.take("steps", int, "a whole number", None)
-        found.append(Variant(when, steps, one.scale("guidance", None)))
+        negatives = one.choice("negatives", get_args(Negatives)) if "negatives" in one else None
+        found.append(Variant(when, steps, one.scale("guidance", None), negatives))
         one.end()
     return tuple(found)

@@ -126,6 +126,13 @@ def check_real(config: Mapping[str, Any], key: str, where: str) -> None:
     _check(fits and abs(found) < float("inf"), "a number", config, key, where)  # type: ignore[arg-type]
 
 
+def check_reals(config: Mapping[str, Any], key: str, where: str) -> None:
+    """Refuse a configuration in which a key is no list of numbers."""
+    found = config.get(key)
+    fits = isinstance(found, list) and bool(found) and all(type(n) in (int, float) for n in found)
+    _check(fits, "a list of numbers", config, key, where)
+
+
 def check_truth(config: Mapping[str, Any], key: str, where: str) -> None:
     """Refuse a configuration in which a key is neither true nor false."""
     _check(isinstance(config.get(key), bool), "true or false", config, key, where)

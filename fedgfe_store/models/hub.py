@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fedgfe_store.errors import NotFoundError
@@ -12,15 +12,15 @@ from fedgfe_store.errors import NotFoundError
 _HUB_TIMEOUT_SECONDS = 5
 
 
-def find_on_hub(name: str, configs: Sequence[str]) -> Path | None:
+def find_on_hub(name: str, configs: Callable[[Path], Iterable[str]]) -> Path | None:
     """Return a hub model's folder in the cache, downloading its configurations if need be.
 
     Parameters
     ----------
     name : str
         Its id.
-    configs : sequence of str
-        Files of which none may be missing if what is cached is to do.
+    configs : callable
+        Says of a cached folder which files may not be missing if it is to do.
 
     Returns
     -------
@@ -43,14 +43,14 @@ def find_on_hub(name: str, configs: Sequence[str]) -> Path | None:
         return None
 
 
-def _cached_snapshot(name: str, configs: Sequence[str]) -> Path | None:
+def _cached_snapshot(name: str, configs: Callable[[Path], Iterable[str]]) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "model_index.json")
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
-    return folder if all((folder / config).is_file() for config in configs) else None
+    return folder if all((folder / config).is_file() for config in configs(folder)) else None
 
 
 def download(

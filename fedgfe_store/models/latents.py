@@ -82,22 +82,22 @@ def scaled(
         return _unpatched(pipeline, latents, height, width)
     if layout in ("packed", "framed"):
         latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
-    if layout == "framed":
+    means, deviations = (getattr(config, f"latents_{n}", None) for n in ("mean", "std"))
+    if means and deviations:
+        ones = (1,) * (latents.ndim - 2)
         mean, deviation = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-            for values in (config.latents_mean, config.latents_std)
+            torch.tensor(values).view(1, -1, *ones).to(latents.device, latents.dtype)
+            for values in (means, deviations)
         )
-        # The pipeline divides by the reciprocal; rounded so, pixels are the same to the last bit.
-        return latents / (1.0 / deviation) + mean
-    if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
-        mean, deviation = (
-            torch.tensor(values).view(1, -1, 1, 1).to(latents.device, latents.dtype)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return latents * deviation / config.scaling_factor + mean
-    result: torch.Tensor = latents / config.scaling_factor
+        if layout == "framed":
+            # The pipeline divides by the reciprocal; rounded so, pixels are the same to a bit.
+            unscaled: torch.Tensor = latents / (1.0 / deviation)
+        else:
+            unscaled = latents * deviation / config.scaling_factor
+        return unscaled + mean
+    unscaled = latents / config.scaling_factor
     shift = getattr(config, "shift_factor", None)
-    return result if shift is None else result + shift
+    return unscaled if shift is None else unscaled + shift
 
 
 def _unpatched(pipeline: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:

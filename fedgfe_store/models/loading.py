@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
 from fedgfe_store.models.devices import first_line, is_out_of_memory
 from fedgfe_store.models.model import Model
+
+# What pipelines do to images besides making them, where a package for it is installed.
+_SWITCHES = ("requires_safety_checker", "add_watermarker")
 
 
 @contextmanager
@@ -120,8 +124,8 @@ def _class_of(model: Model, part: str) -> Any:
     import diffusers
     import transformers
 
-    if part in model.encoder_classes:
-        return getattr(transformers, model.encoder_classes[part])
+    if part in model.family.encoders:
+        return getattr(transformers, model.family.encoders[part])
     name = model.config(part).get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if isinstance(found, type) and issubclass(found, diffusers.ModelMixin):
@@ -132,7 +136,14 @@ def _class_of(model: Model, part: str) -> Any:
     )
 
 
-def load_pipeline(model: Model, dtype: torch.dtype, parts: Mapping[str, Any], *, rest: str) -> Any:
+def load_pipeline(
+    model: Model,
+    dtype: torch.dtype,
+    parts: Mapping[str, Any],
+    *,
+    keep: Sequence[str] = (),
+    rest: str,
+) -> Any:
     """Put loaded parts together to a pipeline of diffusers.
 
     Parameters
@@ -142,7 +153,9 @@ def load_pipeline(model: Model, dtype: torch.dtype, parts: Mapping[str, Any], *,
     dtype : torch.dtype
         What the pipeline computes in.
     parts : mapping
-        Parts by name, None for those that are left out; diffusers loads the others.
+        Loaded parts by name.
+    keep : sequence of str
+        Parts that diffusers loads itself; it loads no others.
     rest : str
         What these others are, for errors.
 
@@ -154,8 +167,16 @@ def load_pipeline(model: Model, dtype: torch.dtype, parts: Mapping[str, Any], *,
     with loading(f"model {model.folder}{rest}"):
         import diffusers
 
-        return getattr(diffusers, model.pipeline_class).from_pretrained(
-            os.fspath(model.folder), **parts, dtype=dtype, local_files_only=True
+        kind = getattr(diffusers, model.pipeline_class)
+        index = model.config("", "model_index.json")
+        listed = (name for name, of in index.items() if isinstance(of, list))
+        left_out = dict.fromkeys(n for n in listed if n not in parts and n not in keep)
+        switches = {n: False for n in _SWITCHES if n in inspect.signature(kind.__init__).parameters}
+        return kind.from_pretrained(
+            os.fspath(model.folder),
+            **{**left_out, **parts, **switches},
+            dtype=dtype,
+            local_files_only=True,
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from fedgfe_store.models.fit import Footprint
 from fedgfe_store.models.loading import load_part, load_pipeline, naming, quiet_loading
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Offload, Placement
-from fedgfe_store.schema import Kind, Metadata, Schema
+from fedgfe_store.schema import Metadata, Schema
 
 BATCH_TOKENS = 4096
 """Tokens, padding included, that the encoders get at once; it bounds memory."""
@@ -71,7 +71,7 @@ def check_encoders(model: Model, *, fetch: bool) -> None:
         raise NotFoundError(
             f"the model {model.name} has no text encoders: expected {', '.join(missing)} in "
             f"{model.folder}, got none; --model names one that has them, such as "
-            f"{model.default_name}"
+            f"{model.family.model}"
         )
 
 
@@ -141,17 +141,6 @@ class TextEncoders:
         Where to encode; offload ``"model"`` keeps one encoder at a time on the device.
     """
 
-    left_out: ClassVar[Mapping[Kind, Mapping[str, Any]]] = {
-        "flux": dict.fromkeys(
-            ("transformer", "vae", "scheduler", "image_encoder", "feature_extractor")
-        ),
-        "sd": {
-            **dict.fromkeys(("unet", "vae", "scheduler", "safety_checker", "feature_extractor")),
-            "image_encoder": None,
-            "requires_safety_checker": False,
-        },
-    }
-
     def __init__(self, pipeline: Any, model: Model, placement: Placement) -> None:
         self._pipeline: Any = pipeline
         self._model, self._placement = model, placement
@@ -174,12 +163,13 @@ class TextEncoders:
         dtype = DTYPES[placement.dtype]
         doing = placement.describe(f"loading the text encoders of {model.name}")
         with enough_memory(doing, placement.remedy(OFFLOADS)):
-            encoders = {part: load_part(model, part, dtype) for part in model.encoder_classes}
+            encoders = {part: load_part(model, part, dtype) for part in model.family.encoders}
             for part in model.encoder_parts:
                 for file in (model.folder / part).glob("tokenizer*.json"):
                     read_json(file)
-            parts = {**cls.left_out[model.kind], **encoders}
-            return cls(load_pipeline(model, dtype, parts, rest=": tokenizer"), model, placement)
+            tokenizers = model.family.tokenizers
+            pipeline = load_pipeline(model, dtype, encoders, keep=tokenizers, rest=": tokenizer")
+            return cls(pipeline, model, placement)
 
     def __enter__(self) -> Self:
         return self
@@ -238,7 +228,11 @@ class TextEncoders:
         from diffusers import StableDiffusionPipeline
 
         parts = {"text_encoder": self._pipeline.text_encoder, "tokenizer": self._pipeline.tokenizer}
-        pipeline = StableDiffusionPipeline(**{**self.left_out["sd"], **parts})
+        pipeline = StableDiffusionPipeline(
+            **dict.fromkeys(("unet", "vae", "scheduler", "safety_checker", "feature_extractor")),
+            **parts,
+            requires_safety_checker=False,
+        )
         return _clip_sequence(pipeline, prompts, self._placement.device)
 
     def cut(self, prompts: Sequence[str], tokens: int) -> Iterator[str]:

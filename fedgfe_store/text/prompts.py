@@ -14,7 +14,7 @@ from fedgfe_store.models.devices import choose_device, choose_dtype
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.model import Model
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
-from fedgfe_store.schema import Kind, Metadata, Schema
+from fedgfe_store.schema import Metadata, Schema
 from fedgfe_store.storage.append import IfExists
 from fedgfe_store.store import EmbeddingStore
 from fedgfe_store.text.encoders import (
@@ -111,7 +111,7 @@ def plan_references(
     *,
     classes: Sequence[str] | None = None,
     model: str | None = None,
-    diffusion_type: Kind | None = None,
+    diffusion_type: str | None = None,
     max_sequence_length: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -164,7 +164,7 @@ def plan_references(
         raise SchemaMismatchError(f"if_exists: expected error, replace or skip, got {if_exists!r}")
     path = Path(path)
     store = _open_if_there(path)
-    kind = diffusion_type or (store.schema.kind if store else "flux")
+    kind = diffusion_type or (store.schema.kind if store else None)
     names = _class_names(classes, store)
     keys = _keys(prompts, names)
     stored = store.schema.metadata.model if store and store.schema.kind == kind else None

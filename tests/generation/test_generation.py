@@ -37,8 +37,8 @@ from fedgfe_store.errors import (
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.images.manifest import read_manifest
+from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.models.families import resolve_model
-from fedgfe_store.models.flux import FluxImages
 from fedgfe_store.models.offload import Swap
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.names import image_name
@@ -185,12 +185,12 @@ def test_noise_is_that_of_flux_whatever_the_batch_and_dtype(flux: Path) -> None:
     model = resolve_model(str(flux))
     seeds = [5, 2**62, 7]
 
-    def noise(pipeline: FluxImages, seeds: list[int]) -> torch.Tensor:
+    def noise(pipeline: DiffusersImages, seeds: list[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipeline.draw(generators, SIZE, 2 * SIZE)
 
-    alone = FluxImages.load(model, Placement("float32", "cpu"))
-    half = FluxImages.load(model, Placement("bfloat16", "cpu"))
+    alone = DiffusersImages.load(model, Placement("float32", "cpu"))
+    half = DiffusersImages.load(model, Placement("bfloat16", "cpu"))
     together = noise(alone, seeds)
     for row, seed in enumerate(seeds):
         expected = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(seed))
@@ -256,10 +256,10 @@ def test_a_sequence_keeps_its_length_since_padding_changes_the_picture(
 def test_the_model_is_given_no_wrong_shape(
     flux: Path, t5: tuple[int, ...], clip: tuple[int, ...]
 ) -> None:
-    pipeline = FluxImages.load(resolve_model(str(flux)), Placement("float32", "cpu"))
-    embeddings = {"t5": torch.zeros(t5), "clip": torch.zeros(clip)}
+    pipeline = DiffusersImages.load(resolve_model(str(flux)), Placement("float32", "cpu"))
+    embeddings = {"prompt_embeds": torch.zeros(t5), "pooled_prompt_embeds": torch.zeros(clip)}
     with pytest.raises(
-        SchemaMismatchError, match=r"expected t5 \[1, tokens, 8\] and clip \[1, 4\]"
+        SchemaMismatchError, match=r"expected (pooled_)?prompt_embeds \[1, (tokens, 8|4)\], got"
     ):
         pipeline.denoise(embeddings, [0], settings_of(flux))
 
@@ -329,7 +329,7 @@ def test_pictures_that_are_not_finite_fail_alone_and_are_never_saved(
 
 
 def test_the_decoder_finds_the_picture_that_is_not_finite(flux: Path) -> None:
-    pipeline = FluxImages.load(resolve_model(str(flux)), Placement("float32", "cpu"))
+    pipeline = DiffusersImages.load(resolve_model(str(flux)), Placement("float32", "cpu"))
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
     latents, settings = pipeline.draw(generators, SIZE, SIZE), settings_of(flux)
     whole = pipeline.decode(latents, settings)
@@ -624,7 +624,7 @@ def test_offload_gives_the_same_pictures(
 ) -> None:
     make(selection, tmp_path / "none", batch_size=2)
     model = resolve_model(str(flux))
-    offloaded = FluxImages.load(model, Placement("float32", "cpu", "model"))
+    offloaded = DiffusersImages.load(model, Placement("float32", "cpu", "model"))
     make(selection, tmp_path / "model", batch_size=2, pipeline=offloaded)
     assert furthest(pictures(tmp_path / "none"), pictures(tmp_path / "model")) == 0
     assert {line["offload"] for line in read_manifest(tmp_path / "model")} == {"model"}
@@ -825,5 +825,6 @@ def test_the_folder_is_named_after_the_experiment(
 
 
 def test_small_is_the_schema_of_the_random_flux(flux: Path) -> None:
-    resolve_model(str(flux)).check_schema(SMALL)
+    found = resolve_model(str(flux)).conditioning(SMALL)
+    assert found == {"prompt_embeds": "t5", "pooled_prompt_embeds": "clip"}
     assert json.loads((flux / "model_index.json").read_text())["_class_name"] == "FluxPipeline"

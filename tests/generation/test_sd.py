@@ -25,6 +25,7 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
+from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.names import image_name
@@ -260,7 +261,7 @@ def test_a_flux_store_with_sequences_renders_either_way(
     store = EmbeddingStore.create(tmp_path / "guide.zarr", schema)
     fill(store, node=0, round=1, n=2)
     selection = store.select()
-    assert make(selection, tmp_path / "sd", diffusion_type="sd", batch_size=1).done == 4
+    assert make(selection, tmp_path / "sd", batch_size=1).done == 4
     np.testing.assert_array_equal(pixels(tmp_path / "sd", selection), direct(sd, selection))
     provenance = provenance_of(next((tmp_path / "sd").glob("*.png")))
     assert provenance["digests"].keys() == {"clip"}
@@ -269,7 +270,7 @@ def test_a_flux_store_with_sequences_renders_either_way(
     report = make(selection, tmp_path / "flux images", model=str(flux), steps=1)
     assert report.done == 4
     with pytest.raises(SchemaMismatchError, match="expected a FluxPipeline, got StableDiffusion"):
-        make(selection, tmp_path / "wrong")
+        make(selection, tmp_path / "wrong", diffusion_type="flux")
 
 
 @pytest.mark.parametrize(
@@ -321,10 +322,10 @@ def test_what_is_known_of_a_model_agrees_with_diffusers(sd: Path) -> None:
 def test_the_model_is_given_no_wrong_shape(
     sd: Path, clip: tuple[int, ...], negative: tuple[int, ...] | None, guidance: float
 ) -> None:
-    pipeline = resolve_model(str(sd), kind="sd").load(Placement("float32", "cpu"))
-    embeddings = {"clip": torch.zeros(clip)}
+    pipeline = DiffusersImages.load(resolve_model(str(sd)), Placement("float32", "cpu"))
+    embeddings = {"prompt_embeds": torch.zeros(clip)}
     if negative:
-        embeddings["negative"] = torch.zeros(negative)
+        embeddings["negative_prompt_embeds"] = torch.zeros(negative)
     settings = Settings("", "", "float32", 1, guidance, SIZE, SIZE)
     with pytest.raises(SchemaMismatchError, match=r"embeddings.*: expected"):
         pipeline.denoise(embeddings, [0, 1], settings, on_step=lambda: None)

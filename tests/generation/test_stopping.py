@@ -26,7 +26,7 @@ from fedgfe_store.generation import write as writing
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
 from fedgfe_store.images.png import write_png
-from fedgfe_store.models.flux import FluxImages, FluxModel
+from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
 
@@ -52,13 +52,13 @@ def once(name: str, at: int = 1) -> Callable[[], None]:
 
 
 def interrupt_decoding(monkeypatch: pytest.MonkeyPatch, name: str, *, at: int) -> None:
-    send, decode = once(name, at), FluxImages.decode
+    send, decode = once(name, at), DiffusersImages.decode
 
-    def interrupted(self: FluxImages, *args: Any, **options: Any) -> list:
+    def interrupted(self: DiffusersImages, *args: Any, **options: Any) -> list:
         send()
         return decode(self, *args, **options)
 
-    monkeypatch.setattr(FluxImages, "decode", interrupted)
+    monkeypatch.setattr(DiffusersImages, "decode", interrupted)
 
 
 def command(selection: Selection, folder: Path, flux: Path, *more: str) -> tuple[int, str]:
@@ -95,13 +95,13 @@ def test_while_weights_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    load, send = FluxModel.load, once(name)
+    load, send = DiffusersImages.load, once(name)
 
-    def interrupted(self: FluxModel, *args: Any) -> FluxImages:
+    def interrupted(*args: Any) -> DiffusersImages:
         send()
-        return load(self, *args)
+        return load(*args)
 
-    monkeypatch.setattr(FluxModel, "load", interrupted)
+    monkeypatch.setattr(DiffusersImages, "load", interrupted)
     code, output = command(selection, tmp_path / "out", flux)
     assert code == 75
     assert f"stopped by {name} with 10 images left" in output
@@ -117,9 +117,9 @@ def test_while_denoising_it_stops_at_the_next_step(
     name: str,
 ) -> None:
     steps: list[int] = []
-    send, denoise = once(name, at=8), FluxImages.denoise
+    send, denoise = once(name, at=8), DiffusersImages.denoise
 
-    def interrupted(self: FluxImages, *args: Any, on_step: Callable[[], None]) -> torch.Tensor:
+    def interrupted(self: DiffusersImages, *args: Any, on_step: Callable[[], None]) -> torch.Tensor:
         def step() -> None:
             steps.append(1)
             send()
@@ -127,7 +127,7 @@ def test_while_denoising_it_stops_at_the_next_step(
 
         return denoise(self, *args, on_step=step)
 
-    monkeypatch.setattr(FluxImages, "denoise", interrupted)
+    monkeypatch.setattr(DiffusersImages, "denoise", interrupted)
     code, output = command(selection, tmp_path / "out", flux)
     assert code == 75
     assert len(steps) == 8, "the second of the third batch's three steps is the last"

@@ -23,7 +23,7 @@ from fedgfe_store.generation.settings import Settings, fingerprint
 from fedgfe_store.generation.stopping import SIGNAL_LEAD, Stop, expected_stop
 from fedgfe_store.images.manifest import Manifest, read_manifest
 from fedgfe_store.images.status import image_status
-from fedgfe_store.models.flux import FluxModel
+from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.selection import Selection
 
 OPTIONS: dict[str, Any] = {"steps": 3, "height": SIZE, "width": SIZE, "batch_size": 2}
@@ -103,19 +103,19 @@ def run(selection, flux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run the command, which gets a signal while it loads the weights."""
 
     def run(name: str | None, *more: str, **environ: str) -> Result:
-        load = FluxModel.load
+        load = DiffusersImages.load
 
-        def interrupted(self: FluxModel, *args: Any) -> object:
+        def interrupted(*args: Any) -> object:
             assert name is not None
             signal.raise_signal(getattr(signal, name))
-            return load(self, *args)
+            return load(*args)
 
         words = ["--store", str(selection.path), "generate", "--model", str(flux), "--steps", "3"]
         words += ["--height", str(SIZE), "--width", str(SIZE), "--batch-size", "2"]
         words += ["--device", "cpu", "--output-dir", str(tmp_path / "out"), *more]
         with monkeypatch.context() as patched:
             if name:
-                patched.setattr(FluxModel, "load", interrupted)
+                patched.setattr(DiffusersImages, "load", interrupted)
             return CliRunner().invoke(group, words, env=environ)
 
     return run

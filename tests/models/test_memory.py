@@ -23,8 +23,8 @@ from fedgfe_store.generation import denoise as denoising
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import Settings, seed_of
 from fedgfe_store.models import devices, offload, quantization
+from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.models.families import resolve_model
-from fedgfe_store.models.flux import FluxImages
 from fedgfe_store.models.placement import Placement, Sampling
 from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
@@ -242,7 +242,7 @@ def test_the_cache_is_given_back_as_often_as_asked(
 def test_tiling_reaches_the_decoder_and_is_gone_afterwards(
     flux: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = FluxImages.load(resolve_model(str(flux)), Placement("float32", "cpu"))
+    pipeline = DiffusersImages.load(resolve_model(str(flux)), Placement("float32", "cpu"))
     vae, settings = pipeline._pipeline.vae, Settings("", "", "float32", 1, 3.5, SIZE, SIZE)
     # As in the real models: the decoder itself would split only what is larger than this.
     vae.tile_latent_min_size, vae.tile_sample_min_size = SIZE // 4, SIZE
@@ -401,12 +401,12 @@ def test_a_black_picture_is_a_failure(flux: Path, selection: Selection, tmp_path
 
 
 def test_swapping_over_and_over_holds_no_memory(flux: Path) -> None:
-    pipeline = FluxImages.load(resolve_model(str(flux)), Placement("float32", "cpu", "model"))
+    pipeline = DiffusersImages.load(resolve_model(str(flux)), Placement("float32", "cpu", "model"))
     parts = {"transformer": pipeline._pipeline.transformer, "vae": pipeline._pipeline.vae}
     pipeline._swap = offload.Swap(parts, torch.clone)  # as to a device of its own
     settings = Settings("", "", "float32", 1, 3.5, SIZE, SIZE)
     weights = sum(t.nbytes for part in parts.values() for t in part.parameters())
-    embeddings = {"t5": torch.zeros(1, 3, 8), "clip": torch.zeros(1, 4)}
+    embeddings = {"prompt_embeds": torch.zeros(1, 3, 8), "pooled_prompt_embeds": torch.zeros(1, 4)}
     held = []
     for _ in range(50):
         pipeline.decode(pipeline.denoise(embeddings, [0], settings), settings)

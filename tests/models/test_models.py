@@ -16,18 +16,19 @@ from safetensors.torch import save_file
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models import devices
-from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.families import family_named, resolve_model
 from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
-from fedgfe_store.models.flux import FluxModel
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.models.tiny import TINY_FLUX, TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
 
 GIB = 2**30
-FLUX_DEV = FluxModel(
+FLUX_DEV = Model(
+    family=family_named("flux"),
     name="black-forest-labs/FLUX.1-dev",
     folder=Path("nowhere"),
     revision="",
+    pipeline_class="FluxPipeline",
     denoiser={
         "in_channels": 64,
         "num_attention_heads": 24,
@@ -125,6 +126,9 @@ def test_what_is_not_a_flux_model_is_refused(flux: Path, tmp_path: Path) -> None
         resolve_model(str(copy))
     change_config(copy, "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(SchemaMismatchError, match="expected a FluxPipeline, got StableDiffusion"):
+        resolve_model(str(copy), kind="flux")
+    change_config(copy, "model_index.json", _class_name="WanPipeline")
+    with pytest.raises(SchemaMismatchError, match=r"got WanPipeline.* sdxl.*--family FILE"):
         resolve_model(str(copy))
     (copy / "model_index.json").write_text("<html>")
     with pytest.raises(SchemaMismatchError, match="expected JSON"):
@@ -136,7 +140,7 @@ RESOLVE = """
 import os, sys
 sys.addaudithook(lambda event, _: event in ("socket.connect", "socket.getaddrinfo") and os._exit(9))
 from fedgfe_store.errors import NotFoundError
-from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.families import family_named, resolve_model
 try:
     model = resolve_model(sys.argv[1])
     print(model.name, model.revision, model.folder)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tiny_families import FAMILIES, direct, records
+from tiny_prompts import encode, from_prompts
 
 SIZE = (32, 64)
 GUIDANCE = 3.0
@@ -62,3 +64,21 @@ def test_masks_are_of_different_lengths_and_begin_with_ones(name):
     masks = records(name, 4, 0)[mask]
     assert len(set(masks.sum(axis=1))) == 4
     assert (np.diff(masks, axis=1) <= 0).all()
+
+
+ONE_A_CLASS = {family.pipeline_class: name for name, family in FAMILIES.items()}
+
+
+@pytest.mark.parametrize("name", ONE_A_CLASS.values())
+def test_encoded_prompts_make_the_images_that_prompts_make(tiny_model, name):
+    folder, prompts = tiny_model(name, encoders=True), ["a dog", "rain on a roof"]
+    wanted, unwanted = encode(folder, name, prompts)
+    assert wanted.keys() == FAMILIES[name].columns.keys()
+    for argument, shape in FAMILIES[name].columns.items():
+        assert wanted[argument].ndim == len(shape) + 1
+        assert argument in FAMILIES[name].masks or wanted[argument].shape[-1] == shape[-1]
+    how: dict[str, Any] = {"steps": 2, "guidance": GUIDANCE, "size": SIZE}
+    first, second = from_prompts(folder, name, prompts, (1, 1), **how)
+    assert apart([first], [second]) > VISIBLE
+    again = direct(folder, name, wanted, (1, 1), negatives=unwanted, **how)
+    assert apart([first, second], again) <= 1
