@@ -189,6 +189,7 @@ def _export(part: Selection, path: Path, node: str, round: int, layout: Layout) 
 
 
 def _is_number(node: str) -> bool:
+    """Whether a node can be written as a number and come back as the same text: 007 cannot."""
     return node.isascii() and node.isdecimal() and str(int(node)) == node
 
 
