@@ -12,7 +12,12 @@ from fedgfe_store.storage.claim import Claim, is_claim
 from fedgfe_store.storage.files import make_folders
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
-from fedgfe_store.storage.recovery import remove_temporary, shape_files, something_else
+from fedgfe_store.storage.recovery import (
+    check_own_folders,
+    remove_temporary,
+    shape_files,
+    something_else,
+)
 from fedgfe_store.storage.staging import Staging
 
 
@@ -26,6 +31,7 @@ def create(path: Path, schema: Schema, *, timeout: float) -> None:
     try:
         group = Group.new(schema)
         _refuse_occupied(path, group.arrays)
+        check_own_folders(path, group.arrays)
         make_folders(path)
         claim = Claim.take(
             path,
