@@ -192,10 +192,10 @@ def _print_failures(status: ImageStatus) -> None:
 
 def _print_rest(status: ImageStatus, parts: int | None) -> None:
     from fedgfe_store.generation.parts import parts_of
-    from fedgfe_store.images.manifest import shard_count
+    from fedgfe_store.images.manifest import part_count
 
     unfinished = status.totals["all"] - status.totals["done"]
-    count = parts or shard_count(status.folder)
+    count = parts or part_count(status.folder)
     if not unfinished:
         click.echo("nothing is missing")
     elif count is None:

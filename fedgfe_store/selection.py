@@ -89,6 +89,7 @@ class Selection(Rows):
         if self._taken is not None:
             return self._taken
         rows = np.flatnonzero(self._snapshot.visible)
+        # Numbers first: they are compared faster, and text only where they leave any.
         for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):
             values = self._snapshot.column_at(name, rows)
             rows = rows[matches(values, self._filters[name])]
@@ -103,6 +104,7 @@ class Selection(Rows):
         import pandas as pd
 
         keys = pd.DataFrame({name: self._column(name, rows) for name in KEY_COLUMNS})
+        # Stable, so that of records of one index the same are kept each time.
         ordered = keys.sort_values("index", kind="stable")
         groups = ordered.groupby(["node", "round", "split", "class_name"], sort=False)
         kept: np.ndarray = rows[np.sort(groups.head(n).index.to_numpy())]

@@ -91,7 +91,7 @@ def test_it_holds_the_packages_with_their_data_and_nothing_else(tree, wheel):
     assert {name: held[name] for name in held if not name.startswith(about)} == expected
     assert held[about + "licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     names = [Path(name).name for name in expected]
-    assert {"py.typed", "page.html", "main.py"} <= set(names)
+    assert {"py.typed", "page.html", "notebook.html", "main.py"} <= set(names)
     assert any(name.endswith(".safetensors") for name in names)
 
 

@@ -23,6 +23,8 @@ _LONGEST_KEY = 16
 """Items of a tuple that is a key."""
 _SCALARS = (str, int, float, bool, type(None), bytes, complex, np.generic)
 _MOMENTS = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
+# Pickles name a storage's type by its class of old (torch.storage._dtype_to_storage_type_map); a
+# type that has none stands beside an UntypedStorage, see `_tensor_v3`.
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -142,6 +144,7 @@ def _count(shape: Any) -> int | None:
     """Return the values in `shape`, None if it is no shape."""
     if not isinstance(shape, tuple) or len(shape) > 16:
         return None
+    # Sizes and strides of torch and numpy are signed 64-bit numbers; and True is an int.
     if not all(type(n) is int and 0 <= n < 2**62 for n in shape):
         return None
     return math.prod(shape)
@@ -222,7 +225,7 @@ def _tensor_v3(
     reader: Reader, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any
 ) -> torch.Tensor:
     """Return a tensor whose type stands beside its storage: that has bytes only."""
-    _grad, _hooks, dtype, *_ = rest
+    _grad, _hooks, dtype, *_ = rest  # as torch._utils._rebuild_tensor_v3 takes them
     found = _dtype(dtype)
     if not isinstance(storage, Storage) or found is None:
         raise TypeError
@@ -285,6 +288,7 @@ BUILDERS: Mapping[str, Callable[..., Any]] = {
     "datetime.time": _moment(datetime.time),
     "datetime.timedelta": _moment(datetime.timedelta),
     "datetime.timezone": _moment(datetime.timezone),
+    # A text alone can be added to one: a tuple of digits would be taken, too.
     "decimal.Decimal": lambda reader, text: str(decimal.Decimal(text + "")),
     "fractions.Fraction": _fraction,
     **{
@@ -298,6 +302,7 @@ BUILDERS: Mapping[str, Callable[..., Any]] = {
     "types.SimpleNamespace": lambda reader, *rest: Placeholder("types.SimpleNamespace"),
     "numpy.dtype": _numpy_type,
     "numpy._core.multiarray.scalar": _scalar,
+    # An array without values: BUILD gives it shape, type and values, by `fill`.
     "numpy._core.multiarray._reconstruct": lambda reader, *rest: np.empty(0, np.uint8),
     "numpy._core.numeric._frombuffer": _from_buffer,
     "torch.device": lambda reader, *parts: ":".join(str(part) for part in parts),

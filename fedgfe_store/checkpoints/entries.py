@@ -28,6 +28,7 @@ _TENSOR_KEYS = ("t5_embedding", "clip_embedding", "t5", "clip")
 _AUDIO_KEYS = ("audio_embeddings", "audio_embedding")
 _NOTES = ("sample_id", "file_id", "image_filename", "audio_path")
 _SAMPLE_KEYS = ("index", "image_filename", "image_path")
+"""What an entry has that is one sample; a server's stack has rows instead."""
 _NAMED_KEYS = {"split", "class_name", "index", "sample_metadata", "image_filename", "node_id"}
 
 _MOST_OF_A_FILE = 20_000_000
@@ -175,7 +176,7 @@ def _first_index(entry: Mapping[Any, Any], following: int) -> int:
     if entry.get("index") is None:
         return following
     index = whole(entry["index"])
-    if index is None or not 0 <= index < 2**63:
+    if index is None or not 0 <= index < 2**63:  # the column is int64
         raise Unusable("index is not a whole number from 0")
     return index
 

@@ -89,6 +89,7 @@ class Experiment:
 
 def _opened(path: Path) -> Checkpoint | None:
     try:
+        # Its experiment is asked for: that its name tells another round must not hide it here.
         return read_checkpoint(path, round_from="content")
     except (FedgfeStoreError, OSError):  # reported when the file's turn comes
         return None

@@ -18,7 +18,9 @@ RoundFrom = Literal["name", "content"]
 """Which round counts where a file's name and its content differ."""
 
 _LARGEST_ROUND = 2**31 - 1
+"""The column of rounds is int32."""
 _MOST_NAMED = 10
+"""Classes of objects that notes name, of what may be any number."""
 _EARLIEST, _LATEST = datetime(1678, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo=UTC)
 """Between them xarray and pandas can hold a time."""
 

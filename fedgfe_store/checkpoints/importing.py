@@ -274,6 +274,7 @@ class _Target:
 
 
 def _source(path: Path) -> str:
+    # Names of files may be no text, or hold line breaks, which `history` would print.
     name = path.name if path.name.isprintable() else ascii(path.name)[1:-1]
     return f"import {name}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 
 _TEXT_CACHE = "_text_embs_dict.pt"
+"""How FedGFE ends the names of its caches of text embeddings."""
 
 
 def find_checkpoints(

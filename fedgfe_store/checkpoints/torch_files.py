@@ -33,6 +33,7 @@ _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """How the older format begins: ``MAGIC_NUMBER`` and ``PROTOCOL_VERSION`` of torch.serialization."""
 _LOCAL_HEADER = 30
 """Bytes before a zip member's name; the last four are the lengths of the name and what follows."""
+# zipfile trusts what it reads: numbers that make no sense end in any of these when they are used.
 _BAD_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
@@ -44,6 +45,7 @@ _BAD_ZIP = (
     LookupError,
     RuntimeError,
 )
+# Files found under the name of a checkpoint, by their first bytes (`file`'s magic numbers).
 _HEADS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
     (b"/annex/objects/", "a git-annex pointer, not the file itself: run `git annex get`"),
@@ -124,6 +126,7 @@ def inspect(path: Path) -> Source:
     if not head:
         raise DamagedDataError(f"{path}: empty file")
     stamp = status.st_ino, status.st_size, status.st_mtime_ns
+    # A zip file's first member begins so, and torch writes nothing before it.
     if not head.startswith(b"PK"):
         _check_head(path, head)
         return Source(path, stamp, zipped=False, mapped=False)
@@ -221,8 +224,10 @@ def _check_head(path: Path, head: bytes) -> None:
     for start, reason in _HEADS:
         if text.startswith(start):
             raise DamagedDataError(f"{path}: {reason}")
+    # safetensors: the length of a header in eight bytes, then the header, which is JSON.
     if head[8:10] == b'{"':
         raise DamagedDataError(f"{path}: a safetensors file, not a checkpoint")
+    # The opcode PROTO, with which every pickle of protocol 2 and later begins; torch writes 2.
     if not head.startswith(b"\x80"):
         raise DamagedDataError(f"{path}: not a file written by torch.save")
 
@@ -235,9 +240,11 @@ def _check_zip(path: Path) -> bool:
     except _BAD_ZIP as error:
         raise _cut_short(path, error) from error
     names = [item.filename for item in items]
+    # torch puts all into one folder, called after the file that was saved.
     inner = {name.partition("/")[2] for name in names}
     if "data.pkl" not in inner:
         raise SchemaMismatchError(f"{path}: {_what_zip(names)}")
+    # By which torch tells them, too (torch.serialization._is_torchscript_zip).
     if "constants.pkl" in inner:
         raise SchemaMismatchError(f"{path}: a TorchScript model, not a FedGFE checkpoint")
     return all(item.compress_type == zipfile.ZIP_STORED for item in items)
@@ -260,7 +267,11 @@ def _cut_short(path: Path, error: Exception) -> DamagedDataError:
 
 
 class _Zip:
-    """A checkpoint in torch's zip format: a pickle, and a member for each storage."""
+    """A checkpoint in torch's zip format: a pickle, and a member for each storage.
+
+    As `torch.serialization._save` writes it: ``data.pkl``, ``byteorder`` and ``data/<key>``, where
+    the pickle's persistent ids name the key.
+    """
 
     def __init__(self, file: BinaryIO, mapped: mmap.mmap) -> None:
         self._archive, self._mapped = zipfile.ZipFile(file), mapped
@@ -283,7 +294,7 @@ class _Zip:
 
     def _storage(self, pid: Any) -> Storage:
         dtype, key, numel = _parsed_id(pid, 5)
-        if key not in self._storages:
+        if key not in self._storages:  # tensors may share one
             self._storages[key] = self._bytes(self._items[f"{self._root}data/{key}"], dtype)
         if numel * dtype.itemsize > self._storages[key].nbytes():
             raise EOFError("a storage is shorter than it should be")
@@ -297,6 +308,8 @@ class _Zip:
             if self._swapped:
                 values = values.view(f"u{dtype.itemsize}").byteswap().view(np.uint8)
             return torch.from_numpy(values).untyped_storage()
+        # Not those of the directory at the file's end: torch pads the local header of a member, so
+        # that its values are aligned.
         lengths = struct.unpack_from("<HH", self._mapped, item.header_offset + _LOCAL_HEADER - 4)
         start = item.header_offset + _LOCAL_HEADER + sum(lengths)
         if start + item.file_size > len(self._mapped):
@@ -310,7 +323,11 @@ def _empty_storage(nbytes: int) -> torch.UntypedStorage:
 
 
 def _load_older(file: mmap.mmap) -> Loaded:
-    """Load what torch before 1.6 wrote: pickles, then the storages, one after the other."""
+    """Load what torch before 1.6 wrote: pickles, then the storages, one after the other.
+
+    As `torch.serialization._legacy_save` still does: a magic number, the protocol, facts of the
+    system, the object, the keys of its storages; then of each the number of values and the values.
+    """
     if Unpickler(file).load() != _MAGIC or Unpickler(file).load() != _PROTOCOL:
         raise Refused("a pickle that torch.save did not write")
     system = Unpickler(file).load()
@@ -321,7 +338,7 @@ def _load_older(file: mmap.mmap) -> Loaded:
 
     def storage(pid: Any) -> Storage:
         dtype, key, numel = _parsed_id(pid, 6)
-        if key not in storages:
+        if key not in storages:  # made before it is read, as the tensors over it come first
             if numel * dtype.itemsize > len(file):
                 raise EOFError("a storage is larger than the file")
             types[key], storages[key] = dtype, _empty_storage(numel * dtype.itemsize)
@@ -351,6 +368,7 @@ def _parsed_id(pid: Any, length: int) -> tuple[torch.dtype, str, int]:
     """Return type, key and number of values of the storage that a persistent id names."""
     if not (isinstance(pid, tuple) and len(pid) == length and pid[0] == "storage"):
         raise Refused("a persistent id that torch.save did not write")
+    # ("storage", its class, key, device, number of values), and in the older format a view's place.
     key, numel = pid[2], pid[4]
     if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 2**60:
         raise Refused("a storage without name or size")

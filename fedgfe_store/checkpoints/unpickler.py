@@ -29,11 +29,15 @@ from fedgfe_store.common.plain import Placeholder
 _MOST_COPIED = 20_000_000
 """Items that calls may copy in one file: a few bytes can ask for a copy of everything before."""
 _LONGEST_NAME = 100
+"""Characters of a name in a message: a pickle may hold one of any length."""
 _MODULES = {
+    # What Python 2 called them, which protocols before 3 still do (`_compat_pickle`).
     "__builtin__": "builtins",
     "copy_reg": "copyreg",
+    # numpy 1 wrote these.
     "numpy.core.multiarray": "numpy._core.multiarray",
     "numpy.core.numeric": "numpy._core.numeric",
+    # Python 3.13 does.
     "pathlib._local": "pathlib",
     "torch.nn": "torch.nn.parameter",
 }
@@ -107,6 +111,7 @@ class Unpickler(pickle._Unpickler):
 
     # what would run something
 
+    # INST and OBJ, of protocol 0 and 1, end here.
     def _instantiate(self, klass: Any, args: Any) -> None:
         self.append(self.called(klass, tuple(args)))
 
@@ -118,6 +123,7 @@ class Unpickler(pickle._Unpickler):
         keywords, arguments = self.stack.pop(), self.stack.pop()
         self.stack[-1] = self.called(self.stack[-1], None if keywords else arguments)
 
+    # Python's would call `__setstate__`, or set attributes of any name.
     def load_build(self) -> None:
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, NumpyType):
@@ -133,7 +139,8 @@ class Unpickler(pickle._Unpickler):
     def load_buffer(self) -> None:
         raise Refused("a buffer outside the pickle")
 
-    # what fills containers
+    # What fills containers: Python's would call `append`, `extend`, `add` or `__setitem__` of what
+    # lies on the stack, whatever it is, and hash keys that take for ever.
 
     def load_append(self) -> None:
         value = self.stack.pop()
@@ -168,9 +175,12 @@ class Unpickler(pickle._Unpickler):
         items = self.pop_mark()
         self.append(frozenset(map(dict_key, items)))
 
+    # Python's takes as much memory as the pickle says before it reads a byte.
     def load_bytearray8(self) -> None:
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
+    # All other opcodes move values about, but for GLOBAL, STACK_GLOBAL, PERSID and BINPERSID, which
+    # come to `find_class` and `persistent_load`. NEWOBJ takes a class and a tuple, as REDUCE does.
     for _code, _load in (
         (pickle.REDUCE, load_reduce),
         (pickle.NEWOBJ, load_reduce),

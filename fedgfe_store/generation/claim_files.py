@@ -16,6 +16,7 @@ from fedgfe_store.storage import claim_files
 
 # Eight hex digits of the machine, a process's number, and 32 hex digits.
 _MARK_BYTES = 100
+# Any name may stand in it, with dashes and line breaks.
 _NAME = re.compile(r"\.fedgfe-claim-(.+)-([0-9]+)", re.DOTALL)
 
 
@@ -59,6 +60,7 @@ class ClaimFiles:
                     self._silent.add(name)
                 return False
         self._held[name] = generation
+        # With the first claim: a run that finds nothing to do makes no thread.
         if self._renewing is None:
             renew = partial(claim_files.renew, self._stop, self._paths)
             self._renewing = threads.Thread(renew, "fedgfe-claims")
@@ -69,6 +71,7 @@ class ClaimFiles:
         """Give a name back, unless another process has taken it over."""
         generation = self._held.pop(name)
         above, own = self._path(name, generation + 1), self._path(name, generation)
+        # What another has taken over is its own; it removes the files below, too.
         if above.exists() or _read(own) != self._mark:
             return
         for number in range(generation, -1, -1):
@@ -84,6 +87,7 @@ class ClaimFiles:
 
     def close(self) -> None:
         """Give all names back."""
+        # The thread first: it would renew what others claim under the names that are given back.
         self._stop.put(None)
         if self._renewing is not None:
             self._renewing.join()
@@ -103,6 +107,7 @@ class ClaimFiles:
             renewed = claim_files.touched(path)
         except FileNotFoundError:
             return "gone"
+        # Cut where its owner was killed before it had written all of it: then age alone tells.
         if len(words) > 1 and words[1].isdigit():
             token = words[0].decode("ascii", "replace")
             if writer_is_gone(token, int(words[1])):

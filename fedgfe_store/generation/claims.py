@@ -29,8 +29,12 @@ CLAIMS_NAME = ".fedgfe-claims"
 # The system counts bytes in 63 bits. The one behind all that names can have tries out whether
 # there are locks.
 _OFFSETS = 2**62
+# Where a name's offset would stand, if a file is its claim.
 _IN_A_FILE = -1
+# Seconds. A living owner renews its claim every ten, see `RENEWAL_SECONDS`: so little more is not
+# felt, and a stop is noticed at once.
 _LOOKS_EVERY = 0.5
+# Files that this process has open; see `Claims` for why no file may be twice.
 _open: set[tuple[int, int, int]] = set()
 _opening = threading.Lock()
 
@@ -74,6 +78,7 @@ class Claims:
         with _opening:
             if path.exists() and _identity(os.stat(path)) in _open:
                 raise ConflictError(f"{folder}: claims are open in this process already")
+            # It is opened for writing, as locks need it, and touched: a link may lead anywhere.
             if path.is_symlink():
                 raise ConflictError(f"{path}: expected a file, got a link; remove it")
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | NOT_THROUGH_LINKS, 0o666)
@@ -123,6 +128,7 @@ class Claims:
                         f"waiting up to {TAKEOVER_SECONDS:.0f} s to learn whether the processes "
                         f"live that have claimed images in {self._folder}"
                     )
+            # Without the lock, which other threads need to give names back.
             if self._ended():
                 return False
             time.sleep(_LOOKS_EVERY)
@@ -188,6 +194,7 @@ class Claims:
             if self._files is not None:
                 self._files.close()
         finally:
+            # Nobody may open it in between: this close would give back the new one's locks.
             with _opening:
                 os.close(self._file)
                 _open.discard(self._identity)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
-from typing import cast
 
 import torch
 
@@ -15,16 +14,11 @@ from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.decode import NO_MEMORY, Decoder, Denoised
 from fedgfe_store.generation.plan import PlanItem, shortage
 from fedgfe_store.generation.prepare import Report, Run
-from fedgfe_store.generation.read import Batch, read_batches
+from fedgfe_store.generation.read import Embedded, read_embeddings
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import ImageWriter, Tally
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
-from fedgfe_store.models.model import ImagePipeline
-from fedgfe_store.readers.torch import prefetch
-
-# One is ready when the device asks, one is being read: an image is claimed as it is read, so more
-# would only keep it from other processes.
-_PREFETCHED_BATCHES = 2
+from fedgfe_store.models.pipeline import ImagePipeline
 
 _log = logging.getLogger("fedgfe_store")
 
@@ -98,8 +92,7 @@ class Renderer:
 
     def run(self, claims: Claims) -> None:
         """Render all batches, or those until a stop or until there is no use in going on."""
-        reading = prefetch(read_batches(self._run, claims), _PREFETCHED_BATCHES)
-        with closing(cast("Generator[Batch]", reading)) as batches:
+        with closing(read_embeddings(self._run, claims)) as batches:
             more = True
             while more and not self._ended():
                 # Usually a group is one batch. Only its latents are held, not what they were
@@ -116,7 +109,7 @@ class Renderer:
             self._gave_up = "the pictures before it could not be written"
         return self._stop.requested or self.gave_up is not None
 
-    def _denoise_group(self, batches: Iterator[Batch], group: list[Denoised]) -> bool:
+    def _denoise_group(self, batches: Iterator[Embedded], group: list[Denoised]) -> bool:
         """Add what becomes of some batches to `group`; whether there were any."""
         any_left = False
         for batch in islice(batches, self._pipeline.batches_per_swap):
@@ -134,7 +127,7 @@ class Renderer:
                 break
         return any_left
 
-    def _denoise(self, batch: Batch) -> Iterator[Denoised]:
+    def _denoise(self, batch: Embedded) -> Iterator[Denoised]:
         """Denoise a batch in as large parts as fit; what a stop cuts short is not there."""
         start = 0
         while start < len(batch.items) and not self._ended():
@@ -155,7 +148,7 @@ class Renderer:
                 self._tally.fail(batch.items[start], reason)
                 self._gave_up = NO_MEMORY
 
-    def _denoise_part(self, batch: Batch, rows: slice) -> Denoised | None:
+    def _denoise_part(self, batch: Embedded, rows: slice) -> Denoised | None:
         """Denoise some rows of a batch; None if the memory is not enough for them."""
         items, started = batch.items[rows], time.perf_counter()
         embeddings = {name: values[rows] for name, values in batch.embeddings.items()}

@@ -161,6 +161,7 @@ def _task_of(environ: Mapping[str, str], parts: int) -> tuple[Part, str]:
 
 
 def _process(environ: Mapping[str, str]) -> tuple[Part, str] | None:
+    # The names that torch.distributed reads; torchrun and accelerate set both.
     rank = _place(environ, "RANK", "WORLD_SIZE")
     # Only srun sets the number of a step's tasks. The batch script itself is no step: it has
     # SLURM_PROCID=0 and SLURM_NTASKS=4 while it is the only process.

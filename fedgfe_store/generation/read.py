@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedgfe_store.errors import DamagedDataError, NotFoundError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.plan import PlanItem, look_again
 from fedgfe_store.generation.prepare import Run
 from fedgfe_store.images.identity import record_digests
+from fedgfe_store.readers.torch import BatchReader, prefetch
 from fedgfe_store.records import KEY_COLUMNS
 from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
 
+# One is ready when the device asks, one is being read: an image is claimed as it is read, so more
+# would only keep it from other processes.
+_READ_AHEAD = 2
+
 
 @dataclass(frozen=True)
-class Batch:
-    """Embeddings of some images, one row each, and what became of others on the way.
+class Embedded:
+    """Images with their embeddings, one row each, and what became of others on the way.
 
     Parameters
     ----------
@@ -45,86 +50,87 @@ class Batch:
     elsewhere: tuple[PlanItem, ...] = ()
 
 
-def read_batches(run: Run, claims: Claims) -> Iterator[Batch]:
-    """Read what a run has to do.
+def read_embeddings(run: Run, claims: Claims) -> Generator[Embedded]:
+    """Read what a run has to do, in a thread that is ahead, as `Selection.batches` does.
 
     Parameters
     ----------
     run : Run
         The run.
     claims : Claims
-        Claims of its folder; an image is claimed as its batch is read, and stays so.
+        Claims of its folder; an image is claimed just before it is read, and stays so.
 
     Yields
     ------
-    Batch
-        Full batches, but for the last.
+    Embedded
+        As many images as a batch has, but for the last and where records are damaged. Closing
+        the iterator ends the thread.
     """
-    for part in _claimed(run, claims):
-        batch = _read(run, part.taken) if part.taken else Batch((), {}, {})
-        damaged = {**part.refused, **batch.damaged}
-        yield Batch(batch.items, batch.embeddings, damaged, tuple(part.made))
+    return prefetch(map(partial(_embedded, run), _claimed(run, claims)), _READ_AHEAD)
 
 
 @dataclass
-class _Part:
+class _Claimed:
     """Images that were claimed, those that others made or make, and those that are refused."""
 
     taken: list[PlanItem] = field(default_factory=list)
-    made: list[PlanItem] = field(default_factory=list)
+    elsewhere: list[PlanItem] = field(default_factory=list)
     refused: dict[PlanItem, str] = field(default_factory=dict)
 
 
-def _claimed(run: Run, claims: Claims) -> Iterator[_Part]:
+def _claimed(run: Run, claims: Claims) -> Iterator[_Claimed]:
     """Take images in the plan's order; try those that others hold once more at the end."""
     held: list[PlanItem] = []
-    part = _Part()
+    claimed = _Claimed()
     for last_try, items in ((False, run.plan.todo), (True, held)):
         for item in items:
+            # Waiting for one would keep all behind it waiting, which may be free: at the end only.
             if not claims.take(item.path.name, wait=last_try):
-                (part.made if last_try else held).append(item)
+                (claimed.elsewhere if last_try else held).append(item)
                 continue
+            # Only now: whoever held the claim before may have finished the image since.
             found = look_again(item, run.plan)
             refused = found is not None and run.plan.refuses(found)
             kept = refused and run.request.on_stale == "keep"
             if found is not None and (kept or found.item.status == "done"):
                 claims.release(item.path.name)
-                part.made.append(item)
+                claimed.elsewhere.append(item)
             elif found is not None and refused:
-                part.refused[item] = f"{found.verdict.conflict}: made meanwhile by another run"
+                claimed.refused[item] = f"{found.verdict.conflict}: made meanwhile by another run"
             else:
-                part.taken.append(item)
-            if len(part.taken) == run.batch_size:
-                yield part
-                part = _Part()
-    if part.taken or part.made or part.refused:
-        yield part
+                claimed.taken.append(item)
+            if len(claimed.taken) == run.batch_size:
+                yield claimed
+                claimed = _Claimed()
+    if claimed.taken or claimed.elsewhere or claimed.refused:
+        yield claimed
 
 
-def _read(run: Run, items: Sequence[PlanItem]) -> Batch:
-    damaged: dict[PlanItem, str] = {}
-    columns = tuple(run.columns.values())
+def _embedded(run: Run, claimed: _Claimed) -> Embedded:
+    # One column may be several arguments of the pipeline; it is read once.
+    reader = BatchReader(tuple(dict.fromkeys(run.columns.values())))
+    items, damaged = claimed.taken, dict(claimed.refused)
     try:
-        rows = _rows(run.selection, items, columns)
+        tensors = _tensors(run.selection, items, reader)
     except DamagedDataError:
         # One bad record must not take its neighbours along: find it by reading each alone.
-        sound = []
-        for item in items:
+        rows = []
+        for item in claimed.taken:
             try:
-                sound.append((item, _rows(run.selection, [item], columns)))
+                rows.append(_tensors(run.selection, [item], reader))
             except DamagedDataError as error:
                 damaged[item] = str(error)
-        items = [item for item, _ in sound]
-        rows = {c: np.concatenate([row[c] for _, row in sound]) for c in columns if sound}
-    embeddings = _conditioning(run, rows, len(items)) if rows else {}
-    return Batch(tuple(items), embeddings, damaged)
+        items = [item for item in claimed.taken if item not in damaged]
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in reader.columns if rows}
+    embeddings = _conditioning(run, tensors, len(items)) if tensors else {}
+    return Embedded(tuple(items), embeddings, damaged, tuple(claimed.elsewhere))
 
 
 def _conditioning(
-    run: Run, rows: Mapping[str, NDArray[Any]], images: int
+    run: Run, tensors: Mapping[str, torch.Tensor], images: int
 ) -> dict[str, torch.Tensor]:
     """Give what was read by the arguments of the model's pipeline."""
-    found = {argument: torch.from_numpy(rows[name]) for argument, name in run.columns.items()}
+    found = {argument: tensors[name] for argument, name in run.columns.items()}
     pool = run.plan.settings.pool
     if pool is not None:
         for column in run.model.family.columns:
@@ -136,20 +142,24 @@ def _conditioning(
     return found
 
 
-def _rows(
-    selection: Selection, items: Sequence[PlanItem], columns: Sequence[str]
-) -> dict[str, NDArray[np.float32]]:
+def _tensors(
+    selection: Selection, items: Sequence[PlanItem], reader: BatchReader
+) -> dict[str, torch.Tensor]:
     """Read a record once, and repeat its rows for each of its images."""
+    if not items:
+        return {}
+    # In the order of the records: neighbours lie in one file, which is then read once.
     positions, first, of_item = np.unique(
         [item.position for item in items], return_index=True, return_inverse=True
     )
     try:
-        part = selection.take(positions)
-        rows = {name: part.read(name) for name in columns}
+        batch = reader.read(selection.take(positions))
     except NotFoundError as error:  # a compaction has moved the records meanwhile
-        part = _found_again(selection, [items[i] for i in first], str(error))
-        rows = {name: part.read(name) for name in columns}
-    return {name: values[of_item] for name, values in rows.items()}
+        batch = reader.read(_found_again(selection, [items[i] for i in first], str(error)))
+    if np.array_equal(of_item, np.arange(len(positions))):  # an image each: spare a second copy
+        return dict(batch.tensors)
+    # By numpy: torch would start threads for it beside those that denoise.
+    return {name: torch.from_numpy(t.numpy()[of_item]) for name, t in batch.tensors.items()}
 
 
 def _found_again(selection: Selection, items: Sequence[PlanItem], reason: str) -> Selection:
@@ -160,6 +170,7 @@ def _found_again(selection: Selection, items: Sequence[PlanItem], reason: str) -
     DamagedDataError
         If one was deleted or replaced.
     """
+    # Positions count in the commit that was planned from; keys are what other commits share.
     known: dict[str, Any] = {n: {getattr(item.key, n) for item in items} for n in KEY_COLUMNS}
     fresh = EmbeddingStore.open(selection.path).select(**known)
     positions = {key: position for position, key in enumerate(fresh.keys())}

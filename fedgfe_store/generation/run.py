@@ -24,7 +24,7 @@ from fedgfe_store.images.manifest import (
     timestamp,
 )
 from fedgfe_store.images.png import read_provenance, remove_stale_temps
-from fedgfe_store.models.model import ImagePipeline
+from fedgfe_store.models.pipeline import ImagePipeline
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
@@ -171,11 +171,14 @@ def render(
         If the output folder cannot be made.
     """
     plan, stop = run.plan, stop or Stop()
+    # Also where nothing is left to do: the run before may have been killed between an image and its
+    # line.
     if plan.counts["done"]:
         _complete_manifest(run, report)
     if not plan.todo:
         return GenerationReport(plan, skipped=_skipped(plan))
     _make_folder(plan.folder)
+    # Before anything is claimed: loading takes minutes, in which other processes may do the work.
     try:
         with stop.interrupting():
             pipeline = pipeline or _load(run, report)
@@ -183,6 +186,8 @@ def render(
         stuck = note_stop(plan.folder, run.request.part, stop, report)
         return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
     started = time.perf_counter()
+    # In this order: the writer ends first, while the manifest takes its lines; claims are given
+    # back last, when others find the images.
     with (
         Claims(plan.folder, report=report, ended=lambda: stop.requested) as claims,
         Manifest(plan.folder, manifest_of(run.request.part)) as manifest,
@@ -191,6 +196,7 @@ def render(
         def settle(item: PlanItem, error: str | None) -> None:
             if error is not None:
                 _note_failure(manifest, item, error, report)
+            # After the line, so that who takes the claim next can read why it failed.
             claims.release(item.path.name)
 
         tally = Tally(progress or (lambda _: None), settle)
@@ -208,6 +214,7 @@ def render(
         stopped=stop.reason,
         seconds=time.perf_counter() - started,
     )
+    # What others made is progress, too: the next run has less to do.
     fruitless = made.stopped and made.left and not (made.done or made.elsewhere)
     if not fruitless:
         return made

@@ -123,6 +123,7 @@ class ImageFolder:
 
     @cached_property
     def _manifest(self) -> tuple[dict[str, Line], dict[str, Mapping[str, Any]]]:
+        # Lines are many, settings few: each is kept once, by its fingerprint.
         settings: dict[str, Mapping[str, Any]] = {}
         texts: dict[str, str] = {}
 
@@ -260,6 +261,8 @@ def file_stamp(path: Path) -> tuple[int, ...] | None:
         found = path.stat()
     except FileNotFoundError:
         return None
+    # The number too: an image that is replaced within a tick of the disk's clock may have the same
+    # size and time, but it is renamed into place and so another file.
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -277,6 +280,7 @@ def look_at(path: Path) -> FoundImage:
 
 
 def _lowest(images: list[ImageRecord], n: int) -> Iterator[ImageRecord]:
+    # Of the records, not of the images: one record may have several.
     indices = defaultdict(set)
     for image in images:
         indices[_group(image)].add(image.key.index)

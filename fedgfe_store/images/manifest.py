@@ -27,9 +27,10 @@ from fedgfe_store.storage.files import (
 )
 
 MANIFEST_NAME = "manifest.jsonl"
-_SHARD_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
+_PART_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
 # A line is about 1 kB: some 250 lines, more than a rate needs, in one read.
 _TAIL_BYTES = 256 * 1024
+# Of these the readers take for granted what they are; a line of anybody else's may hold anything.
 _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("file", "error", "fingerprint", "created"), (str,)),
     **dict.fromkeys(("key", "settings", "digests"), (dict,)),
@@ -112,6 +113,7 @@ def manifest_name(index: int = 0, count: int = 1) -> str:
     """Name the manifest of one part of a run: ``manifest.jsonl``, ``manifest-2-of-8.jsonl``."""
     if count == 1:
         return MANIFEST_NAME
+    # Padded, so that `ls` shows the parts in their order.
     return f"manifest-{index:0{len(str(count))}}-of-{count}.jsonl"
 
 
@@ -181,7 +183,7 @@ def _lines(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]
     with path.open("rb") as file:
         if tail_bytes is not None and path.stat().st_size > tail_bytes:
             file.seek(-tail_bytes, os.SEEK_END)
-            file.readline()
+            file.readline()  # most likely cut at its beginning
         for text in file:
             line = _read_line(text)
             if line is not None:
@@ -193,7 +195,7 @@ def _manifests(folder: Path, name: str | None = None) -> list[Path]:
         own = folder / name
         return [own] if own.is_file() else []
     found = [path for path in folder.glob("manifest*.jsonl") if path.is_file()]
-    return sorted(p for p in found if p.name == MANIFEST_NAME or _SHARD_NAME.fullmatch(p.name))
+    return sorted(p for p in found if p.name == MANIFEST_NAME or _PART_NAME.fullmatch(p.name))
 
 
 def latest(
@@ -218,6 +220,8 @@ def latest(
     found: dict[str, tuple[str, _T]] = {}
     for line in read_manifest(folder, name=name):
         file, created = line.get("file"), _created(line)
+        # By time, not by place: parts have files of their own, which are read one after the other.
+        # Of one second the later line counts, so that a second try replaces a failure.
         if isinstance(file, str) and (file not in found or created >= found[file][0]):
             found[file] = created, pick(line)
     return {file: picked for file, (_, picked) in found.items()}
@@ -271,8 +275,8 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return next((provenance["settings"] for provenance in found if provenance), None)
 
 
-def shard_count(folder: Path) -> int | None:
-    """Give the number of shards of the latest run that was split.
+def part_count(folder: Path) -> int | None:
+    """Give the number of parts of the latest run that was split.
 
     Parameters
     ----------
@@ -284,10 +288,11 @@ def shard_count(folder: Path) -> int | None:
     int or None
         None without a manifest of a part.
     """
+    # By time: a folder keeps the manifests of earlier runs, which may have had other parts.
     found = [
         (path.stat().st_mtime_ns, match)
         for path in _manifests(folder)
-        if (match := _SHARD_NAME.fullmatch(path.name))
+        if (match := _PART_NAME.fullmatch(path.name))
     ]
     return int(max(found, key=lambda each: each[0])[1][2]) if found else None
 
@@ -307,6 +312,7 @@ def seconds_per_image(folder: Path, fingerprint: str) -> float | None:
     float or None
         Seconds an image; None where none was made.
     """
+    # `json` reads NaN and Infinity, which no estimate can go by.
     lines = [
         line
         for line in read_manifest(folder, tail_bytes=_TAIL_BYTES)

@@ -133,14 +133,16 @@ def image_status(
     """
     if images_per_record is not None and images_per_record < 1:
         raise SchemaMismatchError(f"images_per_record: expected from 1 up, got {images_per_record}")
-    keys = list(dict.fromkeys(selection.keys()))
-    images = ImageFolder.scan(folder, brief=frozenset(keys))
+    found = record_digests(selection, selection.schema.columns)
+    # A record that is selected twice counts once.
+    digests = dict(zip(selection.keys(), found, strict=True))
+    images = ImageFolder.scan(folder, brief=digests.keys())
     fingerprint, settings = _made_with(images)
     unlisted = _unlisted(images)
     number = images_per_record or _highest_number(images, unlisted) + 1
-    items = [(key, image) for key in keys for image in range(number)]
+    items = [(key, image) for key in digests for image in range(number)]
     comparer = Comparer(settings, fingerprint, Identity.of_store(selection))
-    check = _Checker(selection, images, comparer)
+    check = _Checker(digests, images, comparer)
     findings = []
     for done, finding in enumerate(side_by_side(check, items), start=1):
         findings.append(finding)
@@ -164,17 +166,19 @@ def _made_with(images: ImageFolder) -> tuple[str, Mapping[str, Any]]:
 
 def _unlisted(images: ImageFolder) -> list[ImageRecord]:
     """Give the images of which neither a line nor their name as a record's first one tells."""
-    first = {image_name(key) for key in images.brief}
-    names = sorted(images.present - images.lines.keys() - first)
-    found = side_by_side(images.inspect, names)
+    unlisted = images.present - images.lines.keys()
+    # Without any, as after a run, tens of thousands of names need not be made.
+    first = {image_name(key) for key in images.brief} if unlisted else set()
+    found = side_by_side(images.inspect, sorted(unlisted - first))
     return [image for image in found if isinstance(image, ImageRecord)]
 
 
 def _highest_number(images: ImageFolder, unlisted: Sequence[ImageRecord]) -> int:
     """Give the highest image number that any of the records has had, at least 0."""
     listed = [line.record for line in images.lines.values()]
-    own = (image for image in (*listed, *unlisted) if image and image.key in images.brief)
-    return max((image.number for image in own), default=0)
+    # The number first: most are 0, and to look for a key costs more.
+    later = (image for image in (*listed, *unlisted) if image and image.number)
+    return max((image.number for image in later if image.key in images.brief), default=0)
 
 
 def _deleted(
@@ -191,10 +195,13 @@ def _deleted(
 class _Checker:
     """Looks at one image; threads may call it at once."""
 
-    def __init__(self, selection: Selection, images: ImageFolder, comparer: Comparer) -> None:
-        self._images, self._comparer = images, comparer
-        digests = record_digests(selection, selection.schema.columns)
-        self._digests = dict(zip(selection.keys(), digests, strict=True))
+    def __init__(
+        self,
+        digests: Mapping[RecordKey, dict[str, str]],
+        images: ImageFolder,
+        comparer: Comparer,
+    ) -> None:
+        self._digests, self._images, self._comparer = digests, images, comparer
 
     def __call__(self, item: tuple[RecordKey, int]) -> tuple[str, str, str]:
         key, number = item

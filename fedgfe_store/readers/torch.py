@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
@@ -64,6 +64,52 @@ def _only_one(batches: Sequence[Batch], *, collate_fn_map: object = None) -> Bat
 default_collate_fn_map[Batch] = _only_one
 
 
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads records as batches: whole ones of a selection, or those that generation picks.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        Tensor columns, and lengths and marks of them.
+    dtype : torch.dtype, optional
+        Data type of the embeddings, by default float32; masks and lengths keep theirs.
+    pinned : bool
+        Decode into page-locked memory.
+    """
+
+    columns: Sequence[str]
+    dtype: torch.dtype | None = None
+    pinned: bool = False
+
+    def read(self, rows: Rows) -> Batch:
+        """Read some records, into memory that no other batch has; raises as `Rows.read`."""
+        return Batch(rows, {name: self._tensor(rows, name) for name in self.columns})
+
+    def _tensor(self, rows: Rows, name: str) -> torch.Tensor:
+        """Decode a column to where it stays; only another data type takes a copy."""
+        if not self.pinned:
+            tensor = torch.from_numpy(rows.read(name))
+            return tensor.to(self.dtype) if self._converts(tensor.dtype) else tensor
+        known = {t.name: (t.shape, t.dtype) for t in rows.schema.tensors}
+        mark: tuple[tuple[int, ...], str] = ((), "bool" if name.startswith("has_") else "int32")
+        shape, dtype = known.get(name, mark)
+        stored: torch.dtype = getattr(torch, dtype)
+        wanted = self.dtype if self._converts(stored) else stored
+        # Anew for each batch, since one may outlive the next; torch keeps pinned memory that nobody
+        # holds any more, and gives it out again.
+        pinned = torch.empty((len(rows), *shape), dtype=wanted, pin_memory=True)
+        if wanted == stored:
+            rows.read(name, out=pinned.numpy())
+        else:
+            pinned.copy_(torch.from_numpy(rows.read(name)))
+        return pinned
+
+    def _converts(self, stored: torch.dtype) -> bool:
+        """Whether values come as another data type: embeddings do, masks and lengths do not."""
+        return self.dtype is not None and stored.is_floating_point
+
+
 class Batches(IterableDataset[Batch]):
     """A sized iterable of `Batch`, made by `Selection.batches`; each iteration reads afresh.
 
@@ -90,49 +136,29 @@ class Batches(IterableDataset[Batch]):
             raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {dtype!r}")
         if isinstance(columns, str):
             raise SchemaMismatchError(f"columns: expected a list of names, got {columns!r}")
-        self._columns = _columns(selection.schema, columns)
-        self._selection = selection
-        self._size, self._dtype, self._prefetch = batch_size, dtype, prefetch
-        self._pinned = pin_memory
+        self._reader = BatchReader(_columns(selection.schema, columns), dtype, pin_memory)
+        # Torch would say so only when the first batch is read.
         if pin_memory and not torch.accelerator.is_available():
             raise SchemaMismatchError(
                 "pin_memory: expected a machine with an accelerator that torch can use, got none"
             )
+        self._selection, self._size, self._prefetch = selection, batch_size, prefetch
 
     def __len__(self) -> int:
         return math.ceil(len(self._selection) / self._size)
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead = min(self._prefetch, len(self))
-        return prefetch(self._read(), ahead) if ahead else self._read()
+        # No more than there are: `prefetch` makes a place for each, and people ask for 2**70.
+        return prefetch(map(self._reader.read, self._parts()), min(self._prefetch, len(self)))
 
-    def _read(self) -> Iterator[Batch]:
+    def _parts(self) -> Iterator[Rows]:
+        """Give the records of each batch that is to be read here: nothing of them is read."""
+        # A DataLoader's workers each have the whole dataset, and have to share it among them.
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        # A numpy integer of few bits would overflow where positions are counted.
         parts = self._selection.parts(operator.index(self._size))
-        for _, part in islice(parts, first, None, step):
-            yield Batch(part, {name: self._tensor(part, name) for name in self._columns})
-
-    def _tensor(self, part: Rows, name: str) -> torch.Tensor:
-        """Decode a column to where it stays; only another data type takes a copy."""
-        if not self._pinned:
-            tensor = torch.from_numpy(part.read(name))
-            return tensor.to(self._dtype) if self._converts(tensor.dtype) else tensor
-        known = {t.name: (t.shape, t.dtype) for t in part.schema.tensors}
-        mark: tuple[tuple[int, ...], str] = ((), "bool" if name.startswith("has_") else "int32")
-        shape, dtype = known.get(name, mark)
-        stored: torch.dtype = getattr(torch, dtype)
-        wanted = self._dtype if self._converts(stored) else stored
-        pinned = torch.empty((len(part), *shape), dtype=wanted, pin_memory=True)
-        if wanted == stored:
-            part.read(name, out=pinned.numpy())
-        else:
-            pinned.copy_(torch.from_numpy(part.read(name)))
-        return pinned
-
-    def _converts(self, stored: torch.dtype) -> bool:
-        """Whether values come as another data type: embeddings do, masks and lengths do not."""
-        return self._dtype is not None and stored.is_floating_point
+        return (rows for _, rows in islice(parts, first, None, step))
 
 
 def _columns(schema: Schema, asked: Sequence[str] | None) -> list[str]:
@@ -154,21 +180,28 @@ class _Failed:
 _END = object()
 
 
-def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int) -> Generator[T]:
     """Iterate over `items` in a thread that runs up to `depth` items ahead.
+
+    The loop by which batches are read, for users and for generation. Besides the consumer's there
+    are never more than `depth` + 1 items: those that wait, and the one that is being made.
 
     Parameters
     ----------
     items : iterable
         Iterated once, in the thread; an exception of it is raised to the consumer.
     depth : int
-        Items that may wait for the consumer.
+        Items that may wait for the consumer; with 0 they are made in the consumer's thread.
 
     Yields
     ------
     object
         The items, in order. Closing the iterator ends the thread.
     """
+    if not depth:
+        yield from items
+        return
+    # Two simple queues and not a bounded one, which takes locks: see `common.threads`.
     room: SimpleQueue[None] = SimpleQueue()
     ready: SimpleQueue[object] = SimpleQueue()
     stopped = False
@@ -188,6 +221,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
 
     def stop() -> None:
         nonlocal stopped
+        # In this order: the thread that gets the room looks whether it is to go on.
         stopped = True
         room.put(None)
         thread.join()
@@ -206,6 +240,8 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
 
 
 def _next(thread: threads.Thread, ready: SimpleQueue[object]) -> object:
+    # A forked child, such as a worker of a DataLoader, has the iterator but not the thread: it
+    # would wait for ever.
     if thread.process is not None:
         raise ConflictError(
             f"these batches are read ahead by a thread of process {thread.process}: iterate anew "

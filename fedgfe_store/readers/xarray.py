@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fedgfe_store.rows import Rows
     from fedgfe_store.schema import Schema
 
+# Dask spends up to a millisecond on a task (its best practices: avoid very large graphs), which
+# does not show beside reading this much; and a task for each core fits the memory of a laptop.
 _DASK_BYTES = 64 * 2**20
 
 
@@ -84,6 +86,7 @@ def to_dataset(selection: Rows) -> xr.Dataset:
     }
     index = pd.MultiIndex.from_frame(frame[list(KEY_COLUMNS)])
     notes = frame.drop(columns=list(KEY_COLUMNS))
+    # numpy's times, which xarray holds, know no zone; ours are UTC.
     notes["timestamp"] = notes["timestamp"].dt.tz_localize(None)
     coords = xr.Coordinates.from_pandas_multiindex(index, "record").assign(
         {name: xr.Variable("record", notes[name], encoding=chunks) for name in notes}

@@ -1,4 +1,4 @@
-"""Manifests: one file for each shard, finished and failed images, and the latest line of each."""
+"""Manifests: one file for each part, finished and failed images, and the latest line of each."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fedgfe_store.images.manifest import (
     latest,
     listed_files,
     manifest_name,
+    part_count,
     read_manifest,
     seconds_per_image,
-    shard_count,
     timestamp,
 )
 from fedgfe_store.records import RecordKey
@@ -28,8 +28,8 @@ from fedgfe_store.records import RecordKey
 KEY = RecordKey("server", 5, "train", "dog", 3)
 
 
-def write(folder: Path, *lines: dict[str, object], shard: str = "0/1") -> None:
-    with Manifest(folder, manifest_name(*map(int, shard.split("/")))) as manifest:
+def write(folder: Path, *lines: dict[str, object], part: str = "0/1") -> None:
+    with Manifest(folder, manifest_name(*map(int, part.split("/")))) as manifest:
         for line in lines:
             manifest.append(line)
 
@@ -39,7 +39,7 @@ def made(file: str, minute: int, **more: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("shard", "name"),
+    ("part", "name"),
     [
         ("0/1", "manifest.jsonl"),
         ("2/8", "manifest-2-of-8.jsonl"),
@@ -47,16 +47,16 @@ def made(file: str, minute: int, **more: object) -> dict[str, object]:
         ("99/100", "manifest-099-of-100.jsonl"),
     ],
 )
-def test_each_shard_has_a_file(tmp_path: Path, shard: str, name: str) -> None:
-    write(tmp_path, {"file": "a.png"}, shard=shard)
+def test_each_part_has_a_file(tmp_path: Path, part: str, name: str) -> None:
+    write(tmp_path, {"file": "a.png"}, part=part)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert list(read_manifest(tmp_path)) == [{"file": "a.png"}]
 
 
 def test_all_files_are_read(tmp_path: Path) -> None:
     write(tmp_path, {"file": "a.png"})
-    write(tmp_path, {"file": "b.png"}, {"file": "c.png"}, shard="0/2")
-    write(tmp_path, {"file": "d.png"}, shard="11/12")
+    write(tmp_path, {"file": "b.png"}, {"file": "c.png"}, part="0/2")
+    write(tmp_path, {"file": "d.png"}, part="11/12")
     (tmp_path / "manifest-old.jsonl").write_text('{"file": "x.png"}\n')
     assert sorted(line["file"] for line in read_manifest(tmp_path)) == [
         "a.png", "b.png", "c.png", "d.png"
@@ -81,8 +81,8 @@ def test_a_failure_is_a_line_with_its_reason(tmp_path: Path) -> None:
 
 def test_the_latest_line_of_each_image_counts(tmp_path: Path) -> None:
     write(tmp_path, made("a.png", 5, seed=1), made("a.png", 5, seed=2), made("b.png", 9, error="e"))
-    write(tmp_path, made("a.png", 4, error="e"), made("b.png", 8), made("c.png", 1), shard="0/2")
-    write(tmp_path, made("c.png", 2, error="e"), {"file": "d.png"}, {"seed": 4}, shard="1/2")
+    write(tmp_path, made("a.png", 4, error="e"), made("b.png", 8), made("c.png", 1), part="0/2")
+    write(tmp_path, made("c.png", 2, error="e"), {"file": "d.png"}, {"seed": 4}, part="1/2")
     found = latest(tmp_path, dict)
     assert found == {
         "a.png": made("a.png", 5, seed=2),
@@ -103,13 +103,13 @@ def test_lines_that_no_run_writes_are_left_out(tmp_path: Path) -> None:
     assert latest(tmp_path, dict) == {"a.png": {"file": "a.png"}}
 
 
-def test_the_rate_is_that_of_the_latest_images_of_all_shards(tmp_path: Path) -> None:
+def test_the_rate_is_that_of_the_latest_images_of_all_parts(tmp_path: Path) -> None:
     common = {"fingerprint": "f", "settings": {"model": "x" * 2000}}
     old = [made("o.png", 1, seconds=9.0, **common) for _ in range(200)]
     write(tmp_path, *old)
     for i in range(2):
         new = [made("n.png", 2 + i, seconds=1.0 + i, **common) for _ in range(50)]
-        write(tmp_path, *new, made("x.png", 50, error="e"), shard=f"{i}/2")
+        write(tmp_path, *new, made("x.png", 50, error="e"), part=f"{i}/2")
     assert seconds_per_image(tmp_path, "f") == 1.5
     assert seconds_per_image(tmp_path, "g") is None
 
@@ -122,16 +122,16 @@ def test_only_the_end_of_a_long_manifest_is_read_for_the_rate(tmp_path: Path) ->
     assert len(list(read_manifest(tmp_path, tail_bytes=5000))) < 6
 
 
-def test_the_number_of_shards_is_that_of_the_latest_run(tmp_path: Path) -> None:
-    assert shard_count(tmp_path) is None
+def test_the_number_of_parts_is_that_of_the_latest_run(tmp_path: Path) -> None:
+    assert part_count(tmp_path) is None
     write(tmp_path, {"file": "a.png"})
-    assert shard_count(tmp_path) is None
-    write(tmp_path, {"file": "a.png"}, shard="3/16")
-    write(tmp_path, {"file": "a.png"}, shard="3/8")
+    assert part_count(tmp_path) is None
+    write(tmp_path, {"file": "a.png"}, part="3/16")
+    write(tmp_path, {"file": "a.png"}, part="3/8")
     os.utime(tmp_path / "manifest-03-of-16.jsonl", ns=(1, 1))
-    assert shard_count(tmp_path) == 8
+    assert part_count(tmp_path) == 8
     os.utime(tmp_path / "manifest-3-of-8.jsonl", ns=(0, 0))
-    assert shard_count(tmp_path) == 16
+    assert part_count(tmp_path) == 16
 
 
 def test_times_are_whole_seconds_in_utc() -> None:
