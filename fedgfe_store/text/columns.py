@@ -79,8 +79,7 @@ def encoder_schema(
             for argument, column in found.items()
             if argument in columns or not (is_ragged and column.dtype == "bool")
         }
-    named: dict[str, Any] = {column.name: column for column in found.values()}
-    return Schema.of(model.kind, metadata=metadata, **named)
+    return Schema.of(model.kind, *found.values(), metadata=metadata)
 
 
 def _columns(model: Model, tokens: int) -> dict[str, TensorColumn]:

@@ -79,15 +79,21 @@ def _check_shapes(
         value = negative.values.get(column.argument)
         if value is None and column.is_mask:
             continue
+        shape = [*expected, *width]
         got = None if value is None else list(value.shape)
-        if got != [*expected, *width]:
-            is_shorter = got is not None and len(got) == len([*expected, *width])
-            is_shorter = is_shorter and got[1:] == width and column.kind != "vector"
-            hint = f"; encode the negative prompt to {tokens} tokens, too" if is_shorter else ""
-            raise SchemaMismatchError(
-                f"negative embeddings ({negative.source}): expected {column.argument} "
-                f"{[*expected, *width]} like the records', got {got}{hint}"
-            )
+        if got == shape:
+            continue
+        is_other_length = (
+            column.kind == "sequence"
+            and got is not None
+            and len(got) == 1 + len(width)
+            and got[1:] == width
+        )
+        hint = f"; encode the negative prompt to {tokens} tokens, too" if is_other_length else ""
+        raise SchemaMismatchError(
+            f"negative embeddings ({negative.source}): expected {column.argument} {shape} like the "
+            f"records', got {got}{hint}"
+        )
 
 
 def _of_prompt(
