@@ -15,7 +15,8 @@ from fedgfe_store.storage.commit import Transaction
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
-from fedgfe_store.storage.recovery import check_own_folders, granule_of, something_else
+from fedgfe_store.storage.recovery import check_own_folders, something_else
+from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 
 Advance = Callable[[int], object]
