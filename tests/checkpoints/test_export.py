@@ -339,7 +339,8 @@ def test_other_columns_are_declared_and_come_back(tmp_path, schema, layout):
 @pytest.mark.parametrize("name", ["node_id", "image_path", "sample_metadata", "t5_embedding"])
 def test_a_column_that_is_called_as_something_else_there_is_refused(tmp_path, name):
     t5 = TensorColumn("t5", (17, 4096), ("token", "feature"))
-    store = EmbeddingStore.create(tmp_path / "s.zarr", Schema("x", (t5, TensorColumn(name, (4,)))))
+    schema = Schema("flux", (t5, TensorColumn(name, (4,))))
+    store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
     result = run(store, "--output-dir", tmp_path / "out")
     assert result.exit_code == 1
     assert f"{name} is something else" in result.stderr
