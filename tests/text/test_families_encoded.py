@@ -60,7 +60,7 @@ def apart(some: Any, others: Any) -> int:
     return max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize("name", ONE_A_CLASS.values())
+@pytest.mark.parametrize("name", [name for name in ONE_A_CLASS.values() if name != "z-image"])
 def test_a_stores_prompts_become_the_images_that_the_pipeline_makes_of_them(
     tiny_model: Callable[..., Path], name: str, tmp_path: Path
 ) -> None:
@@ -69,9 +69,7 @@ def test_a_stores_prompts_become_the_images_that_the_pipeline_makes_of_them(
     assert [key.class_name for key in selection.keys()] == list(CLASSES)
     made(folder, store, tmp_path / "images")
     seeds = [seed_of(0, key) for key in selection.keys()]
-    expected = from_prompts(
-        folder, name, CLASSES, seeds, steps=STEPS, guidance=GUIDANCE, size=SIZE
-    )
+    expected = from_prompts(folder, name, CLASSES, seeds, steps=STEPS, guidance=GUIDANCE, size=SIZE)
     found = shown(tmp_path / "images", selection)
     assert apart(found[:1], found[1:]) > 8
     assert apart(found, expected) <= 1
