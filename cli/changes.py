@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Filters, filter_options, format_option, quiet_option, wait_option
+from fedgfe_store.common.location import Location, own_folder
+
+from .options import Filters, StorePath, filter_options, format_option, quiet_option, wait_option
 from .progress import progress
 from .tables import counted, names, numbers, print_counts, print_data, print_table, size
 
@@ -253,9 +255,7 @@ def compact(obj: Context, timeout: float) -> None:
 
 
 @click.command()
-@click.argument(
-    "sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SRC..."
-)
+@click.argument("sources", nargs=-1, required=True, type=StorePath(), metavar="SRC...")
 @click.option(
     "--if-exists",
     type=click.Choice(["error", "replace", "skip"]),
@@ -267,7 +267,7 @@ def compact(obj: Context, timeout: float) -> None:
 @quiet_option
 @click.pass_obj
 def merge(
-    obj: Context, /, sources: tuple[Path, ...], if_exists: Any, timeout: float, quiet: bool
+    obj: Context, /, sources: tuple[Location, ...], if_exists: Any, timeout: float, quiet: bool
 ) -> None:
     """Bring the records of other stores into the store, one commit each.
 
@@ -279,11 +279,13 @@ def merge(
     """
     from fedgfe_store import EmbeddingStore
 
+    target_folder = own_folder(obj.store)
     for path in sources:
-        if path.exists() and obj.store.exists() and path.samefile(obj.store):
+        here = isinstance(path, Path) and path.exists()
+        if here and target_folder.exists() and target_folder.samefile(str(path)):
             raise click.UsageError(f"cannot merge {path} into itself")
     opened = [EmbeddingStore.open(path) for path in sources]
-    target = _target(obj.store, opened, timeout)
+    target = _target(target_folder, opened, timeout)
     rows: list[list[object]] = []
     try:
         with progress(sum(map(len, opened)), "records", quiet=quiet) as advance:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedgfe_store.common.location import Location
+
 from .codes import SOME_FAILED, STOPPED, ends_other_processes
 from .legacy import OldFlags, old_flags
 from .options import (
@@ -178,11 +180,11 @@ def _run_again(
     return recipe.with_its_noise(run)
 
 
-def _stores_in_reach(obj: Context, named: Path | None) -> list[Path]:
+def _stores_in_reach(obj: Context, named: Location | None) -> list[Location]:
     """Give the store of the command line, then that which a picture names."""
     if named is None or named.resolve() == obj.store.resolve():
         return [obj.store]
-    in_reach = obj.store_given or obj.store.exists()
+    in_reach = obj.store_given or (isinstance(obj.store, Path) and obj.store.exists())
     return [obj.store, named] if in_reach else [named]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedgfe_store.common.location import Address, Location, location
 from fedgfe_store.common.words import counted, printable
 
 if TYPE_CHECKING:
@@ -77,6 +78,24 @@ KEYS = {
     "index": "index",
 }
 """Key columns by the names of their filters."""
+
+
+class StorePath(click.Path):
+    """A store's folder, or its URL."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return `value` as a Path or an Address."""
+        from fedgfe_store.errors import SchemaMismatchError
+
+        if not (isinstance(value, str) and "://" in value):
+            return value if isinstance(value, Address) else super().convert(value, param, ctx)
+        try:
+            return location(value)
+        except SchemaMismatchError as error:
+            return self.fail(str(error), param, ctx)
 
 
 class KeyList(NamesType):
@@ -332,7 +351,7 @@ def default_folder(selection: Selection) -> Path:
     return Path("output_images") / name
 
 
-def image_folder(store: Path) -> Path:
+def image_folder(store: Location) -> Path:
     """Return where the images of the store at `store` are unless told otherwise."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import NotFoundError
@@ -344,7 +363,7 @@ def image_folder(store: Path) -> Path:
         raise
 
 
-def store_in_reach(path: Path) -> EmbeddingStore | None:
+def store_in_reach(path: Location) -> EmbeddingStore | None:
     """Open the store that pictures are compared with; where there is none they are not."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import FedgfeStoreError, NotFoundError

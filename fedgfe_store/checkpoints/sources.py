@@ -18,6 +18,7 @@ from fedgfe_store.checkpoints.listing import (
     natural_order,
 )
 from fedgfe_store.checkpoints.report import FileReport
+from fedgfe_store.common.location import own_folder
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.names import STORE_NAME, Origin, checkpoint_name, checkpoint_origin
 from fedgfe_store.records import TEXT_NODE
@@ -86,7 +87,7 @@ class Sources:
         NotFoundError
             If a named file is neither there nor has records in the store, or nothing matches.
         """
-        ledger = Ledger(store.path)
+        ledger = Ledger(own_folder(store.path))
         stored = store.select().by_node_and_round().keys()
         by_file = {file: origins_of(file, ledger) & stored for file in self.files}
         for file, found in by_file.items():
@@ -181,7 +182,7 @@ def select_records(
         As for `Sources.origins`.
     """
     wanted = sources.origins(store)
-    ledger = Ledger(store.path)
+    ledger = Ledger(own_folder(store.path))
     for report in failed:
         wanted -= {(report.node, report.round), *origins_of(report.path, ledger)}
     selection = store.select(**filters)

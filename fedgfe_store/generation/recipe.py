@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from fedgfe_store.common.location import Address, Location, location
 from fedgfe_store.errors import (
     ConflictError,
     FedgfeStoreError,
@@ -91,12 +92,16 @@ class Recipe:
         return cls(path, key, number, provenance)
 
     @property
-    def store(self) -> Path | None:
+    def store(self) -> Location | None:
         """The store that it was made from, if that is still there."""
         named = self.provenance.get("store")
         if not isinstance(named, str) or not named or "\0" in named:
             return None
-        return Path(named) if (Path(named) / "zarr.json").is_file() else None
+        try:
+            place = location(named)
+        except SchemaMismatchError:
+            return None
+        return place if isinstance(place, Address) or (place / "zarr.json").is_file() else None
 
     def request(self, asked: Request) -> Request:
         """Give the request that makes it again; what an image does not depend on is as asked."""
@@ -114,13 +119,13 @@ class Recipe:
         )
 
     def find(
-        self, stores: Sequence[Path], *, report: Report, as_of: int | None = None
+        self, stores: Sequence[Location], *, report: Report, as_of: int | None = None
     ) -> Selection:
         """Find the record in the first store that has what the image was made from.
 
         Parameters
         ----------
-        stores : sequence of Path
+        stores : sequence of Path or Address
             Where to look, in this order.
         report : callable
             Hears of it when that is not the first one.

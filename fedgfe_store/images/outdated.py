@@ -73,7 +73,9 @@ class Records:
         if identity != Identity() or not isinstance(named, str) or "\0" in named:
             return True
         # Older images name the store's place only: if another one is there, they are of that.
-        return Path(named) == self._place or not (Path(named) / "zarr.json").is_file()
+        if named == str(self._place):
+            return True
+        return "://" not in named and not (Path(named) / "zarr.json").is_file()
 
 
 def mark_outdated(

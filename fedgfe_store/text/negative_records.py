@@ -42,7 +42,9 @@ def kept(
     DamagedDataError
         If it is damaged.
     """
-    found = _array(selection.path, prompt, encoder) if len(columns) == 1 else None
+    found = None
+    if len(columns) == 1 and isinstance(selection.path, Path):  # no URL is as old as these arrays
+        found = _array(selection.path, prompt, encoder)
     if found is not None:
         (argument,) = columns
         return Negative.of({argument: found}, _source(prompt))
