@@ -11,7 +11,7 @@ from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Offload
 
 # What is no tensor: workspaces of cuBLAS and cuDNN, and ends of the allocator's blocks.
-_RESERVE_BYTES = 256 * 2**20
+RESERVE_BYTES = 256 * 2**20
 # Feature maps at full resolution that the decoder's last blocks hold at once: 3.0 in tensors, as
 # counted with FLUX.1's under diffusers 0.42 at 128 and 256 pixels, and room for convolutions' own.
 _MAPS_PER_PIXEL = 5
@@ -53,7 +53,7 @@ class Footprint:
             "group": self.vae + max(_BLOCKS_ON_DEVICE * self.block + self.denoising, self.decoding),
             "sequential": max(self.block // _LAYERS_PER_BLOCK + self.denoising, self.decoding),
         }
-        return peak[offload] + _RESERVE_BYTES
+        return peak[offload] + RESERVE_BYTES
 
 
 def estimate_footprint(

@@ -17,8 +17,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["none", "model", "group", "sequential"]
 """Where weights wait while they do nothing, from most to least device memory."""
 
-Quantization = Literal["nf4", "fp8"]
+Quantization = Literal["nf4", "fp8", "fp8-cast"]
 """How the denoising network's weights are kept, if not in the dtype that it computes in."""
+
+PACKED = ("nf4", "fp8")
+"""Those whose weights are packed on the device, where they stay."""
 
 Picture: TypeAlias = "NDArray[np.uint8]"
 """An image, uint8 ``[height, width, 3]``."""
@@ -27,8 +30,11 @@ Picture: TypeAlias = "NDArray[np.uint8]"
 def possible_offloads(compiled: bool, quantization: str | None) -> tuple[Offload, ...]:
     """Give the offload modes that a compiled or a quantized network works under."""
     # bitsandbytes and torchao pack weights on the device, and their tensors do not move as others.
-    if quantization is not None:
+    if quantization in PACKED:
         return ("none",)
+    if quantization is not None:
+        # Hooks of accelerate and those that cast do not know one another.
+        return ("none", "model", "group")
     # The hooks that move blocks and layers break up the graph that is compiled.
     return ("none", "model") if compiled else get_args(Offload)
 
@@ -70,8 +76,13 @@ class Placement:
         Where the weights wait meanwhile.
     compiled : bool
         Whether the denoising network's blocks are compiled.
-    quantization : {"nf4", "fp8"}, optional
+    quantization : {"nf4", "fp8", "fp8-cast"}, optional
         How the denoising network's weights are kept.
+    resident : tuple of str
+        Blocks that stay on the device under ``"group"``.
+    pinned : bool
+        Whether blocks wait in pinned memory of the host under ``"group"``. If not, single layers
+        move, and are pinned on their way.
     """
 
     dtype: str
@@ -79,6 +90,8 @@ class Placement:
     offload: Offload = "none"
     compiled: bool = False
     quantization: Quantization | None = None
+    resident: tuple[str, ...] = ()
+    pinned: bool = True
 
     def describe(self, doing: str) -> str:
         """Say what is done where and how, for errors."""
