@@ -15,11 +15,16 @@ from fedgfe_store.generation.settings import Settings
 from fedgfe_store.models.blocks import Blocks
 from fedgfe_store.models.choice import Choice, Load, Memory, choose, decode_size
 from fedgfe_store.models.devices import DTYPES, free_bytes
-from fedgfe_store.models.diffusers import SWAP_BATCHES
 from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint
 from fedgfe_store.models.host import free_host_bytes, pin_exactly
 from fedgfe_store.models.model import Model
-from fedgfe_store.models.placement import PACKED, Offload, Placement, possible_offloads
+from fedgfe_store.models.placement import (
+    PACKED,
+    SWAP_BATCHES,
+    Offload,
+    Placement,
+    possible_offloads,
+)
 from fedgfe_store.models.quantization import WEIGHT_SHARE
 
 # How safetensors name what is computed in.
@@ -72,9 +77,7 @@ def place(
     possible = possible_offloads(placement.compiled, placement.quantization)
     # Who asks for a mode may have reasons to leave memory free.
     modes: tuple[Offload, ...] = possible if auto else (request.offload,)  # type: ignore[assignment]
-    found = choose(
-        load, memory, modes=modes, batch_size=request.batch_size, partial_residency=auto
-    )
+    found = choose(load, memory, modes=modes, batch_size=request.batch_size, partial_residency=auto)
     if found is not None:
         return _placed(placement, found, load), found.batch_size, _remark(found, load, auto)
     if auto and request.batch_size is None:
@@ -111,19 +114,17 @@ def load_of(model: Model, settings: Settings, tokens: int) -> Load:
     passes = 2 if model.takes_negative(settings.guidance) else 1
     numbers = sum(numbers for numbers, _ in stored.values())
 
-    def footprint(size: int) -> Footprint:
-        return estimate_footprint(
-            model,
-            item_bytes=kept,
-            batch_size=size,
-            tokens=tokens,
-            height=settings.height,
-            width=settings.width,
-            weight_share=share,
-        )
-
+    one = estimate_footprint(
+        model,
+        item_bytes=kept,
+        batch_size=1,
+        tokens=tokens,
+        height=settings.height,
+        width=settings.width,
+        weight_share=share,
+    )
     return Load(
-        footprint,
+        lambda size: replace(one, denoising=size * one.denoising, decoding=size * one.decoding),
         Blocks.of({name: int(n * kept * share) for name, (n, _) in stored.items()}),
         pixels=settings.height * settings.width,
         steps=settings.steps,

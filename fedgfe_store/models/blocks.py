@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Self
 
 # diffusers' group offloading moves what lies in a list of modules right below the network.
@@ -39,7 +40,7 @@ class Blocks:
         rest = sum(size for name, size in sizes.items() if not _IN_A_BLOCK.match(name))
         return cls(blocks, rest, max(sizes.values(), default=0))
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of each block."""
         return {name: sum(tensors) for name, tensors in self.tensors.items()}

@@ -7,7 +7,7 @@ choice from another and for nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +28,8 @@ _PAGEABLE_RATE = 5 * _FLUX_BYTES / 38.07
 # What four lanes of PCIe 3.0 carry; a disk that is faster is one more reason to be right.
 _DISK_RATE = 4 * 0.985e9
 # FLUX.1-dev at 1024 x 1024 in 28 steps on an H100: 6.6 s for one image and 24.8 s for a batch of
-# four, as published for eager bfloat16. So a step takes 19 ms and 0.217 s an image more. Slower cards hide transfers better, and then a larger batch does no harm.
+# four, as published for eager bfloat16. So a step takes 19 ms and 0.217 s an image more. Slower
+# cards hide transfers better, and then a larger batch does no harm.
 _STEP_SECONDS = 0.0191
 _IMAGE_SECONDS = 0.2167
 # Counted with torch's FlopCounterMode: FLUX.1 at 1024 x 1024 and 512 tokens, and AutoencoderKL's
@@ -38,7 +39,7 @@ _DECODER_OPERATIONS = 10.5e12
 _OPERATIONS_RATE = _FLUX_OPERATIONS / _IMAGE_SECONDS
 # Batches larger than these gain little, and are lost with a process that is killed.
 _BATCHES = (1, 2, 3, 4, 6, 8)
-# Of choices that are as good as equal the one that takes least is taken.
+# Of choices that are as good as equal the one that moves and takes least is taken.
 _AS_GOOD = 1.015
 # torch, diffusers and their libraries hold 0.5 GiB; records read ahead and images that wait to be
 # written have the rest.
@@ -167,16 +168,14 @@ def choose(
         if memory.device is None or choice.device <= memory.device
         if choice.host + _HOST_RESERVE <= memory.host
     ]
-    return _best(found)
-
-
-def _best(found: Iterable[Choice]) -> Choice | None:
-    found = list(found)
-    if not found:
-        return None
-    enough = min(choice.seconds for choice in found) * _AS_GOOD
-    good = [choice for choice in found if choice.seconds <= enough]
-    return min(good, key=lambda choice: (choice.batch_size, choice.host, choice.device))
+    # Where nothing has to move nothing does: what a larger batch gains is less certain.
+    found = [choice for choice in found if choice.offload == "none"] or found
+    enough = min((choice.seconds for choice in found), default=0.0) * _AS_GOOD
+    return min(
+        (choice for choice in found if choice.seconds <= enough),
+        key=lambda each: (modes.index(each.offload), not each.pinned, each.batch_size),
+        default=None,
+    )
 
 
 def options(

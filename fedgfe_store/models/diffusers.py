@@ -17,12 +17,9 @@ from fedgfe_store.models.latents import draw, scaled
 from fedgfe_store.models.loading import load_part, load_pipeline, naming
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.offload import Swap, offload_blocks
-from fedgfe_store.models.placement import PACKED, Picture, Placement, Sampling
+from fedgfe_store.models.placement import PACKED, SWAP_BATCHES, Picture, Placement, Sampling
 from fedgfe_store.models.quantization import cast_layerwise, quantization_config
 
-# Moving a network of billions of parameters takes seconds, and a batch's latents take next to no
-# memory; what waits for the decoder is lost where a process is killed, so there is an end to it.
-SWAP_BATCHES = 16
 _AXES = ("height", "width")
 _MASKS = {"int64": torch.int64, "bool": torch.bool}
 

@@ -23,6 +23,11 @@ Quantization = Literal["nf4", "fp8", "fp8-cast"]
 PACKED = ("nf4", "fp8")
 """Those whose weights are packed on the device, where they stay."""
 
+# Moving a network of billions of parameters takes seconds, and a batch's latents take next to no
+# memory; what waits for the decoder is lost where a process is killed, so there is an end to it.
+SWAP_BATCHES = 16
+"""Batches that are denoised before the decoder takes the denoiser's place, under ``"model"``."""
+
 Picture: TypeAlias = "NDArray[np.uint8]"
 """An image, uint8 ``[height, width, 3]``."""
 

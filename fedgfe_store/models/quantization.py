@@ -14,7 +14,7 @@ WEIGHT_SHARE: dict[str | None, float] = {None: 1.0, "nf4": 0.28, "fp8": 0.5, "fp
 """What is left of 16-bit weights; nf4 has 4 bits and a float32 scale for 64 weights, 4.5 of 16."""
 
 PACKAGES = {"nf4": "bitsandbytes", "fp8": "torchao"}
-"""The package that each needs, if any; ``fedgfe-store[nf4]`` and ``fedgfe-store[fp8]`` bring them."""
+"""The package that each needs, if any; ``fedgfe-store[nf4]`` and ``[fp8]`` bring them."""
 
 # Ada and Hopper are the first that multiply 8-bit floats.
 _FP8_CAPABILITY = (8, 9)
