@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -15,6 +15,7 @@ from fedgfe_store.generation.plan import Plan, plan_images
 from fedgfe_store.generation.request import DEFAULTS, Noise, Pool, Request
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.images.compare import noise_rule
+from fedgfe_store.images.elsewhere import Elsewhere, Partners, partners_of
 from fedgfe_store.images.identity import others_in
 from fedgfe_store.images.manifest import settings_of
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
@@ -56,6 +57,8 @@ class Run:
         Name of the store's column by the argument of the model's pipeline.
     negative : Negative or None
         Negative embeddings, where guidance needs them.
+    partners : mapping
+        Other records that some of the store's columns are from, by column.
     """
 
     selection: Selection
@@ -66,6 +69,7 @@ class Run:
     batch_size: int
     columns: Mapping[str, str]
     negative: Negative | None = None
+    partners: Mapping[str, Partners] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -142,12 +146,19 @@ def prepare(
         )
         settings = replace(settings, negative=negative.digest)
     settings = replace(settings, noise=request.noise or _noise_of(folder))
+    elsewhere = _choose_elsewhere(request.column, model, columns)
+    settings = replace(settings, column=tuple(map(str, elsewhere)))
+    partners = partners_of(selection, elsewhere)
+    for each in partners.values():
+        each.check(selection.keys())
     tokens = _tokens(model, schema, columns)
     batch_size = request.batch_size or fit(model, settings, tokens, placement.device)
-    plan = plan_images(selection, settings, folder, request, columns=tuple(columns.values()))
+    plan = plan_images(
+        selection, settings, folder, request, columns=tuple(columns.values()), partners=partners
+    )
     for other in others_in(plan.folder, plan.identity):
         report(f"{plan.folder} holds images of {other}, too: this is {plan.identity}")
-    return Run(selection, request, plan, model, placement, batch_size, columns, negative)
+    return Run(selection, request, plan, model, placement, batch_size, columns, negative, partners)
 
 
 def resolve(
@@ -242,6 +253,26 @@ def _choose_size(name: str, pixels: int | None, model: Model) -> int:
             f"{model.name}, got {pixels}"
         )
     return pixels
+
+
+def _choose_elsewhere(
+    texts: Sequence[str], model: Model, columns: Mapping[str, str]
+) -> list[Elsewhere]:
+    """Settle which of the store's columns are from elsewhere; masks go with their sequence."""
+    asked: dict[str, Elsewhere] = {}
+    for each in map(Elsewhere.parse, texts):
+        name = columns.get(each.column, each.column)
+        if name not in columns.values() or name in asked:
+            got = f"{name} twice" if name in asked else repr(each.column)
+            known = ", ".join(dict.fromkeys([*columns.values(), *columns]))
+            raise SchemaMismatchError(f"column: expected one of {known}, each once, got {got}")
+        asked[name] = replace(each, column=name)
+    sequence = asked.get(columns[model.family.sequence.argument])
+    for column in model.family.columns:
+        mask = columns.get(column.argument) if column.is_mask else None
+        if sequence is not None and mask is not None:
+            asked.setdefault(mask, replace(sequence, column=mask))
+    return [asked[name] for name in sorted(asked)]
 
 
 def _noise_of(folder: Path) -> Noise:

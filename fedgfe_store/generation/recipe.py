@@ -17,6 +17,7 @@ from fedgfe_store.generation.plan import AGAIN
 from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.settings import fingerprint, settings_json
 from fedgfe_store.images.compare import difference, noise_rule
+from fedgfe_store.images.elsewhere import elsewhere_of, partners_of
 from fedgfe_store.images.identity import record_digests
 from fedgfe_store.images.png import inspect_image
 from fedgfe_store.names import read_key
@@ -106,6 +107,7 @@ class Recipe:
             model=asked.model or self.provenance.get("model_folder") or settings["model"],
             diffusion_type=self.provenance.get("diffusion_type"),
             noise=cast("Noise", noise_rule(settings)),
+            column=tuple(map(str, elsewhere_of(settings))),
             pool=settings["pool"] or "last",
             quantize=settings["quantization"],
             only_image=self.number,
@@ -186,7 +188,8 @@ class Recipe:
 
     def _is_of(self, selection: Selection) -> bool:
         digests: dict[str, str] = self.provenance["digests"]
-        return record_digests(selection, digests)[0] == digests
+        partners = partners_of(selection, elsewhere_of(self.provenance["settings"]))
+        return record_digests(selection, digests, partners)[0] == digests
 
     def with_its_noise(self, run: Run) -> Run:
         """Return a run with the image's own seed: its record's ``file_id`` may have changed."""
