@@ -21,6 +21,7 @@ from fedgfe_store.images.manifest import settings_of
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
+from fedgfe_store.models.lora import Lora, check_loras
 from fedgfe_store.models.model import ImagePipeline, Model
 from fedgfe_store.models.placement import Offload, Placement, possible_offloads
 from fedgfe_store.models.quantization import WEIGHT_SHARE, check_quantization
@@ -135,6 +136,11 @@ def prepare(
         raise NotFoundError("selection: expected at least one record, got none")
     folder, schema = Path(output_dir), selection.schema
     model, placement = resolve(request, schema, pipeline=pipeline, report=report)
+    if request.vae_tiling and model.family.latents == "own":
+        raise SchemaMismatchError(
+            f"vae_tiling: expected a family whose latents are decoded here, got {model.kind}, "
+            "whose pipeline decodes itself"
+        )
     columns = model.conditioning(schema)
     settings = choose_settings(request, model, placement, report=report)
     settings = replace(settings, pool=_choose_pool(request.pool, model, schema, columns, report))
@@ -174,7 +180,11 @@ def resolve(
         if remark:
             report(remark)
         placement = Placement(dtype, device, compiled=request.compiled)
-    placement = replace(placement, quantization=request.quantize)
+    loras = tuple(map(Lora.read, request.lora))
+    if pipeline is not None and loras != placement.loras:
+        raise SchemaMismatchError("lora: expected a pipeline that was loaded with the same")
+    check_loras(loras, model, request.quantize)
+    placement = replace(placement, quantization=request.quantize, loras=loras)
     _check_speed(placement, request.offload)
     return model, placement
 
@@ -221,6 +231,8 @@ def choose_settings(
         width=_choose_size("width", request.width, model),
         seed=request.seed,
         quantization=placement.quantization,
+        lora=tuple(lora.identity for lora in placement.loras),
+        family=model.family.digest,
     )
 
 

@@ -107,6 +107,8 @@ class Recipe:
             model=asked.model or self.provenance.get("model_folder") or settings["model"],
             diffusion_type=self.provenance.get("diffusion_type"),
             noise=cast("Noise", noise_rule(settings)),
+            family=asked.family or self._file("family", settings.get("family")),
+            lora=asked.lora or self._loras(),
             column=tuple(map(str, elsewhere_of(settings))),
             pool=settings["pool"] or "last",
             quantize=settings["quantization"],
@@ -114,6 +116,25 @@ class Recipe:
             on_stale="regenerate",
             **{name: settings[name] for name in _AS_THEY_ARE},
         )
+
+    def _file(self, name: str, needed: object) -> str | None:
+        """Give the file that a part of its settings is from."""
+        named = self.provenance.get(name)
+        if needed and not isinstance(named, str):
+            raise SchemaMismatchError(
+                f"{self.path}: expected its {name} to be named, got {named!r}"
+            )
+        return named if needed else None
+
+    def _loras(self) -> tuple[str, ...]:
+        """Give its LoRA as they are asked for; that they are still the same, `check` sees."""
+        loras = self.provenance.get("loras", [])
+        try:
+            return tuple(f"{lora['file']}:{float(lora['scale'])}" for lora in loras)
+        except (TypeError, KeyError, ValueError):
+            raise SchemaMismatchError(
+                f"{self.path}: expected files and scales as its loras, got {loras!r}"
+            ) from None
 
     def find(
         self, stores: Sequence[Path], *, report: Report, as_of: int | None = None

@@ -70,10 +70,10 @@ class Elsewhere:
     @property
     def filters(self) -> dict[str, Any]:
         """What the records meet that it can be from, as `Selection.others` takes it."""
-        known = {"node": self.node, "round": self.round, "split": self.split, "index": self.index}
-        if self.node == TEXT_NODE:
-            known = {"round": TEXT_ROUND, "split": TEXT_SPLIT} | _said(known)
-        return _said(known)
+        known = {key: getattr(self, key) for key in _KEYS}
+        said = {key: value for key, value in known.items() if value is not None}
+        of_text = {"round": TEXT_ROUND, "split": TEXT_SPLIT} if self.node == TEXT_NODE else {}
+        return of_text | said
 
     def key_of(self, own: RecordKey) -> RecordKey:
         """Give the key of the record that takes part in an image of `own`."""
@@ -83,10 +83,6 @@ class Elsewhere:
     def by_class(self) -> bool:
         """Whether only the class of a record counts, not its index."""
         return self.node == TEXT_NODE and self.index is None
-
-
-def _said(known: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in known.items() if value is not None}
 
 
 def elsewhere_of(settings: Mapping[str, Any]) -> tuple[Elsewhere, ...]:
