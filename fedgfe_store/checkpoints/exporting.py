@@ -132,6 +132,11 @@ def export_checkpoints(
 def _check_columns(selection: Selection) -> None:
     """Refuse a store whose columns import would take for others, or would not find."""
     schema = selection.schema
+    if schema.kind not in _PLACES:
+        raise SchemaMismatchError(
+            f"{selection.path}: expected a store of kind {' or '.join(_PLACES)}, got "
+            f"{schema.describe()}"
+        )
     for column in schema.tensors:
         if not _reads_back(schema, column):
             raise SchemaMismatchError(

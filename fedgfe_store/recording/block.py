@@ -132,6 +132,8 @@ class RoundBatch:
         }
         known = checked_columns(keys, notes, n)
         self._writer.target.say_rounded(columns)
+        # A Ctrl-C that the block catches would leave half a call in it, part of that with the
+        # writer already: `_finish` refuses such a block whole.
         self._torn = True
         self._numbers += counted
         self._copy(schema, known, columns)
@@ -147,7 +149,7 @@ class RoundBatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._block.is_open = False
+        self._block.is_open = False  # first: whatever follows may be interrupted
         if self._writer.is_forked:
             return  # the block goes on in the writer's own process
         if error is not None:

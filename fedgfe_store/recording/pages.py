@@ -112,6 +112,7 @@ class Pool:
         most = max(2, self._nbytes // (schema.record_nbytes * page_records(schema)))
         if self._made >= most and not beyond:
             return None
+        # Not counted under a lock: of two training threads both may make one, a page too many.
         self._made += 1
         return Page(schema)
 
@@ -190,6 +191,7 @@ class Block:
         # Never two owners of a page, wherever this is interrupted.
         page, self.page = self.page, None
         if page is not None:
+            # Counted first: a writer that has the page already must not be taken for starved.
             self._given += 1
             self._pages.put(page)
             if self._over:

@@ -20,6 +20,7 @@ from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema
 from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
 from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.entry import check_texts, named
 from fedgfe_store.storage.metadata import GROUP_FILE
 from fedgfe_store.store import EmbeddingStore
 
@@ -118,6 +119,8 @@ class Target:
         columns = arranged(given, schema)
         if schema is None:
             made = schema_of(columns, self._precision, self._metadata)
+            # One step, which needs no lock: of several threads that bring first records one says
+            # what the store looks like, and the others are held to it.
             schema = self.schema = self._first.setdefault("of any thread", made)
             if schema is not made:
                 columns = arranged(given, schema)
@@ -137,11 +140,6 @@ class Target:
         if names and not self._said_rounded:
             self._said_rounded = True
             _log.warning("%s: float64 is rounded to float32 (%s)", self.path, ", ".join(names))
-
-    @property
-    def precision(self) -> Precision:
-        """How the store keeps values."""
-        return self._precision if self.schema is None else self.schema.precision
 
     def append(self, node: str | int, round: int, source: str) -> AppendBatch:
         """Open a commit of one node and round."""
@@ -188,18 +186,24 @@ class Target:
     def finished(self, records: RecordBatch) -> RecordBatch:
         """Fill in what follows from a record's key: the file name of its image.
 
-        Training does not wait for that: it is done in the writer's thread, whose batch checks the
-        texts as they are then.
+        Training does not wait for that: it is done in the writer's thread.
         """
-        names, extra = records.columns["image_filename"], records.columns["extra"]
+        names = records.columns["image_filename"]
         for position in range(len(records)):
             names[position] = names[position] or image_name(records.key(position))
-            if self._images_dir is not None:
-                path = {"image_path": f"{self._images_dir}/{names[position]}"}
-                known = json.loads(extra[position]) if extra[position] else {}
-                if isinstance(known, dict):
-                    extra[position] = json.dumps(path | known, ensure_ascii=False, sort_keys=True)
+        if self._images_dir is not None:
+            self._put_paths(records)
         return records
+
+    def _put_paths(self, records: RecordBatch) -> None:
+        names, extra = records.columns["image_filename"], records.columns["extra"]
+        for position, name in enumerate(names.tolist()):
+            path = {"image_path": f"{self._images_dir}/{name}"}
+            known = json.loads(extra[position]) if extra[position] else {}
+            if isinstance(known, dict):
+                extra[position] = json.dumps(path | known, ensure_ascii=False, sort_keys=True)
+        # Longer now than it was when the training thread had it checked.
+        check_texts("extra", extra.tolist(), lambda position: named(records.key(position)))
 
 
 def arranged(given: Mapping[str, Any], schema: Schema | None) -> dict[str, torch.Tensor]:
