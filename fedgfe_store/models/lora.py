@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -158,8 +159,11 @@ def apply_loras(pipeline: Any, model: Model, loras: Sequence[Lora]) -> None:
     for name, lora in zip(names, loras, strict=True):
         with (
             loading(f"lora {lora.path}, for the model {model.name},"),
+            warnings.catch_warnings(),
             tempfile.TemporaryDirectory() as folder,
         ):
+            # Of the second one peft remarks that there are two.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             file = _without_encoders(lora.path, Path(folder))
             wanted = sum(bool(_MATRIX.search(key)) for key in _keys(file))
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)

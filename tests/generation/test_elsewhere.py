@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import SMALL, fill, values
 from generation_fakes import SIZE, FakePipeline, checksum
@@ -217,17 +218,27 @@ def test_an_image_of_several_records_is_made_again_from_its_own_metadata(
         np.testing.assert_array_equal(np.asarray(image), expected)
 
 
-def test_a_compaction_meanwhile_moves_the_other_records_too(
-    flux: Path, store: EmbeddingStore, tmp_path: Path
-) -> None:
-    selection = store.select(node=0, round=5)
-    store.delete(node=0, round=5, class_name="dog", index=0)
-    store.compact()
-    pipeline = FakePipeline(flux)
-    made = generate(selection, tmp_path, pipeline=pipeline, column=("t5=round:20",), **ASKED)
-    assert (made.done, len(made.failed)) == (5, 1)
-    assert "has been deleted since" in made.failed[0].reason
-    for item in [item for item in made.plan.items if item.path.exists()]:
+def test_a_compaction_meanwhile_moves_the_other_records_too(flux: Path, tmp_path: Path) -> None:
+    store = EmbeddingStore.create(tmp_path / "embeddings.zarr", SMALL)
+    for number in (5, 20):
+        fill(store, node=0, round=number, n=10)
+    selection = store.select(round=5)
+    lost = selection.keys()[-1]
+
+    class Meanwhile(FakePipeline):
+        def denoise(self, *args: Any, **options: Any) -> torch.Tensor:
+            if not self.batch_sizes:
+                other = EmbeddingStore.open(store.path)
+                other.delete(round=20, class_name=lost.class_name, index=lost.index)
+                assert other.compact().records_moved
+            return super().denoise(*args, **options)
+
+    asked: dict[str, Any] = {**ASKED, "column": ("t5=round:20",), "batch_size": 1}
+    made = generate(selection, tmp_path / "out", pipeline=Meanwhile(flux), **asked)
+    assert [failure.key for failure in made.failed] == [lost]
+    assert "round 20, split train, class cat, index 9 has been deleted" in made.failed[0].reason
+    store.refresh()
+    for item in [item for item in made.plan.items if item.key != lost]:
         same = {"class_name": item.key.class_name, "index": item.key.index}
         t5 = one(store, "t5", node=0, round=20, **same)
         clip = one(store, "clip", node=0, round=5, **same)
