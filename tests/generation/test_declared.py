@@ -34,7 +34,7 @@ title = "Of this laboratory"
 pipelines = ["FluxPipeline"]
 latents = "own"
 step = 2
-size = 4
+size = 2
 features = ["num_attention_heads", "attention_head_dim"]
 blocks = ["num_layers", "num_single_layers"]
 [mine.columns]
@@ -98,20 +98,26 @@ def test_a_pipeline_that_decodes_itself_goes_through_a_whole_run(
         wanted += direct(model, NAME, row, [seed_of(0, key)], steps=2, guidance=3.5, size=SIZE)
     paths = [tmp_path / "out" / image_name(key) for key in selection.keys()]
 
-    class StopsAt(Stop):
-        """Is requested at a step, counted over all batches."""
+    class Stops(DiffusersImages):
+        """Is asked to stop at the third step of all: between the two of the second image."""
 
-        left = 3
+        steps, stop = 0, Stop()
 
-        def check(self) -> None:
-            self.left -= 1
-            if self.left == 0:
-                self.request("SIGTERM")
-            super().check()
+        def denoise(self, *given: Any, on_step: Callable[[], None] = list, **more: Any) -> Any:
+            def step() -> None:
+                self.steps += 1
+                if self.steps == 3:
+                    self.stop.request("SIGTERM")
+                on_step()
 
-    # Two steps an image: the third is between the steps of the second image.
-    stopped = make(store, model, declared, tmp_path / "out", batch_size=1, stop=StopsAt())
-    assert (stopped.done, stopped.left, stopped.stopped) == (1, 2, "SIGTERM")
+            return super().denoise(*given, on_step=step, **more)
+
+    own = resolve_model(str(model), declared=declared)
+    stops = Stops.load(own, Placement("float32", "cpu"))
+    stopped = make(
+        store, model, declared, tmp_path / "out", pipeline=stops, batch_size=1, stop=stops.stop
+    )
+    assert (stopped.done, stopped.left, stopped.stopped, stops.steps) == (1, 2, "SIGTERM", 3)
     rest = make(store, model, declared, tmp_path / "out", batch_size=1)
     assert (rest.done, rest.skipped, rest.failed) == (2, 1, ())
     for path, image in zip(paths, wanted, strict=True):
@@ -128,7 +134,6 @@ def test_a_pipeline_that_decodes_itself_goes_through_a_whole_run(
                 raise torch.OutOfMemoryError("no memory")
             return super().denoise(embeddings, seeds, *rest, **more)
 
-    own = resolve_model(str(model), declared=declared)
     short, remarks = Short.load(own, Placement("float32", "cpu")), []
     halved = make(
         store, model, declared, tmp_path / "short", pipeline=short, batch_size=3,
@@ -171,7 +176,7 @@ def test_an_image_says_which_declaration_it_is_of_and_is_made_again_by_it(
     assert code == 0, output
     (path,) = (tmp_path / "out").glob("*.png")
     made, first = provenance_of(path), pixels(path)
-    assert first.shape == (8, 8, 3), "the declaration's size"
+    assert first.shape == (16, 16, 3), "the declaration's size"
     assert (made["family"], made["diffusion_type"]) == (str(declared), "mine")
 
     # A remark in it is nothing to an image; what it declares is.
@@ -194,8 +199,8 @@ def test_an_image_says_which_declaration_it_is_of_and_is_made_again_by_it(
     np.testing.assert_array_equal(pixels(path), first)
 
     # Without it the model is one of FLUX, whose images are others.
-    code, output = run(store.path, *model, "--output-dir", str(tmp_path / "out"), "--width", "8",
-                       "--height", "8")  # fmt: skip
+    code, output = run(store.path, *model, "--output-dir", str(tmp_path / "out"), "--width", "16",
+                       "--height", "16")  # fmt: skip
     assert (code, f"family {digest} -> None" in output) == (1, True), output
 
 

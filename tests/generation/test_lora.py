@@ -196,7 +196,8 @@ def test_weights_of_layers_that_are_not_there_are_refused(
 ) -> None:
     weights = load_file(lora)
     strange = {
-        key.replace("transformer_blocks.0", "transformer_blocks.7"): w for key, w in weights.items()
+        key.replace("transformer_blocks.0", "transformer_blocks.7"): w.clone()
+        for key, w in weights.items()
     }
     deeper = tmp_path / "deeper.safetensors"
     save_file({**weights, **strange}, deeper)

@@ -33,11 +33,11 @@ def save(path: Path, columns: Columns, dtype: str) -> EmbeddingStore:
     sequence = TensorColumn(
         "prompt_embeds", columns["prompt_embeds"].shape[1:], ragged=dtype == "ragged"
     )
-    tensors: dict[str, Any] = {"prompt_embeds": sequence}
+    tensors = [sequence]
     if not sequence.ragged and dtype != "none":
         kind: Any = dtype
-        tensors[mask] = TensorColumn(mask, columns[mask].shape[1:], dtype=kind)
-    store = EmbeddingStore.create(path, Schema.of("custom", **tensors))
+        tensors.append(TensorColumn(mask, columns[mask].shape[1:], dtype=kind))
+    store = EmbeddingStore.create(path, Schema.of("custom", *tensors))
     append(store, columns)
     return store
 
