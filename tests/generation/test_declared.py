@@ -103,7 +103,7 @@ def test_a_pipeline_that_decodes_itself_goes_through_a_whole_run(
 
         steps, stop = 0, Stop()
 
-        def denoise(self, *given: Any, on_step: Callable[[], None] = list, **more: Any) -> Any:
+        def denoise(self, *given: Any, on_step: Any = list, **more: Any) -> Any:
             def step() -> None:
                 self.steps += 1
                 if self.steps == 3:
@@ -134,7 +134,8 @@ def test_a_pipeline_that_decodes_itself_goes_through_a_whole_run(
                 raise torch.OutOfMemoryError("no memory")
             return super().denoise(embeddings, seeds, *rest, **more)
 
-    short, remarks = Short.load(own, Placement("float32", "cpu")), []
+    remarks: list[str] = []
+    short = Short.load(own, Placement("float32", "cpu"))
     halved = make(
         store, model, declared, tmp_path / "short", pipeline=short, batch_size=3,
         report=remarks.append,
@@ -184,7 +185,7 @@ def test_an_image_says_which_declaration_it_is_of_and_is_made_again_by_it(
     code, output = run(store.path, "--from-image", str(path))
     assert code == 0, output
     np.testing.assert_array_equal(pixels(path.parent / "again" / path.name), first)
-    declared.write_text(DECLARED.replace("step = 2", "step = 4"))
+    declared.write_text(DECLARED.replace("steps = 2", "steps = 3"))
     code, output = run(store.path, "--from-image", str(path), "--overwrite")
     digest = made["settings"]["family"]
     assert (code, f"cannot be made again: family {digest} -> " in output) == (1, True), output

@@ -44,7 +44,10 @@ def save(path: Path, columns: Columns, dtype: str) -> EmbeddingStore:
 
 def append(store: EmbeddingStore, columns: Columns, **options: Any) -> None:
     mask = next(values for name, values in columns.items() if "mask" in name)
-    given = {name: columns.get(name, mask) for name in store.schema.columns}
+    given: dict[str, Any] = {name: columns.get(name, mask) for name in store.schema.columns}
+    for tensor in store.schema.tensors:
+        if tensor.dtype == "float32":
+            given[tensor.name] = given[tensor.name].astype(np.float32)
     if store.schema.tensors[0].ragged:
         rows = zip(columns["prompt_embeds"], mask.sum(axis=1).astype(int).tolist(), strict=True)
         given["prompt_embeds"] = [row[:length] for row, length in rows]
