@@ -137,8 +137,8 @@ def _conditioning(
             places = torch.arange(found[run.model.family.sequence.argument].shape[1])
             found[column.argument] = places < tensors[lengths][:, None]
     if run.negative is not None:
-        negative = torch.from_numpy(run.negative.values)
-        found["negative_prompt_embeds"] = negative.expand(images, -1, -1)
+        for argument, value in run.negative.values.items():
+            found[f"negative_{argument}"] = torch.from_numpy(value).expand(images, *value.shape)
     return found
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.models.model import Model
@@ -86,7 +86,7 @@ def estimate_footprint(
     Footprint
         Bytes.
     """
-    channels = max(model.vae["block_out_channels"][:2])
+    channels = max(_channels(model.vae)[:2])
     denoiser = int(model.parameters(model.part) * item_bytes * weight_share)
     return Footprint(
         denoiser=denoiser,
@@ -95,6 +95,14 @@ def estimate_footprint(
         denoising=batch_size * model.denoising_values(tokens, height, width) * item_bytes,
         decoding=batch_size * height * width * channels * _MAPS_PER_PIXEL * item_bytes,
     )
+
+
+def _channels(decoder: Mapping[str, Any]) -> list[int]:
+    """Give a decoder's channels by level, those at full size first, as its class says them."""
+    for key in ("block_out_channels", "decoder_block_out_channels"):
+        if key in decoder:
+            return list(decoder[key])
+    return [decoder["base_dim"] * times for times in decoder["dim_mult"]]
 
 
 def choose_offload(
