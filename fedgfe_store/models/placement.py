@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from fedgfe_store.models.lora import Lora
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 """What to compute in."""
 
@@ -88,6 +90,8 @@ class Placement:
     pinned : bool
         Whether blocks wait in pinned memory of the host under ``"group"``. If not, single layers
         move, and are pinned on their way.
+    loras : tuple of Lora
+        What is added to its weights.
     """
 
     dtype: str
@@ -97,6 +101,7 @@ class Placement:
     quantization: Quantization | None = None
     resident: tuple[str, ...] = ()
     pinned: bool = True
+    loras: tuple[Lora, ...] = ()
 
     def describe(self, doing: str) -> str:
         """Say what is done where and how, for errors."""
