@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 
 _STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -39,7 +38,7 @@ NAMES = ("flux-dev", "sdxl", "sd15")
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Save a model of a published configuration, without its weights' values."""
-    with init_empty_weights():
+    with torch.device("meta"):
         if name == "flux-dev":
             denoiser: Any = FluxTransformer2DModel(guidance_embeds=True)
             decoder = AutoencoderKL(

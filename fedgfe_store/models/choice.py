@@ -218,8 +218,8 @@ def options(
             )
     if "sequential" in modes:
         device = max(load.blocks.largest_tensor + need.denoising, decoding) + RESERVE_BYTES
-        moved = weights / _PAGEABLE_RATE
-        yield chosen("sequential", device=device, host=on_host, seconds=seconds(after=moved))
+        after = weights / _PAGEABLE_RATE
+        yield chosen("sequential", device=device, host=on_host, seconds=seconds(after=after))
 
 
 def _seconds(load: Load, size: int, beside: float = 0.0, after: float = 0.0) -> float:

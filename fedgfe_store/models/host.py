@@ -36,7 +36,7 @@ def free_host_bytes(
         Bytes; no more than what control groups leave, such as those of ``--mem`` of SLURM and of
         containers.
     """
-    left = min((psutil.virtual_memory().available, *_left(own, mounted)))
+    left: int = min((psutil.virtual_memory().available, *_left(own, mounted)))
     return max(0, left) // max(1, processes)
 
 
