@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from fedgfe_store.models.files import (
     check_reals,
     check_truth,
     find_weights,
+    is_complete,
     read_json,
 )
 from fedgfe_store.models.hub import download, how_to_get
@@ -36,16 +36,6 @@ _FP16_PATTERN = f"{_WEIGHTS}*.{FP16}*.safetensors"
 # those of frames, such as Qwen-Image's.
 _CHANNELS = ("latent_channels", "z_dim")
 _SCALES = ("block_out_channels", "encoder_block_out_channels", "temperal_downsample")
-
-# Tensors of the model's width that a block holds at once per token: the residual, q, k, v with
-# their rotated float32 copies, the four-fold hidden layer before and after its activation. Counted
-# with one block of each kind of FLUX.1's under diffusers 0.42 they are 17.2 to 17.6 at 273 to 1,536
-# tokens; kernels of attention have the rest.
-_TENSORS_PER_TOKEN = 24
-# Feature maps at full latent resolution that a U-Net holds at once, skip connections included.
-# Counted with Stable Diffusion 1.5's under diffusers 0.42 they are 26 in tensors at 32 and 64
-# latents a side; attention of 8 heads over 64 x 64 is 102 where no kernel computes it in pieces.
-_MAPS_PER_LATENT = 100
 
 
 @dataclass(frozen=True)
@@ -147,7 +137,7 @@ class Model:
         """Whether negative embeddings have an effect under a guidance scale."""
         embedded = self.family.unless and self.denoiser.get(self.family.unless) is not None
         above = guidance is not None and guidance > self.family.above
-        return self.family.negatives != "none" and not embedded and above
+        return self.family.negatives != "none" and self.takes_guidance and not embedded and above
 
     def needs_negative(self, guidance: float | None) -> bool:
         """Whether it needs negative embeddings under a guidance scale; some make their own."""
@@ -167,15 +157,14 @@ class Model:
             return 2 * len(self.denoiser["block_out_channels"]) + 1
         return max(1, sum(int(self.denoiser[key]) for key in self.family.blocks))
 
-    def denoising_values(self, tokens: int, height: int, width: int) -> int:
-        """Numbers that one record's denoising holds at once besides the weights."""
-        guided = 1 if self.family.negatives == "none" else 2
-        if not self.family.features:
-            latents = height * width // self.latent_scale**2
-            return int(guided * latents * self.denoiser["block_out_channels"][0] * _MAPS_PER_LATENT)
-        features = prod(int(self.denoiser[key]) for key in self.family.features)
-        sequence = tokens + height * width // self.size_step**2
-        return int(guided * sequence * features * _TENSORS_PER_TOKEN)
+    @property
+    def decoder_channels(self) -> int:
+        """Channels of the decoder's widest feature map at an image's full size."""
+        if "base_dim" in self.vae:  # of frames: multiples of it, by level
+            factors = self.vae.get("dim_mult", [1])
+            return int(self.vae["base_dim"] * max(factors[:2]))
+        widths = self.vae.get("decoder_block_out_channels") or self.vae[self._vae_key(_SCALES)]
+        return int(max(widths[:2]))
 
     def check_config(self) -> None:
         """Refuse a model whose configuration is not one of a text-to-image model of the family.
@@ -201,15 +190,11 @@ class Model:
         square = 4 if family.latents in ("packed", "patched", "framed") else 1
         expected, got = square * self.latent_channels, self.denoiser["in_channels"]
         if family.latents != "own" and got != expected:
+            part = {"unet": "U-Net"}.get(self.part, self.part)
             raise SchemaMismatchError(
-                f"model {self.folder}: expected a text-to-image {self.part_title} of {expected} "
+                f"model {self.folder}: expected a text-to-image {part} of {expected} "
                 f"input channels, got {got}"
             )
-
-    @property
-    def part_title(self) -> str:
-        """What people call the denoising network."""
-        return {"unet": "U-Net"}.get(self.part, self.part)
 
     def _check_decoder(self) -> None:
         where = str(self.folder / "vae" / "config.json")
@@ -251,7 +236,7 @@ class Model:
         found: dict[str, str] = {}
         for column in self.family.columns:
             if column.is_mask:
-                name = _mask_of(column, found[self.family.sequence.argument], schema)
+                name = self._mask_of(column, found[self.family.sequence.argument], schema)
             else:
                 name = self._column_of(column, schema)
             if name is not None:
@@ -265,8 +250,22 @@ class Model:
             ranks = (2,) if column.kind == "sequence" else (1, 2)
             if shape is not None and len(shape) in ranks and shape[-1] == width:
                 return name
-        raise SchemaMismatchError(
-            f"embeddings for the model {self.name}: expected {self._expected()}, got "
+        raise self._misfit(schema)
+
+    def _mask_of(self, column: Column, sequence: str, schema: Schema) -> str | None:
+        """Find the mask of a sequence: a column named as it or as the sequence."""
+        tokens = schema.columns[sequence][:1]
+        for name in (*column.names, f"{sequence}_mask", f"{sequence}_attention_mask"):
+            shape = schema.columns.get(name)
+            if shape is not None and shape != tokens:
+                raise self._misfit(schema, f", {name} {list(tokens)} beside {sequence}")
+            if shape is not None:
+                return name
+        return None
+
+    def _misfit(self, schema: Schema, more: str = "") -> SchemaMismatchError:
+        return SchemaMismatchError(
+            f"embeddings for the model {self.name}: expected {self._expected()}{more}, got "
             f"{schema.describe()}"
         )
 
@@ -357,23 +356,7 @@ class Model:
         return all((self.folder / part).is_dir() for part in parts)
 
     def _incomplete(self, parts: Sequence[str]) -> list[str]:
-        return [part for part in parts if not _is_complete(self.folder / part)]
-
-
-def _mask_of(column: Column, sequence: str, schema: Schema) -> str | None:
-    """Find the mask of a sequence: a column named as it or as the sequence, or the lengths."""
-    for name in (*column.names, f"{sequence}_mask", f"{sequence}_attention_mask"):
-        if len(schema.columns.get(name, ())) == 1:
-            return name
-    return None
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether an encoder or tokenizer is here whole, not only its configuration."""
-    names = {path.name for path in folder.glob("*")}
-    if "config.json" in names:
-        return bool(find_weights(folder, _ENCODER_WEIGHTS).files or list(folder.glob("*.bin")))
-    return "tokenizer.json" in names or any(not name.endswith(".json") for name in names)
+        return [part for part in parts if not is_complete(self.folder / part, _ENCODER_WEIGHTS)]
 
 
 class ImagePipeline(Protocol):
