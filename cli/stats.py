@@ -43,7 +43,9 @@ _SMALLEST, _LARGEST = -5, 8
     show_default=True,
     help="What forms a group: any of node, round, split, class, index.",
 )
-@click.option("--column", default=None, help="Tensor column [t5; clip for sd].")
+@click.option(
+    "--column", default=None, help="Tensor column [the first of embeddings: t5; clip for sd]."
+)
 @click.option(
     "--tokens",
     type=click.Choice(["mean", "flat"]),
@@ -84,12 +86,13 @@ def command(
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.analysis import summarize
     from fedgfe_store.analysis.plots import check_plot, plot_summary
+    from fedgfe_store.analysis.scan import main_column
 
     if plot is not None:
         check_plot(plot, by)
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     if column is None:
-        column = "t5" if "t5" in selection.schema.columns else "clip"
+        column = main_column(selection)
     with progress(len(selection), "records", quiet=quiet) as advance:
         table = summarize(selection, by, column=column, tokens=tokens, progress=advance)
     where = f"{selection.path}, commit {selection.commit}: {_vectors(selection, column, tokens)}"

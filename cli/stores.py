@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,13 +13,32 @@ from .tables import names, numbers, print_counts, size
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedgfe_store.schema import TensorColumn
     from fedgfe_store.store import EmbeddingStore
 
     from .main import Context
 
+_TENSOR = re.compile(
+    r"(?P<name>[^=]+)=(?P<shape>\d{1,10}([x,]\d{1,10})*)(?P<words>(:[a-z0-9]+)*)", re.ASCII
+)
+
 
 @click.command()
-@click.option("--kind", type=click.Choice(["flux", "sd"]), default="flux", show_default=True)
+@click.option(
+    "--kind",
+    default="flux",
+    show_default=True,
+    metavar="NAME",
+    help="flux, sd, or with --tensor any other, such as sdxl or custom.",
+)
+@click.option(
+    "--tensor",
+    "tensors",
+    multiple=True,
+    metavar="NAME=SHAPE[:KIND]",
+    help="A column of any shape, such as prompt_embeds=512x4096; after a colon bool, int32 or "
+    "int64, ragged (up to that length) and optional. Several times.",
+)
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens per sequence [flux 17, sd 77].")
 @click.option(
     "--clip-sequence", is_flag=True, help="flux: clip is a sequence [77, 768], not a vector [768]."
@@ -36,6 +56,7 @@ if TYPE_CHECKING:
 def init(
     obj: Context,
     kind: str,
+    tensors: tuple[str, ...],
     tokens: int | None,
     clip_sequence: bool,
     precision: Any,
@@ -47,19 +68,46 @@ def init(
     \b
     fedgfe-store init --tokens 17 --precision bfloat16
     fedgfe-store --store sd.zarr init --kind sd
+    fedgfe-store init --kind custom --tensor prompt_embeds=512x2304:ragged \\
+      --tensor prompt_attention_mask=512:bool
     """
     from fedgfe_store import EmbeddingStore, Metadata, Schema
 
-    if clip_sequence and kind != "flux":
+    if clip_sequence and (kind != "flux" or tensors):
         raise click.UsageError("--clip-sequence goes with --kind flux")
+    if tokens and tensors:
+        raise click.UsageError("--tokens goes without --tensor, which has shapes")
     metadata = Metadata(experiment=experiment, diffusion_type=kind, model=model)
-    if kind == "flux":
+    if tensors:
+        columns = map(_column, tensors)
+        schema = Schema.of(kind, *columns, precision=precision, metadata=metadata)
+    elif kind not in ("flux", "sd"):
+        raise click.UsageError(f"--kind {kind} needs its columns: --tensor NAME=SHAPE")
+    elif kind == "flux":
         clip = (77, 768) if clip_sequence else (768,)
         schema = Schema.flux(tokens or 17, clip=clip, precision=precision, metadata=metadata)
     else:
         schema = Schema.sd(tokens or 77, precision=precision, metadata=metadata)
     store = EmbeddingStore.create(obj.store, schema)
     click.echo(f"made {store.path} ({schema.describe()}, {schema.precision})")
+
+
+def _column(text: str) -> TensorColumn:
+    """Return the column that ``NAME=SHAPE[:KIND]`` declares."""
+    from fedgfe_store.schema import TensorColumn
+
+    declared = _TENSOR.fullmatch(text)
+    words = declared["words"].split(":")[1:] if declared else []
+    dtypes = [word for word in words if word not in ("ragged", "optional")]
+    if declared is None or len(dtypes) > 1 or len(set(words)) < len(words):
+        raise click.BadParameter(
+            f"expected NAME=SHAPE[:bool|int32|int64][:ragged][:optional], got {text!r}",
+            param_hint="--tensor",
+        )
+    options: dict[str, Any] = {"dtype": dtypes[0]} if dtypes else {}
+    options |= {"ragged": "ragged" in words, "optional": "optional" in words}
+    shape = tuple(int(n) for n in re.split("[x,]", declared["shape"]))
+    return TensorColumn(declared["name"], shape, **options)
 
 
 @click.command()

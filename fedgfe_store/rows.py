@@ -102,6 +102,7 @@ class Rows(ABC):
         """
         import pandas as pd
 
+        # For its check that keys and notes belong together; what it read is kept for below.
         self._snapshot.notes(self.rows)
         names = [*KEY_COLUMNS, *NOTE_COLUMNS]
         names += self.schema.marks
@@ -258,8 +259,9 @@ class Rows(ABC):
 
     def pieces(self) -> Iterator[RecordBatch]:
         """Yield the records with all that is known of them, a few tensor files at a time."""
+        # A multiple of what a file holds, so that few files are opened twice.
         for _, part in self.parts(self.schema.granule * 4):
-            self._snapshot.notes(part.rows)
+            self._snapshot.notes(part.rows)  # for its check, as in `records`
             tensors = {name: part.read(name) for name in self.schema.columns}
             yield RecordBatch(part.known_columns(), tensors)
 

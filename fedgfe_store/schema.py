@@ -182,11 +182,11 @@ class Schema:
         cls,
         kind: Kind,
         /,
-        *,
+        *tensors: TensorColumn,
         precision: Precision = "float32",
         granule: int | None = None,
         metadata: Metadata | None = None,
-        **columns: tuple[int, ...] | TensorColumn,
+        **shapes: tuple[int, ...],
     ) -> Self:
         """Return the schema of any columns, such as those named by a pipeline's arguments.
 
@@ -194,26 +194,24 @@ class Schema:
         ----------
         kind : str
             Name of the conditioning, see `Schema`.
+        *tensors : TensorColumn
+            Columns of which more is to be said than a shape.
         precision, granule, metadata
             As for `Schema.flux`.
-        **columns : tuple of int or TensorColumn
-            Tensor columns: a shape, or a `TensorColumn` of that name where more is to be said.
+        **shapes : tuple of int
+            Shapes of columns of embeddings, by name.
 
         Examples
         --------
         >>> mask = TensorColumn("prompt_attention_mask", (512,), dtype="bool")
-        >>> Schema.of("custom", prompt_embeds=(512, 2304), prompt_attention_mask=mask).describe()
-        'custom: prompt_embeds [512, 2304], prompt_attention_mask [512] bool'
+        >>> Schema.of("custom", mask, prompt_embeds=(512, 2304)).describe()
+        'custom: prompt_attention_mask [512] bool, prompt_embeds [512, 2304]'
         """
-        tensors = []
-        for name, given in columns.items():
-            column = given if isinstance(given, TensorColumn) else TensorColumn(name, given)
-            if column.name != name:
-                raise SchemaMismatchError(
-                    f"{name}: expected a column of that name, got one called {shown(column.name)}"
-                )
-            tensors.append(column)
-        return cls._of(kind, tuple(tensors), None, precision, granule, metadata)
+        columns = (*tensors, *(TensorColumn(name, shape) for name, shape in shapes.items()))
+        for column in columns:
+            if not isinstance(column, TensorColumn):
+                raise SchemaMismatchError(f"tensors: expected a TensorColumn, got {shown(column)}")
+        return cls._of(kind, columns, None, precision, granule, metadata)
 
     @classmethod
     def _of(

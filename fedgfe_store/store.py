@@ -259,6 +259,7 @@ class EmbeddingStore(Upkeep):
             raise SchemaMismatchError("delete: expected at least one filter, got none")
         per_class = wanted.pop("per_class", None)
         with self._transaction(timeout) as transaction:
+            # Selected anew under the claim: others may have written since this store was opened.
             rows = Selection.of(transaction.snapshot, wanted, per_class=per_class).rows
             self._snapshot = transaction.snapshot
             if len(rows):
@@ -308,6 +309,7 @@ class EmbeddingStore(Upkeep):
         same_bits = self.schema.precision == source.schema.precision
         origin = f"merge of {source.schema.metadata.experiment or source.path.name}"
         with self.append(if_exists=if_exists, source=origin, timeout=timeout) as batch:
+            # Digests compare records in one precision only; "skip" compares keys alone.
             if same_bits or if_exists == "skip":
                 fresh = batch.unknown(selection.known_columns())
                 progress(len(selection) - len(fresh))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import tracemalloc
 from typing import Any
 
@@ -325,6 +326,22 @@ def test_prefetch_hands_on_errors_after_the_items_before_them():
         for item in iterator:
             seen.append(item)
     assert seen[-2:] == [1, 2]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_prefetch_is_never_further_ahead_than_asked(depth):
+    begun: list[int] = []
+
+    def items():
+        for number in range(40):
+            begun.append(number)
+            yield number
+
+    for taken, item in enumerate(prefetch(items(), depth), start=1):
+        time.sleep(0.002)  # the thread would come far ahead
+        assert item == taken - 1
+        assert len(begun) <= taken + (depth + 1 if depth else 0)
+    assert begun == list(range(40))
 
 
 def test_key_columns_are_picked_in_any_order(store):

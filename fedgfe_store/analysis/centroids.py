@@ -64,7 +64,7 @@ def centroids(
     selection: Selection,
     by: Sequence[str] = ("round", "class_name"),
     *,
-    column: str = "t5",
+    column: str | None = None,
     tokens: Tokens = "mean",
     progress: Progress = lambda records: None,
 ) -> xr.Dataset:
@@ -78,8 +78,8 @@ def centroids(
         Key columns: records that agree in all of them form a group. By ``round`` and ``index``
         together, ``index`` is that of the first round which has the sample, as its ``file_id``
         tells: loaders shuffle, and `drift` is to compare a sample with itself.
-    column : str
-        Tensor column.
+    column : str, optional
+        Tensor column, by default the first of embeddings, such as ``t5``.
     tokens : {"mean", "flat"}
         What becomes of a token axis. ``"mean"``: a record's vector is the mean over its tokens,
         as is usual for sentence embeddings. ``"flat"``: each token keeps its place, so that
@@ -106,7 +106,7 @@ def centroids(
     check_selection("centroids", selection)
     check_keys("by", by)
     features = Features.of(selection, column, tokens)
-    found = with_values(selection, column)
+    found = with_values(selection, features.column)
     progress(len(selection) - len(found))
     groups, codes = _groups(_sample_frame(found, by))
     sums = _Sums(len(groups), features.width)

@@ -33,7 +33,7 @@ _FIT_BYTES = 64 * 2**20
 def project(
     selection: Selection,
     *,
-    column: str = "t5",
+    column: str | None = None,
     components: int = 2,
     tokens: Tokens = "mean",
     progress: Progress = lambda records: None,
@@ -49,8 +49,8 @@ def project(
     ----------
     selection : Selection
         Records; those without a value in an optional column are left out.
-    column : str
-        Tensor column.
+    column : str, optional
+        Tensor column, by default the first of embeddings, such as ``t5``.
     components : int
         How many components, at most as many as there are records and numbers in a vector.
     tokens : {"mean", "flat"}
@@ -77,7 +77,7 @@ def project(
     """
     check_selection("project", selection)
     features = Features.of(selection, column, tokens)
-    found = with_values(selection, column)
+    found = with_values(selection, features.column)
     progress(2 * (len(selection) - len(found)))
     _check(components, len(found), features.width)
     pca = _fit(found, features, components, progress)

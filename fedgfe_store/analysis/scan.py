@@ -36,28 +36,37 @@ class Features:
         Names of these axes.
     pooled : bool
         Whether a vector is the mean over the tokens.
+    ragged : bool
+        Whether records have different numbers of tokens.
     """
 
     column: str
     shape: tuple[int, ...]
     dims: tuple[str, ...]
     pooled: bool
+    ragged: bool
 
     @classmethod
-    def of(cls, selection: Selection, column: str, tokens: Tokens) -> Features:
-        """Return how `column` of `selection` becomes vectors.
+    def of(cls, selection: Selection, column: str | None, tokens: Tokens) -> Features:
+        """Return how `column` of `selection`, by default `main_column`, becomes vectors.
 
         Raises
         ------
         SchemaMismatchError
-            If there is no such column or no such way.
+            If there is no such column of embeddings, or no such way.
         """
         if tokens not in ("mean", "flat"):
             raise SchemaMismatchError(f"tokens: expected 'mean' or 'flat', got {tokens!r}")
-        known = selection.schema.column(column)
+        known = selection.schema.column(column or main_column(selection))
+        if known.dtype != "float32":
+            others = ", ".join(t.name for t in selection.schema.tensors if t.dtype == "float32")
+            raise SchemaMismatchError(
+                f"column: expected one of embeddings ({others or 'there is none'}), got "
+                f"{known.describe()}"
+            )
         pooled = tokens == "mean" and len(known.shape) > 1
         cut = 1 if pooled else 0
-        return cls(column, known.shape[cut:], known.dims[cut:], pooled)
+        return cls(known.name, known.shape[cut:], known.dims[cut:], pooled, known.ragged)
 
     @property
     def width(self) -> int:
@@ -67,7 +76,10 @@ class Features:
     def read(self, selection: Selection) -> Vectors:
         """Return the vectors of a few records, ``[n, width]``."""
         values = selection.read(self.column)
-        if self.pooled:
+        if self.pooled and self.ragged:
+            lengths = selection.read(f"length_{self.column}").reshape(-1, *(1,) * len(self.shape))
+            values = values.sum(axis=1, dtype=np.float64) / lengths
+        elif self.pooled:
             values = values.mean(axis=1, dtype=np.float64)
         return values.reshape(len(values), self.width).astype(np.float64, copy=False)
 
@@ -95,11 +107,32 @@ def squares(values: Vectors) -> float:
     return float(np.einsum("i,i->", values.ravel(), values.ravel()))
 
 
+def main_column(selection: Selection) -> str:
+    """Return the column that is looked at when none is named: the first of embeddings.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If there is none.
+    """
+    names = [t.name for t in selection.schema.tensors if t.dtype == "float32"]
+    if not names:
+        raise SchemaMismatchError(
+            f"{selection.path}: expected a column of embeddings (float32), got "
+            f"{selection.schema.describe()}"
+        )
+    return names[0]
+
+
 def with_values(selection: Selection, column: str) -> Selection:
-    """Return the records of `selection` that have a value in the tensor column `column`."""
-    if not selection.schema.column(column).optional:
+    """Return the records of `selection` that have a value in the tensor column `column`.
+
+    One of length 0 in a ragged column has none.
+    """
+    marks = selection.schema.column(column).marks
+    if not marks:
         return selection
-    present = key_frame(selection, [f"has_{column}"])[f"has_{column}"].to_numpy(bool)
+    present = key_frame(selection, marks)[list(marks)].to_numpy(np.int64).all(axis=1)
     return selection.take(np.flatnonzero(present))
 
 

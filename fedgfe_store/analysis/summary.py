@@ -23,7 +23,7 @@ def summarize(
     selection: Selection,
     by: Sequence[str] = ("round", "class_name"),
     *,
-    column: str = "t5",
+    column: str | None = None,
     tokens: Tokens = "mean",
     progress: Progress = lambda records: None,
 ) -> pd.DataFrame:

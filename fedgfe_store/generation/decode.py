@@ -12,7 +12,7 @@ from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.provenance import Provenance
 from fedgfe_store.generation.write import ImageWriter, Tally
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
-from fedgfe_store.models.model import ImagePipeline
+from fedgfe_store.models.pipeline import ImagePipeline
 from fedgfe_store.models.placement import Picture
 
 NO_MEMORY = "there is not enough memory"

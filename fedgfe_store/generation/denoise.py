@@ -18,7 +18,7 @@ from fedgfe_store.generation.read import Embedded, read_embeddings
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import ImageWriter, Tally
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
-from fedgfe_store.models.model import ImagePipeline
+from fedgfe_store.models.pipeline import ImagePipeline
 
 _log = logging.getLogger("fedgfe_store")
 

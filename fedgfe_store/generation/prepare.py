@@ -20,7 +20,8 @@ from fedgfe_store.images.manifest import settings_of
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
-from fedgfe_store.models.model import ImagePipeline, Model
+from fedgfe_store.models.model import Model
+from fedgfe_store.models.pipeline import ImagePipeline
 from fedgfe_store.models.placement import Offload, Placement, possible_offloads
 from fedgfe_store.models.quantization import WEIGHT_SHARE, check_quantization
 from fedgfe_store.schema import Schema

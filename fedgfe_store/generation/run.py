@@ -24,7 +24,7 @@ from fedgfe_store.images.manifest import (
     timestamp,
 )
 from fedgfe_store.images.png import read_provenance, remove_stale_temps
-from fedgfe_store.models.model import ImagePipeline
+from fedgfe_store.models.pipeline import ImagePipeline
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection

@@ -79,14 +79,6 @@ def find_weights(folder: Path, stem: str) -> Weights:
     return Weights()
 
 
-def is_complete(folder: Path, stem: str) -> bool:
-    """Whether a text encoder or tokenizer is here whole, not only its configuration."""
-    names = {path.name for path in folder.glob("*")}
-    if "config.json" in names:
-        return bool(find_weights(folder, stem).files or list(folder.glob("*.bin")))
-    return "tokenizer.json" in names or any(not name.endswith(".json") for name in names)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a configuration.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models.family import Column, Family
@@ -20,11 +18,9 @@ from fedgfe_store.models.files import (
     check_reals,
     check_truth,
     find_weights,
-    is_complete,
     read_json,
 )
 from fedgfe_store.models.hub import download, how_to_get
-from fedgfe_store.models.placement import Picture, Placement, Sampling
 from fedgfe_store.models.tiny import TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
 from fedgfe_store.schema import Schema
 
@@ -356,45 +352,12 @@ class Model:
         return all((self.folder / part).is_dir() for part in parts)
 
     def _incomplete(self, parts: Sequence[str]) -> list[str]:
-        return [part for part in parts if not is_complete(self.folder / part, _ENCODER_WEIGHTS)]
+        return [part for part in parts if not _is_complete(self.folder / part)]
 
 
-class ImagePipeline(Protocol):
-    """What a run needs of an image model.
-
-    Attributes
-    ----------
-    model : Model
-        Which model it is.
-    placement : Placement
-        How it was loaded.
-    batches_per_swap : int
-        Batches to denoise before the first of them is decoded.
-    """
-
-    @property
-    def model(self) -> Model: ...  # noqa: D102
-    @property
-    def placement(self) -> Placement: ...  # noqa: D102
-    @property
-    def batches_per_swap(self) -> int: ...  # noqa: D102
-
-    def denoise(
-        self,
-        embeddings: Mapping[str, torch.Tensor],
-        seeds: Sequence[int],
-        settings: Sampling,
-        *,
-        on_step: Callable[[], None],
-    ) -> torch.Tensor:
-        """Denoise a batch under its embeddings, one row and one seed an image.
-
-        `on_step` is called after each step; what it raises ends the batch.
-        """
-        ...
-
-    def decode(
-        self, latents: torch.Tensor, settings: Sampling, *, tiled: bool
-    ) -> list[Picture | None]:
-        """Turn denoised latents into images; None for one with values that are not finite."""
-        ...
+def _is_complete(folder: Path) -> bool:
+    """Whether an encoder or tokenizer is here whole, not only its configuration."""
+    names = {path.name for path in folder.glob("*")}
+    if "config.json" in names:
+        return bool(find_weights(folder, _ENCODER_WEIGHTS).files or list(folder.glob("*.bin")))
+    return "tokenizer.json" in names or any(not name.endswith(".json") for name in names)

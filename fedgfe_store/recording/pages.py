@@ -38,9 +38,8 @@ class Page:
         self.count = 0
         self._columns: list[Mapping[str, np.ndarray]] = []
         self._optional = [t.name for t in schema.tensors if t.optional]
-        self._tensors = {
-            t.name: np.empty((self.size, *t.shape), np.float32) for t in schema.tensors
-        }
+        self._ragged = [t.name for t in schema.tensors if t.ragged]
+        self._tensors = {t.name: np.empty((self.size, *t.shape), t.dtype) for t in schema.tensors}
 
     @property
     def room(self) -> int:
@@ -53,7 +52,8 @@ class Page:
         for name, tensor in tensors.items():
             _copy(self._tensors[name][self.count : self.count + n], tensor)
         has = {f"has_{name}": np.full(n, name in tensors) for name in self._optional}
-        self._columns.append({**columns, **has})
+        none = {f"length_{name}": np.zeros(n, np.int32) for name in self._ragged}
+        self._columns.append({**none, **columns, **has})
         self.count += n
 
     def records(self) -> RecordBatch:
@@ -112,6 +112,7 @@ class Pool:
         most = max(2, self._nbytes // (schema.record_nbytes * page_records(schema)))
         if self._made >= most and not beyond:
             return None
+        # Not counted under a lock: of two training threads both may make one, a page too many.
         self._made += 1
         return Page(schema)
 
@@ -190,6 +191,7 @@ class Block:
         # Never two owners of a page, wherever this is interrupted.
         page, self.page = self.page, None
         if page is not None:
+            # Counted first: a writer that has the page already must not be taken for starved.
             self._given += 1
             self._pages.put(page)
             if self._over:

@@ -170,8 +170,7 @@ class Recorder:
         """As `record`, as a part of `run`."""
         self._writer.check_usable()
         self._writer.raise_errors()
-        key = {"node": node, "round": round, "split": "-", "class_name": "-", "index": 0}
-        columns = checked_keys(key, 1)
+        columns = checked_keys({"node": node, "round": round}, 1)
         name, number = str(columns["node"][0]), int(columns["round"][0])
         return RoundBatch(self._writer, Block(name, number, run, self._writer.pool))
 

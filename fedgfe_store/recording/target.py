@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedgfe_store.common.plain import Unusable
@@ -20,7 +21,10 @@ from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema
 from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
 from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.entry import check_texts, named
+from fedgfe_store.storage.incoming import checked_lengths
 from fedgfe_store.storage.metadata import GROUP_FILE
+from fedgfe_store.storage.values import taken
 from fedgfe_store.store import EmbeddingStore
 
 CLIP_TOKENS = 77
@@ -112,12 +116,20 @@ class Target:
                 f"precision: expected {self.schema.precision!r} as in {path}, got {precision!r}"
             )
 
-    def arrange(self, given: dict[str, Any]) -> tuple[Schema, dict[str, torch.Tensor]]:
-        """Return the schema, that of the first records if the store is new, and `arranged`."""
+    def arrange(
+        self, given: dict[str, Any]
+    ) -> tuple[Schema, dict[str, torch.Tensor], dict[str, np.ndarray]]:
+        """Return the schema, that of the first records if the store is new, columns and lengths."""
         schema = self.schema
-        columns = arranged(given, schema)
+        if schema is not None and schema.features:
+            named, lengths, given = _by_name(given, schema)
+        else:
+            named, lengths = {}, {}
+        columns = arranged(given, schema) | named
         if schema is None:
             made = schema_of(columns, self._precision, self._metadata)
+            # One step, which needs no lock: of several threads that bring first records one says
+            # what the store looks like, and the others are held to it.
             schema = self.schema = self._first.setdefault("of any thread", made)
             if schema is not made:
                 columns = arranged(given, schema)
@@ -129,7 +141,7 @@ class Target:
         counts = {name: len(tensor) for name, tensor in columns.items()}
         if len(set(counts.values())) > 1:
             raise SchemaMismatchError(f"expected as many records in every tensor, got {counts}")
-        return schema, columns
+        return schema, columns, lengths
 
     def say_rounded(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Log once that some values are not kept as they come."""
@@ -137,11 +149,6 @@ class Target:
         if names and not self._said_rounded:
             self._said_rounded = True
             _log.warning("%s: float64 is rounded to float32 (%s)", self.path, ", ".join(names))
-
-    @property
-    def precision(self) -> Precision:
-        """How the store keeps values."""
-        return self._precision if self.schema is None else self.schema.precision
 
     def append(self, node: str | int, round: int, source: str) -> AppendBatch:
         """Open a commit of one node and round."""
@@ -188,18 +195,38 @@ class Target:
     def finished(self, records: RecordBatch) -> RecordBatch:
         """Fill in what follows from a record's key: the file name of its image.
 
-        Training does not wait for that: it is done in the writer's thread, whose batch checks the
-        texts as they are then.
+        Training does not wait for that: it is done in the writer's thread.
         """
-        names, extra = records.columns["image_filename"], records.columns["extra"]
+        names = records.columns["image_filename"]
         for position in range(len(records)):
             names[position] = names[position] or image_name(records.key(position))
-            if self._images_dir is not None:
-                path = {"image_path": f"{self._images_dir}/{names[position]}"}
-                known = json.loads(extra[position]) if extra[position] else {}
-                if isinstance(known, dict):
-                    extra[position] = json.dumps(path | known, ensure_ascii=False, sort_keys=True)
+        if self._images_dir is not None:
+            self._put_paths(records)
         return records
+
+    def _put_paths(self, records: RecordBatch) -> None:
+        names, extra = records.columns["image_filename"], records.columns["extra"]
+        for position, name in enumerate(names.tolist()):
+            path = {"image_path": f"{self._images_dir}/{name}"}
+            known = json.loads(extra[position]) if extra[position] else {}
+            if isinstance(known, dict):
+                extra[position] = json.dumps(path | known, ensure_ascii=False, sort_keys=True)
+        # Longer now than it was when the training thread had it checked.
+        check_texts("extra", extra.tolist(), lambda position: named(records.key(position)))
+
+
+def _by_name(
+    given: Mapping[str, Any], schema: Schema
+) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], dict[str, Any]]:
+    """Return masks, numbers and ragged columns, the lengths of these, and what else is given."""
+    columns = [t for t in schema.tensors if t.ragged or t.dtype != "float32"]
+    found = {t.name: taken(schema, t, given.get(t.name)) for t in columns}
+    there = {name: each for name, each in found.items() if each is not None}
+    n = next((len(values) for values, _ in there.values()), 0)
+    marks = {name for column in columns for name in column.marks}
+    rest = {k: v for k, v in given.items() if k not in found and k not in marks}
+    tensors = {name: torch.from_numpy(values) for name, (values, _) in there.items()}
+    return tensors, checked_lengths(given, there, n), rest
 
 
 def arranged(given: Mapping[str, Any], schema: Schema | None) -> dict[str, torch.Tensor]:
@@ -237,7 +264,8 @@ def arranged(given: Mapping[str, Any], schema: Schema | None) -> dict[str, torch
                 raise Unusable(f"ambiguous: two of the tensors look like {column}")
             columns[column] = tensor.reshape(-1, *inner)
     except Unusable as reason:
-        raise SchemaMismatchError(str(reason)) from None
+        hint = "; make the store first, for columns other than T5 and CLIP" if not schema else ""
+        raise SchemaMismatchError(f"{reason}{hint}") from None
     return columns
 
 
@@ -271,8 +299,12 @@ def schema_of(
 
 
 def _stored_column(name: str, shape: Shape, schema: Schema) -> tuple[str, Shape]:
-    """Find the column that `shape` ends with the shape of, the one called `name` first."""
-    columns = schema.columns
+    """Find the column that `shape` ends with the shape of, the one called `name` first.
+
+    By shape alone only T5, CLIP and audio are found: FedGFE's code exchanges their names.
+    """
+    plain = {t.name: t.shape for t in schema.tensors if t.dtype == "float32" and not t.ragged}
+    columns = {c: s for c, s in plain.items() if c == name or c in ("t5", "clip", "audio")}
     for column in sorted(columns, key=lambda c: c != name):
         inner = columns[column]
         before = shape[: len(shape) - len(inner)]

@@ -12,22 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-
 from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError, FedgfeStoreError
 from fedgfe_store.recording.pages import Block, Dropped, LeftOut, Pool
 from fedgfe_store.recording.target import Target
-from fedgfe_store.records import RecordBatch
 
 OnError = Literal["raise", "warn"]
 
-_LARGEST = {name: torch.finfo(getattr(torch, name)).max for name in ("float32", "bfloat16")}
 _SHOWN = 10
-"""Records that a line of the log names."""
+"""Records that a line of the log names: a round that diverged would fill it with all of them."""
 _STORE_PROBLEMS = (FedgfeStoreError, OSError, MemoryError)
 _log = logging.getLogger("fedgfe_store")
+# Weak: a recorder that nobody holds any more must not keep its pages until the process ends.
 _open: weakref.WeakSet[Writer] = weakref.WeakSet()
 
 
@@ -120,6 +116,7 @@ class Writer:
     def begin(self, block: Block) -> None:
         """Open `block`, the only one of this thread."""
         self.check_usable()
+        # In this order: interrupted between the two it is a block that `leave` finds and drops.
         self._blocks[threading.get_ident()] = block
         block.is_open = True
 
@@ -163,7 +160,7 @@ class Writer:
         if self.is_forked or self._closed:
             return
         self._check_no_block()
-        self._line.wait()
+        self._line.wait()  # first: a Ctrl-C while it waits leaves the recorder open
         self._closed = True
         self._line.close()
         self.pool.free()
@@ -204,7 +201,7 @@ class Writer:
     def raise_errors(self) -> None:
         """Raise what went wrong since the last call, under ``on_error="raise"``."""
         errors = []
-        while self._errors:
+        while self._errors:  # one by one: the writer's thread may add another meanwhile
             errors.append(self._errors.popleft())
         if errors:
             for other in errors[1:]:
@@ -222,6 +219,7 @@ class Writer:
         else:
             self._keep_success(block)
         finally:
+            # Training may fill pages yet for what failed: without this it would wait for them.
             block.drain()
             self._waiting.pop(block, None)
 
@@ -238,9 +236,10 @@ class Writer:
                 try:
                     records = self.target.finished(page.records())
                     splits.update(records.columns["split"].tolist())
-                    records = self._finite(block, records)
-                    if len(records):
-                        batch.add_records(records)
+                    unfit = batch.add_finite(records)
+                    block.left_out += tuple(
+                        LeftOut(records.key(position), why) for position, why in unfit.items()
+                    )
                 finally:
                     # Only now: the records are the page's own memory, and the batch copies them.
                     self.pool.give_back(page)
@@ -249,26 +248,8 @@ class Writer:
                     batch.supersede(node=block.node, round=block.round, split=split)
         block.added, block.replaced, block.removed = batch.added, batch.replaced, batch.removed
         block.skipped = batch.skipped
+        # Only now that it is committed: a block that failed is followed by one that is still new.
         run.keep(block.node, block.round, splits)
-
-    def _finite(self, block: Block, records: RecordBatch) -> RecordBatch:
-        """Return the records whose values are finite, and keep a note of the others."""
-        precision = self.target.precision
-        reasons: dict[int, str] = {}
-        for name, values in records.tensors.items():
-            # A batch would refuse all of them for one; in rows that are not there is anything.
-            within = tuple(range(1, values.ndim))
-            with np.errstate(invalid="ignore"):
-                largest = np.maximum(values.max(within), -values.min(within))
-            present = records.columns.get(f"has_{name}", np.True_)
-            for position in np.flatnonzero(present & ~(largest <= _LARGEST[precision])).tolist():
-                beyond = precision != "float32" and np.isfinite(largest[position])
-                what = f"beyond {precision}" if beyond else "that are not finite"
-                reasons.setdefault(position, f"{name} has values {what}")
-        if not reasons:
-            return records
-        block.left_out += tuple(LeftOut(records.key(i), why) for i, why in reasons.items())
-        return records.take(np.array([i for i in range(len(records)) if i not in reasons], int))
 
     def _keep_error(self, block: Block, error: BaseException) -> None:
         known = isinstance(error, _STORE_PROBLEMS)

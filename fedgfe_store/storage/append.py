@@ -10,9 +10,9 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.records import RecordBatch, RecordKey, key_at, keys_of
+from fedgfe_store.records import RecordBatch, RecordKey, keys_of
 from fedgfe_store.storage.commit import CommitKind, Transaction
-from fedgfe_store.storage.entry import conformed
+from fedgfe_store.storage.entry import conformed, finished
 from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
 from fedgfe_store.storage.snapshot import Snapshot
 
@@ -135,7 +135,40 @@ class AppendBatch:
         ConflictError
             As for `add`.
         """
-        fitting = conformed(records, self._known.schema)
+        self._take(conformed(records, self._known.schema))
+
+    def add_finite(self, records: RecordBatch) -> dict[int, str]:
+        """Add those of `records` whose values are finite in the store's precision.
+
+        Parameters
+        ----------
+        records : RecordBatch
+            Their keys and notes must be such as `add` takes: they are not looked at again.
+
+        Returns
+        -------
+        dict of int to str
+            Positions of the others, and what is wrong: ``"t5 has values that are not finite"``.
+
+        Raises
+        ------
+        ConflictError
+            As for `add`.
+        """
+        schema = self._known.schema
+        fitting, unfit = finished(records, schema)
+        if unfit:
+            rest = [position for position in range(len(records)) if position not in unfit]
+            fitting = fitting.take(np.array(rest, np.int64))
+        self._take(fitting)
+        what = {False: "that are not finite", True: f"beyond {schema.precision}"}
+        return {
+            position: f"{name} has values {what[is_beyond]}"
+            for position, (name, is_beyond) in unfit.items()
+        }
+
+    def _take(self, fitting: RecordBatch) -> None:
+        """Let records wait; write what waits once it is much."""
         self._check_open()
         self._wait(fitting)
         if sum(batch.nbytes for batch in self._waiting) >= _BUFFER_BYTES:
@@ -179,9 +212,10 @@ class AppendBatch:
             If one of them is not what a key can hold.
         """
         self._check_open()
-        given = {"node": node, "round": round, "split": split, "class_name": "any", "index": 0}
-        key = key_at(checked_keys(given, 1), 0)
-        self._superseded.add((key.node, key.round, key.split))
+        given = checked_keys({"node": node, "round": round, "split": split}, 1)
+        self._superseded.add(
+            (str(given["node"][0]), int(given["round"][0]), str(given["split"][0]))
+        )
 
     def _check_open(self) -> None:
         if not self._open:

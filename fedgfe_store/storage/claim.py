@@ -31,6 +31,7 @@ from fedgfe_store.storage.files import (
     linked,
     sync_folder,
 )
+from fedgfe_store.storage.metadata import GROUP_FILE, Group
 
 # A small commit takes about 10 ms; to list a network folder twice a second bothers nobody.
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.5
@@ -179,6 +180,30 @@ class Claim:
                 f"{self._path}: another writer came in between while commit {self.number} was "
                 f"written: it took this one for dead, which had not been heard of for "
                 f"{claim_files.TAKEOVER_SECONDS:g} s; nothing of it was published"
+            )
+
+    def make_sure(self, group: Group) -> None:
+        """Make sure that this claim on the commit after `group` holds, and no one made that commit.
+
+        Raises
+        ------
+        ConflictError
+            If another writer came in between, also one that knows no claims.
+        NotFoundError
+            If the store has been removed.
+        """
+        published = self._path / GROUP_FILE
+        # Asked for apart: where the folder is gone, the fence would say that somebody came between.
+        if not published.exists():
+            raise NotFoundError(
+                f"{self._path}: the store is gone, while commit {self.number} was written"
+            )
+        self.fence()
+        # Releases before format version 2 know no claims.
+        if published.read_bytes() != group.raw:
+            raise ConflictError(
+                f"{self._path}: another writer came in between while commit {self.number} was "
+                f"written; nothing of it was published"
             )
 
     def _touch(self) -> bool:

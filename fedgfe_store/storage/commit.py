@@ -30,22 +30,15 @@ from fedgfe_store.errors import (
 )
 from fedgfe_store.records import RecordBatch, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
-from fedgfe_store.storage import key_files
+from fedgfe_store.storage import files, key_files
 from fedgfe_store.storage.claim import Claim
-from fedgfe_store.storage.files import make_folders
 from fedgfe_store.storage.layout import KEY_CHUNK, key_columns
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
-from fedgfe_store.storage.recovery import (
-    clear,
-    make_sure,
-    recover,
-    remove_temporary,
-    shape_files,
-)
+from fedgfe_store.storage.recovery import clear, recover, remove_temporary
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
-from fedgfe_store.storage.version_1 import identities, put_pending, remove_pending
+from fedgfe_store.storage.version_1 import PENDING, identities, put_pending, remove_pending
 
 CommitKind = Literal["append", "replace", "delete", "compact", "upgrade", "repair"]
 
@@ -87,6 +80,7 @@ class Transaction:
             return group.point.commit
 
         try:
+            files.check_own_folders(self.path, {*group.arrays, *group.known_columns})
             # Asks what is published after the claim is made, too: that is the state it is on.
             claim = self._claim = Claim.take(
                 self.path,
@@ -96,7 +90,13 @@ class Transaction:
                 clear=lambda: remove_temporary(self.path, group),
             )
             self._staging = Staging(claim.token)
-            self._tail = recover(self.path, group, claim)
+            if claim.after_others or (self.path / PENDING).exists():
+                self._tail = recover(self.path, group, claim)
+            else:
+                # Of writers that died before they claimed anything; one that waits makes its
+                # file anew.
+                files.remove_temporary(self.path)
+                self._tail = group.point.records
             same = known.as_of is None and known.group.raw == group.raw
             self.snapshot = known if same else known.at(group)
             self._skip(self._tail - group.point.records)
@@ -185,8 +185,8 @@ class Transaction:
     def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
         values, column = records.tensors.get(name), self.schema.column(name)
-        files = self.snapshot.tensor_files[name]
-        path = Path(files.file(first // files.granule))
+        shards = self.snapshot.tensor_files[name]
+        path = Path(shards.file(first // shards.granule))
         present = records.columns[f"has_{name}"] if column.optional else None
         if values is None or (present is not None and not present.any()):
             if not path.exists():
@@ -195,7 +195,7 @@ class Transaction:
             # not unlink what who took over has put there.
             values, present = np.empty((0, *column.shape), column.dtype), None
         with self._staging.open(path) as file:
-            files.write(file, values, present)
+            shards.write(file, values, present)
 
     def upgrade(self) -> None:
         """Let this commit bring the store to the format version that new stores have."""
@@ -219,13 +219,13 @@ class Transaction:
         group = self._next_group(kind, rows, len(marked))
         # An upgrade adds arrays.
         for name in group.arrays.keys() - self.snapshot.group.arrays.keys():
-            make_folders(self.path / name)
+            files.make_folders(self.path / name)
         chunks = self._key_chunks(group, rows, marked)
         contents, digests = self._encoded_keys(group, chunks)
         group = replace(group, digests=digests)
         # First what zarr.json will count. A reader by the old one takes no more of a key chunk than
         # that counts, and ignores marks of commits beyond it.
-        self._staging.write(shape_files(self.path, group) | contents)
+        self._staging.write(group.shape_files(self.path) | contents)
         self._place()
         # Then, once that is on the disk, the one rename that publishes: a crash before it leaves
         # the old commit, and one after it the new.
@@ -250,7 +250,7 @@ class Transaction:
         ConflictError
             If another writer came in between.
         """
-        make_sure(self.path, self.snapshot.group, self._claim)
+        self._claim.make_sure(self.snapshot.group)
 
     def _place(self) -> None:
         self.make_sure()

@@ -11,7 +11,7 @@ from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.commit import Transaction
 from fedgfe_store.storage.files import chunk_sizes, sync_folder
-from fedgfe_store.storage.recovery import granule_of
+from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 
 # A copy then gains at least as many bytes as it writes.

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage import files
 from fedgfe_store.storage.claim import Claim, is_claim
 from fedgfe_store.storage.files import make_folders
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
-from fedgfe_store.storage.recovery import remove_temporary, shape_files, something_else
+from fedgfe_store.storage.recovery import remove_temporary, something_else
 from fedgfe_store.storage.staging import Staging
 
 
@@ -26,6 +27,7 @@ def create(path: Path, schema: Schema, *, timeout: float) -> None:
     try:
         group = Group.new(schema)
         _refuse_occupied(path, group.arrays)
+        files.check_own_folders(path, group.arrays)
         make_folders(path)
         claim = Claim.take(
             path,
@@ -56,7 +58,7 @@ def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
         make_folders(path / name)
     remove_temporary(path, group)
     staging = Staging(claim.token)
-    for contents in (shape_files(path, group), {path / GROUP_FILE: group.encode()}):
+    for contents in (group.shape_files(path), {path / GROUP_FILE: group.encode()}):
         staging.write(contents)
         claim.fence()
         # A maker that was taken for dead may have come to its end meanwhile, and others have

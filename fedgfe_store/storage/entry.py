@@ -50,6 +50,9 @@ _MILLISECONDS = {
 }
 """By unit of numpy, milliseconds as a fraction."""
 
+_NOT_FINITE, _BEYOND = 1, 2
+"""What may be wrong with a record's values: as they come, or once they are rounded."""
+
 _GROUP_BYTES = 2**22
 """Bytes of records that are worked on at once: they stay in the processor's cache."""
 _WORTH_THREADS = 2**23
@@ -59,17 +62,46 @@ _WORTH_THREADS = 2**23
 def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
     """Return a copy of `records` as they stand under `schema`: rounded, finite, digested.
 
-    Only keys, notes and tensors are taken over, not the marks of another store's commits.
-
     Raises
     ------
     SchemaMismatchError
         If a value is not finite in the schema's precision, or is missing, or a key or note is one
         that does not come into a store any more; names the record.
     """
+    known = {name: records.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
+    check_entry(known, lambda position: named(records.key(position)))
+    fitting, unfit = finished(records, schema)
+    for position, (name, is_beyond) in unfit.items():
+        what = f"not finite in {schema.precision}" if is_beyond else "not finite"
+        raise SchemaMismatchError(f"{name} of {records.key(position)} has values that are {what}")
+    return fitting
+
+
+def finished(
+    records: RecordBatch, schema: Schema
+) -> tuple[RecordBatch, dict[int, tuple[str, bool]]]:
+    """Return a copy of `records` as they stand under `schema`, and which do not.
+
+    Only keys, notes and tensors are taken over, not the marks of another store's commits.
+
+    Parameters
+    ----------
+    records : RecordBatch
+        Records whose keys and notes were checked, see `check_entry`.
+    schema : Schema
+        The store's.
+
+    Returns
+    -------
+    fitting : RecordBatch
+        All of them, rounded and digested.
+    unfit : dict of int to tuple of str and bool
+        By position, in order: a tensor with values that are not finite, and whether they are so
+        only in the schema's precision.
+    """
     columns = {name: records.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
-    check_entry(columns, lambda position: named(records.key(position)))
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
+    unfit: dict[int, tuple[str, bool]] = {}
     for tensor in schema.tensors:
         given = records.tensors.get(tensor.name)
         present = np.full(len(records), given is not None)
@@ -80,15 +112,18 @@ def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
             _check_present(tensor, columns, present)
             if tensor.ragged:
                 lengths = _lengths(tensor, records, present)
-            finish = _Finishing(schema, tensor, columns, given, present, lengths, digests)
+            states = np.zeros(len(records), np.uint8)
+            finish = _Finishing(schema, tensor, given, present, lengths, digests, states)
             tensors[tensor.name] = finish.run()
+            for position in np.flatnonzero(states).tolist():
+                unfit.setdefault(position, (tensor.name, states[position] == _BEYOND))
         columns[f"{tensor.name}_digest"] = digests
         if tensor.optional:
             columns[f"has_{tensor.name}"] = present
         if tensor.ragged:
             columns[f"length_{tensor.name}"] = lengths
     columns["row_digest"] = row_digests(columns)
-    return RecordBatch(columns, tensors)
+    return RecordBatch(columns, tensors), unfit
 
 
 def _check_present(
@@ -121,14 +156,14 @@ class _Finishing:
 
     schema: Schema
     tensor: TensorColumn
-    keys: Mapping[str, np.ndarray]
     given: np.ndarray
     present: np.ndarray
     lengths: np.ndarray
     digests: np.ndarray
+    states: np.ndarray
 
     def run(self) -> np.ndarray:
-        """Return the finished values, and fill in the digests."""
+        """Return the finished values, and fill in the digests and states."""
         if self.tensor.dtype != "float32" and self.given.dtype != self.tensor.dtype:
             raise SchemaMismatchError(
                 f"{self.tensor.name}: expected {self.tensor.dtype}, got {self.given.dtype}"
@@ -139,7 +174,6 @@ class _Finishing:
         if values.nbytes < _WORTH_THREADS:
             self._finish(values, groups)
         else:
-            # In order, so that of several bad records the first is named.
             share = -(-len(groups) // threads.count())
             pieces = ((values, groups[i : i + share]) for i in range(0, len(groups), share))
             threads.run(threads.readers(), self._finish, pieces)
@@ -154,27 +188,26 @@ class _Finishing:
                 some[np.arange(self.tensor.shape[0]) >= lengths[:, np.newaxis]] = 0
             some[~present] = self.tensor.fill
             if self.tensor.dtype == "float32":
-                self._check_rounded(some, group)
+                self._round(some, group)
             rows = zip(some, lengths.tolist(), present.tolist(), strict=True)
             self.digests[group] = [
                 digest(record, length) if here else 0 for record, length, here in rows
             ]
 
-    def _check_rounded(self, values: np.ndarray, group: slice) -> None:
-        """Round float32 `values` in place as the schema says; refuse what is not finite then."""
+    def _round(self, values: np.ndarray, group: slice) -> None:
+        """Round float32 `values` in place as the schema says; note what is not finite."""
+        self._mark(values, group, _NOT_FINITE)
         if self.schema.precision == "bfloat16":
-            self._check_finite(values, group, "not finite")
             _round_to_bfloat16(values)
-        self._check_finite(values, group, f"not finite in {self.schema.precision}")
+            self._mark(values, group, _BEYOND)
 
-    def _check_finite(self, values: np.ndarray, group: slice, what: str) -> None:
+    def _mark(self, values: np.ndarray, group: slice, state: int) -> None:
+        """Note which records have values that are not finite, unless that is noted already."""
         if np.isfinite(values).all():
             return
         finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-        wrong = np.flatnonzero(~finite & self.present[group])
-        if len(wrong):
-            key = key_at(self.keys, group.start + int(wrong[0]))
-            raise SchemaMismatchError(f"{self.tensor.name} of {key} has values that are {what}")
+        states = self.states[group]
+        states[~finite & self.present[group] & (states == 0)] = state
 
 
 def _round_to_bfloat16(values: np.ndarray) -> None:
@@ -207,7 +240,7 @@ def check_entry(columns: Mapping[str, np.ndarray], record: Record) -> None:
     """
     for name, values in columns.items():
         if values.dtype.kind == "T":
-            _check_texts(name, values.tolist(), record)
+            check_texts(name, values.tolist(), record)
     beyond = (columns["timestamp"] < FIRST_ENTRY) | (columns["timestamp"] > LAST_ENTRY)
     for position in np.flatnonzero(beyond)[:1].tolist():
         moment = np.datetime64(int(columns["timestamp"][position]), "ms")
@@ -216,7 +249,8 @@ def check_entry(columns: Mapping[str, np.ndarray], record: Record) -> None:
         )
 
 
-def _check_texts(name: str, texts: list[str], record: Record) -> None:
+def check_texts(name: str, texts: list[str], record: Record) -> None:
+    """Refuse texts of one column, as `check_entry` does."""
     for text in dict.fromkeys(texts):  # of keys there are few
         wrong = _wrong_text(name, text)
         if wrong:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from fedgfe_store.storage import files
-from fedgfe_store.storage.recovery import granule_of
+from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 
 

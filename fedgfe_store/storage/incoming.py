@@ -12,7 +12,7 @@ import numpy as np
 
 from fedgfe_store.common.words import is_whole, shown
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, RecordBatch, key_at, to_milliseconds
+from fedgfe_store.records import RecordBatch, key_at, to_milliseconds
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.entry import (
     ENTRY_MOMENTS,
@@ -26,6 +26,9 @@ from fedgfe_store.storage.entry import (
     named,
 )
 from fedgfe_store.storage.values import is_dense, is_tensor, taken
+
+_NUMBERS: Mapping[str, np.dtype[Any]] = {"round": np.dtype(np.int32), "index": np.dtype(np.int64)}
+"""Key columns of whole numbers."""
 
 
 def checked(
@@ -70,14 +73,17 @@ def checked(
             f"expected the tensor columns {', '.join(schema.columns)}, got also "
             f"{', '.join(sorted(unknown))}"
         )
-    columns = _columns(keys, notes, n) | _lengths(tensors, given, n)
+    columns = _columns(keys, notes, n) | checked_lengths(tensors, given, n)
     return RecordBatch(columns, {name: values for name, (values, _) in given.items()})
 
 
-def _lengths(
+def checked_lengths(
     tensors: Mapping[str, Any], given: Mapping[str, tuple[np.ndarray, np.ndarray | None]], n: int
 ) -> dict[str, np.ndarray]:
-    """Return the lengths of the records in the ragged columns that are `given`."""
+    """Return ``length_<name>`` of `n` records for each ragged column among `given`.
+
+    Those that are in `tensors` go before those that `taken` found.
+    """
     columns = {}
     for name, (_, known) in given.items():
         if known is None:
@@ -110,19 +116,18 @@ def _columns(keys: Mapping[str, Any], notes: Mapping[str, Any], n: int) -> dict[
 
 
 def checked_keys(keys: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
-    """Return `KEY_COLUMNS` of `n` records from what a caller gave, as in `checked`."""
-    missing = [name for name in KEY_COLUMNS if keys.get(name) is None]
+    """Return the columns in `keys`, some of `KEY_COLUMNS`, of `n` records, as in `checked`."""
+    missing = [name for name, value in keys.items() if value is None]
     if missing:
         raise SchemaMismatchError(f"expected a value for {', '.join(missing)}, got None")
-    return {
-        "node": _strings("node", _nodes(_spread("node", keys["node"], n)), empty=False),
-        "round": _integers("round", keys["round"], n, np.dtype(np.int32)),
-        "split": _strings("split", _spread("split", keys["split"], n), empty=False),
-        "class_name": _strings(
-            "class_name", _spread("class_name", keys["class_name"], n), empty=False
-        ),
-        "index": _integers("index", keys["index"], n, np.dtype(np.int64)),
-    }
+    return {name: _key_column(name, value, n) for name, value in keys.items()}
+
+
+def _key_column(name: str, value: Any, n: int) -> np.ndarray:
+    if name in _NUMBERS:
+        return _integers(name, value, n, _NUMBERS[name])
+    values = _spread(name, value, n)
+    return _strings(name, _nodes(values) if name == "node" else values, empty=False)
 
 
 def _checked_notes(notes: Mapping[str, Any], n: int, record: Record) -> dict[str, np.ndarray]:

@@ -14,12 +14,21 @@ from numcodecs.zstd import Zstd
 
 from fedgfe_store.records import EARLIEST, LATEST
 from fedgfe_store.schema import Schema
-from fedgfe_store.storage.bounds import KEY_FILE_BYTES, unpacked
 from fedgfe_store.storage.checksums import UnreadableError, checksum, unsealed
 from fedgfe_store.storage.files import read_regular
 from fedgfe_store.storage.layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn, key_columns
 
 _COUNT = struct.Struct("<I")
+
+_FILE_BYTES = 2**32
+"""Longest file of a key column; the codec of texts counts in 32 bits."""
+_ALWAYS = 2**26
+_RATIO = 2**14
+"""Bytes that texts may become in any case, and per byte of the file. Zstd packs the same note in
+each row 5,000 to 12,000 times smaller; a file made to fill memory is packed 32,000 times."""
+# RFC 8878: Magic_Number in 3.1.1, Block_Maximum_Size in 3.1.1.2.
+_MAGIC = b"\x28\xb5\x2f\xfd"
+_BLOCK = 2**17
 
 
 def key_file(path: Path, name: str, chunk: int) -> Path:
@@ -111,7 +120,7 @@ def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
         If there is no file, or it cannot be read.
     """
     try:
-        data = read_regular(key_file(path, column.name, chunk), KEY_FILE_BYTES)
+        data = read_regular(key_file(path, column.name, chunk), _FILE_BYTES)
     except NotADirectoryError as error:
         raise UnreadableError("its folder is none") from error
     return _decoded(column, unpacked(column, unsealed(data)), n)
@@ -135,3 +144,64 @@ def _decoded(column: KeyColumn, data: bytes, n: int) -> np.ndarray:
         raise ValueError(f"expected {KEY_CHUNK} texts, got something else")
     texts = VLenUTF8().decode(_COUNT.pack(n) + data[_COUNT.size :])
     return np.array(texts.tolist(), column.dtype)
+
+
+def unpacked(column: KeyColumn, packed: np.ndarray) -> bytes:
+    """Return what zstd made `packed` of, no more than a chunk of `column` can be.
+
+    Parameters
+    ----------
+    column : KeyColumn
+        The column whose chunk it is: numbers have a size, texts what their packed size allows.
+    packed : ndarray of uint8
+        The contents of its file without the checksum.
+
+    Raises
+    ------
+    UnreadableError
+        If it is no zstd frame, or says or shows that it becomes something larger.
+    RuntimeError or ValueError
+        If zstd cannot unpack it.
+    """
+    size, is_said = _unpacked_size(packed)
+    if column.data_type == "string":
+        allowed = max(_ALWAYS, _RATIO * len(packed))
+        if size > allowed:
+            raise UnreadableError(f"expected at most {allowed:,} bytes of text, got {size:,}")
+        texts: bytes = Zstd().decode(packed)
+        return texts
+    due = KEY_CHUNK * column.stored.itemsize
+    if size < due or (is_said and size > due):
+        raise UnreadableError(f"expected {KEY_CHUNK} values in {due:,} bytes, got {size:,}")
+    numbers: np.ndarray = Zstd().decode(packed, np.empty(due, np.uint8))
+    return numbers.tobytes()
+
+
+def _unpacked_size(packed: np.ndarray) -> tuple[int, bool]:
+    """Return the bytes that a zstd frame becomes, as it says itself, or at most by its blocks.
+
+    RFC 8878: magic number, a byte that describes the header, the header, and blocks.
+    """
+    head = packed[:18].tobytes()
+    if len(head) < 6 or head[:4] != _MAGIC:
+        raise UnreadableError("it is not compressed by zstd")
+    described, is_single = head[4], bool(head[4] & 0x20)
+    start = 5 + (not is_single) + (0, 1, 2, 4)[described & 3]
+    nbytes = (int(is_single), 2, 4, 8)[described >> 6]
+    if len(head) < start + nbytes:
+        raise UnreadableError("it is not compressed by zstd: it ends in the header")
+    if nbytes:
+        size = int.from_bytes(head[start : start + nbytes], "little")
+        return size + (256 if nbytes == 2 else 0), True
+    return _blocks_size(packed, start), False
+
+
+def _blocks_size(packed: np.ndarray, start: int) -> int:
+    """Return the bytes that the blocks from `start` on become at most."""
+    total, is_last = 0, False
+    while not is_last and start + 3 <= len(packed):
+        header = int.from_bytes(packed[start : start + 3].tobytes(), "little")
+        is_last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+        total += size if kind < 2 else _BLOCK
+        start += 3 + (1 if kind == 1 else size)
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class KeyColumn:
     largest: int | None = None
     """Largest value of a column of lengths, the smallest of which is 0."""
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Data type of the column's values in memory."""
         if self.data_type == "string":
@@ -55,12 +56,12 @@ class KeyColumn:
         """The column of digests whose values say what a column like ``has_t5`` must be."""
         return f"{self.name.removeprefix('has_')}_digest"
 
-    @property
+    @cached_property
     def stored(self) -> np.dtype[Any]:
         """Data type of the values of a number column in a file, little-endian."""
         return self.dtype.newbyteorder("<")
 
-    @property
+    @cached_property
     def padding(self) -> bytes:
         """One fill value as it stands in a file, before compression."""
         if self.data_type != "string":
@@ -77,29 +78,34 @@ def _integer(name: str, data_type: str, skipped: int, **options: Any) -> KeyColu
     return KeyColumn(name, data_type, int(np.iinfo(data_type).min), skipped, **options)
 
 
+_BEFORE_TENSORS = (
+    _text("node"),
+    _integer("round", "int32", -1),
+    _text("split"),
+    _text("class_name"),
+    _integer("index", "int64", -1),
+    _text("sample_id"),
+    _text("file_id", since=2),
+    _text("image_filename"),
+    _text("audio_path"),
+    _integer("timestamp", "int64", 0, attributes=_TIME),
+    _text("extra"),
+    KeyColumn("row_digest", "uint64", int(np.iinfo(np.uint64).max), 0),
+)
+_BEHIND_TENSORS = (
+    KeyColumn("created_in", "int32", -1, 0),
+    KeyColumn("deleted_in", "int32", -1, 0),
+    KeyColumn("recorded_in", "int32", -1, 0),
+    _integer("commit_time", "int64", 0, dim="commit", attributes=_TIME),
+    _text("commit_kind", dim="commit"),
+    _text("commit_source", dim="commit", since=2),
+)
+
+
 def key_columns(schema: Schema, version: int = FORMAT_VERSION) -> dict[str, KeyColumn]:
     """Return the columns of `schema` that are not tensors, those of commits included."""
-    columns = [
-        _text("node"),
-        _integer("round", "int32", -1),
-        _text("split"),
-        _text("class_name"),
-        _integer("index", "int64", -1),
-        _text("sample_id"),
-        _text("file_id", since=2),
-        _text("image_filename"),
-        _text("audio_path"),
-        _integer("timestamp", "int64", 0, attributes=_TIME),
-        _text("extra"),
-        KeyColumn("row_digest", "uint64", int(np.iinfo(np.uint64).max), 0),
-        *_tensor_keys(schema),
-        KeyColumn("created_in", "int32", -1, 0),
-        KeyColumn("deleted_in", "int32", -1, 0),
-        KeyColumn("recorded_in", "int32", -1, 0),
-        _integer("commit_time", "int64", 0, dim="commit", attributes=_TIME),
-        _text("commit_kind", dim="commit"),
-        _text("commit_source", dim="commit", since=2),
-    ]
+    # In the order in which they stand in zarr.json, which is part of the format.
+    columns = (*_BEFORE_TENSORS, *_tensor_keys(schema), *_BEHIND_TENSORS)
     return {column.name: column for column in columns if column.since <= version}
 
 

@@ -1,4 +1,8 @@
-"""A store's ``zarr.json``: schema, commit point and consolidated metadata in one file."""
+"""A store's ``zarr.json``: schema, commit point and consolidated metadata in one file.
+
+A checksum tells accidents, not intent: what a received store claims is checked before it is
+believed, and before memory is asked for.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ from typing import Any, Self
 
 import xxhash
 
+from fedgfe_store.common.words import shown
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.schema import FORMAT_VERSION, Schema
-from fedgfe_store.storage.bounds import GROUP_BYTES, check_group_values, parsed_group
 from fedgfe_store.storage.checksums import UnreadableError
 from fedgfe_store.storage.files import read_regular
 from fedgfe_store.storage.layout import (
@@ -24,11 +28,20 @@ from fedgfe_store.storage.layout import (
     array_metadata,
     key_columns,
 )
+from fedgfe_store.storage.shard_files import TensorFiles
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "fedgfe_store"
 FEATURES = frozenset({"kinds", "dtypes", "ragged"})
 """What a store may ask of its readers beyond what the first release of format version 2 knew."""
+
+GROUP_BYTES = 2**28
+"""Longest ``zarr.json``: other people's arrays and attributes are in it, too."""
+_LAST_COMMIT = 2**31 - 2
+"""Commit numbers are int32, and one more is compared with."""
+# The digests of one column would take 8 TiB of memory: no writer of ours has come that far.
+_MOST_ROWS = 2**40
+_COUNTERS = ("commit", "records", "live", "compacted")
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,12 @@ class Group:
             for name, metadata in self.arrays.items()
         }
 
+    def shape_files(self, path: Path) -> dict[Path, bytes]:
+        """Return the arrays' own metadata, which other Zarr readers use, in the store at `path`."""
+        return {
+            path / name / GROUP_FILE: json.dumps(m).encode() for name, m in self.shaped().items()
+        }
+
     def at(self, point: CommitPoint, schema: Schema) -> Group:
         """Return this group with another commit point, and `schema` where its classes grew."""
         return replace(self, point=point, schema=schema)
@@ -207,6 +226,92 @@ def is_store(path: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(attributes, dict) and ATTRIBUTE in attributes
+
+
+def parsed_group(raw: bytes) -> dict[str, Any]:
+    """Return what stands in a ``zarr.json``.
+
+    Raises
+    ------
+    ValueError
+        If it is not JSON, is nested too deep, or is no object.
+    """
+    try:
+        document = json.loads(raw)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"expected an object, got {shown(document)}")
+    return document
+
+
+def check_group_values(
+    schema: Schema,
+    point: Mapping[str, Any],
+    arrays: Mapping[str, Mapping[str, Any]],
+    expected: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuse a commit point and metadata of arrays that no writer can have left.
+
+    Parameters
+    ----------
+    schema : Schema
+        The store's.
+    point : mapping
+        The commit point as it stands in ``zarr.json``.
+    arrays : mapping
+        The consolidated metadata of our arrays, as it stands there.
+    expected : mapping
+        What it is in a new store of this schema.
+
+    Raises
+    ------
+    ValueError
+        If a type or a range is wrong.
+    """
+    _check_point(schema, point)
+    for name, wanted in expected.items():
+        _check_array(name, arrays[name], wanted)
+    for column in schema.tensors:
+        files = TensorFiles.of(Path(), arrays[column.name])
+        if (files.granule, files.shape) != (schema.granule, column.shape):
+            raise ValueError(
+                f"{column.name}: expected {schema.granule} records of {list(column.shape)} a file, "
+                f"got {files.granule} of {list(files.shape)}"
+            )
+
+
+def _check_point(schema: Schema, point: Mapping[str, Any]) -> None:
+    for name in _COUNTERS:
+        if type(point[name]) is not int:
+            raise ValueError(f"{name}: expected a whole number, got {shown(point[name])}")
+    commit, records, live, compacted = (point[name] for name in _COUNTERS)
+    bounds = {
+        "commit": (0, commit, _LAST_COMMIT),
+        "records": (0, records, _MOST_ROWS if commit else 0),
+        "live": (0, live, records),
+        "compacted": (0, compacted, commit),
+    }
+    for name, (low, value, high) in bounds.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name}: expected {low} to {high}, got {shown(value)}")
+    if records % schema.granule:
+        raise ValueError(f"records: expected whole files of {schema.granule}, got {records}")
+
+
+def _check_array(name: str, found: Any, wanted: Mapping[str, Any]) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected an object, got {shown(found)}")
+    shape = found["shape"]
+    if not (isinstance(shape, list) and shape and type(shape[0]) is int):
+        raise ValueError(f"{name}: expected a shape, got {shown(shape)}")
+    for key, got, due in (
+        ("shape", shape[1:], wanted["shape"][1:]),
+        ("data type", found["data_type"], wanted["data_type"]),
+        ("axes", found["dimension_names"], wanted["dimension_names"]),
+    ):
+        if got != due:
+            raise ValueError(f"{name}: expected the {key} {shown(due)}, got {shown(got)}")
 
 
 def _known_version(path: Path, ours: Mapping[str, Any]) -> int:

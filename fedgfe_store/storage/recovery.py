@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from fedgfe_store.errors import ConflictError, NotFoundError
 from fedgfe_store.storage import files, key_files
 from fedgfe_store.storage.claim import Claim
 from fedgfe_store.storage.layout import array_metadata
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
+from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
 from fedgfe_store.storage.version_1 import PENDING
 
 
 def recover(path: Path, group: Group, claim: Claim) -> int:
-    """Clear what lies beyond the commit point of the store at `path`, if a writer left anything.
+    """Clear what another writer has left beyond the commit point of the store at `path`.
 
     Returns
     -------
     int
         The row from which on the holder of `claim` may write records.
     """
-    if not claim.after_others and not (path / PENDING).exists():
-        # Of writers that died before they claimed anything; one that waits makes its file anew.
-        files.remove_temporary(path)
-        return group.point.records
     beyond = list(_tensor_files_beyond(path, group))
     first = group.point.records
     if not claim.alone and beyond:
@@ -42,42 +37,20 @@ def recover(path: Path, group: Group, claim: Claim) -> int:
     return first
 
 
-def make_sure(path: Path, group: Group, claim: Claim) -> None:
-    """Make sure that the `claim` on the commit after `group` holds, and no one made that commit.
-
-    Raises
-    ------
-    ConflictError
-        If another writer came in between, also one that knows no claims.
-    NotFoundError
-        If the store has been removed.
-    """
-    # Asked for apart: where the folder is gone, the fence would say that somebody came in between.
-    if not (path / GROUP_FILE).exists():
-        raise NotFoundError(f"{path}: the store is gone, while commit {claim.number} was written")
-    claim.fence()
-    # Releases before format version 2 know no claims.
-    if (path / GROUP_FILE).read_bytes() != group.raw:
-        raise ConflictError(
-            f"{path}: another writer came in between while commit {claim.number} was written; "
-            f"nothing of it was published"
-        )
-
-
 def clear(path: Path, group: Group, claim: Claim) -> None:
     """Clear what lies beyond the commit point of the store at `path`."""
     # Files of whoever may still be at work stay until `compact`: a late writer that unlinks them,
     # too, must not meet others of the same names, and their being there says which those are.
     beyond = [file for file, _ in _tensor_files_beyond(path, group)] if claim.alone else []
     # Only then: whoever takes over from now on writes behind what was found here.
-    make_sure(path, group, claim)
+    claim.make_sure(group)
     for file in beyond:
         file.unlink(missing_ok=True)
     # Key chunks beyond the committed rows stay: whoever gets as far writes them whole.
     staging = Staging(claim.token)
     try:
-        staging.write(shape_files(path, group) | _unmarked(path, group))
-        make_sure(path, group, claim)
+        staging.write(group.shape_files(path) | _unmarked(path, group))
+        claim.make_sure(group)
         # A file for each array: this flushes the folders in which files were unlinked, too.
         staging.place()
     finally:
@@ -105,18 +78,6 @@ def remove_temporary(path: Path, group: Group) -> None:
     for folder in (path, *(path / name for name in array_metadata(group.schema))):
         if folder.is_dir():
             files.remove_temporary(folder)
-
-
-def shape_files(path: Path, group: Group) -> dict[Path, bytes]:
-    """Return the arrays' own metadata, which other Zarr readers use, with committed shapes."""
-    return {path / name / GROUP_FILE: json.dumps(m).encode() for name, m in group.shaped().items()}
-
-
-def granule_of(name: str) -> int:
-    """Return the granule that the tensor file called `name` holds, -1 for a file that is none."""
-    parts = name.split(".")
-    is_chunk = parts[0] == "c" and len(parts) > 1 and all(part.isdecimal() for part in parts[1:])
-    return int(parts[1]) if is_chunk else -1
 
 
 def _tensor_files_beyond(path: Path, group: Group) -> Iterator[tuple[Path, int]]:

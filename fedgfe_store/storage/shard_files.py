@@ -123,6 +123,13 @@ class TensorFiles:
         return len(encoded) + checksums.SIZE
 
 
+def granule_of(name: str) -> int:
+    """Return the granule that the tensor file called `name` holds, -1 for a file that is none."""
+    parts = name.split(".")
+    is_chunk = parts[0] == "c" and len(parts) > 1 and all(part.isdecimal() for part in parts[1:])
+    return int(parts[1]) if is_chunk else -1
+
+
 def _dtype(name: Any) -> np.dtype[Any]:
     if name not in get_args(ColumnDtype):
         raise ValueError(f"expected one of {', '.join(get_args(ColumnDtype))}, got {shown(name)}")

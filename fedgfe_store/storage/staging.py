@@ -8,8 +8,8 @@ unlinked before they have their names, and a file that is gone cannot be renamed
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,13 +27,11 @@ class Staging:
         self.placed = False
         """Whether a file may have taken its place."""
 
-    @contextmanager
-    def open(self, path: Path) -> Iterator[BinaryIO]:
+    def open(self, path: Path) -> AbstractContextManager[BinaryIO]:
         """Open a file that will take the place of `path`; it is on the disk when the block ends."""
         temporary = path.with_name(f"{path.name}.{self._token}{files.TEMPORARY}")
         self._waiting[path] = temporary
-        with files.flushed(temporary, name=path) as file:
-            yield file
+        return files.flushed(temporary, name=path)
 
     def write(self, contents: Mapping[Path, bytes]) -> None:
         """Write several files; the disk gathers the flushes of all of them."""

@@ -10,13 +10,12 @@ import numpy as np
 
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import RecordKey
-from fedgfe_store.storage.bounds import GROUP_BYTES, parsed_group
 from fedgfe_store.storage.claim import claims
 from fedgfe_store.storage.compact import live_per_granule
 from fedgfe_store.storage.files import read_regular, temporaries
 from fedgfe_store.storage.layout import KEY_CHUNK
-from fedgfe_store.storage.metadata import GROUP_FILE
-from fedgfe_store.storage.recovery import granule_of
+from fedgfe_store.storage.metadata import GROUP_BYTES, GROUP_FILE, parsed_group
+from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.version_1 import PENDING
 

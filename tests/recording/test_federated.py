@@ -499,6 +499,36 @@ def test_values_beyond_the_precision(tmp_path):
     assert store.select().records["index"].tolist() == [1, 2]
 
 
+def test_what_rounds_to_the_largest_bfloat16_is_recorded_as_append_keeps_it(tmp_path):
+    schema = Schema.flux(3, width=8, clip=(4,), precision="bfloat16")
+    store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
+    largest = torch.finfo(torch.bfloat16).max
+    tensors: dict[str, Any] = {**values(2)}
+    tensors["t5"][0, 0, 0] = np.float32(largest) * np.float32(1.001)
+    assert tensors["t5"][0, 0, 0] > largest
+    with Recorder(store) as recorder:
+        put(recorder, 0, 1, 2, **tensors)
+    store.refresh()
+    assert (len(store), recorder.left_out) == (2, ())
+    rounded = torch.from_numpy(tensors["t5"]).bfloat16().float().numpy()
+    assert rounded[0, 0, 0] == largest
+    assert np.array_equal(store.select().read("t5"), rounded)
+
+
+def test_a_note_that_a_path_makes_too_long_is_not_recorded(store):
+    with Recorder(store, images_dir="x" * 2**15, on_error="warn") as recorder:
+        put(recorder, 0, 1, 2)
+        put(recorder, 0, 2, 2, extra={"note": "y" * 2**15})
+        put(recorder, 0, 3, 2)
+    store.refresh()
+    assert sorted(set(store.select().records["round"])) == [1, 3]
+    (missing,) = recorder.missing
+    assert missing.round == 2
+    expected = "extra: expected at most 65,536 bytes of UTF-8, got "
+    assert missing.reason.startswith(expected)
+    assert "node 0, round 2, split train, class dog, index 0" in missing.reason
+
+
 # problems of the store
 
 

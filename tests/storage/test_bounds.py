@@ -20,10 +20,11 @@ from places import DATA
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
-from fedgfe_store.storage.bounds import check_group_values, parsed_group, unpacked
 from fedgfe_store.storage.checksums import UnreadableError
 from fedgfe_store.storage.files import read_regular
+from fedgfe_store.storage.key_files import unpacked
 from fedgfe_store.storage.layout import array_metadata, key_columns
+from fedgfe_store.storage.metadata import check_group_values, parsed_group
 
 COLUMNS = key_columns(SMALL)
 
