@@ -153,16 +153,10 @@ class Cramped:
 
 def store_of(name: str, columns: Columns, path: Path) -> Selection:
     """Keep columns under the names of the pipeline's arguments, masks as truth values."""
-    masks = FAMILIES[name].masks
-    kept = {
-        column: TensorColumn(
-            column, values.shape[1:], dtype="bool" if column in masks else "float32"
-        )
-        for column, values in columns.items()
-    }
-    store = EmbeddingStore.create(path, Schema.of(KINDS[name], **kept))
-    images = len(next(iter(columns.values())))
+    masks, images = FAMILIES[name].masks, len(next(iter(columns.values())))
     values = {c: v.astype(bool) if c in masks else v for c, v in columns.items()}
+    kept: Any = [TensorColumn(c, v.shape[1:], dtype=v.dtype.name) for c, v in values.items()]
+    store = EmbeddingStore.create(path, Schema(KINDS[name], tuple(kept)))
     with store.append(node=0, round=1) as batch:
         batch.add(split="train", class_name="dog", index=range(images), **values)
     return store.select()
@@ -215,7 +209,7 @@ def test_a_store_of_its_columns_becomes_its_images(
 @every_family
 def test_a_stop_comes_between_two_steps(load: Load, name: str) -> None:
     pipeline, (columns, negatives) = load(name), drawn(name)
-    called = []
+    called: list[int] = []
 
     def on_step() -> None:
         called.append(len(called))
@@ -253,7 +247,12 @@ def test_tiles_change_little_else_than_pixels(
     assert [image is not None and image.shape for image in tiled] == [(HEIGHT, WIDTH, 3)] * 3
     assert {key: value for key, value in vars(vae).items() if "til" in key} == before
     again = pipeline.decode(latents, SAMPLING)
-    assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True))
+    np.testing.assert_array_equal(np.asarray(whole), np.asarray(again))
+
+
+def schema_of(shapes: Mapping[str, tuple[int, ...]]) -> Schema:
+    """Return a schema of plain columns of these shapes."""
+    return Schema("custom", tuple(TensorColumn(name, shape) for name, shape in shapes.items()))
 
 
 @every_family
@@ -262,18 +261,20 @@ def test_columns_that_do_not_fit_are_refused_before_weights_are_loaded(
 ) -> None:
     model = resolve_model(str(tiny_model(name)))
     shapes = dict(FAMILIES[name].columns)
-    found = model.conditioning(Schema.of("custom", **shapes))
+    found = model.conditioning(schema_of(shapes))
     assert found == {column: column for column in shapes}
     embeddings = [column for column in shapes if column not in FAMILIES[name].masks]
+    # Of another width, not there, of another length than its sequence, or one in another's place.
     wrong = [{**shapes, column: (*shapes[column][:-1], 8)} for column in embeddings]
-    wrong += [{"other": (3, 8), **shapes, column: None} for column in embeddings]
+    for column in embeddings:
+        left = {other: shape for other, shape in shapes.items() if other != column}
+        wrong.append({"other": shapes[column], **left})
     for mask in FAMILIES[name].masks:
         wrong.append({**shapes, mask: (shapes[mask][0] + 1,)})
     if len(embeddings) == 2:
         one, two = embeddings
         wrong.append({**shapes, one: shapes[two], two: shapes[one]})
-    for schema in wrong:
-        given = Schema.of("custom", **{c: s for c, s in schema.items() if s is not None})
+    for given in map(schema_of, wrong):
         with pytest.raises(SchemaMismatchError) as caught:
             model.conditioning(given)
         said = str(caught.value)
