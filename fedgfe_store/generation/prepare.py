@@ -137,9 +137,8 @@ def prepare(
     settings = replace(settings, pool=_choose_pool(request.pool, model, schema, columns, report))
     negative = None
     if _takes_negative(model, settings.guidance, request.negative):
-        shape = schema.columns[columns["prompt_embeds"]]
         negative = find_negative(
-            model, selection.path, request.negative, shape, keep=keep_negative, report=report
+            model, selection, columns, request.negative, keep=keep_negative, report=report
         )
         settings = replace(settings, negative=negative.digest)
     settings = replace(settings, noise=request.noise or _noise_of(folder))

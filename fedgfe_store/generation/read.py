@@ -137,8 +137,8 @@ def _conditioning(
             if column.kind == "vector" and found[column.argument].ndim == 3:
                 found[column.argument] = _pooled(found[column.argument], pool)
     if run.negative is not None:
-        negative = torch.from_numpy(run.negative.values)
-        found["negative_prompt_embeds"] = negative.expand(images, -1, -1)
+        for argument, value in run.negative.values.items():
+            found[f"negative_{argument}"] = torch.from_numpy(value).expand(images, *value.shape)
     return found
 
 

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import get_args
+from typing import Any, get_args
 
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Offload
 
-# Tensors of the model's width that a block holds at once per token: the residual, q, k, v with
-# their rotated float32 copies, the four-fold hidden layer before and after its activation. Counted
-# with one block of each kind of FLUX.1's under diffusers 0.42 they are 17.2 to 17.6 at 273 to 1,536
-# tokens; kernels of attention have the rest.
-_TENSORS_PER_TOKEN = 24
-# Feature maps at full latent resolution that a U-Net holds at once, skip connections included.
-# Counted with Stable Diffusion 1.5's under diffusers 0.42 they are 26 in tensors at 32 and 64
-# latents a side; attention of 8 heads over 64 x 64 is 102 where no kernel computes it in pieces.
-_MAPS_PER_LATENT = 100
 # What is no tensor: workspaces of cuBLAS and cuDNN, and ends of the allocator's blocks.
 _RESERVE_BYTES = 256 * 2**20
 # Feature maps at full resolution that the decoder's last blocks hold at once: 3.0 in tensors, as
@@ -96,27 +86,23 @@ def estimate_footprint(
     Footprint
         Bytes.
     """
+    channels = max(_channels(model.vae)[:2])
     denoiser = int(model.parameters(model.part) * item_bytes * weight_share)
     return Footprint(
         denoiser=denoiser,
         vae=model.parameters("vae") * item_bytes,
         block=denoiser // model.blocks,
-        denoising=batch_size * _denoising_values(model, tokens, height, width) * item_bytes,
-        decoding=(
-            batch_size * height * width * model.decoder_channels * _MAPS_PER_PIXEL * item_bytes
-        ),
+        denoising=batch_size * model.denoising_values(tokens, height, width) * item_bytes,
+        decoding=batch_size * height * width * channels * _MAPS_PER_PIXEL * item_bytes,
     )
 
 
-def _denoising_values(model: Model, tokens: int, height: int, width: int) -> int:
-    """Count the numbers that one record's denoising holds at once besides the weights."""
-    guided = 1 if model.family.negatives == "none" else 2
-    if not model.family.features:
-        latents = height * width // model.latent_scale**2
-        return int(guided * latents * model.denoiser["block_out_channels"][0] * _MAPS_PER_LATENT)
-    features = prod(int(model.denoiser[key]) for key in model.family.features)
-    sequence = tokens + height * width // model.size_step**2
-    return int(guided * sequence * features * _TENSORS_PER_TOKEN)
+def _channels(decoder: Mapping[str, Any]) -> list[int]:
+    """Give a decoder's channels by level, those at full size first, as its class says them."""
+    for key in ("block_out_channels", "decoder_block_out_channels"):
+        if key in decoder:
+            return list(decoder[key])
+    return [decoder["base_dim"] * times for times in decoder["dim_mult"]]
 
 
 def choose_offload(

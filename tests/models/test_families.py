@@ -155,7 +155,8 @@ def store_of(name: str, columns: Columns, path: Path) -> Selection:
     """Keep columns under the names of the pipeline's arguments, masks as truth values."""
     masks, images = FAMILIES[name].masks, len(next(iter(columns.values())))
     values = {c: v.astype(bool) if c in masks else v for c, v in columns.items()}
-    kept: Any = [TensorColumn(c, v.shape[1:], dtype=v.dtype.name) for c, v in values.items()]
+    dtypes: Any = {c: v.dtype.name for c, v in values.items()}
+    kept = [TensorColumn(c, v.shape[1:], dtype=dtypes[c]) for c, v in values.items()]
     store = EmbeddingStore.create(path, Schema(KINDS[name], tuple(kept)))
     with store.append(node=0, round=1) as batch:
         batch.add(split="train", class_name="dog", index=range(images), **values)
