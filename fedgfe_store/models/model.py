@@ -198,11 +198,15 @@ class Model:
         square = 4 if family.latents in ("packed", "patched", "framed") else 1
         expected, got = square * self.latent_channels, self.denoiser["in_channels"]
         if family.latents != "own" and got != expected:
-            part = {"unet": "U-Net"}.get(self.part, self.part)
             raise SchemaMismatchError(
-                f"model {self.folder}: expected a text-to-image {part} of {expected} "
+                f"model {self.folder}: expected a text-to-image {self.part_title} of {expected} "
                 f"input channels, got {got}"
             )
+
+    @property
+    def part_title(self) -> str:
+        """What people call the denoising network."""
+        return {"unet": "U-Net"}.get(self.part, self.part)
 
     def _check_decoder(self) -> None:
         where = str(self.folder / "vae" / "config.json")
