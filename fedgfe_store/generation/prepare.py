@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -15,11 +15,13 @@ from fedgfe_store.generation.plan import Plan, plan_images
 from fedgfe_store.generation.request import DEFAULTS, Noise, Pool, Request
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.images.compare import noise_rule
+from fedgfe_store.images.elsewhere import Elsewhere, Partners, partners_of
 from fedgfe_store.images.identity import others_in
 from fedgfe_store.images.manifest import settings_of
 from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
+from fedgfe_store.models.lora import Lora, check_loras
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.pipeline import ImagePipeline
 from fedgfe_store.models.placement import Offload, Placement, possible_offloads
@@ -57,6 +59,8 @@ class Run:
         Name of the store's column by the argument of the model's pipeline.
     negative : Negative or None
         Negative embeddings, where guidance needs them.
+    partners : mapping
+        Other records that some of the store's columns are from, by column.
     """
 
     selection: Selection
@@ -67,6 +71,7 @@ class Run:
     batch_size: int
     columns: Mapping[str, str]
     negative: Negative | None = None
+    partners: Mapping[str, Partners] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -132,6 +137,11 @@ def prepare(
         raise NotFoundError("selection: expected at least one record, got none")
     folder, schema = Path(output_dir), selection.schema
     model, placement = resolve(request, schema, pipeline=pipeline, report=report)
+    if request.vae_tiling and model.family.latents == "own":
+        raise SchemaMismatchError(
+            f"vae_tiling: expected a family whose latents are decoded here, got {model.kind}, "
+            "whose pipeline decodes itself"
+        )
     columns = model.conditioning(schema)
     settings = choose_settings(request, model, placement, report=report)
     settings = replace(settings, pool=_choose_pool(request.pool, model, schema, columns, report))
@@ -142,12 +152,19 @@ def prepare(
         )
         settings = replace(settings, negative=negative.digest)
     settings = replace(settings, noise=request.noise or _noise_of(folder))
+    elsewhere = _choose_elsewhere(request.column, model, columns)
+    settings = replace(settings, column=tuple(map(str, elsewhere)))
+    partners = partners_of(selection, elsewhere)
+    for each in partners.values():
+        each.check(selection.keys())
     tokens = _tokens(model, schema, columns)
     batch_size = request.batch_size or fit(model, settings, tokens, placement.device)
-    plan = plan_images(selection, settings, folder, request, columns=tuple(columns.values()))
+    plan = plan_images(
+        selection, settings, folder, request, columns=tuple(columns.values()), partners=partners
+    )
     for other in others_in(plan.folder, plan.identity):
         report(f"{plan.folder} holds images of {other}, too: this is {plan.identity}")
-    return Run(selection, request, plan, model, placement, batch_size, columns, negative)
+    return Run(selection, request, plan, model, placement, batch_size, columns, negative, partners)
 
 
 def resolve(
@@ -163,7 +180,11 @@ def resolve(
         if remark:
             report(remark)
         placement = Placement(dtype, device, compiled=request.compiled)
-    placement = replace(placement, quantization=request.quantize)
+    loras = tuple(map(Lora.read, request.lora))
+    if pipeline is not None and loras != placement.loras:
+        raise SchemaMismatchError("lora: expected a pipeline that was loaded with the same")
+    check_loras(loras, model, request.quantize)
+    placement = replace(placement, quantization=request.quantize, loras=loras)
     _check_speed(placement, request.offload)
     return model, placement
 
@@ -210,6 +231,8 @@ def choose_settings(
         width=_choose_size("width", request.width, model),
         seed=request.seed,
         quantization=placement.quantization,
+        lora=tuple(lora.identity for lora in placement.loras),
+        family=model.family.digest,
     )
 
 
@@ -242,6 +265,26 @@ def _choose_size(name: str, pixels: int | None, model: Model) -> int:
             f"{model.name}, got {pixels}"
         )
     return pixels
+
+
+def _choose_elsewhere(
+    texts: Sequence[str], model: Model, columns: Mapping[str, str]
+) -> list[Elsewhere]:
+    """Settle which of the store's columns are from elsewhere; masks go with their sequence."""
+    asked: dict[str, Elsewhere] = {}
+    for each in map(Elsewhere.parse, texts):
+        name = columns.get(each.column, each.column)
+        if name not in columns.values() or name in asked:
+            got = f"{name} twice" if name in asked else repr(each.column)
+            known = ", ".join(dict.fromkeys([*columns.values(), *columns]))
+            raise SchemaMismatchError(f"column: expected one of {known}, each once, got {got}")
+        asked[name] = replace(each, column=name)
+    sequence = asked.get(columns[model.family.sequence.argument])
+    for column in model.family.columns:
+        mask = columns.get(column.argument) if column.is_mask else None
+        if sequence is not None and mask is not None:
+            asked.setdefault(mask, replace(sequence, column=mask))
+    return [asked[name] for name in sorted(asked)]
 
 
 def _noise_of(folder: Path) -> Noise:

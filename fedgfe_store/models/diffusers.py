@@ -15,6 +15,7 @@ from fedgfe_store.models.devices import DTYPES, enough_memory
 from fedgfe_store.models.family import Column
 from fedgfe_store.models.latents import draw, scaled
 from fedgfe_store.models.loading import load_part, load_pipeline, naming
+from fedgfe_store.models.lora import apply_loras
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.offload import Swap, offload_blocks
 from fedgfe_store.models.placement import Picture, Placement, Sampling
@@ -100,6 +101,8 @@ class DiffusersImages:
             }
             model.config("scheduler", "scheduler_config.json")
             pipeline = load_pipeline(model, dtype, parts, keep=("scheduler",), rest="")
+            # Before anything notes where the weights are: what is added moves along with them.
+            apply_loras(pipeline, model, placement.loras)
             return cls(pipeline, model, placement)
 
     def denoise(
@@ -168,6 +171,8 @@ class DiffusersImages:
         """Give the argument under which this pipeline calls back after each step."""
         if "callback_on_step_end" in self._takes:
             return {"callback_on_step_end": _calling(on_step)}
+        if "callback" not in self._takes:  # a declared pipeline's: a stop waits for the batch
+            return {}
         return {"callback": lambda step, timestep, latents: on_step(), "callback_steps": 1}
 
     def _arguments(

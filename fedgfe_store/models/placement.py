@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from fedgfe_store.models.lora import Lora
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 """What to compute in."""
 
@@ -72,6 +74,8 @@ class Placement:
         Whether the denoising network's blocks are compiled.
     quantization : {"nf4", "fp8"}, optional
         How the denoising network's weights are kept.
+    loras : tuple of Lora
+        What is added to its weights.
     """
 
     dtype: str
@@ -79,6 +83,7 @@ class Placement:
     offload: Offload = "none"
     compiled: bool = False
     quantization: Quantization | None = None
+    loras: tuple[Lora, ...] = ()
 
     def describe(self, doing: str) -> str:
         """Say what is done where and how, for errors."""
