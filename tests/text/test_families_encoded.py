@@ -63,7 +63,7 @@ def apart(some: Any, others: Any) -> int:
     return max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_A_CLASS.values() if name != "z-image"])
+@pytest.mark.parametrize("name", ONE_A_CLASS.values())
 def test_a_stores_prompts_become_the_images_that_the_pipeline_makes_of_them(
     tiny_model: Callable[..., Path], name: str, tmp_path: Path
 ) -> None:
