@@ -346,11 +346,14 @@ def _tiling(vae: Any, latents: torch.Tensor) -> Iterator[None]:
         values = (side, side * before[1] // before[0])
     else:  # decoders of later releases: sizes and strides in pixels, by axis
         names = tuple(f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in _AXES)
-        before = [getattr(vae, name) for name in names]
         scale = vae.spatial_compression_ratio
         sides = [max(4, n // 2) * scale for n in latents.shape[-2:]]
         # Tiles overlap by a quarter, as diffusers' own do.
         values = (*sides, *(max(scale, side * 3 // 4 // scale * scale) for side in sides))
+        kept = tuple(f"tile_latent_min_{axis}" for axis in _AXES)
+        if hasattr(vae, kept[0]):  # Sana's keeps in latents, too, from what on it splits
+            names, values = (*names, *kept), (*values, *(side // scale for side in sides))
+        before = [getattr(vae, name) for name in names]
     for name, value in zip(names, values, strict=True):
         setattr(vae, name, value)
     # `enable_tiling` sets sizes to defaults in some classes, and only this in all.
