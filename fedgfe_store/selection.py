@@ -93,7 +93,7 @@ class Selection(Rows):
         for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):
             values = self._snapshot.column_at(name, rows)
             rows = rows[matches(values, self._filters[name])]
-        if "split" not in self._filters:
+        if "split" not in self._filters and self._snapshot.group.may_have_negatives:
             rows = _without_negatives(self._snapshot, rows)
         return rows if self._per_class is None else self._lowest(rows, self._per_class)
 

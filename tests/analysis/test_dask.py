@@ -105,7 +105,7 @@ def test_a_damaged_record_is_named_and_nothing_goes_on(tmp_path, client):
 
 def test_other_clients_are_refused(store):
     with pytest.raises(SchemaMismatchError, match=r"expected a dask\.distributed\.Client, got str"):
-        centroids(store.select(), client="tcp://scheduler:8786")  # type: ignore[arg-type]
+        centroids(store.select(), client="tcp://scheduler:8786")
 
 
 def test_tensors_are_dask_arrays_of_as_many_records_as_asked_for(store, client, monkeypatch):
