@@ -86,6 +86,38 @@ def place(
     return _as_asked(request, model, settings, tokens, placement, size, free)
 
 
+def place_in(
+    model: Model, settings: Settings, tokens: int, placement: Placement, usable: int
+) -> Placement:
+    """Decide what a mode keeps on the device, and in what memory of the host the rest waits.
+
+    Parameters
+    ----------
+    model : Model
+        The model.
+    settings : Settings
+        Of the images.
+    tokens : int
+        Tokens of a record.
+    placement : Placement
+        With the mode.
+    usable : int
+        Bytes of the device that it may take.
+
+    Returns
+    -------
+    Placement
+        With room for one image, if there is any such.
+    """
+    # Weights are on the host already, and what is pinned comes on top of them.
+    memory = Memory(usable, free_host_bytes(processes_here(os.environ)), exact=pin_exactly())
+    load = load_of(model, settings, tokens)
+    found = choose(load, memory, modes=(placement.offload,), batch_size=1)
+    if found is None:
+        return replace(placement, resident=(), pinned=False)
+    return _placed(placement, found, load)
+
+
 def batch_beside(model: Model, settings: Settings, tokens: int, device: str) -> int:
     """Decide on the images of a batch for a model that is on its device already."""
     free = free_bytes(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.generation.placing import batch_beside, place
+from fedgfe_store.generation.placing import batch_beside, load_of, place, place_in
 from fedgfe_store.generation.plan import Plan, plan_images
 from fedgfe_store.generation.request import DEFAULTS, Noise, Pool, Request
 from fedgfe_store.generation.settings import Settings
@@ -20,6 +20,7 @@ from fedgfe_store.images.manifest import settings_of
 from fedgfe_store.models.choice import decode_size
 from fedgfe_store.models.devices import choose_device, choose_dtype
 from fedgfe_store.models.families import resolve_model
+from fedgfe_store.models.fit import Footprint
 from fedgfe_store.models.lora import Lora, check_loras
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.pipeline import ImagePipeline
@@ -93,6 +94,12 @@ class Run:
         if remark:
             report(remark)
         return replace(self, placement=placement, batch_size=size)
+
+    def replaced(self, placement: Placement, mode: Offload, usable: int) -> Placement:
+        """Return a placement in another mode, with what it keeps where in that much memory."""
+        return place_in(
+            self.model, self.plan.settings, self.tokens, replace(placement, offload=mode), usable
+        )
 
 
 def prepare(
@@ -327,3 +334,8 @@ def _batch_size(
     if not model.has_weights:
         return request.batch_size or decode_size(settings.height * settings.width)
     return place(request, model, settings, tokens, placement)[1]
+
+
+def footprint(model: Model, settings: Settings, tokens: int, batch_size: int) -> Footprint:
+    """Estimate the memory that a batch of such images takes."""
+    return load_of(model, settings, tokens).footprint(batch_size)
