@@ -95,7 +95,7 @@ class Selection(Rows):
         for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):
             values = self._snapshot.column_at(name, rows)
             rows = rows[matches(values, self._filters[name])]
-        if "split" not in self._filters:
+        if "split" not in self._filters and self._snapshot.group.may_have_negatives:
             rows = _without_negatives(self._snapshot, rows)
         return rows if self._per_class is None else self._lowest(rows, self._per_class)
 
@@ -120,8 +120,14 @@ class Selection(Rows):
         groups: Any = keys.groupby(["node", "round"], sort=False).indices
         return {(str(node), int(number)): at for (node, number), at in groups.items()}
 
-    def to_xarray(self) -> xr.Dataset:
+    def to_xarray(self, *, chunks: int | Mapping[str, int] | None = None) -> xr.Dataset:
         """Return the selection as a lazy Dataset.
+
+        Parameters
+        ----------
+        chunks : int or mapping, optional
+            Tensors as dask arrays of so many records a chunk, ``256`` or ``{"record": 256}``;
+            ``{}`` for whole tensor files near 64 MiB. Whoever computes holds several chunks.
 
         Returns
         -------
@@ -132,7 +138,7 @@ class Selection(Rows):
         """
         from fedgfe_store.readers.xarray import to_dataset
 
-        return to_dataset(self)
+        return to_dataset(self, chunks)
 
     def batches(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
+
+import xxhash
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models.encoding import Encoding
@@ -151,6 +154,8 @@ class Family:
         Model that is used when none is asked for.
     source : str or None
         Where it is declared, if not in this package.
+    digest : str or None
+        xxh3 of that declaration's content, 16 hex digits.
     """
 
     name: str
@@ -178,6 +183,7 @@ class Family:
     variants: tuple[Variant, ...] = ()
     model: str = ""
     source: str | None = None
+    digest: str | None = None
 
     @property
     def sequence(self) -> Column:
@@ -243,7 +249,10 @@ def read_family(path: str | Path) -> Family:
         got = ", ".join(content) or "nothing"
         raise SchemaMismatchError(f"family {path}: expected one table, such as [mine], got {got}")
     ((name, table),) = content.items()
-    return _read(name, table, str(path.resolve()))
+    # What it says, not how: comments and order may change.
+    said = json.dumps(content, sort_keys=True, default=str).encode()
+    family = _read(name, table, str(path.resolve()))
+    return replace(family, digest=xxhash.xxh3_64_hexdigest(said))
 
 
 class _Table:

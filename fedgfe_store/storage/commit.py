@@ -277,10 +277,16 @@ class Transaction:
             live=old.point.live + int(created.sum()) - deleted,
             compacted=self.commit if kind == "compact" else old.point.compacted,
         )
-        names: list[str] = []
-        if created.any():
-            names = rows["class_name"][created & ~are_negatives(rows)].tolist()
         group = old.upgraded() if self._upgrading else old
+        names: list[str] = []
+        negatives = np.zeros(1, bool)
+        if self._upgrading:
+            negatives = are_negatives({n: self.snapshot.column(n) for n in ("node", "split")})
+        if created.any():
+            negatives = np.append(negatives, are_negatives(rows))
+            names = rows["class_name"][created & ~are_negatives(rows)].tolist()
+        if negatives.any():
+            group = group.with_negatives()
         return group.at(point, old.schema.with_classes(names))
 
     def _key_chunks(

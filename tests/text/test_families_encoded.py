@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 from tiny_families import FAMILIES
-from tiny_prompts import PROMPTING, encode, from_prompts
+from tiny_prompts import PROMPTING, encode, from_prompts, load_whole
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
+from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.settings import seed_of
+from fedgfe_store.models.family import read_family
 from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
 
@@ -60,7 +63,7 @@ def apart(some: Any, others: Any) -> int:
     return max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_A_CLASS.values() if name != "z-image"])
+@pytest.mark.parametrize("name", ONE_A_CLASS.values())
 def test_a_stores_prompts_become_the_images_that_the_pipeline_makes_of_them(
     tiny_model: Callable[..., Path], name: str, tmp_path: Path
 ) -> None:
@@ -87,3 +90,67 @@ def test_a_stores_prompts_become_the_images_that_the_pipeline_makes_of_them(
             tokens = unwanted[argument].shape[1]
             values = negatives.read(argument if argument in negatives.schema.columns else "clip")
             np.testing.assert_allclose(values[:, :tokens], unwanted[argument], atol=1e-6)
+
+
+DECLARED = """
+[mine]
+pipelines = ["PixArtSigmaPipeline"]
+latents = "plain"
+size = "sample_size"
+features = ["num_attention_heads", "attention_head_dim"]
+blocks = ["num_layers"]
+[mine.columns]
+prompt_embeds = { is = "sequence", width = "caption_channels" }
+prompt_attention_mask = { is = "mask" }
+[mine.defaults]
+steps = 2
+[mine.encoders]
+text_encoder = "T5EncoderModel"
+[mine.encode]
+returns = ["prompt_embeds", RETURNED]
+length = "max_sequence_length"
+arguments = { clean_caption = false }
+"""
+
+
+def declared(tmp_path: Path, returned: str = '"prompt_attention_mask"') -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(DECLARED.replace("RETURNED", returned))
+    return path
+
+
+def test_a_declared_family_encodes_as_it_says(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, store = tiny_model("pixart-sigma", encoders=True), tmp_path / "s.zarr"
+    arguments = ("encode", "--model", folder, "--family", declared(tmp_path), "--device", "cpu")
+    run(store, *arguments, "--class", "A DOG", "--prompt", "{class}", "--max-sequence-length", 9)
+    opened = EmbeddingStore.open(store)
+    assert opened.schema.describe() == (
+        "mine: prompt_embeds [9, 4096], prompt_attention_mask [9] bool"
+    )
+    with torch.no_grad():
+        values, mask, *_ = load_whole(folder, "pixart-sigma").encode_prompt(
+            "A DOG", do_classifier_free_guidance=False, max_sequence_length=9, clean_caption=False
+        )
+    np.testing.assert_array_equal(opened.select().read("prompt_embeds"), values.numpy())
+    np.testing.assert_array_equal(
+        opened.select().read("prompt_attention_mask"), mask.bool().numpy()
+    )
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            '"prompt_mask"',
+            r"encode: expected prompt_embeds, prompt_attention_mask, negative_\.\.\.",
+        ),
+        ('"", "prompt_attention_mask", 3', "in returns, got 3"),
+    ],
+)
+def test_a_declaration_of_encoding_that_is_wrong_is_named(
+    tmp_path: Path, returned: str, message: str
+) -> None:
+    with pytest.raises(SchemaMismatchError, match=message):
+        read_family(declared(tmp_path, returned))
