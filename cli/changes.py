@@ -51,6 +51,8 @@ def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout:
     if not filters:
         raise click.UsageError("expected at least one filter, such as --round 3")
     store = EmbeddingStore.open(obj.store)
+    if not dry_run:
+        store.snapshot.check_writable()  # before anything is asked
     wanted = filters.resolved(store)
     selection = store.select(**wanted)
     filters.check(store, selection)

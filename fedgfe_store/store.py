@@ -309,6 +309,7 @@ class EmbeddingStore(Upkeep):
                 f"merge: expected an EmbeddingStore, such as EmbeddingStore.open(path), "
                 f"got {source!r}"
             )
+        self._snapshot.check_writable()
         self.schema.check_fits(source.schema, f"{source.path}")
         selection = Selection.whole(source.snapshot)
         same_bits = self.schema.precision == source.schema.precision

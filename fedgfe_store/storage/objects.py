@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -199,5 +200,8 @@ def _joined(ranges: Sequence[Range]) -> list[Range]:
 
 
 def _told(error: Exception) -> str:
-    """Return the first line of what obstore says, which goes on with a dump of its source."""
-    return str(error).partition("\n")[0].strip()
+    """Return in one line what obstore says, and of a server's XML the code."""
+    said, _, answer = str(error).partition("\n\nDebug source")[0].partition("<?xml")
+    code = re.search("<Code>([A-Za-z]+)</Code>", answer)
+    line = " ".join(said.split()).rstrip(": ")
+    return f"{line} ({code[1]})" if code else line
