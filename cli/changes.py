@@ -67,13 +67,13 @@ def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout:
         click.echo(f"{found} found; {'dry run, ' if dry_run else ''}nothing deleted")
         return
     if not yes:
-        question = f"delete {found} ({_whose(records)}) from {store.path}?"
+        question = f"delete {found} ({_whose(records)}) from {store.location}?"
         click.confirm(question, abort=True, err=True)
     deleted = store.delete(timeout=timeout, **wanted)
     if deleted != len(records):
         click.echo(f"note: {found} found at first; another writer came in between", err=True)
     click.echo(
-        f"{counted(deleted, 'record')} deleted: {store.path} is at commit {store.commit}, "
+        f"{counted(deleted, 'record')} deleted: {store.location} is at commit {store.commit}, "
         f"with {counted(len(store), 'record')}"
     )
 
@@ -197,7 +197,7 @@ def _expected(store: EmbeddingStore) -> int:
 
 
 def _extent(store: EmbeddingStore, found: Verification) -> str:
-    return f"{counted(found.records, 'record')} of {store.path}, commit {found.commit}"
+    return f"{counted(found.records, 'record')} of {store.location}, commit {found.commit}"
 
 
 def _print_damage(found: Verification) -> None:
@@ -252,7 +252,7 @@ def compact(obj: Context, timeout: float) -> None:
     click.echo(
         f"tensor files: {size(done.bytes_before)} before, {size(done.bytes_after)} after\n"
         f"{counted(done.records_moved, 'record')} moved, {counted(done.files_freed, 'file')} "
-        f"freed: {store.path} is at commit {store.commit}"
+        f"freed: {store.location} is at commit {store.commit}"
     )
 
 
@@ -314,12 +314,12 @@ def _target(path: Path, sources: list[EmbeddingStore], timeout: float) -> Embedd
         store = None
     schema = store.schema if store is not None else sources[0].schema
     for source in sources:
-        schema.check_fits(source.schema, str(source.path))
+        schema.check_fits(source.schema, str(source.location))
     return store or EmbeddingStore.create(path, schema, timeout=timeout)
 
 
 def _merge_row(source: EmbeddingStore, batch: AppendBatch) -> list[object]:
-    return [source.path, len(source), batch.added, batch.replaced, batch.skipped]
+    return [source.location, len(source), batch.added, batch.replaced, batch.skipped]
 
 
 @click.command()

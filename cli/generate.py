@@ -237,7 +237,7 @@ def _print_plan(run: Run) -> None:
     shown += [f"{n} {' '.join(v)}" for n in ("column", "lora") if (v := getattr(settings, n))]
     part = "" if run.request.part.count == 1 else f", part {run.request.part}"
     say(
-        f"records: {len(run.selection)} of {run.selection.path}, commit "
+        f"records: {len(run.selection)} of {run.selection.location}, commit "
         f"{run.selection.commit}{part}"
     )
     place = f"{settings.dtype} on {run.placement.device}"

@@ -130,7 +130,7 @@ class OldFlags:
         if filters.typed and not filters.allow_empty and not len(selection):
             filters.check(store, store.select(**wanted))
             raise NotFoundError(
-                f"no record of those files meets the filters, others of {store.path} do"
+                f"no record of those files meets the filters, others of {store.location} do"
             )
         return selection
 

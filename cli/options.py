@@ -273,7 +273,7 @@ def class_names(
 
 
 def _where(selection: Selection) -> str:
-    return f"{selection.path}, commit {selection.commit}"
+    return f"{selection.location}, commit {selection.commit}"
 
 
 def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -340,7 +340,7 @@ def default_folder(selection: Selection) -> Path:
     """Return where images go unless told otherwise: ``output_images/<experiment>``."""
     from fedgfe_store.errors import SchemaMismatchError
 
-    experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
+    experiment = selection.schema.metadata.experiment or selection.location.resolve().stem
     name = Path(experiment)
     # A store that somebody sent must not choose a folder anywhere on the disk.
     if name.is_absolute() or ".." in name.parts or not experiment.isprintable():

@@ -90,7 +90,7 @@ def init(
     else:
         schema = Schema.sd(tokens or 77, precision=precision, metadata=metadata)
     store = EmbeddingStore.create(obj.store, schema)
-    click.echo(f"made {store.path} ({schema.describe()}, {schema.precision})")
+    click.echo(f"made {store.location} ({schema.describe()}, {schema.precision})")
 
 
 def _column(text: str) -> TensorColumn:
@@ -140,7 +140,7 @@ def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, st
     history = store.history()
     last = f", {history['time'].iloc[-1]:%Y-%m-%d %H:%M} UTC" if len(history) else ""
     return [
-        ("store", str(store.path)),
+        ("store", str(store.location)),
         ("experiment", metadata.experiment or "-"),
         ("kind", schema.describe()),
         ("precision", schema.precision),

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from fedgfe_store.common.filters import position_array
+from fedgfe_store.common.location import Location, own_folder
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey, check_keys
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
     import xarray as xr
-
-    from fedgfe_store.common.location import Location
 
 
 class Rows(ABC):
@@ -37,8 +38,13 @@ class Rows(ABC):
         """Return the records in these rows."""
 
     @property
-    def path(self) -> Location:
-        """Folder of the store, or its URL."""
+    def path(self) -> Path:
+        """Folder of the store; SchemaMismatchError where it is read from a URL."""
+        return own_folder(self._snapshot.path)
+
+    @property
+    def location(self) -> Location:
+        """Where the store is: its folder, or the address that `str` makes a URL."""
         return self._snapshot.path
 
     @property

@@ -69,7 +69,9 @@ class Selection(Rows):
 
     def __repr__(self) -> str:
         shown = ", ".join(self._description()) or "all records"
-        return f"<Selection of {self.path} at commit {self.commit}: {len(self)} records ({shown})>"
+        return (
+            f"<Selection of {self.location} at commit {self.commit}: {len(self)} records ({shown})>"
+        )
 
     def _repr_html_(self) -> str:
         from fedgfe_store.readers.html import selection_html

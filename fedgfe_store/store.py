@@ -110,7 +110,7 @@ class EmbeddingStore(Upkeep):
 
     def __repr__(self) -> str:
         return (
-            f"<EmbeddingStore {self.path}: {len(self)} records, commit {self.commit}, "
+            f"<EmbeddingStore {self.location}: {len(self)} records, commit {self.commit}, "
             f"{self.schema.describe()}, {self.schema.precision}>"
         )
 
@@ -172,7 +172,8 @@ class EmbeddingStore(Upkeep):
         schema = self.schema
         if encoder is not None and encoder != (schema.metadata.encoder or encoder):
             raise SchemaMismatchError(
-                f"encoder: expected {schema.metadata.encoder!r} as in {self.path}, got {encoder!r}"
+                f"encoder: expected {schema.metadata.encoder!r} as in {self.location}, "
+                f"got {encoder!r}"
             )
         return AppendBatch(
             self._snapshot,
@@ -310,10 +311,10 @@ class EmbeddingStore(Upkeep):
                 f"got {source!r}"
             )
         self._snapshot.check_writable()
-        self.schema.check_fits(source.schema, f"{source.path}")
+        self.schema.check_fits(source.schema, f"{source.location}")
         selection = Selection.whole(source.snapshot)
         same_bits = self.schema.precision == source.schema.precision
-        origin = f"merge of {source.schema.metadata.experiment or source.path.name}"
+        origin = f"merge of {source.schema.metadata.experiment or source.location.name}"
         with self.append(if_exists=if_exists, source=origin, timeout=timeout) as batch:
             # Digests compare records in one precision only; "skip" compares keys alone.
             if same_bits or if_exists == "skip":

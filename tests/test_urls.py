@@ -121,7 +121,7 @@ def test_what_is_read_is_what_the_folder_has(served):
         served.local.commit,
         len(served.local),
     )
-    assert (str(there.path), there.path.name) == (served.url, "embeddings.zarr")
+    assert (str(there.location), there.location.name) == (served.url, "embeddings.zarr")
     same(there.select(), served.local.select())
     wanted = {"node": ["server", 1], "class_name": "cat", "round": 5}
     same(there.select(**wanted).take([3, 0]), served.local.select(**wanted).take([3, 0]))
@@ -269,9 +269,9 @@ def test_a_tensor_file_that_is_gone_is_missing(on_s3):
         lambda store, path: store.upgrade(),
         lambda store, path: store.backup(path),
         lambda store, path: store.merge(store),
-        lambda store, path: EmbeddingStore.create(f"{store.path}2", SMALL),
+        lambda store, path: EmbeddingStore.create(f"{store.location}2", SMALL),
         lambda store, path: Recorder(store),
-        lambda store, path: Recorder(str(store.path)),
+        lambda store, path: Recorder(str(store.location)),
     ],
 )
 def test_nothing_is_written_behind_a_url(on_s3, tmp_path, write):

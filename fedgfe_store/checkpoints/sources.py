@@ -18,7 +18,6 @@ from fedgfe_store.checkpoints.listing import (
     natural_order,
 )
 from fedgfe_store.checkpoints.report import FileReport
-from fedgfe_store.common.location import own_folder
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.names import STORE_NAME, Origin, checkpoint_name, checkpoint_origin
 from fedgfe_store.records import TEXT_NODE
@@ -87,15 +86,19 @@ class Sources:
         NotFoundError
             If a named file is neither there nor has records in the store, or nothing matches.
         """
-        ledger = Ledger(own_folder(store.path))
+        ledger = Ledger(store.path)
         stored = store.select().by_node_and_round().keys()
         by_file = {file: origins_of(file, ledger) & stored for file in self.files}
         for file, found in by_file.items():
             if not found and not file.exists():
-                raise NotFoundError(f"{file}: no such file, and no record of it in {store.path}")
+                raise NotFoundError(
+                    f"{file}: no such file, and no record of it in {store.location}"
+                )
         inside = self._in_folder(stored, ledger)
         if self.folder is not None and not inside and not self.present():
-            raise NotFoundError(f"{self._nothing()}, and no record of such a file in {store.path}")
+            raise NotFoundError(
+                f"{self._nothing()}, and no record of such a file in {store.location}"
+            )
         return inside.union(*by_file.values())
 
     def _in_folder(self, stored: Set[Origin], ledger: Ledger) -> set[Origin]:
@@ -182,7 +185,7 @@ def select_records(
         As for `Sources.origins`.
     """
     wanted = sources.origins(store)
-    ledger = Ledger(own_folder(store.path))
+    ledger = Ledger(store.path)
     for report in failed:
         wanted -= {(report.node, report.round), *origins_of(report.path, ledger)}
     selection = store.select(**filters)

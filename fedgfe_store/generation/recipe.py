@@ -191,15 +191,15 @@ class Recipe:
             return selection
         commit = self.provenance["commit"]
         if commit < store.commit:
-            before = self._record_of(EmbeddingStore.open(store.path, as_of=commit))
+            before = self._record_of(EmbeddingStore.open(store.location, as_of=commit))
             if len(before) and self._is_of(before):
                 report(f"the record has changed since commit {commit}: using it as of then")
                 return before
         if not len(selection):
-            raise NotFoundError(f"{store.path}: expected a record {self.key}, got none")
+            raise NotFoundError(f"{store.location}: expected a record {self.key}, got none")
         raise ConflictError(
             f"{self.path}: expected the embedding that it was made from, got another one in "
-            f"{store.path} for {self.key}"
+            f"{store.location} for {self.key}"
         )
 
     def _record_of(self, store: EmbeddingStore) -> Selection:

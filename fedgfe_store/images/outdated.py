@@ -32,7 +32,7 @@ class Records:
 
     def __init__(self, selection: Selection) -> None:
         self._as_of = selection.as_of
-        self._place = selection.path.resolve()
+        self._place = selection.location.resolve()
         self._identity = Identity.of_store(selection)
         digests = record_digests(selection, selection.schema.columns)
         self._digests = dict(zip(selection.keys(), digests, strict=True))

@@ -135,7 +135,7 @@ def _page(kind: str, selection: Rows, snapshot: Snapshot, **own: object) -> str:
     counts = _counts(selection, "round", "node")
     return _template().render(
         kind=kind,
-        path=str(selection.path),
+        path=str(selection.location),
         records=n,
         memory=_memory(snapshot.schema, n),
         schema=snapshot.schema,

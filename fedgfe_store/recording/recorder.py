@@ -112,8 +112,8 @@ class Recorder:
         _check_choice("if_exists", if_exists, IfExists)
         _check_choice("on_error", on_error, OnError)
         self.every = whole_number("every", every)
-        named = store.path if isinstance(store, EmbeddingStore) else location(store)
-        self.path = own_folder(named)
+        given = store.location if isinstance(store, EmbeddingStore) else location(store)
+        self.path = own_folder(given)
         target = Target(
             self.path,
             precision=precision,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedgfe_store.common.location import Location
+from fedgfe_store.common.location import Location, own_folder
 from fedgfe_store.schema import FORMAT_VERSION
 from fedgfe_store.storage.commit import CommitKind, Transaction
 from fedgfe_store.storage.compact import Compaction, compact
@@ -33,8 +33,13 @@ class Upkeep:
     _snapshot: Snapshot
 
     @property
-    def path(self) -> Location:
-        """The store's folder, or its URL."""
+    def path(self) -> Path:
+        """The store's folder; SchemaMismatchError where it is read from a URL."""
+        return own_folder(self._snapshot.path)
+
+    @property
+    def location(self) -> Location:
+        """Where the store is: its folder, or the address that `str` makes a URL."""
         return self._snapshot.path
 
     @property

@@ -43,13 +43,14 @@ def kept(
         If it is damaged.
     """
     found = None
-    if len(columns) == 1 and isinstance(selection.path, Path):  # no URL is as old as these arrays
-        found = _array(selection.path, prompt, encoder)
+    folder = selection.location
+    if len(columns) == 1 and isinstance(folder, Path):  # releases of those arrays knew no URL
+        found = _array(folder, prompt, encoder)
     if found is not None:
         (argument,) = columns
         return Negative.of({argument: found}, _source(prompt))
     # What was kept since the selection was made counts, too.
-    records = EmbeddingStore.open(selection.path).select(
+    records = EmbeddingStore.open(selection.location).select(
         node=TEXT_NODE, round=TEXT_ROUND, split=NEGATIVE_SPLIT
     )
     wanted = {"prompt": prompt} | ({"encoder": encoder} if encoder else {})
@@ -123,7 +124,7 @@ def append_record(
         for column in schema.tensors:  # columns of other models, which say nothing here
             if column.name not in given and not column.optional:
                 given[column.name] = np.zeros((1, *column.shape), column.dtype)
-        store = EmbeddingStore.open(selection.path)
+        store = EmbeddingStore.open(selection.location)
         source = f"negative embeddings of {model.name}"
         with store.append(
             node=TEXT_NODE, round=TEXT_ROUND, source=source, timeout=_PATIENCE
