@@ -138,9 +138,9 @@ def load_of(model: Model, settings: Settings, tokens: int) -> Load:
     quantization, kept = settings.quantization, DTYPES[settings.dtype].itemsize
     share, unet = WEIGHT_SHARE[quantization], not model.family.features
     stored = model.weights(model.part).tensors()
-    converted = quantization not in PACKED and (
-        quantization is not None or any(d != _STORED[settings.dtype] for _, d in stored.values())
-    )
+    # What is packed goes to the device tensor by tensor. All else is loaded whole first.
+    other = any(dtype != _STORED[settings.dtype] for _, dtype in stored.values())
+    loading = 0 if quantization in PACKED or not other else kept
     scale = model.latent_scale if unet else model.size_step
     positions = settings.height * settings.width // scale**2 + (0 if unet else tokens)
     passes = 2 if model.takes_negative(settings.guidance) else 1
@@ -161,7 +161,8 @@ def load_of(model: Model, settings: Settings, tokens: int) -> Load:
         pixels=settings.height * settings.width,
         steps=settings.steps,
         operations=2 * passes * numbers * positions * (_SHARE_OF_UNET if unet else _SHARE),
-        converted=converted,
+        converted=bool(loading) or quantization not in (None, *PACKED),
+        loading=loading * numbers,
         swap_batches=1 if model.family.latents == "own" else SWAP_BATCHES,
     )
 

@@ -127,3 +127,17 @@ def test_a_plan_that_is_asked_for_moves_all_blocks(load: Load) -> None:
 
 def test_a_small_network_has_no_blocks_to_move() -> None:
     assert Blocks.of({"conv_in.weight": 4, "mid_block.a.0.weight": 8}) == Blocks({}, 12, 8)
+
+
+def test_what_is_cast_after_loading_is_on_the_host_as_it_was_loaded(dev: Model) -> None:
+    stored = Settings("dev", "", "bfloat16", 28, 3.5, 1024, 1024, quantization="fp8-cast")
+    found = on(load_of(dev, stored, 512), 16, 16)
+    assert found is not None
+    assert found.host == pytest.approx(11.2 * GIB, rel=0.02), "half of the weights"
+    # Files of bfloat16 are converted to float16 first, and then cast.
+    assert on(load_of(dev, replace(stored, dtype="float16"), 512), 16, 16) is None
+    assert on(load_of(dev, replace(stored, dtype="float16"), 512), 16, 32) is not None
+    packed = replace(stored, dtype="float16", quantization="nf4")
+    found = on(load_of(dev, packed, 512), 12, 16, modes=("none",))
+    assert found is not None
+    assert found.host == 0
