@@ -109,9 +109,9 @@ def place_in(
     Placement
         With room for one image, if there is any such.
     """
-    # Weights are on the host already, and what is pinned comes on top of them.
     memory = Memory(usable, free_host_bytes(processes_here(os.environ)), exact=pin_exactly())
-    load = load_of(model, settings, tokens)
+    # They come home as copies, and what is pinned comes on top of these.
+    load = replace(load_of(model, settings, tokens), converted=True)
     found = choose(load, memory, modes=(placement.offload,), batch_size=1)
     if found is None:
         return replace(placement, resident=(), pinned=False)
