@@ -241,6 +241,12 @@ def _fitting(
     model: Model, settings: Settings, tokens: int, placement: Placement, memory: Memory
 ) -> Iterator[str]:
     """Name what would fit."""
+    if load_of(model, settings, tokens).loading:
+        kinds = {dtype for _, dtype in model.weights(model.part).tensors().values()}
+        for name in (name for name, stored in _STORED.items() if kinds == {stored}):
+            modes = possible_offloads(placement.compiled, placement.quantization)
+            if choose(load_of(model, replace(settings, dtype=name), tokens), memory, modes=modes):
+                yield f"--dtype {name}, as the files are, fits"
     for name in ("fp8-cast", "nf4"):
         if settings.quantization is None:
             modes = possible_offloads(placement.compiled, name)
