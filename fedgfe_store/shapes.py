@@ -13,6 +13,9 @@ from fedgfe_store.common.plain import Unusable, what
 T5_WIDTH = 4096
 CLIP_WIDTH = 768
 
+TENSOR_KEYS = ("t5_embedding", "clip_embedding", "t5", "clip")
+"""What FedGFE calls T5 and CLIP in a checkpoint's entries; shapes tell which is which."""
+
 _LEAST_BOUND = 64 << 20
 
 Shape = tuple[int, ...]
@@ -20,11 +23,19 @@ Shape = tuple[int, ...]
 
 def as_tensor(value: Any, key: str) -> torch.Tensor:
     """Return a tensor of real numbers with values, or raise `Unusable`."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+    tensor = any_tensor(value, key, kinds="f")
+    if not tensor.is_floating_point():
+        raise Unusable(f"{key} is not an ordinary tensor of floating-point values")
+    return tensor
+
+
+def any_tensor(value: Any, key: str, *, kinds: str = "fiub") -> torch.Tensor:
+    """Return a tensor with values, of numbers of any type, or raise `Unusable`."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in kinds:
         value = torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
     if not isinstance(value, torch.Tensor):
         raise Unusable(f"{key} is {what(value)}, not a tensor")
-    if value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
+    if value.layout is not torch.strided or value.is_meta or value.is_complex():
         raise Unusable(f"{key} is not an ordinary tensor of floating-point values")
     if value.nbytes > max(value.untyped_storage().nbytes(), _LEAST_BOUND):
         raise Unusable(f"{key} repeats its values to {value.nbytes:,} bytes")

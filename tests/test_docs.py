@@ -46,12 +46,14 @@ def test_commands_print_what_the_page_shows(page, folder):
 
 def test_the_readmes_python_runs_in_the_demos_folder(folder):
     parts = blocks("README.md", "python")
-    assert len(parts) == 5
+    assert len(parts) == 6
     names: dict[str, Any] = {}
     for part in parts:
         exec(compile(part, "README.md", "exec"), names)
     assert names["drift"] > 0
     assert len(names["store"]) == 6
+    assert names["padded"].shape == (2, 512, 2304)
+    assert names["lengths"].tolist() == [20, 31]
     assert len(EmbeddingStore.open(names["path"])) == 2
     assert names["ds"].sizes["record"] == 480
 

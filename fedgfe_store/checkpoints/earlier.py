@@ -49,8 +49,7 @@ class DeletedRecords:
         known = self._digests.get(key)
         if known is None:
             return False
-        tensors = {name: getattr(sample, name) for name in self._schema.columns}
-        given = checked(self._schema, vars(key), {}, tensors)
+        given = checked(self._schema, vars(key), {}, sample.tensors)
         columns = conformed(given, self._schema).columns
         return tuple(int(columns[name][0]) for name in self._names) in known
 

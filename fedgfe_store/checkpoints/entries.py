@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,18 @@ from fedgfe_store.common.plain import (
     what,
     whole,
 )
-from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
+from fedgfe_store.schema import TensorColumn
+from fedgfe_store.shapes import (
+    T5_WIDTH,
+    TENSOR_KEYS,
+    Shape,
+    any_tensor,
+    as_tensor,
+    column_of,
+    row_shape,
+    without_batch,
+)
 
-_TENSOR_KEYS = ("t5_embedding", "clip_embedding", "t5", "clip")
 _AUDIO_KEYS = ("audio_embeddings", "audio_embedding")
 _NOTES = ("sample_id", "file_id", "image_filename", "audio_path")
 _SAMPLE_KEYS = ("index", "image_filename", "image_path")
@@ -80,7 +89,9 @@ class Slot:
         return f"split {self.split}, class {self.class_name}, index {self.index}"
 
 
-def survey(entries: Sequence[Any], node: str, kind: str) -> tuple[list[Slot | Skipped], list[str]]:
+def survey(
+    entries: Sequence[Any], node: str, kind: str, columns: Sequence[TensorColumn] = ()
+) -> tuple[list[Slot | Skipped], list[str]]:
     """Find the samples of a checkpoint's entries without reading a tensor's values.
 
     Parameters
@@ -91,6 +102,8 @@ def survey(entries: Sequence[Any], node: str, kind: str) -> tuple[list[Slot | Sk
         Node of the file; an entry's own ``node_id`` is kept in ``extra`` where it differs.
     kind : {"flux", "sd"}
         Tells whether a lone ``[77, 768]`` is one sequence.
+    columns : sequence of TensorColumn
+        Those that entries have under their own names.
 
     Returns
     -------
@@ -105,13 +118,28 @@ def survey(entries: Sequence[Any], node: str, kind: str) -> tuple[list[Slot | Sk
     values = Plain(_MOST_OF_A_FILE)
     for position, entry in enumerate(entries):
         try:
-            found.extend(_slots(position, entry, node, kind, numbers, oddities, values))
+            named = _named(entry, columns)
+            rest = {k: v for k, v in entry.items() if k not in named} if named else entry
+            slots = _slots(position, rest, node, kind, numbers, oddities, values)
+            found.extend(replace(slot, places={**slot.places, **named}) for slot in slots)
         except Unusable as reason:
             found.append(Skipped(str(reason), position, _describe(entry)))
     return found, [
         f"{what}: {count} {'entry' if count == 1 else 'entries'}"
         for what, count in oddities.items()
     ]
+
+
+def _named(entry: Any, columns: Sequence[TensorColumn]) -> dict[str, tuple[str, Shape]]:
+    """Return the places of the columns that an entry has under their own names."""
+    found = {}
+    for column in columns if mapping(entry) is not None else ():
+        if entry.get(column.name) is not None:
+            shape = tuple(any_tensor(entry[column.name], column.name).shape)
+            while len(shape) > len(column.shape) and shape[0] == 1:
+                shape = shape[1:]
+            found[column.name] = (column.name, shape)
+    return found
 
 
 def _slots(
@@ -198,7 +226,7 @@ def _stack_rows(entry: Mapping[Any, Any], kind: str) -> int | None:
 
 
 def _tensors(entry: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    for key in _TENSOR_KEYS:
+    for key in TENSOR_KEYS:
         value = entry.get(key)
         if value is not None:
             yield key, as_tensor(value, key)
@@ -232,7 +260,7 @@ def _rest(
     entry: Mapping[Any, Any], node: str, oddities: Counter[str], values: Plain
 ) -> dict[str, Any]:
     """Return all other metadata, the sample's own on top, without tensors."""
-    known = {*_NAMED_KEYS, *_TENSOR_KEYS, *_AUDIO_KEYS}
+    known = {*_NAMED_KEYS, *TENSOR_KEYS, *_AUDIO_KEYS}
     found = {key: value for key, value in entry.items() if key not in known}
     if entry.get("image_filename") is not None:
         found["image_filename"] = entry["image_filename"]

@@ -129,12 +129,16 @@ def schema_with_audio(
     checkpoint: Checkpoint, audio: tuple[int, int] | None, precision: Precision
 ) -> Schema:
     """Return `schema_of` with an audio column of a shape found elsewhere."""
-    shapes = first_shapes(checkpoint)
     metadata = Metadata(
         experiment=experiment_name(checkpoint),
         diffusion_type=checkpoint.kind,
         classes=classes(checkpoint.metadata),
     )
+    if checkpoint.columns:
+        return Schema.of(
+            checkpoint.kind, *checkpoint.columns, precision=precision, metadata=metadata
+        )
+    shapes = first_shapes(checkpoint)
     clip = shapes["clip"]
     if checkpoint.kind == "sd":
         return Schema.sd(
@@ -149,7 +153,7 @@ def schema_with_audio(
 def check_fit(checkpoint: Checkpoint, schema: Schema) -> None:
     """Refuse a file none of whose complete samples fits the store."""
     own = own_shapes(checkpoint)
-    if own and not own_shapes(checkpoint, schema.columns):
+    if own and not own_shapes(checkpoint, schema):
         got = ", ".join(f"{k} {list(shape)}" for k, shape in own[0].items() if k != "audio")
         raise SchemaMismatchError(
             f"{checkpoint.path}: expected tensors as in the store ({schema.describe()}), got"

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from fedgfe_store.checkpoints.columns import DECLARED, declared
 from fedgfe_store.common.plain import Unusable
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
@@ -26,11 +27,8 @@ from fedgfe_store.storage import files
 Layout = Literal["guide", "upstream"]
 _NAMED = ("sample_id", "audio_path")
 _NOTES = (*_NAMED, "file_id", "image_filename")
-_AUDIO = "and optional audio [frames, width]"
-_PLACES = {
-    "flux": f"t5 [tokens, 4096], clip [768] or [tokens, 768] (of two tokens or more), {_AUDIO}",
-    "sd": f"clip [tokens, 768] (of two tokens or more), {_AUDIO}",
-}
+_TAKEN = {"split", "index", "class_name", "node_id", "image_path", "image_filename"}
+_TAKEN |= {"sample_metadata"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,9 @@ def export_checkpoints(
         ``"guide"``: an entry per sample, tensors with a batch axis, ``t5_embedding [1, 17, 4096]``
         and ``clip_embedding [1, 768]``. ``"upstream"``, as FedGFE's code writes: nodes without the
         axis, the server with an entry per split and class that holds stacks, ``t5 [n, 17, 4096]``
-        and ``clip [n, 768]``.
+        and ``clip [n, 768]``. Columns that FedGFE's scripts do not know are written under their
+        own names, an entry per sample, of their data types and, if ragged, without padding; the
+        file's metadata declares them.
     overwrite : bool
         Replace files that are there already.
     on_file : callable, optional
@@ -102,15 +102,15 @@ def export_checkpoints(
     Raises
     ------
     SchemaMismatchError
-        If `layout` is not one of those above, or the store has columns that a checkpoint has no
-        place for, so that nobody could read them back.
+        If `layout` is not one of those above, or a column is called as something else is in a
+        checkpoint.
     ConflictError
         If files are there already, without `overwrite`; nothing is written then.
     """
     if layout not in get_args(Layout):
         expected = ", ".join(get_args(Layout))
         raise SchemaMismatchError(f"layout: expected one of {expected}, got {layout!r}")
-    _check_columns(selection)
+    _check_places(selection)
     folder = Path(folder)
     groups = _groups(selection)
     paths = {origin: folder / name for origin, name in checkpoint_names(groups).items()}
@@ -129,31 +129,38 @@ def export_checkpoints(
     return tuple(written)
 
 
-def _check_columns(selection: Selection) -> None:
-    """Refuse a store whose columns import would take for others, or would not find."""
-    schema = selection.schema
-    if schema.kind not in _PLACES:
-        raise SchemaMismatchError(
-            f"{selection.path}: expected a store of kind {' or '.join(_PLACES)}, got "
-            f"{schema.describe()}"
-        )
-    for column in schema.tensors:
-        if not _reads_back(schema, column):
+def _check_places(selection: Selection) -> None:
+    """Refuse columns whose names in a checkpoint are those of something else."""
+    places = [_place(selection.schema, column) for column in selection.schema.tensors]
+    for column, place in zip(selection.schema.tensors, places, strict=True):
+        if place in _TAKEN or places.count(place) > 1:
             raise SchemaMismatchError(
-                f"{selection.path}: the column {column.name} {list(column.shape)} has no place in "
-                f"a checkpoint of kind {schema.kind}: expected {_PLACES[schema.kind]}"
+                f"{selection.path}: the column {column.name} has no place in a checkpoint, where "
+                f"{place} is something else"
             )
-    missing = {"flux": {"t5", "clip"}, "sd": {"clip"}}[schema.kind] - set(schema.columns)
-    if missing:
-        raise SchemaMismatchError(
-            f"{selection.path}: a checkpoint of kind {schema.kind} needs {_PLACES[schema.kind]}, "
-            f"got no column {' and no '.join(sorted(missing))}"
-        )
+
+
+def _place(schema: Schema, column: TensorColumn) -> str:
+    """Return the key of a column in a sample's entry."""
+    return f"{column.name}_embedding" if _reads_back(schema, column) else column.name
+
+
+def _is_plain(schema: Schema) -> bool:
+    """Whether a store has what FedGFE's scripts know: T5, CLIP and audio, as they are there."""
+    needed = {"flux": {"t5", "clip"}, "sd": {"clip"}}.get(schema.kind)
+    has_all = needed is not None and needed <= schema.columns.keys()
+    return has_all and all(_reads_back(schema, column) for column in schema.tensors)
 
 
 def _reads_back(schema: Schema, column: TensorColumn) -> bool:
+    """Whether import would take the column for what it is, by its shape."""
+    if column.dtype != "float32" or column.ragged:
+        return False
     if column.name == "audio":
-        return column.optional and len(column.shape) == 2
+        # Import takes it only where it is asked for, so it is declared among others.
+        rest = [other for other in schema.tensors if other.name != "audio"]
+        known = all(_reads_back(schema, other) for other in rest)
+        return known and column.optional and len(column.shape) == 2
     try:
         found = column_of(column.name, column.shape)
     except Unusable:
@@ -170,7 +177,7 @@ def _groups(selection: Selection) -> dict[Origin, Selection]:
 
 
 def _export(part: Selection, path: Path, node: str, round: int, layout: Layout) -> ExportedFile:
-    stacked = layout == "upstream" and node == SERVER
+    stacked = layout == "upstream" and node == SERVER and _is_plain(part.schema)
     notes: list[str] = []
     try:
         entries = _stacks(part, notes) if stacked else _samples(part, batch_axis=layout == "guide")
@@ -202,11 +209,13 @@ def _moment(part: Selection) -> str:
 def _metadata(part: Selection, *, stacked: bool) -> dict[str, Any]:
     known = part.schema.metadata
     here = set(part.records["class_name"])
+    columns = {} if _is_plain(part.schema) else {DECLARED: declared(part.schema)}
     return {
         "diffusion_type": part.schema.kind,
         "federation_classes" if stacked else "selected_classes": [
             name for name in known.classes if stacked or name in here
         ],
+        **columns,
     }
 
 
@@ -215,8 +224,8 @@ def _samples(part: Selection, *, batch_axis: bool) -> Iterator[dict[str, Any]]:
     for records in part.pieces():
         for position in range(len(records)):
             tensors = {
-                f"{name}_embedding": None if values is None else values.reshape(lead + values.shape)
-                for name, values in _tensors(records, position, part.schema).items()
+                key: None if values is None else values.reshape(lead + values.shape)
+                for key, values in _tensors(records, position, part.schema).items()
             }
             notes = _notes(records, position, part.schema)
             key = records.key(position)
@@ -232,11 +241,17 @@ def _samples(part: Selection, *, batch_axis: bool) -> Iterator[dict[str, Any]]:
 
 
 def _tensors(records: RecordBatch, position: int, schema: Schema) -> dict[str, torch.Tensor | None]:
-    """Return one record's tensors, each in a storage of its own; T5 is None without one."""
-    found: dict[str, torch.Tensor | None] = {"t5": None}
+    """Return one record's tensors by key, each in a storage of its own, without padding.
+
+    T5 is None in FedGFE's checkpoints without one.
+    """
+    found: dict[str, torch.Tensor | None] = {"t5_embedding": None} if _is_plain(schema) else {}
     for column in schema.tensors:
         if records.columns.get(f"has_{column.name}", np.full(len(records), True))[position]:
-            found[column.name] = torch.from_numpy(np.array(records.tensors[column.name][position]))
+            values = records.tensors[column.name][position]
+            if column.ragged:
+                values = values[: records.columns[f"length_{column.name}"][position]]
+            found[_place(schema, column)] = torch.from_numpy(np.array(values))
     return found
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from fedgfe_store.checkpoints import entries
+from fedgfe_store.checkpoints.columns import kind_of_columns
 from fedgfe_store.checkpoints.entries import Slot, survey
 from fedgfe_store.common.plain import Placeholder, Unusable, brief, mapping, plain, what, whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.names import checkpoint_origin
-from fedgfe_store.schema import Kind
+from fedgfe_store.schema import Kind, TensorColumn
 
 RoundFrom = Literal["name", "content"]
 """Which round counts where a file's name and its content differ."""
@@ -144,11 +145,15 @@ def plain_metadata(value: Any) -> tuple[dict[str, Any], list[str]]:
     return kept, notes
 
 
-def kind_of(metadata: Mapping[str, Any], embeddings: list[Any]) -> Kind:
+def kind_of(
+    metadata: Mapping[str, Any], embeddings: list[Any], columns: Sequence[TensorColumn] = ()
+) -> Kind:
     """Return which conditioning the entries are: what the metadata says, else what they hold."""
     said = str(metadata.get("diffusion_type")).lower()
-    if said in ("flux", "sd"):
+    if said in ("flux", "sd") or (columns and metadata.get("diffusion_type") is not None):
         return said
+    if columns:
+        return kind_of_columns(columns)
     found, _ = survey(embeddings, "", "flux")
     return "flux" if any(isinstance(s, Slot) and "t5" in s.places for s in found) else "sd"
 

@@ -205,7 +205,7 @@ class _Target:
         self, checkpoint: Checkpoint, schema: Schema, report: FileReport
     ) -> FileReport:
         tally = Tally(schema, self._deleted(checkpoint), fail_fast=self._request.fail_fast)
-        samples = tally.watch(checkpoint.read(schema.columns))
+        samples = tally.watch(checkpoint.read(schema))
         if self._store is None or self._request.dry_run:
             self._schema = schema
             return tally.on(replace(report, records=sum(1 for _ in samples)))
@@ -241,7 +241,8 @@ class _Target:
             source=_source(checkpoint.path),
         ) as batch:
             for group in _groups(samples):
-                batch.add(timestamp=moment, **_columns(group, old=store.id is None))
+                columns = _columns(group, store.schema, old=store.id is None)
+                batch.add(timestamp=moment, **columns)
             if self._request.if_exists == "replace" and checkpoint.node != TEXT_NODE:
                 for split in self._begun(checkpoint, tally.splits):
                     batch.supersede(node=checkpoint.node, round=checkpoint.round, split=split)
@@ -310,13 +311,13 @@ def _audio_in(path: Path) -> tuple[int, int] | None:
 
 
 def _groups(samples: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Gather samples to some 32 MiB; those with and without audio apart."""
-    for _, alike in groupby(samples, key=lambda entry: entry.audio is None):
+    """Gather samples to some 32 MiB; those with and without an optional column apart."""
+    for _, alike in groupby(samples, key=lambda entry: entry.tensors.keys()):
         group: list[Entry] = []
         size = 0
         for entry in alike:
             group.append(entry)
-            size += sum(t.nbytes for t in (entry.t5, entry.clip, entry.audio) if t is not None)
+            size += sum(tensor.nbytes for tensor in entry.tensors.values())
             if size >= _GROUP_BYTES:
                 yield group
                 group, size = [], 0
@@ -324,7 +325,7 @@ def _groups(samples: Iterable[Entry]) -> Iterator[list[Entry]]:
             yield group
 
 
-def _columns(group: list[Entry], *, old: bool) -> dict[str, Any]:
+def _columns(group: list[Entry], schema: Schema, *, old: bool) -> dict[str, Any]:
     """Return what `AppendBatch.add` takes; `old` stores have no column of their own for file_id."""
     names = ["split", "class_name", "index", "sample_id", "image_filename", "audio_path"]
     names += [] if old else ["file_id"]
@@ -333,8 +334,8 @@ def _columns(group: list[Entry], *, old: bool) -> dict[str, Any]:
         {**entry.extra, "file_id": entry.file_id} if old and entry.file_id else entry.extra
         for entry in group
     ]
-    for name in ("t5", "clip", "audio"):
-        tensors = [getattr(entry, name) for entry in group]
-        given = tensors[0] is not None
-        columns[name] = np.stack([t.numpy() for t in tensors]) if given else None
+    for column in schema.tensors:
+        if column.name in group[0].tensors:
+            arrays = [entry.tensors[column.name].numpy() for entry in group]
+            columns[column.name] = arrays if column.ragged else np.stack(arrays)
     return columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,15 @@ import numpy as np
 import torch
 
 from fedgfe_store.checkpoints import torch_files
+from fedgfe_store.checkpoints.columns import (
+    Columns,
+    check_sample,
+    columns_of,
+    is_complete,
+    named_columns,
+    needed,
+    shapes_of,
+)
 from fedgfe_store.checkpoints.entries import Skipped, Slot, survey
 from fedgfe_store.checkpoints.header import (
     RoundFrom,
@@ -25,8 +34,9 @@ from fedgfe_store.checkpoints.header import (
 )
 from fedgfe_store.common.plain import Unusable, plain
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.schema import Kind
-from fedgfe_store.shapes import Shape, as_tensor
+from fedgfe_store.schema import Kind, Schema, TensorColumn
+from fedgfe_store.shapes import Shape, any_tensor, as_tensor
+from fedgfe_store.storage.values import exact
 
 _WINDOW_BYTES = 128 << 20
 """Values that are read before a file is mapped anew: pages of a mapping stay until it goes."""
@@ -45,27 +55,37 @@ class Entry:
         Number within node, split and class: the file's, else the position in file order.
     t5 : Tensor or None
         float32 ``[tokens, 4096]`` on the CPU, contiguous; None for Stable Diffusion.
-    clip : Tensor
-        float32 ``[768]`` or ``[tokens, 768]`` on the CPU, contiguous.
+    clip : Tensor or None
+        float32 ``[768]`` or ``[tokens, 768]`` on the CPU, contiguous; None where the checkpoint
+        has other columns.
     audio : Tensor or None
         float32 ``[frames, 768]`` where it was asked for and is there.
     sample_id, file_id, image_filename, audio_path : str or None
         The sample's metadata.
     extra : mapping
         All other metadata of the sample, ``image_path`` included, as JSON values.
+    named : mapping of str to Tensor
+        Columns that the checkpoint has under their own names, of their data types.
     """
 
     split: str
     class_name: str
     index: int
     t5: torch.Tensor | None
-    clip: torch.Tensor
+    clip: torch.Tensor | None
     audio: torch.Tensor | None
     sample_id: str | None
     file_id: str | None
     image_filename: str | None
     audio_path: str | None
     extra: Mapping[str, Any]
+    named: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The sample's tensors by column, those that are there."""
+        own = {"t5": self.t5, "clip": self.clip, "audio": self.audio}
+        return {name: t for name, t in own.items() if t is not None} | {**self.named}
 
     @property
     def what(self) -> str:
@@ -89,8 +109,11 @@ class Checkpoint:
         When it was written, in UTC; a time without zone is taken as UTC.
     metadata : mapping
         The file's ``metadata`` as JSON values.
-    kind : {"flux", "sd"}
+    kind : str
         From ``diffusion_type``, else ``"flux"`` where there is a T5 tensor.
+    columns : tuple of TensorColumn
+        All columns of a checkpoint that declares them, or whose tensors are called as a pipeline's
+        arguments; else empty.
     audio : bool
         Whether entries carry audio embeddings.
     notes : tuple of str
@@ -105,6 +128,7 @@ class Checkpoint:
     timestamp: datetime | None
     metadata: Mapping[str, Any]
     kind: Kind
+    columns: tuple[TensorColumn, ...]
     audio: bool
     notes: tuple[str, ...]
     nbytes: int
@@ -122,7 +146,7 @@ class Checkpoint:
         """What `entries` leaves out; finding non-finite values reads the whole file."""
         return [item for item in self.read() if isinstance(item, Skipped)]
 
-    def read(self, shapes: Mapping[str, Shape] | None = None) -> Iterator[Entry | Skipped]:
+    def read(self, schema: Schema | None = None) -> Iterator[Entry | Skipped]:
         """Read the samples one at a time, in file order.
 
         A file in torch's zip format is mapped, and mapped anew every 128 MiB, so that memory stays
@@ -130,9 +154,9 @@ class Checkpoint:
 
         Parameters
         ----------
-        shapes : mapping, optional
-            Shape of each column that a sample must have, as `Schema.columns`. By default the
-            columns of the checkpoint's own kind, of any shape.
+        schema : Schema, optional
+            Whose columns a sample must have. By default the checkpoint's own, and T5 and CLIP of
+            any shape.
 
         Yields
         ------
@@ -145,7 +169,11 @@ class Checkpoint:
         DamagedDataError
             If the file changed since it was opened, or is damaged.
         """
-        wanted = _needed(self.kind) if shapes is None else shapes
+        wanted = (
+            needed(self.kind, self.columns)
+            if schema is None
+            else {t.name: t for t in schema.tensors}
+        )
         opened: Any = None
         used, seen = 0, set[tuple[str, str, int]]()
         for slot in self._found:
@@ -155,11 +183,11 @@ class Checkpoint:
             if opened is None or (self._source.mapped and used >= _WINDOW_BYTES):
                 opened = None  # unmaps the file before it is mapped again
                 opened, used = self._unpack(torch_files.load(self._source).content, self.path), 0
-            columns = _columns(slot, wanted, self.audio)
+            columns = columns_of(slot, wanted, audio=self.audio)
             try:
-                _check(slot, wanted, columns, seen)
+                check_sample(slot, wanted, columns, seen)
                 used += 4 * sum(math.prod(slot.places[name][1]) for name in columns)
-                entry = _entry(slot, opened[slot.position], columns)
+                entry = _entry(slot, opened[slot.position], columns, wanted)
             except Unusable as reason:
                 yield Skipped(str(reason), slot.position, slot.what)
             else:
@@ -220,8 +248,9 @@ def read_checkpoint(
     node, round_number, notes = origin(content, path, round_from)
     moment, late = timestamp(content.get("timestamp"))
     metadata, lost = plain_metadata(content.get("metadata"))
-    kind = kind_of(metadata, entries)
-    found, odd = survey(entries, node, kind)
+    columns = named_columns(metadata, entries)
+    kind = kind_of(metadata, entries, columns)
+    found, odd = survey(entries, node, kind, columns)
     heard = sum(isinstance(item, Slot) and "audio" in item.places for item in found)
     if heard and not audio:
         odd.append(f"audio embeddings left out: {heard} records")
@@ -232,6 +261,7 @@ def read_checkpoint(
         timestamp=moment,
         metadata=metadata,
         kind=kind,
+        columns=columns,
         audio=audio,
         notes=(*notes, *late, *lost, *odd, *unread(loaded.unknown)),
         nbytes=source.stamp[1],
@@ -259,13 +289,16 @@ def folder_name(name: str) -> str | None:
         return None
 
 
-def own_shapes(checkpoint: Checkpoint, columns: Mapping[str, Shape] | None = None) -> list[Shapes]:
-    """Return the shapes of the samples that have all that their kind needs, or just `columns`."""
+def own_shapes(checkpoint: Checkpoint, schema: Schema | None = None) -> list[Shapes]:
+    """Return the shapes of the samples that have all that their kind needs, or `schema` has."""
     slots = [item for item in checkpoint._found if isinstance(item, Slot)]
-    if columns is None:
-        return [_shapes(slot) for slot in slots if _fits(slot, checkpoint.kind)]
-    needed = {name: shape for name, shape in columns.items() if name != "audio"}
-    return [shapes for slot in slots if needed.items() <= (shapes := _shapes(slot)).items()]
+    wanted = needed(checkpoint.kind, checkpoint.columns)
+    if schema is not None:
+        wanted = {t.name: t for t in schema.tensors}
+    complete = [slot for slot in slots if is_complete(slot, wanted)]
+    if schema is None and checkpoint.kind == "sd" and not checkpoint.columns:
+        complete = [slot for slot in complete if len(slot.places["clip"][1]) == 2]
+    return [shapes_of(slot) for slot in complete]
 
 
 def first_shapes(checkpoint: Checkpoint) -> Shapes:
@@ -278,9 +311,9 @@ def first_shapes(checkpoint: Checkpoint) -> Shapes:
     """
     complete = own_shapes(checkpoint)
     if not complete:
-        needed = " and ".join(_needed(checkpoint.kind))
+        names = " and ".join(needed(checkpoint.kind, checkpoint.columns))
         raise SchemaMismatchError(
-            f"{checkpoint.path}: expected a record with {needed}, got none"
+            f"{checkpoint.path}: expected a record with {names}, got none"
             f" ({len(checkpoint._found)} records)"
         )
     return complete[0]
@@ -295,64 +328,30 @@ def audio_shape(checkpoint: Checkpoint) -> tuple[int, int] | None:
     return None
 
 
-def _needed(kind: str) -> dict[str, Shape]:
-    return {"clip": ()} if kind == "sd" else {"t5": (), "clip": ()}
-
-
-def _shapes(slot: Slot) -> Shapes:
-    return {column: shape for column, (_, shape) in slot.places.items()}
-
-
-def _fits(slot: Slot, kind: str) -> bool:
-    shapes = _shapes(slot)
-    return set(_needed(kind)) <= set(shapes) and (kind == "flux" or len(shapes["clip"]) == 2)
-
-
-def _columns(slot: Slot, wanted: Mapping[str, Shape], audio: bool) -> list[str]:
-    """Return the columns to read of a sample; audio is optional in every store."""
-    names = [name for name in wanted if name != "audio"]
-    return [*names, "audio"] if audio and "audio" in slot.places else names
-
-
-def _check(
-    slot: Slot,
-    wanted: Mapping[str, Shape],
-    columns: list[str],
-    seen: set[tuple[str, str, int]],
-) -> None:
-    """Raise `Unusable` for a sample that cannot be taken; no value is read for that."""
-    shapes = _shapes(slot)
-    missing = [name for name in columns if name not in shapes]
-    if missing:
-        raise Unusable(f"no {' and no '.join(missing)}")
-    for name in columns:
-        if wanted.get(name) and shapes[name] != wanted[name]:
-            got, expected = list(shapes[name]), list(wanted[name])
-            raise Unusable(f"{name} has shape {got}, expected {expected}")
-    if (slot.split, slot.class_name, slot.index) in seen:
-        raise Unusable("same split, class and index as an entry before")
-
-
-def _entry(slot: Slot, raw: Mapping[Any, Any], columns: list[str]) -> Entry:
-    values = {name: _values(slot, raw, name) for name in columns}
+def _entry(slot: Slot, raw: Mapping[Any, Any], columns: list[str], wanted: Columns) -> Entry:
+    values = {name: _values(slot, raw, name, wanted.get(name)) for name in columns}
+    known = {name: values.pop(name, None) for name in ("t5", "clip", "audio")}
     return Entry(
         split=slot.split,
         class_name=slot.class_name,
         index=slot.index,
-        t5=values.get("t5"),
-        clip=values["clip"],
-        audio=values.get("audio"),
         sample_id=slot.sample_id,
         file_id=slot.file_id,
         image_filename=slot.image_filename,
         audio_path=slot.audio_path,
         extra=slot.extra,
+        named=values,
+        **known,
     )
 
 
-def _values(slot: Slot, raw: Mapping[Any, Any], column: str) -> torch.Tensor:
-    """Copy one sample's tensor out of the file: float32, so that the mapping can go."""
+def _values(
+    slot: Slot, raw: Mapping[Any, Any], column: str, known: TensorColumn | None
+) -> torch.Tensor:
+    """Copy one sample's tensor out of the file, as a store has it, so that the mapping can go."""
     key, shape = slot.places[column]
+    if known is not None and known.dtype != "float32":
+        return _numbers(known, any_tensor(raw[key], key).detach().reshape(shape))
     stored = as_tensor(raw[key], key)
     part = (stored if slot.row is None else stored[slot.row]).reshape(shape)
     values = _float32(part)
@@ -362,6 +361,15 @@ def _values(slot: Slot, raw: Mapping[Any, Any], column: str) -> torch.Tensor:
             f"{column} has values {'beyond float32' if large else 'that are not finite'}"
         )
     return torch.from_numpy(values)
+
+
+def _numbers(column: TensorColumn, part: torch.Tensor) -> torch.Tensor:
+    """Copy whole numbers or truth values, of the column's data type."""
+    try:
+        values = exact(column, (part.float() if part.is_floating_point() else part).numpy())
+    except SchemaMismatchError as error:
+        raise Unusable(str(error)) from None
+    return torch.from_numpy(values.copy())
 
 
 def _float32(part: torch.Tensor) -> np.ndarray:

@@ -138,7 +138,8 @@ class Tally:
                 unnamed = item.what == "unknown"
                 self._leave(f"entry {item.position}" if unnamed else item.what, item.reason)
             elif self._schema is None:
-                self._leave(item.what, f"clip has shape {list(item.clip.shape)}, expected two axes")
+                shapes = ", ".join(f"{k} has shape {[*t.shape]}" for k, t in item.tensors.items())
+                self._leave(item.what, f"{shapes}, expected two axes")
             elif self._schema.precision == "bfloat16" and _beyond_bfloat16(item):
                 self._leave(item.what, "values beyond bfloat16")
             elif self._deleted is not None and item in self._deleted:
@@ -171,8 +172,8 @@ class Tally:
 
 
 def _beyond_bfloat16(entry: Entry) -> bool:
-    tensors = (entry.t5, entry.clip, entry.audio)
-    return any(t is not None and np.abs(t.numpy()).max() > _LARGEST_BFLOAT16 for t in tensors)
+    tensors = [t.numpy() for t in entry.tensors.values() if t.is_floating_point()]
+    return any(np.abs(values).max(initial=0) > _LARGEST_BFLOAT16 for values in tensors)
 
 
 def headed(checkpoint: Checkpoint) -> FileReport:

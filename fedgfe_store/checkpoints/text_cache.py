@@ -70,6 +70,7 @@ def read_text_cache(
         timestamp=None,
         metadata={},
         kind=kind,
+        columns=(),
         audio=False,
         notes=(*notes, *unread(loaded.unknown)),
         nbytes=source.stamp[1],

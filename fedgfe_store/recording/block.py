@@ -107,7 +107,9 @@ class RoundBatch:
         **tensors : Tensor or ndarray
             ``t5=[n, 17, 4096]``, ``clip=[n, 768]``, ...: of any device and floating-point type
             (float64 is rounded to float32), views or not, with or without gradients and axes of
-            length 1. Width and rank tell T5 from CLIP, whichever name they come under.
+            length 1. Width and rank tell T5 from CLIP, whichever name they come under. Other
+            columns of a store that is there come under their names, as in `AppendBatch.add`: whole
+            numbers as they are, a ragged one as a list, or with ``length_<name>``.
 
         Raises
         ------
@@ -117,7 +119,7 @@ class RoundBatch:
         self._writer.check_own_process()
         if not self._block.is_open:
             raise ConflictError(f"the block of {self} is not open: use it as a context")
-        schema, columns = self._writer.target.arrange(tensors)
+        schema, columns, lengths = self._writer.target.arrange(tensors)
         n = len(next(iter(columns.values())))
         numbers, counted = self._numbered(index, split, class_name, n)
         keys = {"node": self._block.node, "round": self._block.round, "split": split}
@@ -130,7 +132,7 @@ class RoundBatch:
             "timestamp": self._started if timestamp is None else timestamp,
             "extra": extra,
         }
-        known = checked_columns(keys, notes, n)
+        known = checked_columns(keys, notes, n) | lengths
         self._writer.target.say_rounded(columns)
         # A Ctrl-C that the block catches would leave half a call in it, part of that with the
         # writer already: `_finish` refuses such a block whole.

@@ -38,9 +38,8 @@ class Page:
         self.count = 0
         self._columns: list[Mapping[str, np.ndarray]] = []
         self._optional = [t.name for t in schema.tensors if t.optional]
-        self._tensors = {
-            t.name: np.empty((self.size, *t.shape), np.float32) for t in schema.tensors
-        }
+        self._ragged = [t.name for t in schema.tensors if t.ragged]
+        self._tensors = {t.name: np.empty((self.size, *t.shape), t.dtype) for t in schema.tensors}
 
     @property
     def room(self) -> int:
@@ -53,7 +52,8 @@ class Page:
         for name, tensor in tensors.items():
             _copy(self._tensors[name][self.count : self.count + n], tensor)
         has = {f"has_{name}": np.full(n, name in tensors) for name in self._optional}
-        self._columns.append({**columns, **has})
+        none = {f"length_{name}": np.zeros(n, np.int32) for name in self._ragged}
+        self._columns.append({**none, **columns, **has})
         self.count += n
 
     def records(self) -> RecordBatch:

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedgfe_store.common.plain import Unusable
@@ -21,7 +22,9 @@ from fedgfe_store.schema import Metadata, Precision, Schema
 from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
 from fedgfe_store.storage.append import AppendBatch, IfExists
 from fedgfe_store.storage.entry import check_texts, named
+from fedgfe_store.storage.incoming import checked_lengths
 from fedgfe_store.storage.metadata import GROUP_FILE
+from fedgfe_store.storage.values import taken
 from fedgfe_store.store import EmbeddingStore
 
 CLIP_TOKENS = 77
@@ -113,10 +116,16 @@ class Target:
                 f"precision: expected {self.schema.precision!r} as in {path}, got {precision!r}"
             )
 
-    def arrange(self, given: dict[str, Any]) -> tuple[Schema, dict[str, torch.Tensor]]:
-        """Return the schema, that of the first records if the store is new, and `arranged`."""
+    def arrange(
+        self, given: dict[str, Any]
+    ) -> tuple[Schema, dict[str, torch.Tensor], dict[str, np.ndarray]]:
+        """Return the schema, that of the first records if the store is new, columns and lengths."""
         schema = self.schema
-        columns = arranged(given, schema)
+        if schema is not None and schema.features:
+            named, lengths, given = _by_name(given, schema)
+        else:
+            named, lengths = {}, {}
+        columns = arranged(given, schema) | named
         if schema is None:
             made = schema_of(columns, self._precision, self._metadata)
             # One step, which needs no lock: of several threads that bring first records one says
@@ -132,7 +141,7 @@ class Target:
         counts = {name: len(tensor) for name, tensor in columns.items()}
         if len(set(counts.values())) > 1:
             raise SchemaMismatchError(f"expected as many records in every tensor, got {counts}")
-        return schema, columns
+        return schema, columns, lengths
 
     def say_rounded(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Log once that some values are not kept as they come."""
@@ -206,6 +215,20 @@ class Target:
         check_texts("extra", extra.tolist(), lambda position: named(records.key(position)))
 
 
+def _by_name(
+    given: Mapping[str, Any], schema: Schema
+) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], dict[str, Any]]:
+    """Return masks, numbers and ragged columns, the lengths of these, and what else is given."""
+    columns = [t for t in schema.tensors if t.ragged or t.dtype != "float32"]
+    found = {t.name: taken(schema, t, given.get(t.name)) for t in columns}
+    there = {name: each for name, each in found.items() if each is not None}
+    n = next((len(values) for values, _ in there.values()), 0)
+    marks = {name for column in columns for name in column.marks}
+    rest = {k: v for k, v in given.items() if k not in found and k not in marks}
+    tensors = {name: torch.from_numpy(values) for name, (values, _) in there.items()}
+    return tensors, checked_lengths(given, there, n), rest
+
+
 def arranged(given: Mapping[str, Any], schema: Schema | None) -> dict[str, torch.Tensor]:
     r"""Sort tensors into columns and bring each to ``[n, \*shape]``, without copying a value.
 
@@ -241,7 +264,8 @@ def arranged(given: Mapping[str, Any], schema: Schema | None) -> dict[str, torch
                 raise Unusable(f"ambiguous: two of the tensors look like {column}")
             columns[column] = tensor.reshape(-1, *inner)
     except Unusable as reason:
-        raise SchemaMismatchError(str(reason)) from None
+        hint = "; make the store first, for columns other than T5 and CLIP" if not schema else ""
+        raise SchemaMismatchError(f"{reason}{hint}") from None
     return columns
 
 
@@ -275,8 +299,12 @@ def schema_of(
 
 
 def _stored_column(name: str, shape: Shape, schema: Schema) -> tuple[str, Shape]:
-    """Find the column that `shape` ends with the shape of, the one called `name` first."""
-    columns = schema.columns
+    """Find the column that `shape` ends with the shape of, the one called `name` first.
+
+    By shape alone only T5, CLIP and audio are found: FedGFE's code exchanges their names.
+    """
+    plain = {t.name: t.shape for t in schema.tensors if t.dtype == "float32" and not t.ragged}
+    columns = {c: s for c, s in plain.items() if c == name or c in ("t5", "clip", "audio")}
     for column in sorted(columns, key=lambda c: c != name):
         inner = columns[column]
         before = shape[: len(shape) - len(inner)]

@@ -15,7 +15,7 @@ from fedgfe_store.storage.commit import Transaction
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
-from fedgfe_store.storage.recovery import check_own_folders, something_else
+from fedgfe_store.storage.recovery import something_else
 from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 
@@ -53,7 +53,7 @@ def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance)
     lock = WriterLock(target, timeout)
     try:
         _check_earlier(known, target)
-        check_own_folders(target, {*known.group.arrays, *known.group.known_columns})
+        files.check_own_folders(target, {*known.group.arrays, *known.group.known_columns})
         copying = _Copying(source, target, progress)
         copying.folders(known.group)
         # Committed tensor files never change: training goes on while they are brought.

@@ -35,7 +35,7 @@ from fedgfe_store.storage.claim import Claim
 from fedgfe_store.storage.layout import KEY_CHUNK, key_columns
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
-from fedgfe_store.storage.recovery import check_own_folders, clear, recover, remove_temporary
+from fedgfe_store.storage.recovery import clear, recover, remove_temporary
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
 from fedgfe_store.storage.version_1 import PENDING, identities, put_pending, remove_pending
@@ -80,7 +80,7 @@ class Transaction:
             return group.point.commit
 
         try:
-            check_own_folders(self.path, {*group.arrays, *group.known_columns})
+            files.check_own_folders(self.path, {*group.arrays, *group.known_columns})
             # Asks what is published after the claim is made, too: that is the state it is on.
             claim = self._claim = Claim.take(
                 self.path,

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage import files
 from fedgfe_store.storage.claim import Claim, is_claim
 from fedgfe_store.storage.files import make_folders
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
-from fedgfe_store.storage.recovery import check_own_folders, remove_temporary, something_else
+from fedgfe_store.storage.recovery import remove_temporary, something_else
 from fedgfe_store.storage.staging import Staging
 
 
@@ -26,7 +27,7 @@ def create(path: Path, schema: Schema, *, timeout: float) -> None:
     try:
         group = Group.new(schema)
         _refuse_occupied(path, group.arrays)
-        check_own_folders(path, group.arrays)
+        files.check_own_folders(path, group.arrays)
         make_folders(path)
         claim = Claim.take(
             path,

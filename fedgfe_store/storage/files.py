@@ -8,12 +8,13 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedgfe_store.common import threads
+from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.storage.checksums import UnreadableError
 
 NOT_THROUGH_LINKS: int = os.O_NOFOLLOW if os.name == "posix" else 0
@@ -287,3 +288,20 @@ def _absent_ignored() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
+
+
+def check_own_folders(path: Path, arrays: Collection[str]) -> None:
+    """Refuse to write to a store of whose `arrays` one lies elsewhere.
+
+    Raises
+    ------
+    DamagedDataError
+        If the folder of one is a link.
+    """
+    # A received store may lead to anyone's files, which a commit or `compact` would clear.
+    for name in arrays:
+        if os.path.islink(path / name):
+            raise DamagedDataError(
+                f"{path / name} is a link, and a store's files lie in its own folder: put the "
+                f"folder that is meant in its place"
+            )

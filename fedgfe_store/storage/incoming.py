@@ -73,14 +73,17 @@ def checked(
             f"expected the tensor columns {', '.join(schema.columns)}, got also "
             f"{', '.join(sorted(unknown))}"
         )
-    columns = _columns(keys, notes, n) | _lengths(tensors, given, n)
+    columns = _columns(keys, notes, n) | checked_lengths(tensors, given, n)
     return RecordBatch(columns, {name: values for name, (values, _) in given.items()})
 
 
-def _lengths(
+def checked_lengths(
     tensors: Mapping[str, Any], given: Mapping[str, tuple[np.ndarray, np.ndarray | None]], n: int
 ) -> dict[str, np.ndarray]:
-    """Return the lengths of the records in the ragged columns that are `given`."""
+    """Return ``length_<name>`` of `n` records for each ragged column among `given`.
+
+    Those that are in `tensors` go before those that `taken` found.
+    """
     columns = {}
     for name, (_, known) in given.items():
         if known is None:

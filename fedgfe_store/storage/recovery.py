@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.storage import files, key_files
 from fedgfe_store.storage.claim import Claim
 from fedgfe_store.storage.layout import array_metadata
@@ -57,23 +56,6 @@ def clear(path: Path, group: Group, claim: Claim) -> None:
     finally:
         staging.discard()
     (path / PENDING).unlink(missing_ok=True)
-
-
-def check_own_folders(path: Path, arrays: Collection[str]) -> None:
-    """Refuse to write to a store of whose `arrays` one lies elsewhere.
-
-    Raises
-    ------
-    DamagedDataError
-        If the folder of one is a link.
-    """
-    # A received store may lead to anyone's files, which a commit or `compact` would clear.
-    for name in arrays:
-        if os.path.islink(path / name):
-            raise DamagedDataError(
-                f"{path / name} is a link, and a store's files lie in its own folder: put the "
-                f"folder that is meant in its place"
-            )
 
 
 def something_else(

@@ -107,15 +107,21 @@ def _array(column: TensorColumn, value: Any, record: str = "") -> np.ndarray:
             return np.asarray(plain.float().numpy() if is_tensor(value) else plain, np.float32)
         if is_tensor(value):
             plain = (plain.float() if plain.is_floating_point() else plain).numpy()
-        return _exact(column, np.asarray(plain), record)
+        return exact(column, np.asarray(plain), record)
     except (TypeError, ValueError) as error:  # of a kind that has its values elsewhere
         raise SchemaMismatchError(
             f"{column.name}: expected values in memory, got {kind(value)}: {error}{record}"
         ) from None
 
 
-def _exact(column: TensorColumn, values: np.ndarray, record: str) -> np.ndarray:
-    """Return whole numbers or truth values in the column's data type, none of them changed."""
+def exact(column: TensorColumn, values: np.ndarray, record: str = "") -> np.ndarray:
+    """Return whole numbers or truth values in the column's data type, none of them changed.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If one does not fit it; names it, and the `record`.
+    """
     dtype = np.dtype(column.dtype)
     if values.dtype == dtype:
         return values

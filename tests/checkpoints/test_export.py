@@ -305,30 +305,45 @@ def test_a_layout_that_is_none(vegas, tmp_path):
         export_checkpoints(vegas.select(), tmp_path / "out", layout=layout)
 
 
-# columns that a checkpoint has no place for
+# columns that FedGFE's scripts do not know
 
 
 @pytest.mark.parametrize(
-    ("schema", "column"),
+    "schema",
     [
-        (Schema("flux", (TensorColumn("llama", (4, 8), ("a", "b")),)), "the column llama [4, 8]"),
-        (Schema.flux(17, width=7680), "the column t5 [17, 7680]"),
-        (Schema.flux(17, clip=(1280,)), "the column clip [1280]"),
-        (Schema.flux(17, clip=(1, 768)), "the column clip [1, 768]"),
-        (Schema.sd(77, width=1024), "the column clip [77, 1024]"),
-        (Schema("flux", Schema.sd(77).tensors), "got no column t5"),
-        (Schema("sd", Schema.flux(17).tensors), "the column t5 [17, 4096]"),
+        Schema("flux", (TensorColumn("llama", (4, 8), ("a", "b")),)),
+        Schema.flux(17, width=7680),
+        Schema.flux(17, clip=(1280,)),
+        Schema.flux(17, clip=(1, 768)),
+        Schema.sd(77, width=1024),
+        Schema("flux", Schema.sd(77).tensors),
+        Schema("sd", Schema.flux(17, audio=(3, 768)).tensors),
+        Schema.of("sdxl", clip=(77, 768), pooled_prompt_embeds=(1280,)),
+        Schema.of("x.1", a=(1,)),
     ],
-    ids=str,
+    ids=Schema.describe,
 )
-def test_columns_that_could_not_be_read_back_are_refused(tmp_path, schema, column):
+@pytest.mark.parametrize("layout", ["guide", "upstream"])
+def test_other_columns_are_declared_and_come_back(tmp_path, schema, layout):
     store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
-    with store.append(node=0, round=1) as batch:
-        add(batch, "train/dog", 1, 0, schema)
+    for node in ("0", "server"):
+        with store.append(node=node, round=1) as batch:
+            add(batch, "train/dog", 1, 0, schema)
+            add(batch, "train/dog", 1, 1, schema, index=1)
+    back = there_and_back(store, tmp_path, layout)
+    assert described(back) == described(store)
+    assert back.schema.to_json()["tensors"] == schema.to_json()["tensors"]
+    assert back.schema.kind == schema.kind
+
+
+@pytest.mark.parametrize("name", ["node_id", "image_path", "sample_metadata", "t5_embedding"])
+def test_a_column_that_is_called_as_something_else_there_is_refused(tmp_path, name):
+    t5 = TensorColumn("t5", (17, 4096), ("token", "feature"))
+    schema = Schema("flux", (t5, TensorColumn(name, (4,))))
+    store = EmbeddingStore.create(tmp_path / "s.zarr", schema)
     result = run(store, "--output-dir", tmp_path / "out")
     assert result.exit_code == 1
-    assert column in result.stderr
-    assert "clip [" in result.stderr.split("expected")[-1]
+    assert f"{name} is something else" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import xarray as xr
+from any_columns import ANY, add, check
 from test_columns import rewritten
-from test_kinds import ANY, add, check
 
 from fedgfe_store import EmbeddingStore, FedgfeStoreError
 from fedgfe_store.checkpoints import export_checkpoints
