@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.images.manifest import Manifest
@@ -25,7 +25,7 @@ _WAITING_PICTURES = 16
 _FAILURES_TO_GIVE_UP = 3
 
 Progress = Callable[[int], object]
-Fetch = Callable[[], Picture | None]
+Fetch: TypeAlias = "Callable[[], Picture | None]"
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,41 @@ constexpr size_t kLarge = size_t(8) << 20, kLargeAttention = kLarge / 4, kLargeC
 // What a convolution's own scratch is, in per cent of what goes in and comes out.
 size_t scratch_per_cent = 0;
 
+// ------------------------------------------------------------------------------------------- streams
+
+struct LateCopy {
+  const void* on_device;
+  std::function<void()> make;
+};
+std::map<std::pair<int, int64_t>, std::deque<LateCopy>> queues;
+size_t late_copies = 0;
+
+void catch_up(DeviceIndex device, int64_t stream) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  auto found = queues.find({device, stream});
+  if (found == queues.end()) return;
+  while (!found->second.empty()) {
+    auto copy = std::move(found->second.front());
+    found->second.pop_front();
+    copy.make();
+  }
+}
+
+void catch_up(DeviceIndex device) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  for (auto& queue : queues)
+    if (queue.first.first == device) catch_up(device, queue.first.second);
+}
+
+// Whether a stream is still to copy from or to somewhere in this memory.
+bool is_awaited(DeviceIndex device, int64_t stream, const char* address, size_t size) {
+  for (const LateCopy& copy : queues[{device, stream}]) {
+    auto* at = static_cast<const char*>(copy.on_device);
+    if (address <= at && at < address + size) return true;
+  }
+  return false;
+}
+
 // ---------------------------------------------------------------------------------------- memory
 
 constexpr size_t kMiB = size_t(1) << 20;
@@ -119,8 +154,6 @@ void fill_with_zeros(Block* block) {
   std::memset(reinterpret_cast<char*>(to), 0, last - to);
   madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
 }
-
-void catch_up(DeviceIndex device);
 
 void release_segments(Memory& memory) {
   catch_up(static_cast<DeviceIndex>(&memory - memories));  // as cudaFree does
@@ -206,6 +239,9 @@ void give_back(void* context) {
   auto& blocks = memory.free_blocks(block->small);
   memory.allocated -= block->size;
   block->used = false;
+  // What is free belongs to its stream, whose earlier work comes first; that of others does not.
+  if (is_awaited(block->device, block->stream, block->address, block->size))
+    catch_up(block->device, block->stream);
   fill_with_nan(block);
   if (block->after && !block->after->used) {
     blocks.erase(block->after);
@@ -267,29 +303,6 @@ struct PinnedAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
 };
 PinnedAllocator pinned_allocator;
-
-// ------------------------------------------------------------------------------------------- streams
-
-using Queues = std::map<std::pair<int, int64_t>, std::deque<std::function<void()>>>;
-Queues queues;
-size_t late_copies = 0;
-
-void catch_up(DeviceIndex device, int64_t stream) {
-  std::lock_guard<std::recursive_mutex> lock(mutex);
-  auto found = queues.find({device, stream});
-  if (found == queues.end()) return;
-  while (!found->second.empty()) {
-    auto copy = std::move(found->second.front());
-    found->second.pop_front();
-    copy();
-  }
-}
-
-void catch_up(DeviceIndex device) {
-  std::lock_guard<std::recursive_mutex> lock(mutex);
-  for (auto& queue : queues)
-    if (queue.first.first == device) catch_up(device, queue.first.second);
-}
 
 // ------------------------------------------------------------------------------ what torch asks of CUDA
 
@@ -417,8 +430,9 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
     // Of the device's side the bare address: memory that is freed too early is found out.
     ++late_copies;
     std::lock_guard<std::recursive_mutex> lock(mutex);
+    const Tensor& there = self.is_cuda() ? self : from;
     queues[{device.index(), stream}].push_back(
-        [to = on_cpu(self), from = on_cpu(from), kept = host]() { Tensor(to).copy_(from); });
+        {there.data_ptr(), [to = on_cpu(self), from = on_cpu(from), kept = host]() { Tensor(to).copy_(from); }});
     return self;
   }
   catch_up(device.index(), stream);

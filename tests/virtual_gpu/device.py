@@ -25,9 +25,9 @@ MIB = 2**20
 
 _SOURCE = Path(__file__).with_name("device.cpp")
 _CAPABILITY = (8, 9)
-_SIZES = tuple(
-    f"get_{name}"
-    for name in "limit reserved allocated taken peak_reserved peak_allocated refused".split()
+_SIZES = (
+    *("get_limit", "get_reserved", "get_allocated", "get_taken", "get_refused"),
+    *("get_peak_reserved", "get_peak_allocated"),
 )
 _COUNTS = ("get_late_copies", "get_pending")
 _PINNED_COPY = 2**20
@@ -284,6 +284,9 @@ def _install(device: ctypes.CDLL) -> None:
         def query(self) -> bool:
             return True
 
+    def raw_stream(card: int) -> int:
+        return device.get_stream(card)
+
     new_stream, synchronize_stream = device.new_stream, device.synchronize_stream
 
     def current_stream(card: object = None) -> Stream:
@@ -353,4 +356,4 @@ def _install(device: ctypes.CDLL) -> None:
     torch._C._cuda_getDeviceCount = count
     torch._C._cuda_exchangeDevice = exchange
     torch._C._cuda_maybeExchangeDevice = exchange
-    torch._C._cuda_getCurrentRawStream = device.get_stream
+    torch._C._cuda_getCurrentRawStream = raw_stream
