@@ -34,14 +34,17 @@ if TYPE_CHECKING:
 @click.option(
     "--diffusion-type",
     "--diffusion_type",
-    type=click.Choice(["flux", "sd"]),
-    help="Family of the model [the store's, else flux].",
+    metavar="FAMILY",
+    help="Family of the model: flux, sd, sdxl, ... [the store's, else the model's own].",
+)
+@click.option(
+    "--family", metavar="FILE", help="File that declares a family of models that is not known."
 )
 @click.option(
     "--max-sequence-length",
     "--max_sequence_length",
     type=click.IntRange(min=1),
-    help="Tokens of a T5 sequence [the store's, else 17].",
+    help="Tokens of a sequence [the store's, else the pipeline's own; 17 for FLUX].",
 )
 @click.option("--device", help="Such as cpu or cuda:1 [a GPU where there is one].")
 @click.option(

@@ -232,6 +232,7 @@ def _print_plan(run: Run) -> None:
         shown.append(f"pool {settings.pool}")
     if settings.quantization:
         shown.append(settings.quantization)
+    shown += [f"{n} {' '.join(v)}" for n in ("column", "lora") if (v := getattr(settings, n))]
     part = "" if run.request.part.count == 1 else f", part {run.request.part}"
     say(
         f"records: {len(run.selection)} of {run.selection.path}, commit "

@@ -192,7 +192,7 @@ class Filters:
         """
         if not self:
             return {}
-        everything = store.select()
+        everything = _everything(store) if "split" in self.typed else store.select()
         return self.looked_up(everything.column, _where(everything), strict=strict)
 
     def looked_up(
@@ -236,6 +236,12 @@ class Filters:
             for name in wanted
         }
         raise NotFoundError(no_records(wanted, without, _where(selection)))
+
+
+def _everything(store: EmbeddingStore) -> Selection:
+    from fedgfe_store.selection import Selection
+
+    return Selection.whole(store.snapshot)
 
 
 def class_names(

@@ -38,6 +38,10 @@ def _option(field: Field[Any]) -> Callable[..., Any]:
     flags = option.flags or (f"--{field.name.replace('_', '-')}",)
     if field.default is False:
         return click.option(*flags, field.name, is_flag=True, help=option.help)
+    if field.default == ():
+        return click.option(
+            *flags, field.name, multiple=True, metavar=option.metavar, help=option.help
+        )
     default = option.none or (field.default if isinstance(field.default, str | int) else None)
     return click.option(
         *flags,

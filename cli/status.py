@@ -160,7 +160,8 @@ def _print_settings(made_with: Mapping[str, Any]) -> None:
     first = ("model", "revision", "dtype", "steps", "height", "width")
     model, revision, dtype, steps, height, width = (made_with.get(name, "?") for name in first)
     hidden = (*first, "noise")
-    rest = {k: v for k, v in made_with.items() if k not in hidden and v is not None}
+    known = {k: v for k, v in made_with.items() if k not in hidden and v is not None}
+    rest = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in known.items()}
     click.echo(f"model: {model} ({str(revision)[:12]}), {dtype}")
     shown = [f"{steps} steps", f"{width}x{height}", *(f"{k} {v}" for k, v in rest.items())]
     click.echo(f"settings: {', '.join(shown)}")

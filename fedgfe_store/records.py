@@ -24,6 +24,10 @@ SERVER = "server"
 TEXT_NODE, TEXT_ROUND, TEXT_SPLIT = "text", 0, "reference"
 """Where reference text embeddings are kept: what adapters are trained towards."""
 
+NEGATIVE_SPLIT = "negative"
+"""Split of node ``text`` that keeps what guidance leads away from: embeddings of no class, which a
+query sees only where it asks for this split."""
+
 EARLIEST, LATEST = -62_135_596_800_000, 253_402_300_799_999
 """The moments that a stored record can have, years 1 to 9999, in milliseconds since 1970 UTC. New
 ones come in within narrower bounds: see `storage.entry.FIRST_ENTRY`."""
@@ -119,6 +123,14 @@ class RecordBatch:
             return self.tensors[name]
         missing = np.nan if like.dtype.kind == "f" else 0
         return np.full((len(self), *like.shape[1:]), missing, like.dtype)
+
+
+def are_negatives(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return which records, of which at least node and split are known, are of no class."""
+    # Compared with plain text, numpy overlooks U+0000 at its end.
+    node = columns["node"] == np.array(TEXT_NODE, np.dtypes.StringDType())
+    split = columns["split"] == np.array(NEGATIVE_SPLIT, np.dtypes.StringDType())
+    return np.asarray(node & split)
 
 
 def check_keys(name: str, columns: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from fedgfe_store.common.filters import NUMBERS, matches, wanted_values
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS
+from fedgfe_store.records import KEY_COLUMNS, TEXT_ROUND, are_negatives
 from fedgfe_store.rows import Rows
 from fedgfe_store.storage.snapshot import Snapshot
 
@@ -55,6 +55,11 @@ class Selection(Rows):
         checked = {name: wanted_values(name, value) for name, value in filters.items()}
         return cls(snapshot, checked, per_class=per_class)
 
+    @classmethod
+    def whole(cls, snapshot: Snapshot) -> Selection:
+        """Return all records of `snapshot`, negative embeddings among them."""
+        return cls(snapshot, {}, per_class=None, rows=np.flatnonzero(snapshot.visible))
+
     def others(self, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.
 
@@ -88,6 +93,8 @@ class Selection(Rows):
         for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):
             values = self._snapshot.column_at(name, rows)
             rows = rows[matches(values, self._filters[name])]
+        if "split" not in self._filters and self._snapshot.group.may_have_negatives:
+            rows = _without_negatives(self._snapshot, rows)
         return rows if self._per_class is None else self._lowest(rows, self._per_class)
 
     def _with(self, rows: np.ndarray) -> Self:
@@ -166,6 +173,15 @@ class Selection(Rows):
             prefetch=prefetch,
             pin_memory=pin_memory,
         )
+
+
+def _without_negatives(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
+    """Leave out what guidance leads away from, which is of no class."""
+    # By the numbers first: they are compared soonest, and few rows are left.
+    texts = rows[snapshot.column_at("round", rows) == TEXT_ROUND]
+    names = {name: snapshot.column_at(name, texts) for name in ("node", "split")}
+    negatives = texts[are_negatives(names)]
+    return rows[~np.isin(rows, negatives)] if len(negatives) else rows
 
 
 def _as_given(value: Any) -> Any:

@@ -199,6 +199,9 @@ class EmbeddingStore(Upkeep):
     ) -> Selection:
         """Return the records that meet every filter; no tensor is read.
 
+        Negative embeddings, which `generate` keeps as node ``text`` and split ``negative``, are
+        of no class and no sample: only a filter of the split finds them.
+
         Parameters
         ----------
         node, round, split, class_name, index, sample_id, file_id : scalar, list or range, optional
@@ -305,7 +308,7 @@ class EmbeddingStore(Upkeep):
                 f"got {source!r}"
             )
         self.schema.check_fits(source.schema, f"{source.path}")
-        selection = source.select()
+        selection = Selection.whole(source.snapshot)
         same_bits = self.schema.precision == source.schema.precision
         origin = f"merge of {source.schema.metadata.experiment or source.path.name}"
         with self.append(if_exists=if_exists, source=origin, timeout=timeout) as batch:

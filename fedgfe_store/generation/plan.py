@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedgfe_store.generation.parts import places_of
 from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
 from fedgfe_store.images.compare import Comparer, Expected, Status, Verdict
+from fedgfe_store.images.elsewhere import Partners
 from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look_at, side_by_side
 from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.manifest import seconds_per_image
@@ -207,6 +208,7 @@ def plan_images(
     request: Request = DEFAULTS,
     *,
     columns: Collection[str] = ("t5", "clip"),
+    partners: Mapping[str, Partners] | None = None,
 ) -> Plan:
     """Compare the images of a selection with those in a folder.
 
@@ -226,6 +228,8 @@ def plan_images(
         replaced.
     columns : collection of str
         Tensor columns that the images depend on.
+    partners : mapping, optional
+        Other records that some of the columns are from, by column.
 
     Returns
     -------
@@ -238,7 +242,7 @@ def plan_images(
         If there are such images and it says ``"error"``, or images of another store whose
         place is not given to this one: what differs, in how many files.
     """
-    items = _list_items(selection, settings, output_dir, columns, request)
+    items = _list_items(selection, settings, output_dir, columns, request, partners or {})
     identity = Identity.of_store(selection)
     plan = Plan((), settings, output_dir, identity, request)
     images, comparer = ImageFolder.scan(output_dir), _comparer(plan)
@@ -307,13 +311,15 @@ def _list_items(
     folder: Path,
     columns: Collection[str],
     request: Request,
+    partners: Mapping[str, Partners],
 ) -> list[PlanItem]:
     """List the images of the records that a part holds; nothing is made for the others."""
     keys = selection.key_columns()
     places = places_of(keys, request.part)
     own = selection.take(places)
     files = own.records["file_id"].tolist()
-    facts = zip(places.tolist(), record_digests(own, columns), files, strict=True)
+    digests = record_digests(own, columns, partners)
+    facts = zip(places.tolist(), digests, files, strict=True)
     records = dict(zip(own.keys(), facts, strict=True))
     by_file = settings.noise == "file_id"
     return [
@@ -323,10 +329,10 @@ def _list_items(
             number=number,
             path=folder / image_name(key, number),
             seed=seed_of(settings.seed, key, number, file_id if by_file else ""),
-            digests=digests,
+            digests=made_from,
             file_id=file_id,
         )
-        for key, (position, digests, file_id) in records.items()
+        for key, (position, made_from, file_id) in records.items()
         for number in request.numbers
     ]
 

@@ -31,11 +31,18 @@ class Provenance:
         packages = ["torch", "diffusers"]
         if settings.quantization:
             packages.append(PACKAGES[settings.quantization])
+        if placement.loras:
+            packages.append("peft")
+        family = run.model.family
+        declared = {"family": family.source} if family.source else {}
+        loras = {"loras": [lora.to_json() for lora in placement.loras]} if placement.loras else {}
         hub_name = run.model.from_hub or settings.model == "tiny"
         self._common = {
             "settings": settings_json(settings),
             "fingerprint": fingerprint(settings),
             "diffusion_type": run.model.kind,
+            **declared,
+            **loras,
             "model_folder": None if hub_name else str(run.model.folder.resolve()),
             "store": str(run.selection.path.resolve()),
             **run.plan.identity.to_json(),

@@ -16,7 +16,7 @@ from fedgfe_store.generation.plan import PlanItem, look_again
 from fedgfe_store.generation.prepare import Run
 from fedgfe_store.images.identity import record_digests
 from fedgfe_store.readers.torch import BatchReader, prefetch
-from fedgfe_store.records import KEY_COLUMNS
+from fedgfe_store.records import KEY_COLUMNS, RecordKey
 from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
@@ -107,21 +107,19 @@ def _claimed(run: Run, claims: Claims) -> Iterator[_Claimed]:
 
 
 def _embedded(run: Run, claimed: _Claimed) -> Embedded:
-    # One column may be several arguments of the pipeline; it is read once.
-    reader = BatchReader(tuple(dict.fromkeys(run.columns.values())))
     items, damaged = claimed.taken, dict(claimed.refused)
     try:
-        tensors = _tensors(run.selection, items, reader)
+        tensors = _tensors(run, items)
     except DamagedDataError:
         # One bad record must not take its neighbours along: find it by reading each alone.
         rows = []
         for item in claimed.taken:
             try:
-                rows.append(_tensors(run.selection, [item], reader))
+                rows.append(_tensors(run, [item]))
             except DamagedDataError as error:
                 damaged[item] = str(error)
         items = [item for item in claimed.taken if item not in damaged]
-        tensors = {name: torch.cat([row[name] for row in rows]) for name in reader.columns if rows}
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in next(iter(rows), {})}
     embeddings = _conditioning(run, tensors, len(items)) if tensors else {}
     return Embedded(tuple(items), embeddings, damaged, tuple(claimed.elsewhere))
 
@@ -131,38 +129,81 @@ def _conditioning(
 ) -> dict[str, torch.Tensor]:
     """Give what was read by the arguments of the model's pipeline."""
     found = {argument: tensors[name] for argument, name in run.columns.items()}
-    pool = run.plan.settings.pool
-    if pool is not None:
-        for column in run.model.family.columns:
-            if column.kind == "vector" and found[column.argument].ndim == 3:
-                found[column.argument] = _pooled(found[column.argument], pool)
+    pool, lengths = run.plan.settings.pool, _lengths(run)
+    for column in run.model.family.columns:
+        if pool is not None and column.kind == "vector" and found[column.argument].ndim == 3:
+            found[column.argument] = _pooled(found[column.argument], pool)
+        if lengths is not None and column.is_mask and column.argument not in found:
+            places = torch.arange(found[run.model.family.sequence.argument].shape[1])
+            found[column.argument] = places < tensors[lengths][:, None]
     if run.negative is not None:
-        negative = torch.from_numpy(run.negative.values)
-        found["negative_prompt_embeds"] = negative.expand(images, -1, -1)
+        for argument, value in run.negative.values.items():
+            found[f"negative_{argument}"] = torch.from_numpy(value).expand(images, *value.shape)
     return found
 
 
-def _tensors(
-    selection: Selection, items: Sequence[PlanItem], reader: BatchReader
-) -> dict[str, torch.Tensor]:
-    """Read a record once, and repeat its rows for each of its images."""
+def _lengths(run: Run) -> str | None:
+    """Name the column that masks are made from: a ragged sequence's, where there are no masks."""
+    family, name = run.model.family, f"length_{run.columns[run.model.family.sequence.argument]}"
+    lacking = any(c.is_mask and c.argument not in run.columns for c in family.columns)
+    return name if lacking and name in run.selection.schema.marks else None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A record to read: its position among others, its key, and its digests as planned."""
+
+    position: int
+    key: RecordKey
+    digests: dict[str, str]
+
+
+def _tensors(run: Run, items: Sequence[PlanItem]) -> dict[str, torch.Tensor]:
+    """Read each column from the images' own records, or from those that it is to be from."""
     if not items:
         return {}
+    # One column may be several arguments of the pipeline; it is read once.
+    columns = dict.fromkeys(run.columns.values())
+    own = [name for name in columns if name not in run.partners]
+    found: dict[str, torch.Tensor] = {}
+    if own:
+        wanted = [_Wanted(i.position, i.key, {n: i.digests[n] for n in own}) for i in items]
+        found = _read(run.selection, wanted, _with_lengths(run, own))
+    for name, partners in run.partners.items():
+        places = [partners.place(item.key) or 0 for item in items]  # the plan has refused None
+        wanted = [
+            _Wanted(place, partners.keys[place], {name: item.digests[name]})
+            for place, item in zip(places, items, strict=True)
+        ]
+        found |= _read(partners.selection, wanted, _with_lengths(run, [name]))
+    return found
+
+
+def _with_lengths(run: Run, names: list[str]) -> list[str]:
+    lengths = _lengths(run)
+    return names if lengths is None or lengths[len("length_") :] not in names else [*names, lengths]
+
+
+def _read(
+    selection: Selection, wanted: Sequence[_Wanted], columns: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Read a record once, and repeat its rows for each of its images."""
+    reader = BatchReader(columns)
     # In the order of the records: neighbours lie in one file, which is then read once.
     positions, first, of_item = np.unique(
-        [item.position for item in items], return_index=True, return_inverse=True
+        [record.position for record in wanted], return_index=True, return_inverse=True
     )
     try:
         batch = reader.read(selection.take(positions))
     except NotFoundError as error:  # a compaction has moved the records meanwhile
-        batch = reader.read(_found_again(selection, [items[i] for i in first], str(error)))
+        batch = reader.read(_found_again(selection, [wanted[i] for i in first], str(error)))
     if np.array_equal(of_item, np.arange(len(positions))):  # an image each: spare a second copy
         return dict(batch.tensors)
     # By numpy: torch would start threads for it beside those that denoise.
     return {name: torch.from_numpy(t.numpy()[of_item]) for name, t in batch.tensors.items()}
 
 
-def _found_again(selection: Selection, items: Sequence[PlanItem], reason: str) -> Selection:
+def _found_again(selection: Selection, wanted: Sequence[_Wanted], reason: str) -> Selection:
     """Find records in the store as it is now, if they are still what was planned.
 
     Raises
@@ -171,16 +212,16 @@ def _found_again(selection: Selection, items: Sequence[PlanItem], reason: str) -
         If one was deleted or replaced.
     """
     # Positions count in the commit that was planned from; keys are what other commits share.
-    known: dict[str, Any] = {n: {getattr(item.key, n) for item in items} for n in KEY_COLUMNS}
+    known: dict[str, Any] = {n: {getattr(each.key, n) for each in wanted} for n in KEY_COLUMNS}
     fresh = EmbeddingStore.open(selection.path).select(**known)
     positions = {key: position for position, key in enumerate(fresh.keys())}
-    gone = [str(item.key) for item in items if item.key not in positions]
+    gone = [str(each.key) for each in wanted if each.key not in positions]
     if gone:
         raise DamagedDataError(f"{reason}; {gone[0]} has been deleted since")
-    part = fresh.take([positions[item.key] for item in items])
-    for item, found in zip(items, record_digests(part, items[0].digests), strict=True):
-        if found != item.digests:
-            raise DamagedDataError(f"{reason}; {item.key} has been replaced since")
+    part = fresh.take([positions[each.key] for each in wanted])
+    for each, found in zip(wanted, record_digests(part, wanted[0].digests), strict=True):
+        if found != each.digests:
+            raise DamagedDataError(f"{reason}; {each.key} has been replaced since")
     return part
 
 

@@ -17,6 +17,7 @@ from fedgfe_store.generation.plan import AGAIN
 from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.settings import fingerprint, settings_json
 from fedgfe_store.images.compare import difference, noise_rule
+from fedgfe_store.images.elsewhere import elsewhere_of, partners_of
 from fedgfe_store.images.identity import record_digests
 from fedgfe_store.images.png import inspect_image
 from fedgfe_store.names import read_key
@@ -106,12 +107,34 @@ class Recipe:
             model=asked.model or self.provenance.get("model_folder") or settings["model"],
             diffusion_type=self.provenance.get("diffusion_type"),
             noise=cast("Noise", noise_rule(settings)),
+            family=asked.family or self._file("family", settings.get("family")),
+            lora=asked.lora or self._loras(),
+            column=tuple(map(str, elsewhere_of(settings))),
             pool=settings["pool"] or "last",
             quantize=settings["quantization"],
             only_image=self.number,
             on_stale="regenerate",
             **{name: settings[name] for name in _AS_THEY_ARE},
         )
+
+    def _file(self, name: str, needed: object) -> str | None:
+        """Give the file that a part of its settings is from."""
+        named = self.provenance.get(name)
+        if needed and not isinstance(named, str):
+            raise SchemaMismatchError(
+                f"{self.path}: expected its {name} to be named, got {named!r}"
+            )
+        return named if needed else None
+
+    def _loras(self) -> tuple[str, ...]:
+        """Give its LoRA as they are asked for; that they are still the same, `check` sees."""
+        loras = self.provenance.get("loras", [])
+        try:
+            return tuple(f"{lora['file']}:{float(lora['scale'])}" for lora in loras)
+        except (TypeError, KeyError, ValueError):
+            raise SchemaMismatchError(
+                f"{self.path}: expected files and scales as its loras, got {loras!r}"
+            ) from None
 
     def find(
         self, stores: Sequence[Path], *, report: Report, as_of: int | None = None
@@ -186,7 +209,8 @@ class Recipe:
 
     def _is_of(self, selection: Selection) -> bool:
         digests: dict[str, str] = self.provenance["digests"]
-        return record_digests(selection, digests)[0] == digests
+        partners = partners_of(selection, elsewhere_of(self.provenance["settings"]))
+        return record_digests(selection, digests, partners)[0] == digests
 
     def with_its_noise(self, run: Run) -> Run:
         """Return a run with the image's own seed: its record's ``file_id`` may have changed."""

@@ -94,6 +94,16 @@ class Request:
         "Negative prompt, or embeddings in a file, where guidance takes one [empty prompt].",
         metavar="PROMPT|FILE",
     )
+    column: tuple[str, ...] = _asked(
+        (),
+        "Take a column from the record of the same class and index of another node, round or "
+        "split: t5=round:20, clip=node:text.",
+        metavar="COLUMN=KEY:VALUE",
+        of_image=True,
+    )
+    lora: tuple[str, ...] = _asked(
+        (), "LoRA of the denoiser, a .safetensors file, and its scale [1].", metavar="FILE[:SCALE]"
+    )
     height: int | None = _asked(None, "Pixels [the model's own].", least=1, of_image=True)
     width: int | None = _asked(None, "Pixels [the model's own].", least=1, of_image=True)
     pool: Pool = _asked(
@@ -185,6 +195,8 @@ class RequestOptions(TypedDict, total=False):
     steps: int | None
     guidance: float | None
     negative: str | None
+    column: tuple[str, ...]
+    lora: tuple[str, ...]
     height: int | None
     width: int | None
     pool: Pool

@@ -37,7 +37,7 @@ class Room:
         self._run, self._pipeline, self._report = run, pipeline, report
         self.batch = run.batch_size
         """Most images to denoise at once."""
-        self.slice = run.batch_size
+        self.slice = run.decode_size
         """Most images to decode at once."""
         self.tiled = False
         """Whether to decode tile by tile."""
@@ -91,7 +91,7 @@ class Room:
             return
         self._since = 0
         mode = self._first_that_fits(self._modes, usable)
-        sizes = (self._run.batch_size, self._run.batch_size)
+        sizes = (self._run.batch_size, self._run.decode_size)
         before = self._pipeline.placement.offload
         if self._modes.index(mode) < self._modes.index(before):
             if not self._move(mode):
@@ -137,6 +137,8 @@ class Room:
         usable = usable_bytes(self._device) if lower else None
         if not lower or (hopeless and (usable is None or self._needed(current) <= usable)):
             return False
+        if current == "group" and usable is not None and self._keep_less(usable):
+            return True
         mode = self._first_that_fits(lower, usable)
         # The last mode puts nothing on the device before it works, so there is one that succeeds.
         for candidate in lower[lower.index(mode) :]:
@@ -145,9 +147,21 @@ class Room:
                 return True
         return False
 
+    def _keep_less(self, usable: int) -> bool:
+        """Let blocks go that stay on the device while others move, if any do and that helps."""
+        placement = self._pipeline.placement
+        fewer = self._run.replaced(placement, "group", usable).resident
+        if len(fewer) >= len(placement.resident) or not self._move("group"):
+            return False
+        self._report(f"out of memory: going on with {len(fewer)} blocks on the device")
+        return True
+
     def _move(self, mode: Offload) -> bool:
         """Move weights; False where the device has no room for those that are to lie there."""
         placement = replace(self._pipeline.placement, offload=mode)
+        usable = usable_bytes(self._device)
+        if usable is not None:
+            placement = self._run.replaced(placement, mode, usable)
         try:
             self._pipeline.place(placement)
         except (RuntimeError, MemoryError) as error:

@@ -13,6 +13,9 @@ from fedgfe_store.generation.request import Noise
 from fedgfe_store.images.compare import UNNAMED_NOISE
 from fedgfe_store.records import RecordKey
 
+# Settings that came later, and what images without them were made with.
+_LATER: dict[str, Any] = {"noise": UNNAMED_NOISE, "column": [], "lora": [], "family": None}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -42,6 +45,12 @@ class Settings:
     noise : {"index", "file_id"}
         What tells a sample from the others in its seed: its index, or its ``file_id`` where it
         has one, so that it has the same noise in every round however the rounds were shuffled.
+    column : tuple of str
+        Columns of the store that are from other records, and from which, as `Elsewhere` says it.
+    lora : tuple of str
+        Digest and scale of each LoRA, in their order, as `Lora.identity`.
+    family : str or None
+        Digest of the file that declares the model's family; None for a family of this package.
     """
 
     model: str
@@ -56,6 +65,9 @@ class Settings:
     quantization: str | None = None
     negative: str | None = None
     noise: Noise = UNNAMED_NOISE
+    column: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
+    family: str | None = None
 
     def __post_init__(self) -> None:
         if self.noise not in get_args(Noise):
@@ -65,11 +77,9 @@ class Settings:
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:
-    """Give the settings as images keep them: as they did before there were rules of noise."""
-    facts = asdict(settings)
-    if settings.noise == UNNAMED_NOISE:
-        del facts["noise"]
-    return facts
+    """Give the settings as images keep them: as they did before there were more of them."""
+    known = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(settings).items()}
+    return {n: v for n, v in known.items() if n not in _LATER or v != _LATER[n]}
 
 
 def fingerprint(settings: Settings) -> str:

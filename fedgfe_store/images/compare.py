@@ -118,7 +118,9 @@ class Comparer:
         if not is_of(provenance, expected.key, expected.number):
             return _conflict("image of another record")
         conflict = "" if same_settings else difference(provenance["settings"], self.settings)
-        if not same_tensors:
+        # Columns from elsewhere are another embedding because that was asked for.
+        same_source = provenance["settings"].get("column") == self.settings.get("column")
+        if not same_tensors and same_source:
             return Verdict("stale", "embedding changed", conflict)
         return _conflict(conflict) if conflict else Verdict("done")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from fedgfe_store.images.manifest import read_manifest
 
 if TYPE_CHECKING:
+    from fedgfe_store.images.elsewhere import Partners
     from fedgfe_store.selection import Selection
 
 # The latest lines of each manifest name the stores that a folder is shared by.
@@ -72,7 +73,11 @@ def others_in(folder: Path, own: Identity) -> list[Identity]:
     return [identity for identity in found if own.is_another(identity)]
 
 
-def record_digests(selection: Selection, columns: Collection[str]) -> list[dict[str, str]]:
+def record_digests(
+    selection: Selection,
+    columns: Collection[str],
+    partners: Mapping[str, Partners] | None = None,
+) -> list[dict[str, str]]:
     """Give the digests of each record's tensors, 16 hex digits, as images keep them.
 
     Parameters
@@ -81,9 +86,20 @@ def record_digests(selection: Selection, columns: Collection[str]) -> list[dict[
         The records; their tensors are not read.
     columns : collection of str
         Tensor columns; those that the store does not have are left out.
+    partners : mapping, optional
+        Other records that some of the columns are from, by column. Where a record has none, the
+        column is left out.
     """
     frame = selection.records
     names = [name for name in columns if f"{name}_digest" in frame]
     digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
     rows = range(len(frame))
-    return [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]
+    found = [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]
+    for name, others in (partners or {}).items():
+        for key, known in zip(selection.keys(), found, strict=True):
+            digest = others.digest(key)
+            if name in known and digest is None:
+                del known[name]
+            elif name in known and digest is not None:
+                known[name] = digest
+    return found

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedgfe_store.images.elsewhere import Partners, elsewhere_of, partners_of
 from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.selection import Selection
@@ -35,7 +36,9 @@ class Records:
         self._identity = Identity.of_store(selection)
         digests = record_digests(selection, selection.schema.columns)
         self._digests = dict(zip(selection.keys(), digests, strict=True))
+        self._selection = selection
         self._comparable = lru_cache(maxsize=64)(self._is_of_this_store)
+        self._partners = lru_cache(maxsize=64)(self._columns_from_elsewhere)
 
     def mark(self, image: ImageRecord) -> str:
         """Tell why an image is out of date.
@@ -59,7 +62,14 @@ class Records:
         made_from = image.own.get("digests")
         if not isinstance(made_from, dict):
             return ""
-        return CHANGED if any(own.get(n) != digest for n, digest in made_from.items()) else ""
+        others = self._partners(image.shared)
+        now = own | {name: partners.digest(image.key) for name, partners in others.items()}
+        return CHANGED if any(now.get(n) != digest for n, digest in made_from.items()) else ""
+
+    def _columns_from_elsewhere(self, shared: str) -> dict[str, Partners]:
+        settings = json.loads(shared).get("settings")
+        known = settings if isinstance(settings, dict) else {}
+        return partners_of(self._selection, elsewhere_of(known))
 
     def _is_of_this_store(self, shared: str) -> bool:
         """Whether images can be of this store, at a commit that this view of it has."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.images.compare import Comparer, Expected
+from fedgfe_store.images.elsewhere import elsewhere_of, partners_of
 from fedgfe_store.images.folder import ImageFolder, side_by_side
 from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.outdated import DELETED, mark_outdated
@@ -133,11 +134,13 @@ def image_status(
     """
     if images_per_record is not None and images_per_record < 1:
         raise SchemaMismatchError(f"images_per_record: expected from 1 up, got {images_per_record}")
-    found = record_digests(selection, selection.schema.columns)
     # A record that is selected twice counts once.
-    digests = dict(zip(selection.keys(), found, strict=True))
-    images = ImageFolder.scan(folder, brief=digests.keys())
+    keys = dict.fromkeys(selection.keys())
+    images = ImageFolder.scan(folder, brief=keys.keys())
     fingerprint, settings = _made_with(images)
+    partners = partners_of(selection, elsewhere_of(settings))
+    found = record_digests(selection, selection.schema.columns, partners)
+    digests = dict(zip(keys if len(keys) == len(found) else selection.keys(), found, strict=True))
     unlisted = _unlisted(images)
     number = images_per_record or _highest_number(images, unlisted) + 1
     items = [(key, image) for key in digests for image in range(number)]

@@ -15,15 +15,13 @@ from fedgfe_store.models.devices import DTYPES, clear_cache, enough_memory
 from fedgfe_store.models.family import Column
 from fedgfe_store.models.latents import draw, scaled
 from fedgfe_store.models.loading import load_part, load_pipeline, naming
+from fedgfe_store.models.lora import apply_loras
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.offload import Swap, bring_home, offload_blocks
 from fedgfe_store.models.pixels import Pixels
-from fedgfe_store.models.placement import Picture, Placement, Sampling
-from fedgfe_store.models.quantization import quantization_config
+from fedgfe_store.models.placement import PACKED, SWAP_BATCHES, Picture, Placement, Sampling
+from fedgfe_store.models.quantization import cast_layerwise, quantization_config
 
-# Moving a network of billions of parameters takes seconds, and a batch's latents take next to no
-# memory; what waits for the decoder is lost where a process is killed, so there is an end to it.
-_SWAP_BATCHES = 16
 _AXES = ("height", "width")
 _MASKS = {"int64": torch.int64, "bool": torch.bool}
 
@@ -56,6 +54,9 @@ class DiffusersImages:
         self._pipeline.set_progress_bar_config(disable=True)
         self._denoiser = getattr(pipeline, model.part)
         self._swap: Swap | None = None
+        if torch.device(placement.device).type == "cuda" and _is_flat(pipeline.vae):
+            # What convolutions of half precision on a GPU work in; others are converted each time.
+            pipeline.vae.to(memory_format=torch.channels_last)
         self._put()
         if placement.compiled:
             self._denoiser.compile_repeated_blocks()
@@ -63,7 +64,7 @@ class DiffusersImages:
     @property
     def batches_per_swap(self) -> int:
         """Batches to denoise before the first of them is decoded."""
-        return _SWAP_BATCHES if self._swap else 1
+        return SWAP_BATCHES if self._swap else 1
 
     def place(self, placement: Placement) -> None:
         """Let the weights wait elsewhere, without loading them again.
@@ -71,7 +72,7 @@ class DiffusersImages:
         Parameters
         ----------
         placement : Placement
-            Of another offload mode, and like the old one in all else; not for quantized weights.
+            Of another offload mode, and like the old one in all else; not for packed weights.
 
         Raises
         ------
@@ -88,7 +89,7 @@ class DiffusersImages:
     def _put(self) -> None:
         """Put weights that are on the host where the placement says."""
         pipeline, placement, self._swap = self._pipeline, self.placement, None
-        if placement.quantization:  # the denoiser was loaded to where it works
+        if placement.quantization in PACKED:  # the denoiser was loaded to where it works
             pipeline.vae.to(placement.device)
         elif placement.offload == "none":
             pipeline.to(placement.device)
@@ -98,7 +99,7 @@ class DiffusersImages:
             parts = {self.model.part: self._denoiser, "vae": pipeline.vae}
             self._swap = Swap(parts, lambda tensor: tensor.to(placement.device))
         else:
-            offload_blocks(pipeline, self._denoiser, placement.device, placement.offload)
+            offload_blocks(pipeline, self._denoiser, placement)
 
     @classmethod
     def load(cls, model: Model, placement: Placement) -> Self:
@@ -114,7 +115,7 @@ class DiffusersImages:
         model.fetch_weights()
         dtype, quantization = DTYPES[placement.dtype], placement.quantization
         options: dict[str, Any] = {}
-        if quantization:
+        if quantization in PACKED:
             options["quantization_config"] = quantization_config(quantization, dtype)
             options["device_map"] = placement.device
         with enough_memory(
@@ -127,8 +128,12 @@ class DiffusersImages:
                 model.part: load_part(model, model.part, dtype, **options),
                 "vae": load_part(model, "vae", torch.float32 if full else dtype),
             }
+            if quantization == "fp8-cast":
+                cast_layerwise(parts[model.part], dtype)
             model.config("scheduler", "scheduler_config.json")
             pipeline = load_pipeline(model, dtype, parts, keep=("scheduler",), rest="")
+            # Before anything notes where the weights are: what is added moves along with them.
+            apply_loras(pipeline, model, placement.loras)
             return cls(pipeline, model, placement)
 
     def denoise(
@@ -197,6 +202,8 @@ class DiffusersImages:
         """Give the argument under which this pipeline calls back after each step."""
         if "callback_on_step_end" in self._takes:
             return {"callback_on_step_end": _calling(on_step)}
+        if "callback" not in self._takes:  # a declared pipeline's: a stop waits for the batch
+            return {}
         return {"callback": lambda step, timestep, latents: on_step(), "callback_steps": 1}
 
     def _arguments(
@@ -308,6 +315,11 @@ class DiffusersImages:
             return Pixels(shown.permute(0, 2, 3, 1), torch.isfinite(decoded))
 
 
+def _is_flat(network: torch.nn.Module) -> bool:
+    """Whether a network knows no convolutions of frames."""
+    return all(weights.ndim < 5 for weights in network.parameters())
+
+
 def _is_shaped(values: torch.Tensor, expected: Sequence[int | str]) -> bool:
     """Whether a tensor has a shape, in which a word stands for any length."""
     return values.ndim == len(expected) and all(
@@ -360,11 +372,14 @@ def _tiling(vae: Any, latents: torch.Tensor) -> Iterator[None]:
         values = (side, side * before[1] // before[0])
     else:  # decoders of later releases: sizes and strides in pixels, by axis
         names = tuple(f"tile_sample_{what}_{axis}" for what in ("min", "stride") for axis in _AXES)
-        before = [getattr(vae, name) for name in names]
         scale = vae.spatial_compression_ratio
         sides = [max(4, n // 2) * scale for n in latents.shape[-2:]]
         # Tiles overlap by a quarter, as diffusers' own do.
         values = (*sides, *(max(scale, side * 3 // 4 // scale * scale) for side in sides))
+        kept = tuple(f"tile_latent_min_{axis}" for axis in _AXES)
+        if hasattr(vae, kept[0]):  # Sana's keeps in latents, too, from what on it splits
+            names, values = (*names, *kept), (*values, *(side // scale for side in sides))
+        before = [getattr(vae, name) for name in names]
     for name, value in zip(names, values, strict=True):
         setattr(vae, name, value)
     # `enable_tiling` sets sizes to defaults in some classes, and only this in all.

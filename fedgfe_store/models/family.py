@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -11,7 +12,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+import xxhash
+
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.models.encoding import Encoding
 
 Latents = Literal["plain", "packed", "patched", "framed", "own"]
 """How a denoiser holds an image, see ``families.toml``."""
@@ -142,12 +146,16 @@ class Family:
         What the pipeline is always called with.
     encoders : mapping
         Class of transformers of each text encoder.
+    encode : Encoding
+        How the pipeline encodes prompts with them.
     variants : tuple of Variant
         What is otherwise of some models.
     model : str
         Model that is used when none is asked for.
     source : str or None
         Where it is declared, if not in this package.
+    digest : str or None
+        xxh3 of that declaration's content, 16 hex digits.
     """
 
     name: str
@@ -171,9 +179,11 @@ class Family:
     float32_latents: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
     encoders: Mapping[str, str] = field(default_factory=dict)
+    encode: Encoding = field(default_factory=Encoding)
     variants: tuple[Variant, ...] = ()
     model: str = ""
     source: str | None = None
+    digest: str | None = None
 
     @property
     def sequence(self) -> Column:
@@ -239,7 +249,10 @@ def read_family(path: str | Path) -> Family:
         got = ", ".join(content) or "nothing"
         raise SchemaMismatchError(f"family {path}: expected one table, such as [mine], got {got}")
     ((name, table),) = content.items()
-    return _read(name, table, str(path.resolve()))
+    # What it says, not how: comments and order may change.
+    said = json.dumps(content, sort_keys=True, default=str).encode()
+    family = _read(name, table, str(path.resolve()))
+    return replace(family, digest=xxhash.xxh3_64_hexdigest(said))
 
 
 class _Table:
@@ -307,7 +320,7 @@ class _Table:
 def _read(name: str, values: object, source: str | None) -> Family:
     table = _Table(values, f"family {source or ''}[{name}]")
     guidance, defaults = table.table("guidance", {}), table.table("defaults")
-    scale = defaults.scale("guidance", False)
+    scale, columns = defaults.scale("guidance", False), _columns(table.table("columns"))
     family = Family(
         name=name,
         title=table.take("title", str, "text", name),
@@ -323,7 +336,8 @@ def _read(name: str, values: object, source: str | None) -> Family:
         float32_latents=table.take("float32_latents", bool, "true or false", False),
         call=table.table("call", {}).rest(),
         encoders=table.table("encoders", {}).rest(),
-        columns=_columns(table.table("columns")),
+        encode=_encoding(table.table("encode", {}), columns),
+        columns=columns,
         guidance_argument=guidance.take("argument", str, "an argument", "guidance_scale"),
         embedded=guidance.take("embedded", str, "a key", ""),
         negatives=guidance.choice("negatives", get_args(Negatives), "none"),
@@ -353,6 +367,25 @@ def _columns(table: _Table) -> tuple[Column, ...]:
         got = found[0].kind if found else "none"
         raise SchemaMismatchError(f"{table.where}: expected a sequence first, got {got}")
     return tuple(found)
+
+
+def _encoding(table: _Table, columns: tuple[Column, ...]) -> Encoding:
+    known = [column.argument for column in columns]
+    returns = table.take("returns", list, "a list of arguments", known)
+    for name in returns:
+        if not isinstance(name, str) or (name and name.removeprefix("negative_") not in known):
+            raise SchemaMismatchError(
+                f"{table.where}: expected {', '.join(known)}, negative_... or an empty text in "
+                f"returns, got {name!r}"
+            )
+    found = Encoding(
+        returns=tuple(returns),
+        arguments=table.table("arguments", {}).rest(),
+        length=table.take("length", str, "an argument", ""),
+        besides=table.take("besides", int, "a whole number", 0),
+    )
+    table.end()
+    return found
 
 
 def _variants(tables: list[Any], name: str) -> tuple[Variant, ...]:

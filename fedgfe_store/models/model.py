@@ -40,9 +40,10 @@ _SCALES = ("block_out_channels", "encoder_block_out_channels", "temperal_downsam
 # tokens; kernels of attention have the rest.
 _TENSORS_PER_TOKEN = 24
 # Feature maps at full latent resolution that a U-Net holds at once, skip connections included.
-# Counted with Stable Diffusion 1.5's under diffusers 0.42 they are 26 in tensors at 32 and 64
-# latents a side; attention of 8 heads over 64 x 64 is 102 where no kernel computes it in pieces.
-_MAPS_PER_LATENT = 100
+# Counted under diffusers 0.42 they are 26 in tensors with Stable Diffusion 1.5's at 32 and 64
+# latents a side, and 16 with XL's; kernels of attention, which compute it in pieces on every GPU,
+# and of convolutions have the rest.
+_MAPS_PER_LATENT = 40
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Model:
         """Whether negative embeddings have an effect under a guidance scale."""
         embedded = self.family.unless and self.denoiser.get(self.family.unless) is not None
         above = guidance is not None and guidance > self.family.above
-        return self.family.negatives != "none" and not embedded and above
+        return self.family.negatives != "none" and self.takes_guidance and not embedded and above
 
     def needs_negative(self, guidance: float | None) -> bool:
         """Whether it needs negative embeddings under a guidance scale; some make their own."""
@@ -248,7 +249,7 @@ class Model:
         found: dict[str, str] = {}
         for column in self.family.columns:
             if column.is_mask:
-                name = _mask_of(column, found[self.family.sequence.argument], schema)
+                name = self._mask_of(column, found[self.family.sequence.argument], schema)
             else:
                 name = self._column_of(column, schema)
             if name is not None:
@@ -262,8 +263,22 @@ class Model:
             ranks = (2,) if column.kind == "sequence" else (1, 2)
             if shape is not None and len(shape) in ranks and shape[-1] == width:
                 return name
-        raise SchemaMismatchError(
-            f"embeddings for the model {self.name}: expected {self._expected()}, got "
+        raise self._misfit(schema)
+
+    def _mask_of(self, column: Column, sequence: str, schema: Schema) -> str | None:
+        """Find the mask of a sequence: a column named as it or as the sequence."""
+        tokens = schema.columns[sequence][:1]
+        for name in (*column.names, f"{sequence}_mask", f"{sequence}_attention_mask"):
+            shape = schema.columns.get(name)
+            if shape is not None and shape != tokens:
+                raise self._misfit(schema, f", {name} {list(tokens)} beside {sequence}")
+            if shape is not None:
+                return name
+        return None
+
+    def _misfit(self, schema: Schema, more: str = "") -> SchemaMismatchError:
+        return SchemaMismatchError(
+            f"embeddings for the model {self.name}: expected {self._expected()}{more}, got "
             f"{schema.describe()}"
         )
 
@@ -355,14 +370,6 @@ class Model:
 
     def _incomplete(self, parts: Sequence[str]) -> list[str]:
         return [part for part in parts if not _is_complete(self.folder / part)]
-
-
-def _mask_of(column: Column, sequence: str, schema: Schema) -> str | None:
-    """Find the mask of a sequence: a column named as it or as the sequence, or the lengths."""
-    for name in (*column.names, f"{sequence}_mask", f"{sequence}_attention_mask"):
-        if len(schema.columns.get(name, ())) == 1:
-            return name
-    return None
 
 
 def _is_complete(folder: Path) -> bool:

@@ -28,7 +28,7 @@ from fedgfe_store.errors import (
     FedgfeStoreError,
     NotFoundError,
 )
-from fedgfe_store.records import RecordBatch, to_milliseconds
+from fedgfe_store.records import RecordBatch, are_negatives, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.storage import files, key_files
 from fedgfe_store.storage.claim import Claim
@@ -277,8 +277,16 @@ class Transaction:
             live=old.point.live + int(created.sum()) - deleted,
             compacted=self.commit if kind == "compact" else old.point.compacted,
         )
-        names = rows["class_name"][created].tolist() if created.any() else []
         group = old.upgraded() if self._upgrading else old
+        names: list[str] = []
+        negatives = np.zeros(1, bool)
+        if self._upgrading:
+            negatives = are_negatives({n: self.snapshot.column(n) for n in ("node", "split")})
+        if created.any():
+            negatives = np.append(negatives, are_negatives(rows))
+            names = rows["class_name"][created & ~are_negatives(rows)].tolist()
+        if negatives.any():
+            group = group.with_negatives()
         return group.at(point, old.schema.with_classes(names))
 
     def _key_chunks(

@@ -32,7 +32,9 @@ from fedgfe_store.storage.shard_files import TensorFiles
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "fedgfe_store"
-FEATURES = frozenset({"kinds", "dtypes", "ragged"})
+NEGATIVES = "negatives"
+"""Feature of a store that has, or had, records which are of no class."""
+FEATURES = frozenset({"kinds", "dtypes", "ragged", NEGATIVES})
 """What a store may ask of its readers beyond what the first release of format version 2 knew."""
 
 GROUP_BYTES = 2**28
@@ -179,6 +181,15 @@ class Group:
         return {
             path / name / GROUP_FILE: json.dumps(m).encode() for name, m in self.shaped().items()
         }
+
+    @property
+    def may_have_negatives(self) -> bool:
+        """Whether any record may be of no class; stores of version 1 do not say."""
+        return self.version == 1 or NEGATIVES in self.features
+
+    def with_negatives(self) -> Group:
+        """Return this group as that of a store with records of no class."""
+        return replace(self, features=tuple(dict.fromkeys((*self.features, NEGATIVES))))
 
     def at(self, point: CommitPoint, schema: Schema) -> Group:
         """Return this group with another commit point, and `schema` where its classes grew."""

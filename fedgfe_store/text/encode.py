@@ -14,6 +14,7 @@ from fedgfe_store.models.placement import Placement
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT
 from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
 from fedgfe_store.store import EmbeddingStore
+from fedgfe_store.text.columns import as_stored
 from fedgfe_store.text.encoders import (
     BATCH_TOKENS,
     OFFLOADS,
@@ -134,12 +135,8 @@ def _opened(plan: EncodingPlan, timeout: float) -> EmbeddingStore:
     return EmbeddingStore.create(plan.path, plan.schema, timeout=timeout)
 
 
-def _tokens(plan: EncodingPlan) -> int:
-    return plan.schema.columns["clip" if plan.model.kind == "sd" else "t5"][0]
-
-
 def _parts(plan: EncodingPlan) -> Iterator[tuple[Reference, ...]]:
-    step = min(_MOST_PROMPTS, max(1, BATCH_TOKENS // _tokens(plan)))
+    step = min(_MOST_PROMPTS, max(1, BATCH_TOKENS // plan.tokens))
     for start in range(0, len(plan.todo), step):
         yield plan.todo[start : start + step]
 
@@ -149,13 +146,14 @@ def _records(
 ) -> dict[str, Any]:
     """Encode a few references and give what `AppendBatch.add` takes."""
     prompts = [item.prompt for item in part]
-    for remark in encoders.cut(prompts, _tokens(plan)):
+    for remark in encoders.cut(prompts, plan.tokens):
         report(remark)
-    sequence = len(plan.schema.columns["clip"]) == 2
+    sequence = plan.model.kind == "flux" and len(plan.schema.columns["clip"]) == 2
+    values = encoders.encode(prompts, tokens=plan.tokens, clip_sequence=sequence)
     return {
         "split": TEXT_SPLIT,
         "class_name": [item.key.class_name for item in part],
         "index": [item.key.index for item in part],
         "extra": [plan.extra(prompt) for prompt in prompts],
-        **encoders.encode(prompts, tokens=_tokens(plan), clip_sequence=sequence),
+        **as_stored(values, plan.schema, plan.columns),
     }

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgfe_store.errors import NotFoundError
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models.devices import DTYPES, clear_cache, enough_memory
-from fedgfe_store.models.files import check_number, digest_files, read_json
+from fedgfe_store.models.files import digest_files, read_json
 from fedgfe_store.models.fit import Footprint
 from fedgfe_store.models.loading import load_part, load_pipeline, naming, quiet_loading
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Offload, Placement
-from fedgfe_store.schema import Metadata, Schema
+from fedgfe_store.text.columns import as_arrays, config_number
 
 BATCH_TOKENS = 4096
 """Tokens, padding included, that the encoders get at once; it bounds memory."""
@@ -75,36 +75,28 @@ def check_encoders(model: Model, *, fetch: bool) -> None:
         )
 
 
-def encoder_schema(
-    model: Model, *, tokens: int, clip_sequence: bool, metadata: Metadata | None = None
-) -> Schema:
-    """Say what a model's text encoders give, from their configurations.
-
-    Parameters
-    ----------
-    model : Model
-        A model with text encoders.
-    tokens : int
-        Tokens of a T5 sequence; a CLIP sequence is as long as its tokenizer says.
-    clip_sequence : bool
-        FLUX: whether CLIP gives its sequence rather than the pooled vector.
-    metadata : Metadata, optional
-        Metadata of the schema.
+def default_length(model: Model) -> int:
+    """Give the tokens of a sequence that the model's pipeline has where none are asked for.
 
     Raises
     ------
-    NotFoundError
-        If a configuration is not there.
     SchemaMismatchError
-        If it does not tell the shape.
+        If the family declares an argument for it that the pipeline does not have.
     """
-    width = _number(model, "text_encoder", "hidden_size")
-    length = _number(model, "tokenizer", "model_max_length", "tokenizer_config.json")
-    if model.kind == "sd":
-        return Schema.sd(length, width=width, metadata=metadata)
-    clip = (length, width) if clip_sequence else (width,)
-    t5_width = _number(model, "text_encoder_2", "d_model")
-    return Schema.flux(tokens, width=t5_width, clip=clip, metadata=metadata)
+    import diffusers
+
+    with quiet_loading():
+        pipeline = getattr(diffusers, model.pipeline_class)
+    name = model.family.encode.length
+    usual = inspect.signature(pipeline.__call__).parameters.get(name)
+    own = inspect.signature(pipeline.encode_prompt).parameters.get(name)
+    found = _default(usual, own) if own is not None else None
+    if not isinstance(found, int):
+        raise SchemaMismatchError(
+            f"family {model.kind}: expected the argument for a sequence's tokens as length, which "
+            f"{model.pipeline_class}.encode_prompt has a number for, got {name!r}"
+        )
+    return found
 
 
 def encoder_footprint(model: Model, item_bytes: int) -> Footprint:
@@ -120,7 +112,7 @@ def encoder_footprint(model: Model, item_bytes: int) -> Footprint:
     return Footprint(
         denoiser=weights,
         vae=sum(map(model.parameters, smaller)) * item_bytes,
-        block=weights // _number(model, larger, layers),
+        block=weights // config_number(model, larger, layers),
         denoising=work,
         decoding=work if smaller else 0,
     )
@@ -185,43 +177,73 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(
-        self, prompts: Sequence[str], *, tokens: int = 512, clip_sequence: bool = False
-    ) -> dict[str, NDArray[np.float32]]:
-        """Encode prompts exactly as diffusers does.
+        self,
+        prompts: Sequence[str],
+        *,
+        tokens: int = 512,
+        clip_sequence: bool = False,
+        negative: bool = False,
+    ) -> dict[str, NDArray[Any]]:
+        """Encode prompts exactly as diffusers does where a pipeline is called with them.
 
         Parameters
         ----------
         prompts : sequence of str
             The prompts.
         tokens : int
-            FLUX: length of the T5 sequences, ``max_sequence_length``.
+            Length of the sequences, of all but CLIP's.
         clip_sequence : bool
             FLUX: give CLIP's last hidden state rather than the pooled vector.
+        negative : bool
+            Whether they are what guidance leads away from, which some pipelines encode otherwise.
 
         Returns
         -------
         dict of str to ndarray
-            float32, exactly the encoders' values: for FLUX ``t5`` ``[n, tokens, 4096]`` and
-            ``clip`` ``[n, 768]`` (or ``[n, 77, 768]``), for Stable Diffusion ``clip``
-            ``[n, 77, 768]``.
+            By the pipeline's argument, float32, exactly the encoders' values: for FLUX
+            ``prompt_embeds`` ``[n, tokens, 4096]`` and ``pooled_prompt_embeds`` ``[n, 768]`` (or
+            ``[n, 77, 768]``). Masks are bool ``[n, tokens]``; shorter sequences that a mask goes
+            with are padded with zeros.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If the pipeline returns something else than its declaration says.
         """
         doing = self._placement.describe(f"encoding {len(prompts)} prompts")
         unable = f"model {self._model.folder} cannot encode"
         remedy = self._placement.remedy(OFFLOADS)
         with enough_memory(doing, remedy), naming(unable), quiet_loading():
-            values = self._encode(list(prompts), tokens, clip_sequence)
-        return {name: value.float().cpu().numpy() for name, value in values.items()}
+            values = self._encode(list(prompts), tokens, negative)
+            if clip_sequence:
+                values["pooled_prompt_embeds"] = self._sequence(list(prompts))
+            return as_arrays(self._model, values, tokens)
 
-    def _encode(
-        self, prompts: list[str], tokens: int, clip_sequence: bool
-    ) -> dict[str, torch.Tensor]:
-        device = self._placement.device
-        if self._model.kind == "sd":
-            return {"clip": _clip_sequence(self._pipeline, prompts, device)}
-        t5, clip, _ = self._pipeline.encode_prompt(
-            prompts, device=device, max_sequence_length=tokens
-        )
-        return {"t5": t5, "clip": self._sequence(prompts) if clip_sequence else clip}
+    def _encode(self, prompts: list[str], tokens: int, negative: bool) -> dict[str, Any]:
+        how, encode = self._model.family.encode, self._pipeline.encode_prompt
+        apart = negative and any(name.startswith("negative_") for name in how.returns)
+        takes = inspect.signature(encode).parameters
+        usual = inspect.signature(type(self._pipeline).__call__).parameters
+        # Some defaults of encoding alone are others than those of a call.
+        given = {name: _default(usual.get(name), takes[name]) for name in takes}
+        given |= how.arguments
+        # A list of its own: one pipeline changes the one that it is given.
+        given |= {"prompt": [""] * len(prompts) if apart else list(prompts)}
+        given |= {"device": self._placement.device, "num_images_per_prompt": 1}
+        given |= {"do_classifier_free_guidance": apart}
+        given |= {"negative_prompt": prompts} if apart else {}
+        given |= {how.length: tokens - how.besides} if how.length else {}
+        known = {
+            name: value
+            for name, value in given.items()
+            if name in takes and takes[name].kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        returned = encode(**known)
+        returned = returned if isinstance(returned, tuple) else (returned,)
+        found = dict(zip(how.returns, returned, strict=False))
+        start = "negative_" if apart else ""
+        wanted = (column.argument for column in self._model.family.columns)
+        return {name: found[start + name] for name in wanted if start + name in found}
 
     def _sequence(self, prompts: list[str]) -> torch.Tensor:
         """Let Stable Diffusion's pipeline encode: it gives the sequence that FLUX's drops."""
@@ -237,10 +259,7 @@ class TextEncoders:
 
     def cut(self, prompts: Sequence[str], tokens: int) -> Iterator[str]:
         """Say in a line each which prompts are longer than an encoder takes."""
-        tokenizer = self._pipeline.tokenizer
-        limits = [("CLIP", tokenizer, tokenizer.model_max_length)]
-        if self._model.kind == "flux":
-            limits.append(("T5", self._pipeline.tokenizer_2, tokens))
+        limits = list(self._limits(tokens))
         for prompt in prompts:
             for name, tokenizer, limit in limits:
                 with naming(f"model {self._model.folder} cannot encode"), quiet_loading():
@@ -248,14 +267,29 @@ class TextEncoders:
                 if length > limit:
                     yield f"prompt {prompt!r}: {length} tokens of {name}, cut to {limit}"
 
+    def _limits(self, tokens: int) -> Iterator[tuple[str, Any, int]]:
+        """Give each tokenizer with what its encoder is called, and the tokens that it takes."""
+        family = self._model.family
+        for kind, part in zip(family.encoders.values(), family.tokenizers, strict=True):
+            tokenizer = getattr(self._pipeline, part)
+            # One family's takes images as well, and has that of texts inside.
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+            if kind.startswith("CLIP"):
+                yield "CLIP", tokenizer, tokenizer.model_max_length
+            else:
+                name = "T5" if kind.startswith("T5") else kind
+                yield name, tokenizer, tokens - family.encode.besides
+
+
+def _default(usual: inspect.Parameter | None, own: inspect.Parameter | None) -> Any:
+    """Give an argument's default in the pipeline's call, else in its encoding, else None."""
+    for parameter in (usual, own):
+        if parameter is not None and parameter.default is not inspect.Parameter.empty:
+            return parameter.default
+    return None
+
 
 def _clip_sequence(pipeline: Any, prompts: list[str], device: str) -> torch.Tensor:
     values: torch.Tensor
     values, _ = pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
     return values
-
-
-def _number(model: Model, part: str, key: str, name: str = "config.json") -> int:
-    config = model.config(part, name)
-    check_number(config, key, str(model.folder / part / name))
-    return int(config[key])

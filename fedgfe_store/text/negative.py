@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING
 
-import numpy as np
-import xxhash
-from numpy.typing import NDArray
-
-from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Placement
-from fedgfe_store.storage import files
 from fedgfe_store.text.encoders import TextEncoders, encoder_identity
+from fedgfe_store.text.negative_files import is_file, read_file
+from fedgfe_store.text.negative_records import append_record, kept
+from fedgfe_store.text.negative_values import Negative
 
-_TENSOR_FILES = (".pt", ".pth", ".npy", ".safetensors")
-_DIMS = ("negative_token", "negative_feature")
+if TYPE_CHECKING:
+    from fedgfe_store.selection import Selection
 
-
-@dataclass(frozen=True, eq=False)
-class Negative:
-    """What classifier-free guidance leads away from.
-
-    Parameters
-    ----------
-    values : ndarray
-        float32 ``[tokens, features]``.
-    digest : str
-        xxh3 of its bytes, 16 hex digits.
-    source : str
-        Where it is from, for people.
-    """
-
-    values: NDArray[np.float32]
-    digest: str
-    source: str
-
-    @classmethod
-    def of(cls, values: NDArray[np.float32], source: str) -> Self:
-        """Return checked embeddings, without a batch axis of one."""
-        if values.ndim == 3 and len(values) == 1:
-            values = values[0]
-        if values.ndim != 2 or not np.isfinite(values).all():
-            raise SchemaMismatchError(
-                f"negative embeddings ({source}): expected finite values [tokens, features], "
-                f"got {list(values.shape)}"
-            )
-        values = np.ascontiguousarray(values, np.float32)
-        return cls(values, xxhash.xxh3_64_hexdigest(values.data), source)
+__all__ = ["Negative", "find_negative"]
 
 
 def find_negative(
     model: Model,
-    store: Path,
+    selection: Selection,
+    columns: Mapping[str, str],
     given: str | None,
-    shape: tuple[int, ...],
     *,
     keep: bool,
     report: Callable[[str], object],
@@ -72,14 +34,14 @@ def find_negative(
     Parameters
     ----------
     model : Model
-        The model, whose own text encoder encodes the prompt if the store does not have it.
-    store : Path
-        The store, which keeps what was encoded.
+        The model, whose own text encoders encode the prompt if the store does not have it.
+    selection : Selection
+        The records, whose store keeps what was encoded, as a record of node ``text``.
+    columns : mapping
+        Name of the store's column by the argument of the model's pipeline.
     given : str, optional
-        A file (``.pt``, ``.npy`` or ``.safetensors`` with one tensor) or a prompt; by default the
-        empty prompt.
-    shape : tuple of int
-        Shape of a record's embeddings, which these must have too.
+        A file (``.pt``, ``.npy`` or ``.safetensors`` with one tensor, or several named as the
+        pipeline's arguments) or a prompt; by default the empty prompt.
     keep : bool
         Whether to keep in the store what is encoded.
     report : callable
@@ -90,131 +52,80 @@ def find_negative(
     NotFoundError
         If there is no such file, or neither an encoder nor embeddings in the store.
     SchemaMismatchError
-        If the shape is another one.
+        If a shape is another one than the records'.
     DamagedDataError
         If what the store keeps is damaged.
     """
-    if given is not None and (Path(given).suffix in _TENSOR_FILES or os.path.isfile(given)):
-        negative = _read_file(Path(given))
+    if given is not None and is_file(given):
+        negative = Negative.of(read_file(Path(given), model), given)
     else:
-        negative = _of_prompt(model, store, given or "", keep=keep, report=report)
-    if negative.values.shape != shape:
-        raise SchemaMismatchError(
-            f"negative embeddings ({negative.source}): expected {list(shape)} like the records', "
-            f"got {list(negative.values.shape)}"
-        )
+        negative = _of_prompt(model, selection, columns, given or "", keep=keep, report=report)
+    _check_shapes(model, negative, selection, columns)
     return negative
 
 
-def _read_file(path: Path) -> Negative:
-    import torch
-
-    try:
-        if path.suffix == ".npy":
-            found: Any = torch.from_numpy(np.load(path, allow_pickle=False))
-        elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise NotFoundError(f"negative embeddings: expected a file {path}, got none") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SchemaMismatchError(f"negative embeddings: cannot read {path}: {reason}") from error
-    if isinstance(found, dict) and len(found) == 1:
-        (found,) = found.values()
-    if not isinstance(found, torch.Tensor):
-        raise SchemaMismatchError(f"negative embeddings: expected one tensor in {path}")
-    return Negative.of(found.detach().float().numpy(), str(path))
+def _check_shapes(
+    model: Model, negative: Negative, selection: Selection, columns: Mapping[str, str]
+) -> None:
+    """Refuse negatives that do not go with the records: pipelines put them side by side."""
+    family, schema = model.family, selection.schema
+    is_list = any(column.kind == "lengths" for column in family.columns)
+    tokens: int | None = schema.columns[columns[family.sequence.argument]][0]
+    if is_list and family.sequence.argument in negative.values:
+        tokens = len(negative.values[family.sequence.argument])
+    for column in family.columns:
+        width = [] if column.is_mask else [model.width(column)]
+        expected = [] if column.kind == "vector" else [tokens]
+        value = negative.values.get(column.argument)
+        if value is None and column.is_mask:
+            continue
+        shape = [*expected, *width]
+        got = None if value is None else list(value.shape)
+        if got == shape:
+            continue
+        is_other_length = (
+            column.kind == "sequence"
+            and got is not None
+            and len(got) == 1 + len(width)
+            and got[1:] == width
+        )
+        hint = f"; encode the negative prompt to {tokens} tokens, too" if is_other_length else ""
+        raise SchemaMismatchError(
+            f"negative embeddings ({negative.source}): expected {column.argument} {shape} like the "
+            f"records', got {got}{hint}"
+        )
 
 
 def _of_prompt(
-    model: Model, store: Path, prompt: str, *, keep: bool, report: Callable[[str], object]
+    model: Model,
+    selection: Selection,
+    columns: Mapping[str, str],
+    prompt: str,
+    *,
+    keep: bool,
+    report: Callable[[str], object],
 ) -> Negative:
     encoder = encoder_identity(model)
-    kept = _kept(store, prompt, encoder)
-    if kept is not None:
-        return kept
+    found = kept(model, selection, columns, prompt, encoder)
+    if found is not None:
+        return found
     if encoder is None or not model.fetch(*model.encoder_parts):
         raise NotFoundError(
-            f"the model {model.name} needs negative embeddings or guidance <= 1: expected them in "
-            f"{store}, a text encoder in {model.folder}, or --negative FILE, got none of them"
+            f"the model {model.name} needs negative embeddings or guidance <= "
+            f"{model.family.above:g}: expected them in {selection.path}, a text encoder in "
+            f"{model.folder}, or --negative FILE, got none of them"
         )
+    tokens = selection.schema.columns[columns[model.family.sequence.argument]][0]
     with TextEncoders.load(model, Placement("float32", "cpu")) as encoders:
-        values = encoders.encode([prompt])["clip"]
-    negative = Negative.of(values, f"prompt {prompt!r}, encoded")
-    if keep:
-        try:
-            _keep(store, negative, prompt, encoder)
-        except OSError as error:
-            report(f"negative embeddings are not kept in {store}: {error}")
-    return negative
-
-
-def _kept(store: Path, prompt: str, encoder: str | None) -> Negative | None:
-    """Return what the store keeps; a model without encoder takes the only one there is."""
-    if encoder is not None:
-        folder = store / _array_name(prompt, encoder)
-        return _read_kept(folder) if folder.is_dir() else None
-    found = [_read_kept(folder) for folder in sorted(store.glob("negative_*"))]
-    matching = [negative for negative in found if negative.source == _source(prompt)]
-    return matching[0] if len(matching) == 1 else None
-
-
-def _array_name(prompt: str, encoder: str) -> str:
-    return f"negative_{xxhash.xxh3_64_hexdigest(json.dumps([prompt, encoder]).encode())}"
-
-
-def _source(prompt: str) -> str:
-    return f"prompt {prompt!r}, kept in the store"
-
-
-def _read_kept(folder: Path) -> Negative:
-    import zarr
-
-    try:
-        array = zarr.open_array(folder, mode="r")
-        values, known = np.asarray(array[:], np.float32), dict(array.attrs)
-        negative = Negative.of(values, _source(str(known["prompt"])))
-        sound = negative.digest == known["digest"]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DamagedDataError(_damage(folder, str(error))) from error
-    if not sound:
-        raise DamagedDataError(_damage(folder, "its digest does not fit"))
-    return negative
-
-
-def _damage(folder: Path, reason: str) -> str:
-    return f"{folder} is damaged ({reason}); remove it, and the prompt is encoded again"
-
-
-def _keep(store: Path, negative: Negative, prompt: str, encoder: str) -> None:
-    """Put the embeddings into the store as an array of their own, whole or not at all.
-
-    Other arrays of a store's group are kept by every commit, and readers of ours never see them.
-    """
-    import zarr
-
-    temporary = store.parent / f".{store.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        array = zarr.create_array(
-            temporary,
-            shape=negative.values.shape,
-            dtype="float32",
-            dimension_names=_DIMS,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            attributes={"prompt": prompt, "encoder": encoder, "digest": negative.digest},
-        )
-        array[:] = negative.values
-        files.sync_tree(temporary)
-        try:
-            os.rename(temporary, store / _array_name(prompt, encoder))
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            return  # another run has kept the same meanwhile
-        files.sync_folder(store)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        encoded = encoders.encode([prompt], tokens=tokens, negative=True)
+    values = {argument: value[0] for argument, value in encoded.items()}
+    fresh = Negative.of(values, f"prompt {prompt!r}, encoded")
+    if not keep:
+        return fresh
+    remark = append_record(model, selection, columns, fresh, prompt, encoder)
+    if remark:
+        report(f"negative embeddings are not kept in {selection.path}: {remark}")
+        return fresh
+    # As the store rounds them, and as runs beside this one have them.
+    again = kept(model, selection, columns, prompt, encoder)
+    return fresh if again is None else again

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,16 +17,17 @@ from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 from fedgfe_store.schema import Metadata, Schema
 from fedgfe_store.storage.append import IfExists
 from fedgfe_store.store import EmbeddingStore
+from fedgfe_store.text.columns import encoder_schema, store_columns, token_limit
 from fedgfe_store.text.encoders import (
     check_encoders,
+    default_length,
     encoder_identity,
-    encoder_schema,
 )
 
 Status = Literal["missing", "done", "other"]
 Report = Callable[[str], object]
 
-_DEFAULT_TOKENS = 17
+_FLUX_TOKENS = 17
 _FIELD = re.compile(r"\{(\w*)\}")
 
 
@@ -76,6 +77,8 @@ class EncodingPlan:
         All that was asked for.
     if_exists : {"error", "replace", "skip"}
         What becomes of those whose key the store has with something else.
+    columns : mapping
+        Name of the store's column by the argument of the model's pipeline.
     """
 
     path: Path
@@ -87,6 +90,12 @@ class EncodingPlan:
     device: str
     references: tuple[Reference, ...]
     if_exists: IfExists
+    columns: Mapping[str, str]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sequence."""
+        return self.schema.columns[self.columns[self.model.family.sequence.argument]][0]
 
     @property
     def todo(self) -> tuple[Reference, ...]:
@@ -112,6 +121,7 @@ def plan_references(
     classes: Sequence[str] | None = None,
     model: str | None = None,
     diffusion_type: str | None = None,
+    family: str | Path | None = None,
     max_sequence_length: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -131,10 +141,14 @@ def plan_references(
         By default all of the store.
     model : str, optional
         ``"tiny"`` has no text encoders; see `resolve_model` for what counts without one.
-    diffusion_type : {"flux", "sd"}, optional
-        By default the store's, and ``"flux"`` for one that is to be made.
+    diffusion_type : str, optional
+        Family of the model, such as ``"flux"``; by default the store's, and for one that is to be
+        made the model's own.
+    family : path-like, optional
+        File that declares a family besides those that there are.
     max_sequence_length : int, optional
-        Tokens of a T5 sequence; by default the store's, and 17 for one that is to be made.
+        Tokens of a sequence, as the model's pipeline counts them; by default the store's, and for
+        one that is to be made the pipeline's own; 17 for FLUX.
     device : str, optional
         By default a GPU where there is one.
     dtype : str, optional
@@ -168,7 +182,7 @@ def plan_references(
     names = _class_names(classes, store)
     keys = _keys(prompts, names)
     stored = store.schema.metadata.model if store and store.schema.kind == kind else None
-    chosen = resolve_model(model, kind=kind, stored=stored)
+    chosen = resolve_model(model, kind=None if family else kind, stored=stored, declared=family)
     check_encoders(chosen, fetch=False)
     encoder = encoder_identity(chosen)
     assert encoder is not None
@@ -184,7 +198,7 @@ def plan_references(
         _refuse_others(references, path)
     return EncodingPlan(
         path, schema, store is not None, chosen, encoder, dtype, device, tuple(references),
-        if_exists,
+        if_exists, store_columns(chosen, schema),
     )  # fmt: skip
 
 
@@ -235,18 +249,21 @@ def _fitting(
     length: int | None,
 ) -> Schema:
     """Return the store's schema if the encoders fit it, or that of the store to be made."""
-    columns = store.schema.columns if store else {}
-    column = "clip" if model.kind == "sd" else "t5"
-    stored = columns[column][0] if column in columns else None
-    if stored is not None and length not in (None, stored):
+    named = store_columns(model, store.schema) if store else {}
+    there = {argument: store.schema.column(n) for argument, n in named.items()} if store else {}
+    sequence = there.get(model.family.sequence.argument)
+    besides = model.family.encode.besides
+    stored = sequence.shape[0] - besides if sequence else None
+    if sequence is not None and length not in (None, stored):
         raise SchemaMismatchError(
-            f"max_sequence_length: expected {stored}, the tokens of {column} in {path}, got "
+            f"max_sequence_length: expected {stored}, the tokens of {sequence.name} in {path}, got "
             f"{length}"
         )
     made = encoder_schema(
         model,
-        tokens=length or stored or _DEFAULT_TOKENS,
-        clip_sequence=len(columns.get("clip", ())) == 2,
+        tokens=(length or stored or _own_length(model)) + besides,
+        clip_sequence=len(store.schema.columns.get("clip", ())) == 2 if store else False,
+        columns=there if sequence else None,
         metadata=Metadata(
             diffusion_type=model.kind,
             classes=tuple(names),
@@ -257,12 +274,20 @@ def _fitting(
     if store is not None:
         store.schema.check_fits(made, f"text encoders of the model {model.name}")
         return store.schema
-    if length not in (None, made.columns[column][0]):
+    found = made.columns[store_columns(model, made)[model.family.sequence.argument]][0] - besides
+    if length not in (None, found):
         raise SchemaMismatchError(
-            f"max_sequence_length: expected {made.columns[column][0]}, which the tokenizer of "
-            f"{model.name} gives, got {length}"
+            f"max_sequence_length: expected {found}, which the tokenizer of {model.name} gives, "
+            f"got {length}"
         )
     return made
+
+
+def _own_length(model: Model) -> int:
+    """Give the tokens that nobody asked for: few for FLUX, whose adapters are trained with few."""
+    if model.kind == "flux":
+        return _FLUX_TOKENS
+    return default_length(model) if model.family.encode.length else token_limit(model)
 
 
 def _found(store: EmbeddingStore, names: list[str]) -> dict[RecordKey, dict[str, Any]]:

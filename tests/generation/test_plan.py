@@ -20,7 +20,7 @@ from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.generation.plan import Plan, PlanItem, plan_images
 from fedgfe_store.generation.request import Request
-from fedgfe_store.generation.settings import Settings, fingerprint, seed_of
+from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
 from fedgfe_store.images.compare import difference
 from fedgfe_store.images.manifest import Manifest, read_manifest, seconds_per_image
 from fedgfe_store.images.png import write_png
@@ -38,7 +38,7 @@ def render(item: PlanItem, settings: Settings = SETTINGS, **changes: Any) -> Non
         "key": key_json(item.key),
         "image": item.number,
         "digests": item.digests,
-        "settings": asdict(settings),
+        "settings": settings_json(settings),
         "fingerprint": fingerprint(settings),
         **changes,
     }
@@ -264,13 +264,17 @@ def test_the_fingerprint_covers_each_setting_and_nothing_else() -> None:
         "quantization": "int8",
         "negative": "0",
         "noise": "file_id",
+        "column": ("t5=round:20",),
+        "lora": ("abc:0.5",),
+        "family": "def",
     }
     assert changed.keys() == asdict(SETTINGS).keys()
     variants = [replace(SETTINGS, **{name: value}) for name, value in changed.items()]
     assert len({fingerprint(s) for s in [SETTINGS, *variants]}) == len(changed) + 1
     for name, variant in zip(changed, variants, strict=True):
-        old, new = asdict(SETTINGS)[name], changed[name]
-        assert difference(asdict(SETTINGS), asdict(variant)) == f"{name} {old} -> {new}"
+        before, after = settings_json(SETTINGS), settings_json(variant)
+        old = before.get(name, {"noise": "index"}.get(name))
+        assert difference(before, after) == f"{name} {old} -> {after[name]}"
 
 
 def test_seeds_and_fingerprints_do_not_change_between_versions() -> None:

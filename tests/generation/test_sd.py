@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 import zarr
 from click.testing import CliRunner
 from conftest import fill
@@ -24,12 +25,14 @@ from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.run import GenerationReport, generate
-from fedgfe_store.generation.settings import Settings, seed_of
+from fedgfe_store.generation.settings import Settings, fingerprint, seed_of
 from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
+from fedgfe_store.text.encoders import encoder_identity
+from fedgfe_store.text.negative import Negative
 
 SIZE = 32
 SETTINGS = {"steps": 3, "height": SIZE, "width": SIZE, "device": "cpu", "offload": "none"}
@@ -131,6 +134,10 @@ def test_a_scheduler_that_adds_noise_draws_it_from_each_images_own_seed(
         assert far(pixels(folder, selection), expected) <= 1
 
 
+def kept(store: EmbeddingStore) -> Selection:
+    return EmbeddingStore.open(store.path).select(node="text", split="negative")
+
+
 def test_the_negative_embedding_is_encoded_once_and_kept_in_the_store(
     sd: Path,
     make: Callable[..., GenerationReport],
@@ -139,33 +146,101 @@ def test_the_negative_embedding_is_encoded_once_and_kept_in_the_store(
 ) -> None:
     model = Path(shutil.copytree(sd, tmp_path / "model"))
     make(store.select(), tmp_path / "first", model=str(model))
-    (kept,) = store.path.glob("negative_*")
-    values = zarr.open_array(kept, mode="r")[:]
+    (values,) = kept(store).read("clip")
     encoded, _ = load_sd(sd).encode_prompt([""], "cpu", 1, False)
     np.testing.assert_array_equal(values, encoded[0].detach().numpy())
-    for weights in (model / "text_encoder").glob("*.safetensors"):
-        weights.write_bytes(weights.read_bytes())  # the same encoder, and nothing to load
     settings = provenance_of(next((tmp_path / "first").glob("*.png")))["settings"]
-    assert len(settings["negative"]) == 16
+    assert settings["negative"] == xxhash.xxh3_64_hexdigest(values.tobytes())
+    (extra,) = map(json.loads, kept(store).column("extra"))
+    assert (extra["prompt"], extra["dtype"]) == ("", "float32")
+    commit = EmbeddingStore.open(store.path).commit
     again = make(store.select(), tmp_path / "first", model=str(model))
     assert (again.done, again.skipped) == (0, 6)
-    (still,) = store.path.glob("negative_*")
-    assert still == kept
+    assert EmbeddingStore.open(store.path).commit == commit
+    assert not list(store.path.glob("negative_*"))
 
 
-def test_the_store_stays_sound_beside_a_negative_embedding(
+def test_a_store_that_rounds_gives_every_run_the_same_negative(
+    make: Callable[..., GenerationReport], tmp_path: Path
+) -> None:
+    schema = Schema.sd(77, width=8, precision="bfloat16")
+    store = EmbeddingStore.create(tmp_path / "rounded.zarr", schema)
+    fill(store, node=0, round=1, n=1)
+    make(store.select(), tmp_path / "first")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "first").glob("*.png")}
+    make(store.select(), tmp_path / "second")
+    assert [
+        provenance_of(path)["fingerprint"] for path in sorted((tmp_path / "second").glob("*.png"))
+    ] == [provenance_of(path)["fingerprint"] for path in sorted((tmp_path / "first").glob("*.png"))]
+    assert make(store.select(), tmp_path / "first").skipped == len(before) == 2
+    for name in before:
+        with (
+            Image.open(tmp_path / "first" / name) as a,
+            Image.open(tmp_path / "second" / name) as b,
+        ):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_store_that_cannot_be_written_gets_a_remark(
     make: Callable[..., GenerationReport], store: EmbeddingStore, tmp_path: Path
 ) -> None:
+    remarks: list[str] = []
+    past = EmbeddingStore.open(store.path, as_of=store.commit).select()
+    assert make(past, tmp_path / "images", report=remarks.append).done == 6
+    assert [line for line in remarks if "not kept" in line] == [
+        f"negative embeddings are not kept in {store.path}: it was opened as of commit "
+        f"{store.commit}"
+    ]
+    assert len(kept(store)) == 0
     make(store.select(), tmp_path / "images")
-    fill(store, node=1, round=1)
-    store.compact()
-    assert store.verify().sound
-    assert store.verify().leftovers == ()
-    assert len(list(store.path.glob("negative_*"))) == 1
-    for consolidated, expected in ((False, 1), (None, 0)):
-        opened = zarr.open_group(store.path, mode="r", use_consolidated=consolidated)
-        names = [name for name, _ in opened.members() if name.startswith("negative_")]
-        assert len(names) == expected, "readers of the committed state see records only"
+    assert len(kept(store)) == 1
+    assert make(past, tmp_path / "images").skipped == 6
+
+
+def old_array(store: EmbeddingStore, values: NDArray[np.float32], model: Path) -> Path:
+    """Keep a negative embedding as release 0.2 did."""
+    encoder = encoder_identity(resolve_model(str(model)))
+    name = xxhash.xxh3_64_hexdigest(json.dumps(["", encoder]).encode())
+    array = zarr.create_array(
+        store.path / f"negative_{name}",
+        shape=values.shape,
+        dtype="float32",
+        attributes={
+            "prompt": "",
+            "encoder": encoder,
+            "digest": xxhash.xxh3_64_hexdigest(values.tobytes()),
+        },
+    )
+    array[:] = values
+    return store.path / f"negative_{name}"
+
+
+def test_arrays_of_earlier_releases_are_read_and_their_images_stay(
+    sd: Path, make: Callable[..., GenerationReport], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    values = np.random.default_rng(0).standard_normal((77, 8), dtype=np.float32)
+    array = old_array(store, values, sd)
+    commit = EmbeddingStore.open(store.path).commit
+    make(store.select(), tmp_path / "images")
+    settings = provenance_of(next((tmp_path / "images").glob("*.png")))["settings"]
+    assert settings["negative"] == xxhash.xxh3_64_hexdigest(values.tobytes())
+    assert EmbeddingStore.open(store.path).commit == commit, "nothing is written"
+    bare = save_random_sd(tmp_path / "bare", encoder=False)
+    assert make(store.select(), tmp_path / "bare images", model=str(bare)).done == 6
+    zarr.open_array(array, mode="r+")[3, 4] = 1.5
+    with pytest.raises(DamagedDataError, match="its digest does not fit"):
+        make(store.select(), tmp_path / "second")
+
+
+def test_an_image_has_the_fingerprint_that_release_0_2_gave_it() -> None:
+    values = np.arange(77 * 8, dtype=np.float32).reshape(77, 8) / 64
+    negative = Negative.of({"prompt_embeds": values}, "a test")
+    settings = Settings("m", "r", "float32", 3, 7.5, 32, 32, negative=negative.digest)
+    # Both are what 0.2.0 says of these values.
+    assert (negative.digest, fingerprint(settings)) == (
+        "9c33ddf40e850c87",
+        "3e4c024b2f3ebab61206238f34f1be4a",
+    )
 
 
 def test_a_model_without_encoder_takes_what_the_store_keeps(
@@ -179,18 +254,6 @@ def test_a_model_without_encoder_takes_what_the_store_keeps(
     assert make(store.select(), tmp_path / "free", model=str(bare), guidance=1.0).done == 6
     make(store.select(per_class=1), tmp_path / "other")
     assert make(store.select(), tmp_path / "images", model=str(bare)).done == 6
-
-
-def test_a_damaged_kept_embedding_is_named_and_never_used(
-    make: Callable[..., GenerationReport], store: EmbeddingStore, tmp_path: Path
-) -> None:
-    make(store.select(), tmp_path / "first")
-    (kept,) = store.path.glob("negative_*")
-    zarr.open_array(kept, mode="r+")[3, 4] = 1.5
-    with pytest.raises(DamagedDataError, match="its digest does not fit"):
-        make(store.select(), tmp_path / "second")
-    shutil.rmtree(kept)
-    assert make(store.select(), tmp_path / "first").skipped == 6
 
 
 @pytest.mark.slow
@@ -218,7 +281,7 @@ def test_a_negative_prompt_or_file_changes_the_pictures(
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (torch.zeros(154, 8), SchemaMismatchError, r"expected \[77, 8\] .*, got \[154, 8\]"),
+        (torch.zeros(154, 8), SchemaMismatchError, r"prompt_embeds \[77, 8\] .*, got \[154, 8\]"),
         (torch.zeros(2, 77, 8), SchemaMismatchError, r"got \[2, 77, 8\]"),
         (torch.full((77, 8), torch.nan), SchemaMismatchError, "expected finite values"),
         ({"a": torch.zeros(1), "b": torch.zeros(1)}, SchemaMismatchError, "one tensor in"),
@@ -249,7 +312,7 @@ def test_records_of_another_length_than_the_encoders_are_refused_before_loading(
 ) -> None:
     store = EmbeddingStore.create(tmp_path / "long.zarr", Schema.sd(154, width=8))
     fill(store, node=0, round=0, n=1)
-    with pytest.raises(SchemaMismatchError, match=r"expected \[154, 8\] .*, got \[77, 8\]"):
+    with pytest.raises(SchemaMismatchError, match=r"embeds \[154, 8\] .*, got \[77, 8\]; encode"):
         make(store.select(), tmp_path / "images")
     assert make(store.select(), tmp_path / "images", guidance=1.0).done == 2
 
@@ -355,7 +418,7 @@ def test_the_command_infers_the_type_and_shows_the_negative(
     first = CliRunner().invoke(group, [*arguments, "--dry-run"])
     assert first.exit_code == 0, first.output
     assert "negative: prompt '', encoded" in first.output
-    assert not list(selection.path.glob("negative_*")), "a dry run writes nothing"
+    assert EmbeddingStore.open(selection.path).commit == selection.commit, "a dry run writes"
     assert CliRunner().invoke(group, arguments).exit_code == 0
     second = CliRunner().invoke(group, arguments)
     assert "negative: prompt '', kept in the store" in second.output

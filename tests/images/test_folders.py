@@ -7,7 +7,6 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.run import generate
-from fedgfe_store.generation.settings import Settings, fingerprint
+from fedgfe_store.generation.settings import Settings, fingerprint, settings_json
 from fedgfe_store.images import folder as folder_module
 from fedgfe_store.images.arrange import arrange
 from fedgfe_store.images.folder import ImageFolder
@@ -46,7 +45,7 @@ def folder(store: EmbeddingStore, tmp_path: Path) -> Path:
     path = tmp_path / "images"
     path.mkdir()
     for key in store.select().keys():
-        facts = {"key": key_json(key), "image": 0, "settings": asdict(MADE_WITH)}
+        facts = {"key": key_json(key), "image": 0, "settings": settings_json(MADE_WITH)}
         write_png(
             path / f"node_0_train_{key.class_name}_0_r5.png",
             PIXELS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation.settings import Settings, fingerprint
+from fedgfe_store.generation.settings import Settings, fingerprint, settings_json
 from fedgfe_store.images.folder import ImageFolder
 from fedgfe_store.images.gallery import make_gallery
 from fedgfe_store.images.manifest import Manifest
@@ -37,7 +36,7 @@ def make(store: EmbeddingStore, folder: Path, /, *, listed: bool = True, **chang
                 "key": key_json(key),
                 "image": 0,
                 "digests": {c: f"{int(row[f'{c}_digest']):016x}" for c in ("t5", "clip")},
-                "settings": asdict(SETTINGS),
+                "settings": settings_json(SETTINGS),
                 "fingerprint": fingerprint(SETTINGS),
                 "commit": store.commit,
                 "store": str(store.path.resolve()),

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.parts import WHOLE, Part, parts_of
-from fedgfe_store.generation.settings import Settings, fingerprint
+from fedgfe_store.generation.settings import Settings, fingerprint, settings_json
 from fedgfe_store.images.manifest import Manifest, manifest_name
 from fedgfe_store.images.png import write_png
 from fedgfe_store.images.status import ImageStatus, image_status
@@ -60,7 +60,7 @@ class Folder:
                 "key": key_json(key),
                 "image": image,
                 "digests": {c: f"{int(frame[f'{c}_digest'][position]):016x}" for c in columns},
-                "settings": asdict(made_with),
+                "settings": settings_json(made_with),
                 "fingerprint": fingerprint(made_with),
                 **changes,
             }
@@ -123,7 +123,7 @@ def test_each_kind_of_status(folder: Folder) -> None:
         "node_0_train_cat_2_r5.png": ("missing", ""),
     }
     assert status.totals == {"done": 1, "missing": 2, "stale": 1, "failed": 2, "all": 6}
-    assert status.settings == asdict(SETTINGS)
+    assert status.settings == settings_json(SETTINGS)
 
 
 def test_a_failed_image_that_was_made_later_is_done(folder: Folder) -> None:
@@ -147,7 +147,7 @@ def test_the_settings_are_those_of_the_image_finished_last(folder: Folder) -> No
 
 
 def test_settings_that_this_version_does_not_know(folder: Folder) -> None:
-    newer = {**asdict(SETTINGS), "scheduler": "heun"}
+    newer = {**settings_json(SETTINGS), "scheduler": "heun"}
     folder.make(0)
     folder.make(1, settings=newer, fingerprint="of-a-newer-version")
     status = folder.status()
@@ -164,7 +164,7 @@ def test_without_a_manifest_the_newest_sound_file_says_the_settings(folder: Fold
     Image.new("RGB", (8, 8)).save(folder.path / image_name(folder.keys()[4]))
     Image.new("RGB", (8, 8)).save(folder.path / "contact_sheet.png")
     status = folder.status()
-    assert status.settings == asdict(SETTINGS)
+    assert status.settings == settings_json(SETTINGS)
     assert statuses(status) == ["stale", "done", "done", "missing", "stale", "missing"]
     assert status.frame["reason"][4] == "not made by fedgfe-store"
 

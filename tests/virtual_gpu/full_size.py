@@ -1,4 +1,4 @@
-"""Models of full size whose weight files are sparse: right names, shapes and dtypes, no disk."""
+"""A model as large as FLUX.1-dev of which only the decoder says anything, in a sparse file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,6 @@ _BLOCKS = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-
-
-def save_flux_dev(folder: Path) -> Path:
-    """Save what has the sizes of FLUX.1-dev: 22.2 GiB of denoiser, 0.16 GiB of decoder."""
-    with init_empty_weights():
-        denoiser = FluxTransformer2DModel(guidance_embeds=True)
-        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **_BLOCKS)
-    _save_sparse(folder / "vae", vae)
-    return _save(folder, denoiser)
 
 
 def save_wide_flux(folder: Path) -> Path:

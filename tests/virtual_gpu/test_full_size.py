@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL
 from pictures import provenance_of
 from PIL import Image
 from virtual_gpu.device import Cards
-from virtual_gpu.full_size import save_flux_dev, save_wide_flux
+from virtual_gpu.full_size import save_wide_flux
 
+from benchmarks import full_size
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings, seed_of
@@ -30,7 +31,7 @@ N, SIZE, GIB = 32, 64, 1024
 
 @pytest.fixture(scope="module")
 def flux_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_flux_dev(tmp_path_factory.mktemp("full") / "dev")
+    return full_size.save("flux-dev", tmp_path_factory.mktemp("full") / "dev")
 
 
 @pytest.fixture
