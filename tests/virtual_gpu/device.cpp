@@ -232,16 +232,11 @@ void join(Block* block) {
   delete other;
 }
 
-void give_back(void* context) {
-  std::lock_guard<std::recursive_mutex> lock(mutex);
-  auto* block = static_cast<Block*>(context);
+void give_back_now(Block* block) {
   Memory& memory = memories[block->device];
   auto& blocks = memory.free_blocks(block->small);
   memory.allocated -= block->size;
   block->used = false;
-  // What is free belongs to its stream, whose earlier work comes first; that of others does not.
-  if (is_awaited(block->device, block->stream, block->address, block->size))
-    catch_up(block->device, block->stream);
   fill_with_nan(block);
   if (block->after && !block->after->used) {
     blocks.erase(block->after);
@@ -253,6 +248,16 @@ void give_back(void* context) {
     join(block);
   }
   blocks.insert(block);
+}
+
+void give_back(void* context) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  auto* block = static_cast<Block*>(context);
+  // What is free belongs to its stream, whose earlier work comes first; that of others does not.
+  if (is_awaited(block->device, block->stream, block->address, block->size))
+    queues[{block->device, block->stream}].push_back({nullptr, [block]() { give_back_now(block); }});
+  else
+    give_back_now(block);
 }
 
 struct Allocator final : c10::Allocator {
@@ -663,11 +668,14 @@ size_t get_late_copies() { return late_copies; }
 size_t get_pending() {
   std::lock_guard<std::recursive_mutex> lock(mutex);
   size_t count = 0;
-  for (auto& queue : queues) count += queue.second.size();
+  for (auto& queue : queues)
+    for (auto& copy : queue.second) count += copy.on_device != nullptr;
   return count;
 }
 void drop_pending() {
   std::lock_guard<std::recursive_mutex> lock(mutex);
-  queues.clear();
+  for (auto& queue : queues)
+    for (auto& copy : std::exchange(queue.second, {}))
+      if (!copy.on_device) copy.make();
 }
 }

@@ -284,10 +284,11 @@ def _install(device: ctypes.CDLL) -> None:
         def query(self) -> bool:
             return True
 
-    def raw_stream(card: int) -> int:
-        return device.get_stream(card)
+    def raw_stream(device: int) -> int:
+        return stream_of(device)
 
     new_stream, synchronize_stream = device.new_stream, device.synchronize_stream
+    stream_of = device.get_stream
 
     def current_stream(card: object = None) -> Stream:
         return Stream(card, number=device.get_stream(index_of(card)))

@@ -53,7 +53,7 @@ def test_weights_move_from_every_mode_to_every_other_without_loading(
         resolve_model(str(case.model)), Placement("float32", "cuda:1", MODES[0])
     )
     monkeypatch.setattr("fedgfe_store.models.diffusers.load_part", None)
-    held = {}
+    held: dict[Offload, int] = {}
     assert len(set(itertools.pairwise(WALK))) == len(MODES) * (len(MODES) - 1)
     for mode in WALK:
         images.place(Placement("float32", "cuda:1", mode))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from pictures import provenance_of
-from virtual_gpu.cases import Case, assert_like_cpu, render
+from virtual_gpu.cases import Case, N, assert_like_cpu, render
 from virtual_gpu.device import MIB, Cards
 
 from fedgfe_store.errors import SchemaMismatchError
@@ -52,19 +52,34 @@ def test_less_memory_makes_smaller_batches_and_the_same_images(
 
 
 def test_auto_goes_on_with_less_on_the_card(case: Case, cards: Cards, tmp_path: Path) -> None:
-    """The card shrinks while the first images are made."""
-    options = {"device": "cuda:1", "clear_cache_every": 1, "batch_size": 2}
-    first = []
+    """The card shrinks to what sequential offload takes while the first images are made."""
+    options: dict[str, Any] = {"device": "cuda:1", "clear_cache_every": 1, "batch_size": 1}
+    cards.limit(1, 8192)
+    render(case, tmp_path, **options, offload="sequential")
+    cards.empty()
+    cards.limit(1, 8192)
 
     def shrink(count: int) -> None:
-        if not first:
-            cards.limit(1, 0)
-        first.append(count)
+        cards.limit(1, 4)
 
-    remarks: list[str] = []
     report, remarks = render(case, tmp_path, **options, progress=shrink)
-    assert not report.done or remarks
-    assert any("offload sequential" in line for line in remarks)
+    assert "out of memory: going on with offload sequential" in remarks
+    assert (report.done, report.failed) == (N, ()), remarks
+    assert_like_cpu(case, tmp_path)
+    offloads = {provenance_of(path)["offload"] for path in tmp_path.glob("*.png")}
+    assert offloads == {"none", "sequential"}
+
+
+def test_what_a_user_asks_for_is_not_changed(case: Case, cards: Cards, tmp_path: Path) -> None:
+    def shrink(count: int) -> None:
+        cards.limit(1, 0)
+
+    options: dict[str, Any] = {"device": "cuda:1", "clear_cache_every": 1, "batch_size": 1}
+    report, remarks = render(case, tmp_path, **options, offload="none", progress=shrink)
+    assert report.failed
+    assert not any("offload" in line for line in remarks)
+    assert report.failed[0].reason.startswith("out of memory denoising one picture")
+    assert report.failed[0].reason.endswith("--offload sequential may help")
 
 
 @pytest.mark.parametrize(
