@@ -168,3 +168,5 @@ def clear_cache(device: str) -> None:
         torch.cuda.empty_cache()
     elif kind == "mps":
         torch.mps.empty_cache()
+    elif kind == "xpu":
+        torch.xpu.empty_cache()

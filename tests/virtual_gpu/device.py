@@ -87,11 +87,16 @@ class Cards:
     """The cards, by number: how much memory they have and what is in it; sizes in bytes."""
 
     def __init__(self, device: ctypes.CDLL) -> None:
-        self._device = device
+        self._device, self._count = device, device.get_device_count()
+
+    def show(self, count: int) -> None:
+        """Show the first cards alone, as CUDA_VISIBLE_DEVICES does before a process begins."""
+        self._device.set_device_count(count)
 
     def reset(self) -> None:
         """Make the first card the current one, give each 1 GiB, and forget what was in them."""
         gc.collect()
+        self.show(self._count)
         for index in range(self._device.get_device_count()):
             self._device.synchronize(index)
             self._device.set_stream(index, 0)
