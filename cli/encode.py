@@ -10,7 +10,7 @@ import click
 
 from fedgfe_store.common.location import own_folder
 
-from .options import class_names, quiet_option, wait_option
+from .options import class_names, own_device, quiet_option, wait_option
 from .progress import progress
 from .tables import counted, print_table
 
@@ -98,6 +98,7 @@ def command(
 
     store = own_folder(obj.store)
     names = _class_names(store, classes)
+    options["device"] = own_device(options["device"])
     plan = plan_references(store, prompts, report=_remark, classes=names, **options)
     if dry_run or not quiet:
         _print_plan(plan, whole=dry_run)
