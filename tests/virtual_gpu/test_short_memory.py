@@ -51,20 +51,6 @@ def test_less_memory_makes_smaller_batches_and_the_same_images(
     assert smaller + refused
 
 
-def test_auto_leaves_the_card_step_by_step_and_ends_in_a_line(
-    flux_case: Case, cards: Cards, tmp_path: Path
-) -> None:
-    """Another process takes all that is given back."""
-    options: dict[str, Any] = {"device": "cuda:1", "clear_cache_every": 1, "batch_size": 1}
-    report, remarks = render(
-        flux_case, tmp_path, **options, progress=lambda count: cards.limit(1, 0)
-    )
-    assert "out of memory: going on with offload sequential" in remarks
-    assert report.done
-    assert report.done + len(report.failed) == N
-    assert "out of memory" in report.failed[0].reason
-
-
 def test_what_a_user_asks_for_is_not_changed(flux_case: Case, cards: Cards, tmp_path: Path) -> None:
     def shrink(count: int) -> None:
         cards.limit(1, 0)
