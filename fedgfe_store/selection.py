@@ -118,8 +118,14 @@ class Selection(Rows):
         groups: Any = keys.groupby(["node", "round"], sort=False).indices
         return {(str(node), int(number)): at for (node, number), at in groups.items()}
 
-    def to_xarray(self) -> xr.Dataset:
+    def to_xarray(self, *, chunks: int | Mapping[str, int] | None = None) -> xr.Dataset:
         """Return the selection as a lazy Dataset.
+
+        Parameters
+        ----------
+        chunks : int or mapping, optional
+            Tensors as dask arrays of so many records a chunk, ``256`` or ``{"record": 256}``;
+            ``{}`` for whole tensor files near 64 MiB. Whoever computes holds several chunks.
 
         Returns
         -------
@@ -130,7 +136,7 @@ class Selection(Rows):
         """
         from fedgfe_store.readers.xarray import to_dataset
 
-        return to_dataset(self)
+        return to_dataset(self, chunks)
 
     def batches(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,18 +17,54 @@ from fedgfe_store.analysis.scan import (
     Progress,
     Tokens,
     Vectors,
+    batch_records,
     check_selection,
     key_frame,
-    read_vectors,
     squares,
     with_values,
 )
+from fedgfe_store.analysis.workers import Batch, results
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.records import KEY_COLUMNS, RecordKey, check_keys, key_order
 from fedgfe_store.selection import Selection
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 Group = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _BatchSums:
+    """What one batch adds to its groups: all that has to come back from a worker."""
+
+    groups: np.ndarray
+    count: np.ndarray
+    mean: Vectors
+    lengths: Vectors
+    squares: Vectors
+
+    @classmethod
+    def of(cls, vectors: Vectors, codes: np.ndarray) -> _BatchSums:
+        groups = np.unique(codes)
+        found = cls(
+            groups,
+            np.zeros(len(groups), np.int64),
+            np.zeros((len(groups), vectors.shape[1])),
+            np.zeros(len(groups)),
+            np.zeros(len(groups)),
+        )
+        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+        for place, group in enumerate(groups):
+            mask = codes == group
+            own = vectors[mask]
+            found.count[place] = len(own)
+            found.mean[place] = own.mean(axis=0)
+            found.lengths[place] = lengths[mask].sum()
+            own -= found.mean[place]
+            found.squares[place] = squares(own)
+        return found
 
 
 class _Sums:
@@ -42,14 +80,15 @@ class _Sums:
         self.lengths = np.zeros(groups)
         self.squares = np.zeros(groups)
 
-    def add(self, vectors: Vectors, groups: np.ndarray) -> None:
-        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-        for group in np.unique(groups):
-            mask = groups == group
-            own = vectors[mask]
-            mean = own.mean(axis=0)
-            own -= mean
-            self.merge(group, len(own), mean, float(lengths[mask].sum()), squares(own))
+    def add(self, batch: _BatchSums) -> None:
+        for place, group in enumerate(batch.groups):
+            self.merge(
+                group,
+                int(batch.count[place]),
+                batch.mean[place],
+                float(batch.lengths[place]),
+                float(batch.squares[place]),
+            )
 
     def merge(self, group: int, n: int, mean: Vectors, lengths: float, own: float) -> None:
         total = self.count[group] + n
@@ -60,12 +99,49 @@ class _Sums:
         self.count[group] = total
 
 
+@dataclass(frozen=True, eq=False)
+class _Scan:
+    """A selection that is to be read: its records with a value, and the group of each."""
+
+    selection: Selection
+    features: Features
+    groups: list[Group]
+    codes: np.ndarray
+    without: int
+
+    @classmethod
+    def of(
+        cls, selection: Selection, by: Sequence[str], column: str | None, tokens: Tokens
+    ) -> _Scan:
+        features = Features.of(selection, column, tokens)
+        found = with_values(selection, features.column)
+        groups, codes = _groups(_sample_frame(found, by))
+        return cls(found, features, groups, codes, len(selection) - len(found))
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield what is read at a time: an empty batch where there are no records."""
+        size = batch_records(self.selection, self.features)
+        for start in range(0, max(1, len(self.codes)), size):
+            positions = slice(start, start + size)
+            yield Batch(self, self.selection, positions, (self.features, self.codes[positions]))
+
+    def dataset(self, sums: _Sums, by: Sequence[str]) -> xr.Dataset:
+        attrs = {**self.features.describe(), "commit": self.selection.commit}
+        shape = dict(zip(self.features.dims, self.features.shape, strict=True))
+        return _dataset(self.groups, by, sums, shape, attrs)
+
+
+def _batch_sums(rows: Selection, features: Features, codes: np.ndarray) -> _BatchSums:
+    return _BatchSums.of(features.read(rows), codes)
+
+
 def centroids(
     selection: Selection,
     by: Sequence[str] = ("round", "class_name"),
     *,
     column: str | None = None,
     tokens: Tokens = "mean",
+    client: Client | None = None,
     progress: Progress = lambda records: None,
 ) -> xr.Dataset:
     r"""Return the centroid, spread and mean length of groups of records.
@@ -85,6 +161,9 @@ def centroids(
         as is usual for sentence embeddings. ``"flat"``: each token keeps its place, so that
         distances are those of the whole tensors, as the image model is given them; the result
         takes as many times the space as there are tokens.
+    client : dask.distributed.Client, optional
+        Read and sum on its workers, which see the store under the same path; what comes back is
+        combined here, in the order of the records: the result is the same to the last bit.
     progress : callable
         Called with the number of records just read.
 
@@ -99,23 +178,38 @@ def centroids(
     Raises
     ------
     SchemaMismatchError
-        If `by`, `column` or `tokens` is of no use.
+        If `by`, `column`, `tokens` or `client` is of no use.
     DamagedDataError
         If a record is not what was committed; names it.
     """
     check_selection("centroids", selection)
+    (found,) = centroids_of_each(
+        [selection], by, column=column, tokens=tokens, client=client, progress=progress
+    )
+    return found
+
+
+def centroids_of_each(
+    selections: Iterable[Selection],
+    by: Sequence[str],
+    *,
+    column: str | None,
+    tokens: Tokens,
+    client: Client | None,
+    progress: Progress,
+) -> Iterator[xr.Dataset]:
+    """Yield the `centroids` of several selections; workers read the next one meanwhile."""
     check_keys("by", by)
-    features = Features.of(selection, column, tokens)
-    found = with_values(selection, features.column)
-    progress(len(selection) - len(found))
-    groups, codes = _groups(_sample_frame(found, by))
-    sums = _Sums(len(groups), features.width)
-    for positions, values in read_vectors(found, features):
-        sums.add(values, codes[positions])
-        progress(len(values))
-    attrs = {**features.describe(), "commit": selection.commit}
-    shape = dict(zip(features.dims, features.shape, strict=True))
-    return _dataset(groups, by, sums, shape, attrs)
+    scans = (_Scan.of(selection, by, column, tokens) for selection in selections)
+    batches = (batch for scan in scans for batch in scan.batches())
+    done = results(_batch_sums, batches, client)
+    for scan, found in groupby(done, key=lambda pair: pair[0].scan):
+        progress(scan.without)
+        sums = _Sums(len(scan.groups), scan.features.width)
+        for _, batch in found:
+            sums.add(batch)
+            progress(int(batch.count.sum()))
+        yield scan.dataset(sums, by)
 
 
 def combine(groups: xr.Dataset, by: Sequence[str]) -> xr.Dataset:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fedgfe_store.analysis.centroids import Group
-from fedgfe_store.analysis.extra import extra
+from fedgfe_store.common.extra import extra
 from fedgfe_store.common.words import shortened
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 

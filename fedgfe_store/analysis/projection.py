@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from fedgfe_store.analysis.extra import extra
 from fedgfe_store.analysis.scan import (
     Features,
     Progress,
@@ -20,6 +19,7 @@ from fedgfe_store.analysis.scan import (
     read_vectors,
     with_values,
 )
+from fedgfe_store.common.extra import extra
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS

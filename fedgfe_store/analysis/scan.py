@@ -143,8 +143,12 @@ def key_frame(selection: Selection, columns: Sequence[str]) -> pd.DataFrame:
     return pd.concat(parts or [selection.records[names]], ignore_index=True)
 
 
+def batch_records(selection: Selection, features: Features) -> int:
+    """Return of how many records the tensors take some 32 MB."""
+    return max(1, _BATCH_BYTES // selection.schema.column(features.column).nbytes)
+
+
 def read_vectors(selection: Selection, features: Features) -> Iterator[tuple[slice, Vectors]]:
     """Yield positions and vectors of `selection`, in parts whose tensors take some 32 MB."""
-    size = max(1, _BATCH_BYTES // selection.schema.column(features.column).nbytes)
-    for positions, part in selection.parts(size):
+    for positions, part in selection.parts(batch_records(selection, features)):
         yield positions, features.read(part)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from fedgfe_store.analysis.centroids import Group, centroids, combine, group_keys
+from fedgfe_store.analysis.centroids import Group, centroids_of_each, combine, group_keys
 from fedgfe_store.analysis.distances import class_spread, distance, distance_to_server
 from fedgfe_store.analysis.scan import Progress, Tokens, Vectors, check_selection, key_frame
 from fedgfe_store.records import SERVER, check_keys, key_order
 from fedgfe_store.selection import Selection
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 _NUMBERS = (
     "records", "norm", "spread", "separation", "drift", "drift_l2", "to_server", "to_server_l2"
@@ -25,6 +29,7 @@ def summarize(
     *,
     column: str | None = None,
     tokens: Tokens = "mean",
+    client: Client | None = None,
     progress: Progress = lambda records: None,
 ) -> pd.DataFrame:
     """Return one row of numbers for each group of records.
@@ -36,7 +41,7 @@ def summarize(
     ----------
     selection : Selection
         Records; those without a value in an optional column are left out.
-    by, column, tokens
+    by, column, tokens, client
         See `centroids`.
     progress : callable
         Called with the number of records just read.
@@ -58,7 +63,7 @@ def summarize(
     Raises
     ------
     SchemaMismatchError
-        If `by`, `column` or `tokens` is of no use.
+        If `by`, `column`, `tokens` or `client` is of no use.
     DamagedDataError
         If a record is not what was committed; names it.
     """
@@ -70,8 +75,10 @@ def summarize(
     fine = list(dict.fromkeys([*by, *finer]))
     latest: dict[Group, Vectors] = {}
     parts = []
-    for part in _rounds(selection) if "round" in by else [selection]:
-        groups = centroids(part, fine, column=column, tokens=tokens, progress=progress)
+    rounds = _rounds(selection) if "round" in by else [selection]
+    for groups in centroids_of_each(
+        rounds, fine, column=column, tokens=tokens, client=client, progress=progress
+    ):
         wide = combine(groups, by)
         table = _rows(groups, wide, list(by), compared=compared)
         if "round" in by:

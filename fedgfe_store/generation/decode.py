@@ -62,7 +62,7 @@ class Decoder:
         self._settings, self._may_tile = run.plan.settings, run.request.vae_tiling
         self._report = report
         self._provenance = Provenance(run, pipeline.placement)
-        self._largest = run.batch_size
+        self._largest = run.decode_size
         self._tiled = False
         self.gave_up: str | None = None
         """Why decoding on would be of no use; None if there is no such reason."""

@@ -122,6 +122,27 @@ def local_device(environ: Mapping[str, str], count: int) -> int | None:
     return None
 
 
+def processes_here(environ: Mapping[str, str]) -> int:
+    """Tell how many processes of this run share the machine.
+
+    Parameters
+    ----------
+    environ : mapping
+        Such as `os.environ`; LOCAL_WORLD_SIZE counts, else the tasks that srun started on a node,
+        the most on any.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If the variable is malformed.
+    """
+    if environ.get("LOCAL_WORLD_SIZE"):
+        return max(1, _whole(environ, "LOCAL_WORLD_SIZE"))
+    # Only srun sets it: such as 4(x2),3 for two nodes of four tasks and one of three.
+    tasks = re.sub(r"\(x[0-9]+\)", "", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return max((int(each) for each in tasks.split(",") if each.isdecimal()), default=1)
+
+
 def _within(outer: Part, inner: Part) -> Part:
     return Part(outer.index * inner.count + inner.index, outer.count * inner.count)
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
-import torch
-
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.generation.placing import batch_beside, load_of, place, place_in
 from fedgfe_store.generation.plan import Plan, plan_images
 from fedgfe_store.generation.request import DEFAULTS, Noise, Pool, Request
 from fedgfe_store.generation.settings import Settings
@@ -18,14 +17,15 @@ from fedgfe_store.images.compare import noise_rule
 from fedgfe_store.images.elsewhere import Elsewhere, Partners, partners_of
 from fedgfe_store.images.identity import others_in
 from fedgfe_store.images.manifest import settings_of
-from fedgfe_store.models.devices import DTYPES, choose_device, choose_dtype, free_bytes
+from fedgfe_store.models.choice import decode_size
+from fedgfe_store.models.devices import choose_device, choose_dtype
 from fedgfe_store.models.families import resolve_model
-from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
+from fedgfe_store.models.fit import Footprint
 from fedgfe_store.models.lora import Lora, check_loras
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.pipeline import ImagePipeline
 from fedgfe_store.models.placement import Offload, Placement, possible_offloads
-from fedgfe_store.models.quantization import WEIGHT_SHARE, check_quantization
+from fedgfe_store.models.quantization import check_quantization
 from fedgfe_store.schema import Schema
 from fedgfe_store.text.negative import Negative, find_negative
 
@@ -52,9 +52,9 @@ class Run:
     model : Model
         The model, without its weights.
     placement : Placement
-        Where and in what to compute; its offload mode is decided by `place`.
+        Where and in what to compute; its offload mode is decided by `placed`.
     batch_size : int
-        Images of a batch.
+        Images of a batch, which `placed` may change.
     columns : mapping
         Name of the store's column by the argument of the model's pipeline.
     negative : Negative or None
@@ -78,19 +78,28 @@ class Run:
         """Tokens of a record's sequence."""
         return _tokens(self.model, self.selection.schema, self.columns)
 
-    def place(self, report: Report) -> Placement:
-        """Decide where the weights wait; they have to be on disk."""
-        placement = self.placement
-        offload, remark = choose_offload(
-            self.request.offload,
-            device_type=torch.device(placement.device).type,
-            free_bytes=free_bytes(placement.device),
-            footprint=footprint(self.model, self.plan.settings, self.tokens, self.batch_size),
-            possible=possible_offloads(placement.compiled, placement.quantization),
+    @property
+    def decode_size(self) -> int:
+        """Images that are decoded at a time."""
+        settings = self.plan.settings
+        return min(self.batch_size, decode_size(settings.height * settings.width))
+
+    def placed(self, report: Report) -> Run:
+        """Return the run with what the machine's memory decides; weights have to be on disk."""
+        placement, size, remark = place(
+            self.request, self.model, self.plan.settings, self.tokens, self.placement
         )
+        if size != self.batch_size:
+            remark = f"{remark or f'offload: {placement.offload}'}, batches of {size}"
         if remark:
             report(remark)
-        return replace(placement, offload=offload)
+        return replace(self, placement=placement, batch_size=size)
+
+    def replaced(self, placement: Placement, mode: Offload, usable: int) -> Placement:
+        """Return a placement in another mode, with what it keeps where in that much memory."""
+        return place_in(
+            self.model, self.plan.settings, self.tokens, replace(placement, offload=mode), usable
+        )
 
 
 def prepare(
@@ -158,7 +167,10 @@ def prepare(
     for each in partners.values():
         each.check(selection.keys())
     tokens = _tokens(model, schema, columns)
-    batch_size = request.batch_size or fit(model, settings, tokens, placement.device)
+    if pipeline is not None:  # its weights have their place
+        batch_size = request.batch_size or batch_beside(model, settings, tokens, placement.device)
+    else:
+        batch_size = _batch_size(request, model, settings, tokens, placement)
     plan = plan_images(
         selection, settings, folder, request, columns=tuple(columns.values()), partners=partners
     )
@@ -315,23 +327,15 @@ def _tokens(model: Model, schema: Schema, columns: Mapping[str, str]) -> int:
     return schema.columns[columns[model.family.sequence.argument]][0]
 
 
-def fit(model: Model, settings: Settings, tokens: int, device: str) -> int:
-    """Decide on the images of a batch by their size, and by the device's memory if known."""
-    return choose_batch_size(
-        settings.height * settings.width,
-        free_bytes=free_bytes(device) if model.has_weights else None,
-        footprint=lambda size: footprint(model, settings, tokens, size),
-    )
+def _batch_size(
+    request: Request, model: Model, settings: Settings, tokens: int, placement: Placement
+) -> int:
+    """Decide on the images of a batch as well as that can be done before weights are there."""
+    if not model.has_weights:
+        return request.batch_size or decode_size(settings.height * settings.width)
+    return place(request, model, settings, tokens, placement)[1]
 
 
 def footprint(model: Model, settings: Settings, tokens: int, batch_size: int) -> Footprint:
     """Estimate the memory that a batch of such images takes."""
-    return estimate_footprint(
-        model,
-        item_bytes=DTYPES[settings.dtype].itemsize,
-        batch_size=batch_size,
-        tokens=tokens,
-        height=settings.height,
-        width=settings.width,
-        weight_share=WEIGHT_SHARE[settings.quantization],
-    )
+    return load_of(model, settings, tokens).footprint(batch_size)

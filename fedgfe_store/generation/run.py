@@ -181,7 +181,10 @@ def render(
     # Before anything is claimed: loading takes minutes, in which other processes may do the work.
     try:
         with stop.interrupting():
-            pipeline = pipeline or _load(run, report)
+            if pipeline is None:
+                run.model.fetch_weights()
+                run = run.placed(report)
+                pipeline = _load(run)
     except Stopped:
         stuck = note_stop(plan.folder, run.request.part, stop, report)
         return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
@@ -262,11 +265,10 @@ def note_stop(folder: Path, part: Part, stop: Stop, report: Report) -> bool:
     return stuck
 
 
-def _load(run: Run, report: Report) -> ImagePipeline:
-    run.model.fetch_weights()
+def _load(run: Run) -> ImagePipeline:
     from fedgfe_store.models.diffusers import DiffusersImages
 
-    return DiffusersImages.load(run.model, run.place(report))
+    return DiffusersImages.load(run.model, run.placement)
 
 
 def _make_folder(folder: Path) -> None:

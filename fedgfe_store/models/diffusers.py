@@ -18,12 +18,9 @@ from fedgfe_store.models.loading import load_part, load_pipeline, naming
 from fedgfe_store.models.lora import apply_loras
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.offload import Swap, offload_blocks
-from fedgfe_store.models.placement import Picture, Placement, Sampling
-from fedgfe_store.models.quantization import quantization_config
+from fedgfe_store.models.placement import PACKED, SWAP_BATCHES, Picture, Placement, Sampling
+from fedgfe_store.models.quantization import cast_layerwise, quantization_config
 
-# Moving a network of billions of parameters takes seconds, and a batch's latents take next to no
-# memory; what waits for the decoder is lost where a process is killed, so there is an end to it.
-_SWAP_BATCHES = 16
 _AXES = ("height", "width")
 _MASKS = {"int64": torch.int64, "bool": torch.bool}
 
@@ -52,13 +49,16 @@ class DiffusersImages:
         self._dtype = DTYPES[placement.dtype]
         self._own = model.family.latents == "own"
         swaps = placement.offload == "model" and not self._own
-        self.batches_per_swap = _SWAP_BATCHES if swaps else 1
+        self.batches_per_swap = SWAP_BATCHES if swaps else 1
         self._pipeline = pipeline
         self._takes = inspect.signature(type(pipeline).__call__).parameters
         self._pipeline.set_progress_bar_config(disable=True)
         self._denoiser = getattr(pipeline, model.part)
         self._swap: Swap | None = None
-        if placement.quantization:  # the denoiser was loaded to where it works
+        if torch.device(placement.device).type == "cuda" and _is_flat(pipeline.vae):
+            # What convolutions of half precision on a GPU work in; others are converted each time.
+            pipeline.vae.to(memory_format=torch.channels_last)
+        if placement.quantization in PACKED:  # the denoiser was loaded to where it works
             pipeline.vae.to(placement.device)
         elif placement.offload == "none":
             self._pipeline.to(placement.device)
@@ -68,7 +68,7 @@ class DiffusersImages:
             parts = {model.part: self._denoiser, "vae": pipeline.vae}
             self._swap = Swap(parts, lambda tensor: tensor.to(placement.device))
         else:
-            offload_blocks(pipeline, self._denoiser, placement.device, placement.offload)
+            offload_blocks(pipeline, self._denoiser, placement)
         if placement.compiled:
             self._denoiser.compile_repeated_blocks()
 
@@ -86,7 +86,7 @@ class DiffusersImages:
         model.fetch_weights()
         dtype, quantization = DTYPES[placement.dtype], placement.quantization
         options: dict[str, Any] = {}
-        if quantization:
+        if quantization in PACKED:
             options["quantization_config"] = quantization_config(quantization, dtype)
             options["device_map"] = placement.device
         with enough_memory(
@@ -99,6 +99,8 @@ class DiffusersImages:
                 model.part: load_part(model, model.part, dtype, **options),
                 "vae": load_part(model, "vae", torch.float32 if full else dtype),
             }
+            if quantization == "fp8-cast":
+                cast_layerwise(parts[model.part], dtype)
             model.config("scheduler", "scheduler_config.json")
             pipeline = load_pipeline(model, dtype, parts, keep=("scheduler",), rest="")
             # Before anything notes where the weights are: what is added moves along with them.
@@ -278,6 +280,11 @@ class DiffusersImages:
                 decoded = decoded[:, :, 0]
             finite = torch.nan_to_num(decoded)
             return _pixels(decoded, pipeline.image_processor.postprocess(finite, output_type="np"))
+
+
+def _is_flat(network: torch.nn.Module) -> bool:
+    """Whether a network knows no convolutions of frames."""
+    return all(weights.ndim < 5 for weights in network.parameters())
 
 
 def _is_shaped(values: torch.Tensor, expected: Sequence[int | str]) -> bool:

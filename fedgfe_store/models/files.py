@@ -49,7 +49,17 @@ class Weights:
         SchemaMismatchError
             If a file is not whole.
         """
-        return sum(map(_count, self.files))
+        return sum(numbers for numbers, _ in self.tensors().values())
+
+    def tensors(self) -> dict[str, tuple[int, str]]:
+        """Give of each tensor how many numbers it has, and their dtype as the files name it.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If a file is not whole.
+        """
+        return {name: found for file in self.files for name, found in _tensors(file).items()}
 
 
 def find_weights(folder: Path, stem: str) -> Weights:
@@ -169,13 +179,14 @@ def _listed(index: Path) -> set[str]:
     return set(names)
 
 
-def _count(path: Path) -> int:
-    """Count the numbers of a file; loading would refuse a spoilt one as well, but not say which."""
+def _tensors(path: Path) -> dict[str, tuple[int, str]]:
+    """Look at a file's tensors; loading would refuse a spoilt one as well, but not say which."""
     with path.open("rb") as file:
         pointer = file.read(len(_POINTER)) == _POINTER
     try:
         with safe_open(path, framework="numpy") as tensors:
-            return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {n: (prod(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except SafetensorError as error:
         got = _POINTED_AT if pointer else f"a spoilt file ({error})"
         raise SchemaMismatchError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,7 +11,7 @@ from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Offload
 
 # What is no tensor: workspaces of cuBLAS and cuDNN, and ends of the allocator's blocks.
-_RESERVE_BYTES = 256 * 2**20
+RESERVE_BYTES = 256 * 2**20
 # Feature maps at full resolution that the decoder's last blocks hold at once: 3.0 in tensors, as
 # counted with FLUX.1's under diffusers 0.42 at 128 and 256 pixels, and room for convolutions' own.
 _MAPS_PER_PIXEL = 5
@@ -19,10 +19,6 @@ _MAPS_PER_PIXEL = 5
 _BLOCKS_ON_DEVICE = 3
 # Layers of a block, of which sequential offload holds one at a time; the largest is a third of it.
 _LAYERS_PER_BLOCK = 3
-_MEGAPIXEL = 1024**2
-_LARGEST_BATCH = 8
-# On a GPU whose memory is known to be enough, batches pay up to four large images.
-_MEGAPIXELS_ON_GPU = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Footprint:
             "group": self.vae + max(_BLOCKS_ON_DEVICE * self.block + self.denoising, self.decoding),
             "sequential": max(self.block // _LAYERS_PER_BLOCK + self.denoising, self.decoding),
         }
-        return peak[offload] + _RESERVE_BYTES
+        return peak[offload] + RESERVE_BYTES
 
 
 def estimate_footprint(
@@ -159,35 +155,6 @@ def choose_offload(
         f"offload: {last}, though the run may need {_gib(footprint.needed(last))} "
         f"and {_gib(free_bytes)} are free"
     )
-
-
-def choose_batch_size(
-    pixels: int, *, free_bytes: int | None, footprint: Callable[[int], Footprint]
-) -> int:
-    """Decide on the images of a batch.
-
-    Parameters
-    ----------
-    pixels : int
-        Of an image.
-    free_bytes : int or None
-        Free memory of the device; None where it, or the model's size, is not known.
-    footprint : callable
-        Gives what a batch of so many needs.
-
-    Returns
-    -------
-    int
-        As many as have the pixels of one 1024 x 1024 image, up to 8, and up to four times as many
-        if the memory allows.
-    """
-    careful = min(_LARGEST_BATCH, max(1, _MEGAPIXEL // pixels))
-    if free_bytes is None:
-        return careful
-    size = min(_LARGEST_BATCH, max(1, _MEGAPIXELS_ON_GPU * _MEGAPIXEL // pixels))
-    while size > careful and footprint(size).needed("none") > free_bytes:
-        size //= 2
-    return max(size, careful)
 
 
 def _gib(size: int) -> str:

@@ -40,9 +40,10 @@ _SCALES = ("block_out_channels", "encoder_block_out_channels", "temperal_downsam
 # tokens; kernels of attention have the rest.
 _TENSORS_PER_TOKEN = 24
 # Feature maps at full latent resolution that a U-Net holds at once, skip connections included.
-# Counted with Stable Diffusion 1.5's under diffusers 0.42 they are 26 in tensors at 32 and 64
-# latents a side; attention of 8 heads over 64 x 64 is 102 where no kernel computes it in pieces.
-_MAPS_PER_LATENT = 100
+# Counted under diffusers 0.42 they are 26 in tensors with Stable Diffusion 1.5's at 32 and 64
+# latents a side, and 16 with XL's; kernels of attention, which compute it in pieces on every GPU,
+# and of convolutions have the rest.
+_MAPS_PER_LATENT = 40
 
 
 @dataclass(frozen=True)

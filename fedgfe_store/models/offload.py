@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
-import psutil
 import torch
 
-# Group offload copies whole blocks from pinned memory, which the host keeps beside the weights.
-# torch rounds what it pins up to powers of two, so that it may be twice the weights.
-_HOST_COPIES = 2.2
+from fedgfe_store.models.host import pin_exactly
+from fedgfe_store.models.placement import Placement
 
 
-def offload_blocks(
-    pipeline: Any, denoiser: Any, device: str, offload: Literal["group", "sequential"]
-) -> None:
+def offload_blocks(pipeline: Any, denoiser: Any, placement: Placement) -> None:
     """Let diffusers move a network's blocks, or its single layers, to the device as they work.
 
     Parameters
@@ -25,25 +22,49 @@ def offload_blocks(
         Weights on the host.
     denoiser : torch.nn.Module
         Its denoising network.
-    device : str
-        Not the CPU.
-    offload : {"group", "sequential"}
-        ``"group"`` moves blocks and keeps the decoder on the device; on CUDA the next block comes
-        while one works. ``"sequential"`` moves layers, which takes least memory and most time.
+    placement : Placement
+        The device, not the CPU. ``"group"`` moves blocks but for those that are resident, and
+        keeps the decoder on the device; on CUDA the next block comes while one works, from pinned
+        memory. Without that, layers move in its place. ``"sequential"`` moves layers one by one,
+        the decoder's too, which takes least memory and most time.
     """
-    if offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
+    device = torch.device(placement.device)
+    if placement.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=placement.device)
         return
-    weights = sum(p.numel() * p.element_size() for p in denoiser.parameters())
-    streamed = torch.device(device).type == "cuda"
-    denoiser.enable_group_offload(
-        onload_device=torch.device(device),
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=streamed,
-        low_cpu_mem_usage=streamed and psutil.virtual_memory().available < _HOST_COPIES * weights,
-    )
+    streamed, blocks = device.type == "cuda", placement.pinned or device.type != "cuda"
+    if streamed and blocks:
+        pin_exactly()
+    with _apart(denoiser, placement.resident) as resident:
+        for block in resident:
+            block.to(device)
+        denoiser.enable_group_offload(
+            onload_device=device,
+            offload_type="block_level" if blocks else "leaf_level",
+            num_blocks_per_group=1 if blocks else None,
+            use_stream=streamed,
+            low_cpu_mem_usage=streamed and not blocks,
+        )
     pipeline.vae.to(device)
+
+
+@contextmanager
+def _apart(network: torch.nn.Module, names: Sequence[str]) -> Iterator[list[torch.nn.Module]]:
+    """Take blocks out of a network's lists for a while, so that no hook finds them."""
+    wanted, taken, before = set(names), [], {}
+    for name, child in network.named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            of = {f"{name}.{n}": block for n, block in enumerate(child)}
+            if found := [block for each, block in of.items() if each in wanted]:
+                before[name] = child
+                taken += found
+                rest = [block for each, block in of.items() if each not in wanted]
+                setattr(network, name, torch.nn.ModuleList(rest))
+    try:
+        yield taken
+    finally:
+        for name, child in before.items():
+            setattr(network, name, child)
 
 
 class Swap:

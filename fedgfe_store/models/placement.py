@@ -19,8 +19,16 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["none", "model", "group", "sequential"]
 """Where weights wait while they do nothing, from most to least device memory."""
 
-Quantization = Literal["nf4", "fp8"]
+Quantization = Literal["nf4", "fp8", "fp8-cast"]
 """How the denoising network's weights are kept, if not in the dtype that it computes in."""
+
+PACKED = ("nf4", "fp8")
+"""Those whose weights are packed on the device, where they stay."""
+
+# Moving a network of billions of parameters takes seconds, and a batch's latents take next to no
+# memory; what waits for the decoder is lost where a process is killed, so there is an end to it.
+SWAP_BATCHES = 16
+"""Batches that are denoised before the decoder takes the denoiser's place, under ``"model"``."""
 
 Picture: TypeAlias = "NDArray[np.uint8]"
 """An image, uint8 ``[height, width, 3]``."""
@@ -29,8 +37,11 @@ Picture: TypeAlias = "NDArray[np.uint8]"
 def possible_offloads(compiled: bool, quantization: str | None) -> tuple[Offload, ...]:
     """Give the offload modes that a compiled or a quantized network works under."""
     # bitsandbytes and torchao pack weights on the device, and their tensors do not move as others.
-    if quantization is not None:
+    if quantization in PACKED:
         return ("none",)
+    if quantization is not None:
+        # Hooks of accelerate and those that cast do not know one another.
+        return ("none", "model", "group")
     # The hooks that move blocks and layers break up the graph that is compiled.
     return ("none", "model") if compiled else get_args(Offload)
 
@@ -72,8 +83,13 @@ class Placement:
         Where the weights wait meanwhile.
     compiled : bool
         Whether the denoising network's blocks are compiled.
-    quantization : {"nf4", "fp8"}, optional
+    quantization : {"nf4", "fp8", "fp8-cast"}, optional
         How the denoising network's weights are kept.
+    resident : tuple of str
+        Blocks that stay on the device under ``"group"``.
+    pinned : bool
+        Whether blocks wait in pinned memory of the host under ``"group"``. If not, single layers
+        move, and are pinned on their way.
     loras : tuple of Lora
         What is added to its weights.
     """
@@ -83,6 +99,8 @@ class Placement:
     offload: Offload = "none"
     compiled: bool = False
     quantization: Quantization | None = None
+    resident: tuple[str, ...] = ()
+    pinned: bool = True
     loras: tuple[Lora, ...] = ()
 
     def describe(self, doing: str) -> str:

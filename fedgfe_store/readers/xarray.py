@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from fedgfe_store.common.column_names import check_axes
+from fedgfe_store.common.extra import extra
+from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS
 
@@ -48,10 +51,14 @@ class _TensorArray(BackendArray):
         return values[0] if isinstance(first, int | np.integer) else values
 
 
+def _chunk_records(schema: Schema) -> int:
+    """Return the records of whole files that take near 64 MiB."""
+    return schema.granule * max(1, _DASK_BYTES // (schema.granule * schema.record_nbytes))
+
+
 def _chunks(schema: Schema) -> dict[str, dict[str, int]]:
-    """Whole files, near 64 MiB, as dask's chunks for those who ask for `chunks={}`."""
-    files = max(1, _DASK_BYTES // (schema.granule * schema.record_nbytes))
-    return {"preferred_chunks": {"record": schema.granule * files}}
+    """Return dask's chunks for those who ask `xr.open_dataset` for `chunks={}`."""
+    return {"preferred_chunks": {"record": _chunk_records(schema)}}
 
 
 def _axes(schema: Schema) -> dict[str, tuple[str, ...]]:
@@ -70,17 +77,18 @@ def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(texts, object))
 
 
-def to_dataset(selection: Rows) -> xr.Dataset:
+def to_dataset(selection: Rows, chunks: int | Mapping[str, int] | None = None) -> xr.Dataset:
     """Return `selection` as `Selection.to_xarray` describes it."""
+    wanted = None if chunks is None else _checked_chunks(chunks, selection.schema)
     frame = _plain(selection.records)
     # Arrays go to other processes with what they hold: the rows, but not the frame.
     rows = selection.take(slice(None))
-    chunks, axes = _chunks(selection.schema), _axes(selection.schema)
+    preferred, axes = _chunks(selection.schema), _axes(selection.schema)
     variables = {
         t.name: xr.Variable(
             ("record", *axes[t.name]),
             indexing.LazilyIndexedArray(_TensorArray(rows, t.name)),
-            encoding=chunks,
+            encoding=preferred,
         )
         for t in selection.schema.tensors
     }
@@ -89,8 +97,25 @@ def to_dataset(selection: Rows) -> xr.Dataset:
     # numpy's times, which xarray holds, know no zone; ours are UTC.
     notes["timestamp"] = notes["timestamp"].dt.tz_localize(None)
     coords = xr.Coordinates.from_pandas_multiindex(index, "record").assign(
-        {name: xr.Variable("record", notes[name], encoding=chunks) for name in notes}
+        {name: xr.Variable("record", notes[name], encoding=preferred) for name in notes}
     )
     metadata = selection.schema.metadata
     attrs = {"experiment": metadata.experiment or "", "commit": selection.commit}
-    return xr.Dataset(variables, coords, attrs)
+    dataset = xr.Dataset(variables, coords, attrs)
+    if wanted is None:
+        return dataset
+    # Not what indexes the records or tells of them: that is in memory already.
+    return dataset.assign({name: dataset.variables[name].chunk(wanted) for name in dataset})
+
+
+def _checked_chunks(chunks: Any, schema: Schema) -> dict[str, int]:
+    """Return the length of a chunk along ``record``: as asked for, or whole files."""
+    extra("dask.array", "to_xarray with chunks", "dask")
+    given = chunks if isinstance(chunks, Mapping) else {"record": chunks}
+    number = given.get("record", _chunk_records(schema))
+    if given.keys() - {"record"} or not is_whole(number) or number < 1:
+        raise SchemaMismatchError(
+            f"chunks: expected a number of records such as 256 or {{'record': 256}}, or {{}} for "
+            f"whole tensor files, got {chunks!r}"
+        )
+    return {"record": int(number)}

@@ -305,7 +305,7 @@ def test_a_compiled_model_draws_the_same_and_is_compiled_once(
     ("options", "message"),
     [
         ({"quantize": "nf4"}, "quantize nf4: expected a CUDA device, got cpu"),
-        ({"quantize": "int3"}, "quantize: expected nf4 or fp8, got 'int3'"),
+        ({"quantize": "int3"}, "quantize: expected nf4, fp8 or fp8-cast, got 'int3'"),
         ({"compiled": True, "offload": "group"}, "compile: expected offload auto or none or model"),
     ],
 )
@@ -357,9 +357,9 @@ def test_fp8_takes_no_other_dtype_than_torchao_does(
     assert quantization.check_quantization("nf4", **options) == "nf4"
 
 
-@pytest.mark.parametrize(("available", "careful"), [(10**12, False), (10**5, True)])
-def test_group_offload_pins_no_second_copy_where_the_host_is_short(
-    flux: Path, monkeypatch: pytest.MonkeyPatch, available: int, careful: bool
+@pytest.mark.parametrize("pinned", [True, False])
+def test_group_offload_moves_layers_where_the_host_has_no_memory_to_pin(
+    monkeypatch: pytest.MonkeyPatch, pinned: bool
 ) -> None:
     """What diffusers is asked for; it does the rest on a GPU only."""
     asked: dict[str, Any] = {}
@@ -367,17 +367,38 @@ def test_group_offload_pins_no_second_copy_where_the_host_is_short(
     monkeypatch.setattr(network, "enable_group_offload", asked.update, raising=False)
     pipeline = SimpleNamespace(vae=torch.nn.Linear(1, 1))
     monkeypatch.setattr(pipeline.vae, "to", lambda device: asked.update(vae=device), raising=False)
-    memory = SimpleNamespace(available=available)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    offload.offload_blocks(pipeline, network, "cuda:1", "group")
-    assert asked.pop("onload_device") == torch.device("cuda:1")
+    placement = Placement("bfloat16", "cuda:1", "group", pinned=pinned)
+    offload.offload_blocks(pipeline, network, placement)
+    device = torch.device("cuda:1")
     assert asked == {
-        "offload_type": "block_level",
-        "num_blocks_per_group": 1,
+        "onload_device": device,
+        "offload_type": "block_level" if pinned else "leaf_level",
+        "num_blocks_per_group": 1 if pinned else None,
         "use_stream": True,
-        "low_cpu_mem_usage": careful,
-        "vae": "cuda:1",
+        "low_cpu_mem_usage": not pinned,
+        "vae": device,
     }
+
+
+def test_resident_blocks_are_out_of_sight_while_the_others_get_their_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
+    network.last = torch.nn.Linear(2, 2)
+    before, seen = list(network.blocks), []
+    monkeypatch.setattr(
+        network,
+        "enable_group_offload",
+        lambda **_: seen.extend(name for name, _ in network.named_modules()),
+        raising=False,
+    )
+    # Of the kinds that are no CPU only meta is on every machine.
+    placement = Placement("float32", "meta", "group", resident=("blocks.0", "blocks.2"))
+    offload.offload_blocks(SimpleNamespace(vae=torch.nn.Linear(1, 1)), network, placement)
+    assert seen == ["", "blocks", "blocks.0", "blocks.1", "last"]
+    assert list(network.blocks) == before
+    assert [block.weight.is_meta for block in before] == [True, False, True, False]
 
 
 def test_a_report_counts_what_failed(flux: Path, selection: Selection, tmp_path: Path) -> None:

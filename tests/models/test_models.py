@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models import devices
 from fedgfe_store.models.families import family_named, resolve_model
-from fedgfe_store.models.fit import Footprint, choose_batch_size, choose_offload, estimate_footprint
+from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.models.tiny import TINY_FLUX, TINY_GUIDANCE, TINY_SIZE, TINY_STEPS
@@ -227,31 +227,6 @@ def test_offload_does_as_it_is_told_except_on_the_cpu() -> None:
     assert choose("auto", "mps", None) == ("none", None)
     with pytest.raises(SchemaMismatchError, match="expected auto, .* or sequential, got 'disk'"):
         choose("disk", "cuda", 1)
-
-
-@pytest.mark.parametrize(
-    ("pixels", "free", "expected"),
-    [
-        (1024**2, None, 1),
-        (512**2, None, 4),
-        (64**2, None, 8),
-        (2048**2, None, 1),
-        (1024**2, 40 * GIB, 4),
-        (1024**2, 14 * GIB, 2),
-        (1024**2, 12 * GIB, 1),
-        (1024**2, 1 * GIB, 1),
-        (512**2, 40 * GIB, 8),
-        (512**2, 1 * GIB, 4),
-    ],
-)
-def test_a_batch_has_a_large_images_pixels_and_up_to_four_where_they_fit(
-    pixels: int, free: int | None, expected: int
-) -> None:
-    def footprint(size: int) -> Footprint:  # 10 GiB of weights, and 1.5 an image of 1024 x 1024
-        images = 3 * GIB * size * pixels // 2 // 1024**2
-        return Footprint(9 * GIB, GIB, 0, images, 0)
-
-    assert choose_batch_size(pixels, free_bytes=free, footprint=footprint) == expected
 
 
 @pytest.mark.parametrize(

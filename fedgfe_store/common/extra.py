@@ -8,8 +8,8 @@ from typing import Any
 from fedgfe_store.errors import NotFoundError
 
 
-def extra(module: str, what: str) -> Any:
-    """Return `module`, which `what` needs.
+def extra(module: str, what: str, name: str = "analysis") -> Any:
+    """Return `module`, which `what` needs and the extra `name` of this package brings.
 
     Raises
     ------
@@ -20,5 +20,5 @@ def extra(module: str, what: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise NotFoundError(
-            f"{what} needs {module.partition('.')[0]}: pip install 'fedgfe-store[analysis]'"
+            f"{what} needs {module.partition('.')[0]}: pip install 'fedgfe-store[{name}]'"
         ) from error
