@@ -171,8 +171,8 @@ def _checked(run: Run, items: Sequence[PlanItem]) -> dict[str, torch.Tensor]:
         name = run.columns.get(column.argument)
         if items and column.is_mask and name and not column.takes(tensors[name].numpy()):
             raise DamagedDataError(
-                f"{items[0].key}: expected a {name} of ones and then zeros, whose number "
-                f"{run.model.kind} takes as a length, got another"
+                f"expected a {name} of ones and then zeros, whose number {run.model.kind} takes "
+                "as a length, got another"
             )
     return tensors
 
