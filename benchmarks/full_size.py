@@ -72,6 +72,10 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     )
     parts = {part: type(denoiser).__name__, "vae": "AutoencoderKL", "scheduler": scheduler}
     components = {each: ["diffusers", kind] for each, kind in parts.items()}
+    if name == "flux-dev":  # named, and not there: what has embeddings needs no encoders
+        encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+        tokenizers = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"}
+        components |= {e: ["transformers", kind] for e, kind in (encoders | tokenizers).items()}
     _write(folder / "model_index.json", {"_class_name": pipeline, **components})
     return folder
 

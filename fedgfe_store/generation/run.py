@@ -181,10 +181,11 @@ def render(
     # Before anything is claimed: loading takes minutes, in which other processes may do the work.
     try:
         with stop.interrupting():
-            if pipeline is None:
+            loaded = pipeline
+            if loaded is None:
                 run.model.fetch_weights()
                 run = run.placed(report)
-                pipeline = _load(run)
+                loaded = _load(run)
     except Stopped:
         stuck = note_stop(plan.folder, run.request.part, stop, report)
         return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
@@ -204,7 +205,10 @@ def render(
 
         tally = Tally(progress or (lambda _: None), settle)
         with ImageWriter(manifest, tally) as writer:
-            renderer = Renderer(run, pipeline, writer, tally, stop=stop, report=report)
+            movable = pipeline is None  # a caller's own stays where the caller has put it
+            renderer = Renderer(
+                run, loaded, writer, tally, movable=movable, stop=stop, report=report
+            )
             renderer.run(claims)
     if renderer.gave_up:
         tally.give_up(plan.todo, f"not rendered, since {renderer.gave_up}")
