@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from pictures import provenance_of
-from virtual_gpu.cases import Case, N, assert_like_cpu, render
+from virtual_gpu.cases import Case, assert_like_cpu, render
 from virtual_gpu.device import MIB, Cards
 
 from fedgfe_store.errors import SchemaMismatchError
