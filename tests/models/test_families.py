@@ -87,7 +87,7 @@ def ours(
 ) -> Images:
     """Make images with our adapter, decoded so many at once."""
     latents = pipeline.denoise(conditioning(columns, negatives), seeds, SAMPLING)
-    made = []
+    made: list[Any] = []
     for start in range(0, len(seeds), slices):
         made += pipeline.decode(latents[start : start + slices], SAMPLING)
     assert all(image is not None for image in made)
