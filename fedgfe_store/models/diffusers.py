@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.models.column import Column
 from fedgfe_store.models.devices import DTYPES, clear_cache, enough_memory
-from fedgfe_store.models.family import Column
 from fedgfe_store.models.latents import draw, scaled
 from fedgfe_store.models.loading import load_part, load_pipeline, naming
 from fedgfe_store.models.lora import apply_loras
@@ -229,7 +229,8 @@ class DiffusersImages:
                     f"negative embeddings under guidance {guidance}: expected none, got some"
                 )
             negative = self._side(embeddings, "negative_", images)
-            _check_alike(positive, negative)
+            if not family.apart:
+                _check_alike(positive, negative)
             arguments |= negative
         if "negative_prompt" in self._takes:
             # The default of some is an empty prompt, which goes with no embeddings.

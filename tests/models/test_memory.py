@@ -387,7 +387,8 @@ def test_resident_blocks_are_out_of_sight_while_the_others_get_their_hooks(
     network = torch.nn.Module()
     network.blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
     network.last = torch.nn.Linear(2, 2)
-    before, seen = list(network.blocks), []
+    before: list[torch.nn.Module] = list(network.blocks)
+    seen: list[Any] = []
     monkeypatch.setattr(
         network,
         "enable_group_offload",

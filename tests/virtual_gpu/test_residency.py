@@ -68,7 +68,7 @@ def test_weights_in_8_bits_take_less_and_are_other_settings(
 ) -> None:
     held = {}
     for name in (None, "fp8-cast"):
-        placement = Placement("float32", "cuda:1", quantization=name)  # type: ignore[arg-type]
+        placement = Placement("float32", "cuda:1", quantization=name)
         images = DiffusersImages.load(resolve_model(str(case.model)), placement)
         held[name] = cards.held(1)
         kinds = {weights.dtype for weights in images._denoiser.parameters()}
