@@ -111,7 +111,7 @@ def test_a_pipeline_that_is_not_in_the_table_is_declared(tmp_path: Path, latents
 
 
 # Where a class builds the real model by default, its value; else the number with its source.
-DEFAULTS = {
+DEFAULTS: dict[str, tuple[str, dict[str | int, tuple[int, ...]]]] = {
     "flux": ("FluxTransformer2DModel", {}),
     "sd": ("UNet2DConditionModel", {"cross_attention_dim": (768, 1024)}),
     "sdxl": ("UNet2DConditionModel", {"cross_attention_dim": (2048,)}),

@@ -150,7 +150,8 @@ def test_lora_moves_along(
     assert adapters
     if offload in ("none", "model"):
         assert {p.device.type for p in adapters} == {"cuda"}
-    made = np.stack([*pipeline.decode(latents, SAMPLING)]).astype(np.int16)
+    images = [image for image in pipeline.decode(latents, SAMPLING) if image is not None]
+    made = np.stack(images).astype(np.int16)
     assert np.abs(made - expected).max() <= 1
     if offload == "model":  # while the decoder works
         assert {p.device.type for p in adapters} == {"cpu"}
