@@ -9,8 +9,9 @@ import click
 
 from fedgfe_store.common.location import Location, own_folder
 
-from .options import Filters, StorePath, filter_options, format_option, quiet_option, wait_option
+from .options import Filters, filter_options, format_option, quiet_option, wait_option
 from .progress import progress
+from .store_path import StorePath
 from .tables import counted, names, numbers, print_counts, print_data, print_table, size
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from fedgfe_store.common.location import Location
 from fedgfe_store.errors import FedgfeStoreError
 
 from .log import show_notes
-from .options import StorePath
 from .say import print_on_any_terminal
+from .store_path import StorePath
 from .threads import share_processors
 
 _COMMANDS = {

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedgfe_store.common.location import Address, Location, location
 from fedgfe_store.common.words import counted, printable
 
 if TYPE_CHECKING:
     import numpy as np
     from click.decorators import FC
 
+    from fedgfe_store.common.location import Location
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
 
@@ -91,24 +91,6 @@ KEYS = {
     "index": "index",
 }
 """Key columns by the names of their filters."""
-
-
-class StorePath(click.Path):
-    """A store's folder, or its URL."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return `value` as a Path or an Address."""
-        from fedgfe_store.errors import SchemaMismatchError
-
-        if not (isinstance(value, str) and "://" in value):
-            return value if isinstance(value, Address) else super().convert(value, param, ctx)
-        try:
-            return location(value)
-        except SchemaMismatchError as error:
-            return self.fail(str(error), param, ctx)
 
 
 class KeyList(NamesType):

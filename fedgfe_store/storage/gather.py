@@ -103,14 +103,20 @@ def _read_file(request: _Request, number: int, spans: list[_Span]) -> None:
         _miss(request, request.places[spans[0].begin : spans[-1].end], error)
         return
     with file:
-        for part in portions(request.files, spans):
-            try:
-                file.fetch([span.chunk for span in part])
-            except (UnreadableError, FileNotFoundError) as error:
-                _miss(request, request.places[part[0].begin : part[-1].end], error)
-                continue
-            for span in part:
-                _read_span(request, file, span)
+        parts = portions(request.files, spans) if request.files.place.distant else [spans]
+        for part in parts:
+            if not request.files.place.distant or _fetched(request, file, part):
+                for span in part:
+                    _read_span(request, file, span)
+
+
+def _fetched(request: _Request, file: OpenFile, spans: Sequence[_Span]) -> bool:
+    try:
+        file.fetch([span.chunk for span in spans])
+    except (UnreadableError, FileNotFoundError) as error:
+        _miss(request, request.places[spans[0].begin : spans[-1].end], error)
+        return False
+    return True
 
 
 def portions(files: TensorFiles, chunks: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -17,6 +17,8 @@ from fedgfe_store.storage.place import Place, Range
 class LocalFile:
     """An ordinary file that is open."""
 
+    __slots__ = ("_handle", "_path", "size")
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._handle = open_regular(path)
