@@ -53,10 +53,10 @@ EVERY_MODEL = {
 
 # The others are packed and plain latents, a U-Net and transformers, a vector, a mask, and sequences
 # that are cut. By name: `tiny_families` would import torch, before a simulated GPU is there.
-STOOD_FOR = frozenset(
-    ("flux-schnell", "sd", "sdxl-turbo", "sdxl-lcm", "sd3", "flux2-dev", "flux2-klein")
-    + ("flux2-klein-base", "pixart-alpha", "chroma", "sana", "lumina2", "qwen-image")
-)
+STOOD_FOR = {
+    *("flux-schnell", "sd", "sdxl-turbo", "sdxl-lcm", "sd3", "flux2-dev", "flux2-klein"),
+    *("flux2-klein-base", "pixart-alpha", "chroma", "sana", "lumina2", "qwen-image"),
+}
 """Models that others stand for where there is little time."""
 
 

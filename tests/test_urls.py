@@ -28,6 +28,8 @@ from fedgfe_store.storage import objects
 
 _BUCKET = "experiments"
 
+pytestmark = pytest.mark.long  # a server of S3 and its client take minutes on a busy machine
+
 
 @dataclass(frozen=True)
 class Served:
