@@ -48,6 +48,7 @@ EVERY_MODEL = {
     "test_families_encoded",
     "test_lora",
     "test_residency",
+    "test_placement",
 }
 """Files whose tests are made of each of many models."""
 
