@@ -98,7 +98,8 @@ def test_images_are_those_of_the_cpu(
     model, before = resolve_model(str(tiny_model(name))), cards.taken(0)
     place = Placement("float32", "cuda:0", offload=offload)
     pipeline = DiffusersImages.load(model, place)
-    kind, called = type(pipeline._pipeline), []
+    kind = type(pipeline._pipeline)
+    called: list[Any] = []
     real = kind.__call__
 
     def watched(self: Any, **arguments: Any) -> Any:
