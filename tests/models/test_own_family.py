@@ -151,6 +151,7 @@ def test_the_page_has_the_widths_that_the_real_models_have(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pixart-sigma", "chroma"])
 def test_the_demos_t5_conditions_other_models_of_that_encoder(
     demo: Demo, tiny_model: Callable[[str], Path], tmp_path: Path, name: str
