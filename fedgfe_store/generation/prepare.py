@@ -86,7 +86,7 @@ class Run:
 
     @cached_property
     def load(self) -> Load:
-        """What the run asks of a machine; reads the headers of weights, which have to be on disk."""
+        """What the run asks of a machine, by the headers of its weights, which have to be here."""
         return load_of(self.model, self.plan.settings, self.tokens, self.placement.loras)
 
     def placed(self, report: Report) -> Run:
