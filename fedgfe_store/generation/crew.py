@@ -1,0 +1,153 @@
+"""What runs on the workers of a Ray cluster: planning, and rendering with a model that is kept."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedgfe_store.errors import NotFoundError
+from fedgfe_store.generation import run as here
+from fedgfe_store.generation.prepare import Run, prepare
+from fedgfe_store.generation.stopping import Stop
+from fedgfe_store.generation.write import Failure
+from fedgfe_store.images.manifest import machine_manifest
+from fedgfe_store.models.devices import choose_device
+
+_LOOKS_EVERY = 0.5
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What became of a part of the plan on a worker."""
+
+    start: int
+    stop: int
+    done: int = 0
+    elsewhere: int = 0
+    failed: tuple[Failure, ...] = ()
+    remarks: tuple[str, ...] = ()
+    began: float = 0.0
+    ended: float = 0.0
+    error: Exception | None = None
+
+
+class Worker:
+    """Keeps a loaded model and renders parts of a plan, with all that `render` promises of each."""
+
+    def __init__(self, cwd: str, neighbours: int, sent: Mapping[str, Any]) -> None:
+        self._remarks: list[str] = []
+        self._stop, self._error = Stop(), None
+        # Ray would try to make a worker that cannot be made for ever: the first part says why.
+        try:
+            self._begin(cwd, neighbours, sent)
+        except Exception as error:  # noqa: BLE001 - raised by the driver
+            self._error = _with_traceback(error)
+
+    def _begin(self, cwd: str, neighbours: int, sent: Mapping[str, Any]) -> None:
+        import ray
+
+        _go_to(cwd)
+        # As torchrun says it: who pins the host's memory takes its share.
+        os.environ["LOCAL_WORLD_SIZE"] = str(neighbours)
+        run = pickle.loads(ray.get(sent["run"]))
+        if run.placement.device.startswith("cuda"):
+            # Ray shows a worker its own GPU only, whatever its number was where it was prepared.
+            placement = replace(run.placement, device=choose_device("cuda"))
+            run = replace(run, placement=placement)
+        self._run, self._pipeline = here.load(run, self._remarks.append)
+        # Lines of one machine do not mix in one file; those of several do on network disks.
+        self._manifest = machine_manifest(ray.util.get_node_ip_address())
+        listener = threading.Thread(target=self._listen, args=(sent["flag"],), daemon=True)
+        listener.start()
+
+    def _listen(self, flag: Any) -> None:
+        import ray
+
+        while not self._stop.requested:
+            reason = ray.get(flag.reason.remote())
+            if reason:
+                self._stop.request(reason)
+            time.sleep(_LOOKS_EVERY)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+        """Render the images from ``start`` up to ``stop`` of the plan; give a `Rendered`."""
+        start, stop = int(batch["start"][0]), int(batch["stop"][0])
+        began = time.time()
+        try:
+            done = self._rendered(start, stop)
+        except Exception as error:  # noqa: BLE001 - raised by the driver
+            done = Rendered(start, stop, error=_with_traceback(error))
+        remarks, self._remarks[:] = tuple(self._remarks), []
+        done = replace(done, remarks=remarks, began=began, ended=time.time())
+        return {"rendered": [pickle.dumps(done)]}
+
+    def _rendered(self, start: int, stop: int) -> Rendered:
+        if self._error is not None:
+            raise self._error
+        if self._stop.requested:
+            return Rendered(start, stop)
+        plan = replace(self._run.plan, items=self._run.plan.items[start:stop])
+        made = here.render(
+            replace(self._run, plan=plan),
+            pipeline=self._pipeline,
+            stop=self._stop,
+            report=self._remarks.append,
+            manifest=self._manifest,
+        )
+        return Rendered(start, stop, made.done, made.elsewhere, made.failed)
+
+
+class Flag:
+    """Where workers learn that they are to stop."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+
+    def raise_(self, reason: str) -> None:
+        """Ask for a stop."""
+        self._reason = reason
+
+    def reason(self) -> str | None:
+        """Give why it was asked for; None where it was not."""
+        return self._reason
+
+
+def prepared(cwd: str, sent: bytes) -> bytes:
+    """Call `prepare` with what was pickled; give its run, remarks and error, pickled."""
+    remarks: list[str] = []
+    run: Run | None = None
+    failed: Exception | None = None
+    try:
+        _go_to(cwd)
+        selection, output_dir, request, options = pickle.loads(sent)
+        run = prepare(selection, output_dir, request, report=remarks.append, **options)
+    except Exception as error:  # noqa: BLE001 - raised by the driver
+        failed = _with_traceback(error)
+    return pickle.dumps((run, remarks, failed))
+
+
+def _go_to(cwd: str) -> None:
+    """Have relative paths mean what they mean to the driver."""
+    try:
+        os.chdir(cwd)
+    except OSError as error:
+        raise NotFoundError(
+            f"{cwd}: expected on all machines, since store and images lie on a disk that they "
+            f"share, got on one of them: {error.strerror}"
+        ) from None
+
+
+def _with_traceback(error: Exception) -> Exception:
+    """Give an error as the driver can raise it; where it came from goes along as a note."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - of other libraries, which may raise anything
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
