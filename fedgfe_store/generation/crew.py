@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,14 @@ from fedgfe_store.generation import run as here
 from fedgfe_store.generation.prepare import Run, prepare
 from fedgfe_store.generation.stopping import Stop
 from fedgfe_store.generation.write import Failure
+from fedgfe_store.images.folder import file_stamp
 from fedgfe_store.images.manifest import machine_manifest
 from fedgfe_store.models.devices import choose_device
 
 _LOOKS_EVERY = 0.5
+# Of a part, by workers that die over it: their machine may have been taken away, but an image may
+# also kill whoever tries it, and Ray would try for ever.
+_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,14 @@ class Worker:
         self._run, self._pipeline = here.load(run, self._remarks.append)
         # Lines of one machine do not mix in one file; those of several do on network disks.
         self._manifest = machine_manifest(ray.util.get_node_ip_address())
-        listener = threading.Thread(target=self._listen, args=(sent["flag"],), daemon=True)
-        listener.start()
+        self._foreman = sent["foreman"]
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _listen(self, flag: Any) -> None:
+    def _listen(self) -> None:
         import ray
 
         while not self._stop.requested:
-            reason = ray.get(flag.reason.remote())
+            reason = ray.get(self._foreman.reason.remote())
             if reason:
                 self._stop.request(reason)
             time.sleep(_LOOKS_EVERY)
@@ -88,11 +93,19 @@ class Worker:
         return {"rendered": [pickle.dumps(done)]}
 
     def _rendered(self, start: int, stop: int) -> Rendered:
+        import ray
+
         if self._error is not None:
             raise self._error
         if self._stop.requested:
             return Rendered(start, stop)
-        plan = replace(self._run.plan, items=self._run.plan.items[start:stop])
+        items = self._run.plan.items[start:stop]
+        if ray.get(self._foreman.begin.remote(start)) > _TRIES:
+            left = [item for item in items if file_stamp(item.path) == item.seen]
+            reason = f"its worker died {_TRIES} times over this part; Ray's logs may say why"
+            failed = tuple(Failure(item.key, item.number, reason) for item in left)
+            return Rendered(start, stop, elsewhere=len(items) - len(left), failed=failed)
+        plan = replace(self._run.plan, items=items)
         made = here.render(
             replace(self._run, plan=plan),
             pipeline=self._pipeline,
@@ -103,19 +116,25 @@ class Worker:
         return Rendered(start, stop, made.done, made.elsewhere, made.failed)
 
 
-class Flag:
-    """Where workers learn that they are to stop."""
+class Foreman:
+    """Where workers learn that they are to stop, and whether others have died over a part."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
+        self._tries: Counter[int] = Counter()
 
-    def raise_(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
         """Ask for a stop."""
         self._reason = reason
 
     def reason(self) -> str | None:
-        """Give why it was asked for; None where it was not."""
+        """Give why a stop was asked for; None where it was not."""
         return self._reason
+
+    def begin(self, start: int) -> int:
+        """Count a try of the part that begins at `start`, and give the count."""
+        self._tries[start] += 1
+        return self._tries[start]
 
 
 def prepared(cwd: str, sent: bytes) -> bytes:

@@ -16,20 +16,18 @@ from typing import Any
 from fedgfe_store.common.extra import extra
 from fedgfe_store.generation import prepare as preparing
 from fedgfe_store.generation import run as here
-from fedgfe_store.generation.crew import Flag, Rendered, Worker, prepared
+from fedgfe_store.generation.crew import Foreman, Rendered, Worker, prepared
 from fedgfe_store.generation.prepare import Report, Run, log_remark
 from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.run import GenerationReport
 from fedgfe_store.generation.stopping import SIGNALS, Stop
-from fedgfe_store.generation.write import Failure, Progress
+from fedgfe_store.generation.write import Progress
+from fedgfe_store.images.folder import file_stamp
 from fedgfe_store.selection import Selection
 
 # A worker reads ahead and writes behind within a part only, and one that is left with a part while
 # the others have none keeps them waiting.
 _PARTS_PER_WORKER, _BATCHES_PER_PART = 8, 8
-# Tries of a part on workers that die over it: the machine may have been taken away, but an image
-# may also kill whoever tries it.
-_TRIES = 4
 _LOOKS_EVERY = 0.5
 
 
@@ -45,7 +43,7 @@ def prepare(
 
     Parameters and errors are those of `generation.prepare.prepare`.
     """
-    options = {"keep_negative": keep_negative}
+    options: dict[str, Any] = {"keep_negative": keep_negative}
     with connected() as ray:
         if not ray.cluster_resources().get("GPU") or _own_gpu():
             return preparing.prepare(selection, output_dir, request, report=report, **options)
@@ -105,8 +103,8 @@ def render(
     stop = stop or Stop()
     with connected() as ray:
         tally = _Tally(run, report, progress or (lambda _: None))
-        with _telling(ray, stop) as flag:
-            for done in _results(ray, run, Crew.of(ray, run, workers), flag):
+        with _telling(ray, stop) as foreman:
+            for done in _results(ray, run, Crew.of(ray, workers), foreman):
                 tally.add(done)
     return tally.close(stop)
 
@@ -131,7 +129,7 @@ class Crew:
     neighbours: int
 
     @classmethod
-    def of(cls, ray: Any, run: Run, workers: int | None) -> Crew:
+    def of(cls, ray: Any, workers: int | None) -> Crew:
         """Decide by the cluster as it is now; one that grows may be given more workers."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = [int(node.get("GPU", 0)) for node in nodes]
@@ -177,8 +175,6 @@ class _Tally:
         plan, parts = self._run.plan, self._parts
         done, elsewhere = sum(p.done for p in parts), sum(p.elsewhere for p in parts)
         failed = tuple(failure for part in parts for failure in part.failed)
-        if not stop.requested:
-            failed += self._lost()
         if elsewhere:
             self._list_what_dead_workers_made()
         made = GenerationReport(
@@ -196,30 +192,21 @@ class _Tally:
         stuck = here.note_stop(plan.folder, self._run.request.part, stop, self._report)
         return replace(made, stuck=stuck)
 
-    def _lost(self) -> tuple[Failure, ...]:
-        """Give the images of parts that never came back and that are not there, either."""
-        todo = self._run.plan.todo
-        came = {place for part in self._parts for place in range(part.start, part.stop)}
-        lost = [item for place, item in enumerate(todo) if place not in came]
-        reason = f"its worker died {_TRIES + 1} times over these images; Ray's logs may say why"
-        return tuple(
-            Failure(item.key, item.number, reason) for item in lost if not item.path.exists()
-        )
-
     def _list_what_dead_workers_made(self) -> None:
         plan = self._run.plan
-        items = tuple(replace(i, status="done") for i in plan.todo if i.path.exists())
+        made = (item for item in plan.todo if file_stamp(item.path) not in (None, item.seen))
+        items = tuple(replace(item, status="done") for item in made)
         here.complete_manifest(replace(self._run, plan=replace(plan, items=items)), self._report)
 
 
-def _results(ray: Any, run: Run, crew: Crew, flag: Any) -> Iterator[Rendered]:
+def _results(ray: Any, run: Run, crew: Crew, foreman: Any) -> Iterator[Rendered]:
     """Yield what becomes of each part, in the order in which they are finished."""
     todo = run.plan.todo
     request = replace(run.request, limit=None)
     plan = replace(run.plan, items=todo, request=request)
     small = replace(run, plan=plan, request=request)
     # Apart from the constructor's arguments, which Ray sends with each worker that it makes.
-    sent = {"run": ray.put(pickle.dumps(small)), "flag": flag}
+    sent = {"run": ray.put(pickle.dumps(small)), "foreman": foreman}
     with _quiet(ray):
         rows = [{"start": start, "stop": stop} for start, stop in _parts(len(todo), run, crew)]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -230,8 +217,6 @@ def _results(ray: Any, run: Run, crew: Crew, flag: Any) -> Iterator[Rendered]:
             compute=ray.data.ActorPoolStrategy(size=crew.workers, max_tasks_in_flight_per_actor=1),
             num_cpus=crew.cpus,
             num_gpus=crew.gpus,
-            max_restarts=-1,
-            max_task_retries=_TRIES,
         )
         for row in dataset.iter_rows():
             yield pickle.loads(row["rendered"])
@@ -283,19 +268,19 @@ def _own_signals() -> Iterator[None]:
 @contextmanager
 def _telling(ray: Any, stop: Stop) -> Iterator[Any]:
     """Hand a request to stop on to the workers while the block runs."""
-    flag = ray.remote(num_cpus=0)(Flag).remote()
+    foreman = ray.remote(num_cpus=0)(Foreman).remote()
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(_LOOKS_EVERY):
             if stop.reason is not None:
-                flag.raise_.remote(stop.reason)
+                foreman.stop.remote(stop.reason)
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield flag
+        yield foreman
     finally:
         over.set()
         watcher.join()
@@ -303,13 +288,9 @@ def _telling(ray: Any, stop: Stop) -> Iterator[Any]:
 
 @contextmanager
 def _quiet(ray: Any) -> Iterator[None]:
-    """Have Ray Data draw no bars of its own, and go on without a part whose workers die."""
+    """Have Ray Data draw no bars of its own and keep what it logs for its own files."""
     context = ray.data.DataContext.get_current()
-    wanted = {
-        "enable_progress_bars": False,
-        "print_on_execution_start": False,
-        "max_errored_blocks": -1,
-    }
+    wanted = {"enable_progress_bars": False, "print_on_execution_start": False}
     before = {name: getattr(context, name) for name in wanted}
     logger = logging.getLogger("ray.data")
     level = logger.level

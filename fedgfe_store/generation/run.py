@@ -159,7 +159,8 @@ def render(
     stop, report, progress
         As for `generate`.
     manifest : str, optional
-        File that lists its images, by default that of its part.
+        File that lists its images, by default that of its part. Whoever names one is a worker of
+        a run of several, and does not note that it was stopped without an image.
 
     Returns
     -------
@@ -220,7 +221,8 @@ def render(
     )
     # What others made is progress, too: the next run has less to do.
     fruitless = made.stopped and made.left and not (made.done or made.elsewhere)
-    if not fruitless:
+    # Of a worker others know what the run has come to.
+    if not fruitless or manifest is not None:
         return made
     return replace(made, stuck=note_stop(plan.folder, run.request.part, stop, report))
 
