@@ -132,13 +132,18 @@ def test_a_dataset_of_ray_has_the_records(store, cluster, monkeypatch, tmp_path)
         assert np.array_equal(np.stack([row[name] for row in rows]), selection.read(name))
     one = selection.to_ray(columns=["clip"])
     assert set(one.schema().names) == {*(["node", "round", "split", "class_name", "index"]), "clip"}
-    assert one.mean("index") == 5.5
 
     ragged = EmbeddingStore.create(
-        tmp_path / "r.zarr", Schema.of("x", TensorColumn("e", (4, 2), ("t", "f"), ragged=True))
+        tmp_path / "r.zarr",
+        Schema.of("x", TensorColumn("e", (4, 2), ("token", "feature"), ragged=True)),
     )
     with ragged.append(node=0, round=1) as batch:
-        batch.add(split="a", class_name="b", index=[0, 1], e=[np.ones((1, 2)), np.ones((3, 2))])
+        batch.add(
+            split="a",
+            class_name="b",
+            index=[0, 1],
+            e=[np.ones((1, 2), np.float32), np.ones((3, 2), np.float32)],
+        )
     lengths = {row["index"]: row["length_e"] for row in ragged.select().to_ray().iter_rows()}
     assert lengths == {0: 1, 1: 3}
 
