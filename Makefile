@@ -52,7 +52,7 @@ soak: $(VENV)/installed-dev
 
 # The commands on a simulated GPU, in a process of its own: the device has to be there before torch.
 test-gpu: $(VENV)/installed-dev
-	time $(BIN)/python -m pytest tests/virtual_gpu
+	time $(BIN)/python -m pytest $(PARALLEL) tests/virtual_gpu
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -32,12 +32,33 @@ _UNET_XL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-NAMES = ("flux-dev", "sdxl", "sd15")
-"""FLUX.1-dev, Stable Diffusion XL and 1.5."""
+_ENCODERS = {
+    "flux-dev": {
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "text_encoder_2": "T5EncoderModel",
+        "tokenizer_2": "T5TokenizerFast",
+    },
+    "sdxl": {
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer_2": "CLIPTokenizer",
+    },
+    "sd15": {
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "safety_checker": "CLIPModel",
+        "feature_extractor": "CLIPImageProcessor",
+    },
+}
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Save a model of a published configuration, without its weights' values."""
+    """Save a model of a published configuration, without its weights' values.
+
+    It is FLUX.1-dev, Stable Diffusion XL or 1.5: ``"flux-dev"``, ``"sdxl"``, ``"sd15"``.
+    """
     with torch.device("meta"):
         if name == "flux-dev":
             denoiser: Any = FluxTransformer2DModel(guidance_embeds=True)
@@ -72,6 +93,8 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     )
     parts = {part: type(denoiser).__name__, "vae": "AutoencoderKL", "scheduler": scheduler}
     components = {each: ["diffusers", kind] for each, kind in parts.items()}
+    # Not there: they are named since the pipeline refuses a folder that says nothing of them.
+    components |= {each: ["transformers", kind] for each, kind in _ENCODERS[name].items()}
     _write(folder / "model_index.json", {"_class_name": pipeline, **components})
     return folder
 

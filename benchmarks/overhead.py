@@ -66,6 +66,10 @@ class Sleeper:
         self._sleep(self._seconds * DECODING * len(latents))
         return [self._picture.copy() for _ in latents]
 
+    def place(self, placement: Placement) -> None:
+        """Be somewhere else."""
+        self.placement = placement
+
     def _sleep(self, seconds: float) -> None:
         started = time.perf_counter()
         time.sleep(seconds)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import class_names, quiet_option, wait_option
+from .options import class_names, own_device, quiet_option, wait_option
 from .progress import progress
 from .tables import counted, print_table
 
@@ -95,6 +95,7 @@ def command(
     from fedgfe_store.text import encode_references, plan_references
 
     names = _class_names(obj.store, classes)
+    options["device"] = own_device(options["device"])
     plan = plan_references(obj.store, prompts, report=_remark, classes=names, **options)
     if dry_run or not quiet:
         _print_plan(plan, whole=dry_run)

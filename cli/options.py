@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,18 @@ else:
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _NUMERIC = ("round", "index")
+
+
+def own_device(device: str | None) -> str | None:
+    """Give a process of torchrun or srun its own GPU, where none is named by number."""
+    import torch
+
+    from fedgfe_store.generation.launchers import local_device
+
+    if device in (None, "cuda"):
+        local = local_device(os.environ, torch.cuda.device_count())
+        return device if local is None else f"cuda:{local}"
+    return device
 
 
 class NumberList(NumbersType):

@@ -18,6 +18,7 @@ from .options import (
     filter_options,
     folder_option,
     format_option,
+    own_device,
     print_left_out,
     quiet_option,
 )
@@ -130,7 +131,7 @@ def command(
             among=class_names(among, selection) if among else None,
             prompt=prompt,
             batch_size=batch_size,
-            device=device,
+            device=own_device(device),
             progress=advance,
         )
     print_left_out(scores.left_out)

@@ -167,6 +167,9 @@ class FakePipeline:
             )
         return pictures
 
+    def place(self, placement: Placement) -> None:
+        self.placement = placement
+
 
 def save_random_sd(
     folder: Path, *, width: int = 8, tokens: int = 77, seed: int = 0, encoder: bool = True

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fedgfe_store.generation.plan import PlanItem
-from fedgfe_store.generation.prepare import Report, Run
+from fedgfe_store.generation.prepare import Run
 from fedgfe_store.generation.provenance import Provenance
+from fedgfe_store.generation.room import Room
 from fedgfe_store.generation.write import ImageWriter, Tally
-from fedgfe_store.models.devices import clear_cache, is_out_of_memory
+from fedgfe_store.models.devices import is_out_of_memory
 from fedgfe_store.models.pipeline import ImagePipeline
-from fedgfe_store.models.placement import Picture
+from fedgfe_store.models.placement import Offload, Picture
 
 NO_MEMORY = "there is not enough memory"
 """Why a run gives up for which even one image is too much."""
@@ -21,19 +24,20 @@ NO_MEMORY = "there is not enough memory"
 
 @dataclass(frozen=True)
 class Denoised:
-    """Latents of some images, one row each, the batch that they were in, and seconds an image."""
+    """Latents of some images, one row each, and how they were made; seconds are of one image."""
 
     items: tuple[PlanItem, ...]
     latents: torch.Tensor
     batch_size: int
     seconds: float
+    offload: Offload
 
 
 class Decoder:
     """Takes latents through the model's decoder to the writer.
 
-    What does not fit the memory is decoded in slices, and tile by tile where that is allowed,
-    without being denoised again; slices stay small for the rest of the run.
+    What does not fit the memory is decoded in slices, with less on the device, and tile by tile
+    where that is allowed, without being denoised again: see `Room`.
 
     Parameters
     ----------
@@ -45,8 +49,8 @@ class Decoder:
         Gets the images.
     tally : Tally
         Hears of images that fail.
-    report : callable
-        Gets remarks for the user.
+    room : Room
+        Says how much to decode at once.
     """
 
     def __init__(
@@ -55,15 +59,11 @@ class Decoder:
         pipeline: ImagePipeline,
         writer: ImageWriter,
         tally: Tally,
-        *,
-        report: Report,
+        room: Room,
     ) -> None:
         self._pipeline, self._writer, self._tally = pipeline, writer, tally
-        self._settings, self._may_tile = run.plan.settings, run.request.vae_tiling
-        self._report = report
+        self._settings, self._room = run.plan.settings, room
         self._provenance = Provenance(run, pipeline.placement)
-        self._largest = run.decode_size
-        self._tiled = False
         self.gave_up: str | None = None
         """Why decoding on would be of no use; None if there is no such reason."""
 
@@ -71,45 +71,34 @@ class Decoder:
         """Decode latents in as large slices as fit, and hand the images to the writer."""
         start = 0
         while start < len(denoised.items) and not (self.gave_up or self._writer.gave_up):
-            rows, started = slice(start, start + self._largest), time.perf_counter()
+            rows, started = slice(start, start + self._room.slice), time.perf_counter()
             items, pictures = denoised.items[rows], self._decoded(denoised.latents[rows])
             if pictures is None:
-                self._decode_smaller(len(items), items[0])
+                self._go_on_smaller(len(items), items[0])
                 continue
             seconds = denoised.seconds + (time.perf_counter() - started) / len(items)
-            for item, picture in zip(items, pictures, strict=True):
-                self._hand_over(item, picture, denoised.batch_size, seconds)
+            for row, item in enumerate(items):
+                text = self._provenance.of(
+                    item,
+                    batch_size=denoised.batch_size,
+                    tiled=self._room.tiled,
+                    offload=denoised.offload,
+                )
+                # Waited for by the thread that writes: the device goes on meanwhile.
+                self._writer.submit(item, partial(pictures.__getitem__, row), text, seconds=seconds)
             start += len(items)
 
-    def _decoded(self, latents: torch.Tensor) -> list[Picture | None] | None:
+    def _decoded(self, latents: torch.Tensor) -> Sequence[Picture | None] | None:
         """Decode latents; None if the memory is not enough."""
         try:
-            return self._pipeline.decode(latents, self._settings, tiled=self._tiled)
+            return self._pipeline.decode(latents, self._settings, tiled=self._room.tiled)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        clear_cache(self._pipeline.placement.device)
         return None
 
-    def _decode_smaller(self, size: int, item: PlanItem) -> None:
-        if size > 1:
-            self._largest = size // 2
-            self._report(f"out of memory: decoding in slices of {self._largest}")
-        elif self._may_tile and not self._tiled:
-            self._tiled = True
-            self._report("out of memory: decoding tile by tile, which changes pixels")
-        else:
-            remedy = "a smaller picture" if self._tiled else "--vae-tiling"
+    def _go_on_smaller(self, size: int, item: PlanItem) -> None:
+        if not self._room.give_up_decoding(size):
+            remedy = "a smaller picture" if self._room.tiled else "--vae-tiling"
             self._tally.fail(item, f"out of memory decoding one picture; {remedy} may help")
             self.gave_up = NO_MEMORY
-
-    def _hand_over(
-        self, item: PlanItem, picture: Picture | None, batch_size: int, seconds: float
-    ) -> None:
-        if picture is None:
-            self._tally.fail(item, "the model gave a picture that is not finite (NaN or infinity)")
-        elif not picture.any():
-            self._tally.fail(item, "the model gave a picture that is black all over")
-        else:
-            text = self._provenance.of(item, batch_size=batch_size, tiled=self._tiled)
-            self._writer.submit(item, picture, text, seconds=seconds)

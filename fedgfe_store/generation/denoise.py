@@ -15,6 +15,7 @@ from fedgfe_store.generation.decode import NO_MEMORY, Decoder, Denoised
 from fedgfe_store.generation.plan import PlanItem, shortage
 from fedgfe_store.generation.prepare import Report, Run
 from fedgfe_store.generation.read import Embedded, read_embeddings
+from fedgfe_store.generation.room import Room
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import ImageWriter, Tally
 from fedgfe_store.models.devices import clear_cache, is_out_of_memory
@@ -47,8 +48,7 @@ class _Pace:
 class Renderer:
     """Takes a run's batches through the model to the writer.
 
-    What memory does not allow is tried again smaller: a batch is halved, and stays so for the
-    rest of the run.
+    What memory does not allow is tried again smaller, or with less on the device: see `Room`.
 
     Parameters
     ----------
@@ -60,6 +60,8 @@ class Renderer:
         Gets the images.
     tally : Tally
         Hears of images that fail, and of those that others make.
+    movable : bool
+        Whether the model's weights may be moved where memory is short.
     stop : Stop
         Looked at after each step.
     report : callable
@@ -73,14 +75,15 @@ class Renderer:
         writer: ImageWriter,
         tally: Tally,
         *,
+        movable: bool,
         stop: Stop,
         report: Report,
     ) -> None:
         self._run, self._pipeline, self._writer, self._tally = run, pipeline, writer, tally
         self._stop, self._report = stop, report
-        self._decoder = Decoder(run, pipeline, writer, tally, report=report)
+        self._room = Room(run, pipeline, movable=movable, report=report)
+        self._decoder = Decoder(run, pipeline, writer, tally, self._room)
         self._device = pipeline.placement.device
-        self._largest_batch = run.batch_size
         self._batches = 0
         self._pace: _Pace | None = None
         self._gave_up: str | None = None
@@ -98,6 +101,7 @@ class Renderer:
                 # Usually a group is one batch. Only its latents are held, not what they were
                 # made from; whatever happens to the others, they are decoded.
                 group: list[Denoised] = []
+                self._room.take_back()
                 try:
                     more = self._denoise_group(batches, group)
                 finally:
@@ -120,6 +124,7 @@ class Renderer:
                 self._tally.leave(item)
             group.extend(self._denoise(batch))
             self._batches += 1
+            self._room.batch_done()
             every = self._run.request.clear_cache_every
             if every and self._batches % every == 0:
                 clear_cache(self._device)
@@ -131,7 +136,7 @@ class Renderer:
         """Denoise a batch in as large parts as fit; what a stop cuts short is not there."""
         start = 0
         while start < len(batch.items) and not self._ended():
-            stop = min(start + self._largest_batch, len(batch.items))
+            stop = min(start + self._room.batch, len(batch.items))
             try:
                 denoised = self._denoise_part(batch, slice(start, stop))
             except Stopped:
@@ -139,12 +144,8 @@ class Renderer:
             if denoised is not None:
                 yield denoised
                 start = stop
-            elif stop - start > 1:
-                self._largest_batch = (stop - start) // 2
-                self._report(f"out of memory: going on in batches of {self._largest_batch}")
-            else:
-                remedy = "--offload group or sequential"
-                reason = f"out of memory denoising one picture; {remedy} may help"
+            elif not self._room.give_up_denoising(stop - start):
+                reason = f"out of memory denoising one picture; {self._room.remedy()}"
                 self._tally.fail(batch.items[start], reason)
                 self._gave_up = NO_MEMORY
 
@@ -155,7 +156,7 @@ class Renderer:
         seeds = [item.seed for item in items]
         if self._pipeline.placement.compiled:
             # Another batch size would be compiled anew, which takes longer than some rows.
-            missing = self._largest_batch - len(items)
+            missing = self._room.batch - len(items)
             embeddings = {n: _padded(values, missing) for n, values in embeddings.items()}
             seeds += seeds[-1:] * missing
         if self._pace is None:
@@ -191,7 +192,8 @@ class Renderer:
                     self._tally.fail(item, reason)
             items = tuple(i for i, ok in zip(items, finite.tolist(), strict=True) if ok)
             latents = latents[finite]
-        return Denoised(items, latents, batch_size, seconds)
+        offload = self._pipeline.placement.offload
+        return Denoised(items, latents, batch_size, seconds, offload)
 
 
 def _padded(values: torch.Tensor, missing: int) -> torch.Tensor:

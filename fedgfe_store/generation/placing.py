@@ -109,9 +109,9 @@ def place_in(
     Placement
         With room for one image, if there is any such.
     """
-    # Weights are on the host already, and what is pinned comes on top of them.
     memory = Memory(usable, free_host_bytes(processes_here(os.environ)), exact=pin_exactly())
-    load = load_of(model, settings, tokens)
+    # They come home as copies, and what is pinned comes on top of these.
+    load = replace(load_of(model, settings, tokens), converted=True)
     found = choose(load, memory, modes=(placement.offload,), batch_size=1)
     if found is None:
         return replace(placement, resident=(), pinned=False)
@@ -138,9 +138,9 @@ def load_of(model: Model, settings: Settings, tokens: int) -> Load:
     quantization, kept = settings.quantization, DTYPES[settings.dtype].itemsize
     share, unet = WEIGHT_SHARE[quantization], not model.family.features
     stored = model.weights(model.part).tensors()
-    converted = quantization not in PACKED and (
-        quantization is not None or any(d != _STORED[settings.dtype] for _, d in stored.values())
-    )
+    # What is packed goes to the device tensor by tensor. All else is loaded whole first.
+    other = any(dtype != _STORED[settings.dtype] for _, dtype in stored.values())
+    loading = 0 if quantization in PACKED or not other else kept
     scale = model.latent_scale if unet else model.size_step
     positions = settings.height * settings.width // scale**2 + (0 if unet else tokens)
     passes = 2 if model.takes_negative(settings.guidance) else 1
@@ -161,7 +161,8 @@ def load_of(model: Model, settings: Settings, tokens: int) -> Load:
         pixels=settings.height * settings.width,
         steps=settings.steps,
         operations=2 * passes * numbers * positions * (_SHARE_OF_UNET if unet else _SHARE),
-        converted=converted,
+        converted=bool(loading) or quantization not in (None, *PACKED),
+        loading=loading * numbers,
         swap_batches=1 if model.family.latents == "own" else SWAP_BATCHES,
     )
 
@@ -240,6 +241,12 @@ def _fitting(
     model: Model, settings: Settings, tokens: int, placement: Placement, memory: Memory
 ) -> Iterator[str]:
     """Name what would fit."""
+    if load_of(model, settings, tokens).loading:
+        kinds = {dtype for _, dtype in model.weights(model.part).tensors().values()}
+        for name in (name for name, stored in _STORED.items() if kinds == {stored}):
+            modes = possible_offloads(placement.compiled, placement.quantization)
+            if choose(load_of(model, replace(settings, dtype=name), tokens), memory, modes=modes):
+                yield f"--dtype {name}, as the files are, fits"
     for name in ("fp8-cast", "nf4"):
         if settings.quantization is None:
             modes = possible_offloads(placement.compiled, name)

@@ -10,7 +10,7 @@ import fedgfe_store
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.generation.prepare import Run
 from fedgfe_store.generation.settings import fingerprint, settings_json
-from fedgfe_store.models.placement import Placement
+from fedgfe_store.models.placement import Offload, Placement
 from fedgfe_store.models.quantization import PACKAGES
 from fedgfe_store.names import key_json
 
@@ -53,7 +53,9 @@ class Provenance:
             "versions": {"fedgfe_store": fedgfe_store.__version__, **_versions(tuple(packages))},
         }
 
-    def of(self, item: PlanItem, *, batch_size: int, tiled: bool) -> dict[str, Any]:
+    def of(
+        self, item: PlanItem, *, batch_size: int, tiled: bool, offload: Offload
+    ) -> dict[str, Any]:
         """Return what `item`'s file says.
 
         Parameters
@@ -64,6 +66,8 @@ class Provenance:
             Images of the batch that it was denoised in.
         tiled : bool
             Whether it was decoded tile by tile.
+        offload : {"none", "model", "group", "sequential"}
+            Where the weights waited while it was denoised; it may change during a run.
 
         Returns
         -------
@@ -80,6 +84,7 @@ class Provenance:
             "seed": item.seed,
             "digests": item.digests,
             **self._common,
+            "offload": offload,
             "batch_size": batch_size,
             "tiled": tiled,
         }

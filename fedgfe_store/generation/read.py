@@ -109,13 +109,13 @@ def _claimed(run: Run, claims: Claims) -> Iterator[_Claimed]:
 def _embedded(run: Run, claimed: _Claimed) -> Embedded:
     items, damaged = claimed.taken, dict(claimed.refused)
     try:
-        tensors = _tensors(run, items)
+        tensors = _checked(run, items)
     except DamagedDataError:
         # One bad record must not take its neighbours along: find it by reading each alone.
         rows = []
         for item in claimed.taken:
             try:
-                rows.append(_tensors(run, [item]))
+                rows.append(_checked(run, [item]))
             except DamagedDataError as error:
                 damaged[item] = str(error)
         items = [item for item in claimed.taken if item not in damaged]
@@ -156,6 +156,25 @@ class _Wanted:
     position: int
     key: RecordKey
     digests: dict[str, str]
+
+
+def _checked(run: Run, items: Sequence[PlanItem]) -> dict[str, torch.Tensor]:
+    """Read, and refuse masks that the pipeline would misread without a word.
+
+    Raises
+    ------
+    DamagedDataError
+        If a record cannot be read, or its mask is none for this model.
+    """
+    tensors = _tensors(run, items)
+    for column in run.model.family.columns:
+        name = run.columns.get(column.argument)
+        if items and column.is_mask and name and not column.takes(tensors[name].numpy()):
+            raise DamagedDataError(
+                f"expected a {name} of ones and then zeros, whose number {run.model.kind} takes "
+                "as a length, got another"
+            )
+    return tensors
 
 
 def _tensors(run: Run, items: Sequence[PlanItem]) -> dict[str, torch.Tensor]:

@@ -185,8 +185,9 @@ def render(
     # Before anything is claimed: loading takes minutes, in which other processes may do the work.
     try:
         with stop.interrupting():
-            if pipeline is None:
-                run, pipeline = load(run, report)
+            loaded = pipeline
+            if loaded is None:
+                run, loaded = load(run, report)
     except Stopped:
         stuck = note_stop(plan.folder, run.request.part, stop, report)
         return GenerationReport(plan, skipped=skipped(plan), stopped=stop.reason, stuck=stuck)
@@ -206,7 +207,11 @@ def render(
 
         tally = Tally(progress or (lambda _: None), settle)
         with ImageWriter(lines, tally) as writer:
-            renderer = Renderer(run, pipeline, writer, tally, stop=stop, report=report)
+            # A caller's own stays where the caller has put it, but a worker's is the run's.
+            movable = pipeline is None or manifest is not None
+            renderer = Renderer(
+                run, loaded, writer, tally, movable=movable, stop=stop, report=report
+            )
             renderer.run(claims)
     if renderer.gave_up:
         tally.give_up(plan.todo, f"not rendered, since {renderer.gave_up}")

@@ -8,14 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Self, TypeAlias
 
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.images.manifest import Manifest
 from fedgfe_store.images.png import write_png
+from fedgfe_store.models.placement import Picture
 from fedgfe_store.records import RecordKey
 
 # Pillow lets go of the GIL while it compresses: one thread's work hides behind the device's, and a
@@ -27,6 +25,7 @@ _WAITING_PICTURES = 16
 _FAILURES_TO_GIVE_UP = 3
 
 Progress = Callable[[int], object]
+Fetch: TypeAlias = "Callable[[], Picture | None]"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class ImageWriter:
     def __init__(self, manifest: Manifest, tally: Tally) -> None:
         self._manifest, self._tally = manifest, tally
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedgfe-writer")
-        self._waiting: deque[tuple[PlanItem, Future[None]]] = deque()
+        self._waiting: deque[tuple[PlanItem, Future[str | None]]] = deque()
         self._failed_in_a_row = 0
 
     @property
@@ -118,19 +117,22 @@ class ImageWriter:
     def submit(
         self,
         item: PlanItem,
-        pixels: NDArray[np.uint8],
+        fetch: Fetch,
         provenance: Mapping[str, Any],
         *,
         seconds: float,
     ) -> None:
         """Write an image soon; waits while too many others do.
 
+        An image that is not finite, or black all over, fails.
+
         Parameters
         ----------
         item : PlanItem
             The image.
-        pixels : ndarray
-            uint8 ``[height, width, 3]``.
+        fetch : callable
+            Gives the pixels, uint8 ``[height, width, 3]``, or None where they were not finite; it
+            may wait for the device.
         provenance : mapping
             What the file says about itself.
         seconds : float
@@ -138,33 +140,43 @@ class ImageWriter:
         """
         self._settle(_WAITING_PICTURES - 1)
         self._waiting.append(
-            (item, self._pool.submit(self._write, item, pixels, provenance, seconds))
+            (item, self._pool.submit(self._write, item, fetch, provenance, seconds))
         )
 
     def _write(
         self,
         item: PlanItem,
-        pixels: NDArray[np.uint8],
+        fetch: Fetch,
         provenance: Mapping[str, Any],
         seconds: float,
-    ) -> None:
+    ) -> str | None:
+        """Write an image; give the reason why it is not worth writing."""
+        pixels = fetch()
+        if pixels is None:
+            return "the model gave a picture that is not finite (NaN or infinity)"
+        if not pixels.any():
+            return "the model gave a picture that is black all over"
         size = write_png(item.path, pixels, provenance)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"bytes": size, "seconds": round(seconds, 4), "created": created}
         self._manifest.append({"file": item.path.name, **provenance, **facts})
+        return None
 
     def _settle(self, leave: int) -> None:
         """Count the oldest images that are written, and wait until at most `leave` are not."""
         while self._waiting and (len(self._waiting) > leave or self._waiting[0][1].done()):
             item, future = self._waiting.popleft()
             try:
-                future.result()
+                reason = future.result()
             except OSError as error:
                 self._failed_in_a_row += 1
                 self._tally.fail(item, f"cannot write {item.path.name}: {error}")
             else:
                 self._failed_in_a_row = 0
-                self._tally.succeed(item)
+                if reason is None:
+                    self._tally.succeed(item)
+                else:
+                    self._tally.fail(item, reason)
 
     def __enter__(self) -> Self:
         return self

@@ -84,6 +84,8 @@ class Load:
     converted : bool
         Whether weights are kept otherwise than their files have them. If not, they are pages of
         these files, which the host drops where it is short and reads again.
+    loading : int
+        Bytes of the host that loading takes for a while, if any.
     swap_batches : int
         Batches that are denoised before the decoder takes the denoiser's place.
     """
@@ -94,6 +96,7 @@ class Load:
     steps: int
     operations: float
     converted: bool = False
+    loading: int = 0
     swap_batches: int = 1
 
 
@@ -190,7 +193,7 @@ def options(
     need, at_once = load.footprint(size), min(size, decode_size(load.pixels))
     decoding = load.footprint(at_once).decoding
     weights = need.denoiser + need.vae
-    on_host = weights if load.converted else 0
+    on_host = max(load.loading, weights if load.converted else 0)
     chosen = partial(Choice, batch_size=size, decode_size=at_once)
     seconds = partial(_seconds, load, size)
     if "none" in modes:
@@ -211,7 +214,7 @@ def options(
             yield chosen(
                 "group",
                 device=_grouped(load, need, decoding, moving, pinned),
-                host=_pinned_host(load, weights, moving, memory.exact) if pinned else on_host,
+                host=max(on_host, _pinned_host(load, moving, memory.exact) if pinned else 0),
                 seconds=seconds(moved / rate),
                 moving=moving,
                 pinned=pinned,
@@ -259,8 +262,8 @@ def _grouped(
     return need.vae + resident + max(coming + need.denoising, decoding) + RESERVE_BYTES
 
 
-def _pinned_host(load: Load, weights: int, moving: Sequence[str], exact: bool) -> int:
+def _pinned_host(load: Load, moving: Sequence[str], exact: bool) -> int:
     tensors = [size for name in moving for size in load.blocks.tensors[name]]
     pinned = pinned_bytes(tensors, exact=exact)
     # Pinned copies are made of all blocks before the first of the others is given up.
-    return max(weights, sum(tensors) + pinned) if load.converted else pinned
+    return sum(tensors) + pinned if load.converted else pinned

@@ -27,6 +27,11 @@ _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+# What cuBLAS and cuDNN say where they find no room for their handles and workspaces, and also where
+# something else is wrong.
+_NO_MEMORY_IF_SHORT = ("CUBLAS_STATUS_NOT_INITIALIZED", "unable to find an engine")
+# More than a decoder's largest convolution wants as its workspace.
+_SHORT_BYTES = 2 * 2**30
 
 
 def choose_device(device: str | None, *, local: int | None = None) -> str:
@@ -101,15 +106,29 @@ def free_bytes(device: str) -> int | None:
     return torch.cuda.mem_get_info(torch.device(device))[0]
 
 
+def usable_bytes(device: str) -> int | None:
+    """Give what this process may have of a CUDA device, its own included; None where unknown."""
+    free = free_bytes(device)
+    return None if free is None else free + torch.cuda.memory_reserved(torch.device(device))
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory, of a GPU or of the host, is not enough."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError | SafetensorError) and any(
-        text in str(error) for text in _NO_MEMORY
-    )
+    if not isinstance(error, RuntimeError | SafetensorError):
+        return False
+    if any(text in str(error) for text in _NO_MEMORY):
+        return True
+    return any(text in str(error) for text in _NO_MEMORY_IF_SHORT) and _is_short()
+
+
+def _is_short() -> bool:
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return False
+    return torch.cuda.mem_get_info()[0] < _SHORT_BYTES
 
 
 def first_line(error: Exception) -> str:
@@ -149,3 +168,5 @@ def clear_cache(device: str) -> None:
         torch.cuda.empty_cache()
     elif kind == "mps":
         torch.mps.empty_cache()
+    elif kind == "xpu":
+        torch.xpu.empty_cache()

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.models.devices import DTYPES, enough_memory
-from fedgfe_store.models.family import Column
+from fedgfe_store.models.column import Column
+from fedgfe_store.models.devices import DTYPES, clear_cache, enough_memory
 from fedgfe_store.models.latents import draw, scaled
 from fedgfe_store.models.loading import load_part, load_pipeline, naming
 from fedgfe_store.models.lora import apply_loras
 from fedgfe_store.models.model import Model
-from fedgfe_store.models.offload import Swap, offload_blocks
+from fedgfe_store.models.offload import Swap, bring_home, offload_blocks
+from fedgfe_store.models.pixels import Pixels
 from fedgfe_store.models.placement import PACKED, SWAP_BATCHES, Picture, Placement, Sampling
 from fedgfe_store.models.quantization import cast_layerwise, quantization_config
 
@@ -48,8 +49,6 @@ class DiffusersImages:
         self.model, self.placement = model, placement
         self._dtype = DTYPES[placement.dtype]
         self._own = model.family.latents == "own"
-        swaps = placement.offload == "model" and not self._own
-        self.batches_per_swap = SWAP_BATCHES if swaps else 1
         self._pipeline = pipeline
         self._takes = inspect.signature(type(pipeline).__call__).parameters
         self._pipeline.set_progress_bar_config(disable=True)
@@ -58,19 +57,49 @@ class DiffusersImages:
         if torch.device(placement.device).type == "cuda" and _is_flat(pipeline.vae):
             # What convolutions of half precision on a GPU work in; others are converted each time.
             pipeline.vae.to(memory_format=torch.channels_last)
+        self._put()
+        if placement.compiled:
+            self._denoiser.compile_repeated_blocks()
+
+    @property
+    def batches_per_swap(self) -> int:
+        """Batches to denoise before the first of them is decoded."""
+        return SWAP_BATCHES if self._swap else 1
+
+    def place(self, placement: Placement) -> None:
+        """Let the weights wait elsewhere, without loading them again.
+
+        Parameters
+        ----------
+        placement : Placement
+            Of another offload mode, and like the old one in all else; not for packed weights.
+
+        Raises
+        ------
+        torch.OutOfMemoryError, MemoryError
+            If there is no room for them; then they are on the host, and want another place.
+        """
+        if self._swap:
+            self._swap.send_home()
+        bring_home(self._pipeline, self.placement.device)
+        self.placement = placement
+        self._put()
+        clear_cache(placement.device)
+
+    def _put(self) -> None:
+        """Put weights that are on the host where the placement says."""
+        pipeline, placement, self._swap = self._pipeline, self.placement, None
         if placement.quantization in PACKED:  # the denoiser was loaded to where it works
             pipeline.vae.to(placement.device)
         elif placement.offload == "none":
-            self._pipeline.to(placement.device)
+            pipeline.to(placement.device)
         elif placement.offload == "model" and self._own:
             pipeline.enable_model_cpu_offload(device=placement.device)
         elif placement.offload == "model":
-            parts = {model.part: self._denoiser, "vae": pipeline.vae}
+            parts = {self.model.part: self._denoiser, "vae": pipeline.vae}
             self._swap = Swap(parts, lambda tensor: tensor.to(placement.device))
         else:
             offload_blocks(pipeline, self._denoiser, placement)
-        if placement.compiled:
-            self._denoiser.compile_repeated_blocks()
 
     @classmethod
     def load(cls, model: Model, placement: Placement) -> Self:
@@ -200,7 +229,8 @@ class DiffusersImages:
                     f"negative embeddings under guidance {guidance}: expected none, got some"
                 )
             negative = self._side(embeddings, "negative_", images)
-            _check_alike(positive, negative)
+            if not family.apart:
+                _check_alike(positive, negative)
             arguments |= negative
         if "negative_prompt" in self._takes:
             # The default of some is an empty prompt, which goes with no embeddings.
@@ -249,8 +279,10 @@ class DiffusersImages:
     @torch.no_grad()
     def decode(
         self, latents: torch.Tensor, settings: Sampling, *, tiled: bool = False
-    ) -> list[Picture | None]:
+    ) -> Sequence[Picture | None]:
         """Decode latents to the pixels that the pipeline itself would give.
+
+        It does not wait for the device; taking an image does, in whatever thread.
 
         Parameters
         ----------
@@ -263,12 +295,12 @@ class DiffusersImages:
 
         Returns
         -------
-        list of ndarray or None
+        sequence of ndarray or None
             uint8 ``[height, width, 3]``; None for an image with NaN or infinity.
         """
         with naming(f"model {self.model.folder} cannot decode"):
             if self._own:
-                return _pixels(latents.float(), latents.float().cpu().numpy())
+                return Pixels(latents.float(), torch.isfinite(latents))
             if self._swap:
                 self._swap.bring("vae")
             pipeline, vae, layout = self._pipeline, self._pipeline.vae, self.model.family.latents
@@ -278,8 +310,10 @@ class DiffusersImages:
                 decoded = vae.decode(ready, return_dict=False)[0]
             if decoded.ndim == 5:  # a decoder of frames gives one
                 decoded = decoded[:, :, 0]
-            finite = torch.nan_to_num(decoded)
-            return _pixels(decoded, pipeline.image_processor.postprocess(finite, output_type="np"))
+            shown = pipeline.image_processor.postprocess(
+                torch.nan_to_num(decoded), output_type="pt"
+            )
+            return Pixels(shown.permute(0, 2, 3, 1), torch.isfinite(decoded))
 
 
 def _is_flat(network: torch.nn.Module) -> bool:
@@ -304,13 +338,6 @@ def _check_alike(positive: Mapping[str, Any], negative: Mapping[str, Any]) -> No
                 f"embeddings: expected negative_{name} {list(value.shape)} like the others, got "
                 f"{list(other.shape)}"
             )
-
-
-def _pixels(decoded: torch.Tensor, values: np.ndarray) -> list[Picture | None]:
-    """Turn values from 0 to 1 into pixels; None for an image that was not finite."""
-    finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
-    pixels = (np.nan_to_num(values) * 255).round().astype(np.uint8)
-    return [picture if ok else None for picture, ok in zip(pixels, finite, strict=True)]
 
 
 def _calling(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:

@@ -15,57 +15,16 @@ from typing import Any, Literal, Self, get_args
 import xxhash
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.models.column import Column, ColumnKind, MaskDtype
 from fedgfe_store.models.encoding import Encoding
 
 Latents = Literal["plain", "packed", "patched", "framed", "own"]
 """How a denoiser holds an image, see ``families.toml``."""
 
-ColumnKind = Literal["sequence", "vector", "mask", "lengths"]
-"""What a column of conditioning is."""
-
 Negatives = Literal["none", "zeros", "rows"]
 """What guidance leads away from."""
 
 _TABLE = Path(__file__).with_name("families.toml")
-MaskDtype = Literal["int64", "bool", "float"]
-"""What a mask is passed as; ``"float"`` is the dtype that the denoiser computes in."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of conditioning.
-
-    Parameters
-    ----------
-    argument : str
-        The pipeline's argument that it is; of ``"lengths"``, the name of a mask that no argument
-        takes.
-    kind : {"sequence", "vector", "mask", "lengths"}
-        ``[tokens, width]``, ``[width]`` or ``[tokens]``; with ``"lengths"`` the pipeline takes a
-        list of sequences, cut to the tokens that the mask has.
-    width : str or int
-        Key of the denoiser's configuration that gives the width, or the width.
-    also : tuple of str
-        Other names that stores know it by.
-    dtype : {"int64", "bool", "float"}
-        What a mask is passed as.
-    """
-
-    argument: str
-    kind: ColumnKind
-    width: str | int = ""
-    also: tuple[str, ...] = ()
-    dtype: MaskDtype = "int64"
-
-    @property
-    def is_mask(self) -> bool:
-        """Whether it says which tokens count."""
-        return self.kind in ("mask", "lengths")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names that a store may know it by."""
-        return (self.argument, *self.also)
 
 
 @dataclass(frozen=True)
@@ -134,6 +93,8 @@ class Family:
         Guidance scale from which on it leads away from something.
     unless : str
         Key of a network that embeds the scale and needs no negatives then.
+    apart : bool
+        Whether negatives are denoised by themselves and may have another length.
     features, blocks : tuple of str
         Keys whose product is the denoiser's width, and whose sum is the number of its blocks;
         none of a U-Net, which has ``block_out_channels``.
@@ -173,6 +134,7 @@ class Family:
     negatives: Negatives = "none"
     above: float = 1.0
     unless: str = ""
+    apart: bool = False
     features: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     upcast: bool = False
@@ -343,6 +305,7 @@ def _read(name: str, values: object, source: str | None) -> Family:
         negatives=guidance.choice("negatives", get_args(Negatives), "none"),
         above=guidance.scale("above", 1.0),
         unless=guidance.take("unless", str, "a key", ""),
+        apart=guidance.take("apart", bool, "true or false", False),
         steps=defaults.take("steps", int, "a whole number"),
         guidance=None if scale is False else scale,
         variants=_variants(table.take("variants", list, "a list of tables", []), name),
@@ -361,7 +324,8 @@ def _columns(table: _Table) -> tuple[Column, ...]:
         mask = kind in ("mask", "lengths")
         width = one.take("width", (int, str), "a number or a key", *([""] if mask else []))
         dtype = one.choice("dtype", get_args(MaskDtype), "int64")
-        found.append(Column(argument, kind, width, one.names("also"), dtype))
+        first = one.take("first", bool, "true or false", False)
+        found.append(Column(argument, kind, width, one.names("also"), dtype, first))
         one.end()
     if not found or found[0].kind != "sequence":
         got = found[0].kind if found else "none"

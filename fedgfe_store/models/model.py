@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.models.family import Column, Family
+from fedgfe_store.models.column import Column
+from fedgfe_store.models.family import Family
 from fedgfe_store.models.files import (
     FP16,
     Weights,

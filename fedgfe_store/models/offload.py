@@ -12,6 +12,9 @@ import torch
 from fedgfe_store.models.host import pin_exactly
 from fedgfe_store.models.placement import Placement
 
+# By these names diffusers' own group offload takes its hooks off before it puts them on anew.
+_GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+
 
 def offload_blocks(pipeline: Any, denoiser: Any, placement: Placement) -> None:
     """Let diffusers move a network's blocks, or its single layers, to the device as they work.
@@ -46,6 +49,28 @@ def offload_blocks(pipeline: Any, denoiser: Any, placement: Placement) -> None:
             low_cpu_mem_usage=streamed and not blocks,
         )
     pipeline.vae.to(device)
+
+
+def bring_home(pipeline: Any, device: str) -> None:
+    """Undo what `offload_blocks` did, and move all weights to the host.
+
+    Parameters
+    ----------
+    pipeline : diffusers.DiffusionPipeline
+        Any weights of it may be on the device, as after an error half-way.
+    device : str
+        The device.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(torch.device(device))  # blocks that were on their way
+    pipeline.remove_all_hooks()
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            for part in module.modules():
+                registry: Any = getattr(part, "_diffusers_hook", None)
+                for name in _GROUP_HOOKS if registry else ():
+                    registry.remove_hook(name, recurse=False)
+            module.to("cpu")
 
 
 @contextmanager
@@ -97,9 +122,7 @@ class Swap:
         """Put the module `name` on the device, and nothing else."""
         if name == self._present:
             return
-        if self._present is not None:
-            self._send_home(self._present)
-        self._present = None
+        self.send_home()
         try:
             for tensor, home in self._tensors[name]:
                 tensor.data = self._put(home)
@@ -107,6 +130,12 @@ class Swap:
             self._send_home(name)
             raise
         self._present = name
+
+    def send_home(self) -> None:
+        """Put what is on the device off it."""
+        if self._present is not None:
+            self._send_home(self._present)
+        self._present = None
 
     def _send_home(self, name: str) -> None:
         for tensor, home in self._tensors[name]:

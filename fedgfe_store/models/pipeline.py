@@ -47,6 +47,16 @@ class ImagePipeline(Protocol):
 
     def decode(
         self, latents: torch.Tensor, settings: Sampling, *, tiled: bool
-    ) -> list[Picture | None]:
-        """Turn denoised latents into images; None for one with values that are not finite."""
+    ) -> Sequence[Picture | None]:
+        """Turn denoised latents into images; None for one with values that are not finite.
+
+        Taking an item may wait for the device, and may be done in any thread.
+        """
+        ...
+
+    def place(self, placement: Placement) -> None:
+        """Let the weights wait elsewhere, under another offload mode.
+
+        Only asked of a pipeline that the run has loaded itself.
+        """
         ...

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.models.family import Column
+from fedgfe_store.models.column import Column
 from fedgfe_store.models.files import check_number
 from fedgfe_store.models.model import Model
 from fedgfe_store.schema import Metadata, Schema, TensorColumn

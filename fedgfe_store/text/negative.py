@@ -71,7 +71,7 @@ def _check_shapes(
     family, schema = model.family, selection.schema
     is_list = any(column.kind == "lengths" for column in family.columns)
     tokens: int | None = schema.columns[columns[family.sequence.argument]][0]
-    if is_list and family.sequence.argument in negative.values:
+    if (is_list or family.apart) and family.sequence.argument in negative.values:
         tokens = len(negative.values[family.sequence.argument])
     for column in family.columns:
         width = [] if column.is_mask else [model.width(column)]
@@ -81,6 +81,11 @@ def _check_shapes(
             continue
         shape = [*expected, *width]
         got = None if value is None else list(value.shape)
+        if got == shape and value is not None and column.is_mask and not column.takes(value):
+            raise SchemaMismatchError(
+                f"negative embeddings ({negative.source}): expected a {column.argument} of ones "
+                f"and then zeros, whose number {model.kind} takes as a length, got another"
+            )
         if got == shape:
             continue
         is_other_length = (

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.models.family import Column
+from fedgfe_store.models.column import Column
 from fedgfe_store.models.model import Model
 
 _TENSOR_FILES = (".pt", ".pth", ".npy", ".safetensors")

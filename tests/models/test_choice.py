@@ -8,13 +8,16 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.full_size import save
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.generation import placing
 from fedgfe_store.generation.placing import load_of
+from fedgfe_store.generation.request import Request
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.models.blocks import Blocks
 from fedgfe_store.models.choice import Choice, Load, Memory, choose
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.model import Model
-from fedgfe_store.models.placement import possible_offloads
+from fedgfe_store.models.placement import Placement, possible_offloads
 
 GIB = 2**30
 CARDS = (8, 12, 16, 20, 22.5, 24, 32, 48, 80)
@@ -127,3 +130,37 @@ def test_a_plan_that_is_asked_for_moves_all_blocks(load: Load) -> None:
 
 def test_a_small_network_has_no_blocks_to_move() -> None:
     assert Blocks.of({"conv_in.weight": 4, "mid_block.a.0.weight": 8}) == Blocks({}, 12, 8)
+
+
+def test_what_is_cast_after_loading_is_on_the_host_as_it_was_loaded(dev: Model) -> None:
+    stored = Settings("dev", "", "bfloat16", 28, 3.5, 1024, 1024, quantization="fp8-cast")
+    found = on(load_of(dev, stored, 512), 16, 16)
+    assert found is not None
+    assert found.host == pytest.approx(11.2 * GIB, rel=0.02), "half of the weights"
+    # Files of bfloat16 are converted to float16 first, and then cast.
+    assert on(load_of(dev, replace(stored, dtype="float16"), 512), 16, 16) is None
+    assert on(load_of(dev, replace(stored, dtype="float16"), 512), 16, 32) is not None
+    packed = replace(stored, dtype="float16", quantization="nf4")
+    found = on(load_of(dev, packed, 512), 12, 16, modes=("none",))
+    assert found is not None
+    assert found.host == 0
+
+
+def test_a_refusal_names_what_fits(monkeypatch: pytest.MonkeyPatch, dev: Model) -> None:
+    memory = {"free": 16 * GIB, "host": 16 * GIB}
+    monkeypatch.setattr(placing, "free_bytes", lambda device: memory["free"])
+    monkeypatch.setattr(placing, "free_host_bytes", lambda processes: memory["host"])
+    settings = Settings("dev", "", "float16", 28, 3.5, 1024, 1024)
+    placement = Placement("float16", "cuda:0")
+    with pytest.raises(SchemaMismatchError, match=r"22\.3 GiB of the host") as caught:
+        placing.place(Request(), dev, settings, 512, placement)
+    assert "--dtype bfloat16, as the files are, fits or --quantize nf4 fits" in str(caught.value)
+    forced = Request(offload="sequential")
+    assert placing.place(forced, dev, settings, 512, placement)[0].offload == "sequential"
+    stored = replace(settings, dtype="bfloat16")
+    found, size, remark = placing.place(Request(), dev, stored, 512, placement)
+    assert (found.offload, found.pinned, len(found.resident), size) == ("group", True, 20, 4)
+    assert remark == "offload: group, 20 of 57 blocks stay on the device"
+    memory["free"] = 2 * GIB
+    with pytest.raises(SchemaMismatchError, match="--height 512 --width 512 fits"):
+        placing.place(Request(), dev, stored, 512, placement)

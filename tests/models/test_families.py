@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from pictures import provenance_of
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_families import FAMILIES, direct, records
 
 from fedgfe_store import EmbeddingStore, Schema
@@ -43,6 +44,10 @@ Images = Sequence[NDArray[np.uint8]]
 Columns = Mapping[str, NDArray[Any]]
 Load = Callable[[str], DiffusersImages]
 every_family = pytest.mark.parametrize("name", FAMILIES)
+# AutoencoderKL, FLUX.2's, Sana's and Qwen-Image's.
+each_decoder = pytest.mark.parametrize("name", ["flux-dev", "flux2-klein", "sana", "qwen-image"])
+# Pipelines tell of their steps by one of two callbacks, and give latents or lists of them.
+each_callback = pytest.mark.parametrize("name", ["sd", "pixart-alpha", "z-image"])
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +87,7 @@ def ours(
 ) -> Images:
     """Make images with our adapter, decoded so many at once."""
     latents = pipeline.denoise(conditioning(columns, negatives), seeds, SAMPLING)
-    made = []
+    made: list[Any] = []
     for start in range(0, len(seeds), slices):
         made += pipeline.decode(latents[start : start + slices], SAMPLING)
     assert all(image is not None for image in made)
@@ -151,10 +156,10 @@ class Cramped:
         return self._real.decode(latents, *args, **options)
 
 
-def store_of(name: str, columns: Columns, path: Path) -> Selection:
-    """Keep columns under the names of the pipeline's arguments, masks as truth values."""
+def store_of(name: str, columns: Columns, path: Path, masks_as: str = "bool") -> Selection:
+    """Keep columns under the names of the pipeline's arguments."""
     masks, images = FAMILIES[name].masks, len(next(iter(columns.values())))
-    values = {c: v.astype(bool) if c in masks else v for c, v in columns.items()}
+    values = {c: v.astype(masks_as) if c in masks else v for c, v in columns.items()}
     dtypes: Any = {c: v.dtype.name for c, v in values.items()}
     kept = [TensorColumn(c, v.shape[1:], dtype=dtypes[c]) for c, v in values.items()]
     store = EmbeddingStore.create(path, Schema(KINDS[name], tuple(kept)))
@@ -207,7 +212,64 @@ def test_a_store_of_its_columns_becomes_its_images(
     assert said["settings"]["steps"] == 2
 
 
-@every_family
+HOW: dict[str, Any] = {"steps": 2, "height": HEIGHT, "width": WIDTH, "batch_size": 3}
+
+
+@pytest.mark.parametrize("masks_as", ["bool", "int64"])
+def test_a_mask_that_would_be_miscounted_fails_its_record_alone(
+    tiny_model: Callable[[str], Path], load: Load, tmp_path: Path, masks_as: str
+) -> None:
+    columns = records("lumina2", 3, 1)
+    mask = columns["prompt_attention_mask"]
+    mask[1] = mask[1, ::-1].copy()
+    selection = store_of("lumina2", columns, tmp_path / "store.zarr", masks_as)
+    made = generate(selection, tmp_path, pipeline=load("lumina2"), guidance=1.0, **HOW)
+    (failure,) = made.failed
+    assert (made.done, failure.key) == (2, selection.keys()[1])
+    assert "expected a prompt_attention_mask of ones and then zeros" in failure.reason
+    kept = selection.take([0, 2])
+    rows = {column: values[[0, 2]] for column, values in columns.items()}
+    seeds = [seed_of(0, key) for key in kept.keys()]
+    how: dict[str, Any] = {"steps": 2, "guidance": 1.0, "size": (HEIGHT, WIDTH)}
+    expected = direct(tiny_model("lumina2"), "lumina2", rows, seeds, **how)
+    assert apart(pictures(tmp_path, kept), expected) <= 1
+
+
+def negative_file(columns: Columns, path: Path) -> str:
+    save_file({f"negative_{c}": torch.tensor(v) for c, v in columns.items()}, path)
+    return str(path)
+
+
+def test_a_negative_mask_that_would_be_miscounted_is_refused(load: Load, tmp_path: Path) -> None:
+    selection = store_of("lumina2", records("lumina2", 3, 1), tmp_path / "store.zarr")
+    unwanted = records("lumina2", 1, 2)
+    unwanted["prompt_attention_mask"] = unwanted["prompt_attention_mask"][:, ::-1].copy()
+    given = negative_file(unwanted, tmp_path / "n.safetensors")
+    with pytest.raises(SchemaMismatchError, match="of ones and then zeros"):
+        generate(selection, tmp_path, pipeline=load("lumina2"), guidance=3.0, negative=given, **HOW)
+
+
+@pytest.mark.parametrize("name", ["chroma", "qwen-image", "flux2-klein-base"])
+def test_negatives_that_are_denoised_apart_may_have_another_length(
+    tiny_model: Callable[[str], Path], load: Load, tmp_path: Path, name: str
+) -> None:
+    columns, unwanted = records(name, 3, 1), records(name, 1, 2)
+    shorter = {column: values[:, :10] for column, values in unwanted.items()}
+    selection = store_of(name, columns, tmp_path / "store.zarr")
+    given = negative_file(shorter, tmp_path / "n.safetensors")
+    made = generate(
+        selection, tmp_path, pipeline=load(name), guidance=GUIDANCE, negative=given, **HOW
+    )
+    assert (made.done, made.failed) == (3, ())
+    seeds = [seed_of(0, key) for key in selection.keys()]
+    how: dict[str, Any] = {"steps": 2, "guidance": GUIDANCE, "size": (HEIGHT, WIDTH)}
+    expected = direct(tiny_model(name), name, columns, seeds, negatives=shorter, **how)
+    assert apart(pictures(tmp_path, selection), expected) <= 1
+    whole = direct(tiny_model(name), name, columns, seeds, negatives=unwanted, **how)
+    assert apart(expected, whole) > VISIBLE
+
+
+@each_callback
 def test_a_stop_comes_between_two_steps(load: Load, name: str) -> None:
     pipeline, (columns, negatives) = load(name), drawn(name)
     called: list[int] = []
@@ -226,7 +288,7 @@ def test_a_stop_comes_between_two_steps(load: Load, name: str) -> None:
     assert called.count(2) >= SAMPLING.steps
 
 
-@every_family
+@each_decoder
 def test_tiles_change_little_else_than_pixels(
     load: Load, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 import tiny_parts as parts
 import torch
+from conftest import Demo
 from numpy.typing import NDArray
-from pictures import provenance_of
 from PIL import Image
 from places import ROOT
 from tiny_families import direct, generators, pixels
@@ -109,31 +110,64 @@ def test_a_pipeline_that_is_not_in_the_table_is_declared(tmp_path: Path, latents
     assert np.abs(made(tmp_path, selection) - np.stack(expected)).max() <= 1
 
 
+# Where a class builds the real model by default, its value; else the number with its source.
+DEFAULTS = {
+    "flux": ("FluxTransformer2DModel", {}),
+    "sd": ("UNet2DConditionModel", {"cross_attention_dim": (768, 1024)}),
+    "sdxl": ("UNet2DConditionModel", {"cross_attention_dim": (2048,)}),
+    "sd3": ("SD3Transformer2DModel", {}),
+    "flux2": ("Flux2Transformer2DModel", {}),
+    "flux2-klein": ("Flux2Transformer2DModel", {"joint_attention_dim": (7680, 12288)}),
+    "pixart": ("PixArtTransformer2DModel", {"caption_channels": (4096,)}),
+    "chroma": ("ChromaTransformer2DModel", {}),
+    "sana": ("SanaTransformer2DModel", {}),
+    "lumina2": ("Lumina2Transformer2DModel", {"cap_feat_dim": (2304,)}),
+    "qwen-image": ("QwenImageTransformer2DModel", {}),
+    "z-image": ("ZImageTransformer2DModel", {}),
+}
+"""The denoiser of each family, and widths of its encoders that are not the class's default.
+
+CLIP ViT-L/14 768, OpenCLIP ViT-H/14 1024, ViT-L and ViT-bigG side by side 768 + 1280; T5 XXL 4096;
+three layers of Qwen3 4B and 8B, 3 x 2560 and 3 x 4096; Gemma 2 2B 2304.
+"""
+
+
+@pytest.mark.parametrize("name", families())
+def test_the_page_has_the_widths_that_the_real_models_have(name: str) -> None:
+    kind, others = DEFAULTS[name]
+    known = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", PAGE, re.MULTILINE)
+    for column in families()[name].columns:
+        if column.is_mask:
+            continue
+        said = re.search(rf"`{column.argument}`[^\[]*\[(?:L, )?([\d or]+)\]", row)
+        assert said is not None
+        widths = tuple(int(number) for number in said[1].split(" or "))
+        if isinstance(column.width, int):  # no key says it: that of OpenCLIP ViT-bigG
+            assert widths == (column.width,) == (1280,)
+        else:
+            assert column.width in known
+            assert widths == others.get(column.width, (known[column.width].default,))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixart-sigma", "chroma"])
-def test_a_t5_column_conditions_other_models_of_that_encoder(
-    tiny_model: Callable[[str], Path], tmp_path: Path, name: str
+def test_the_demos_t5_conditions_other_models_of_that_encoder(
+    demo: Demo, tiny_model: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    store = EmbeddingStore.create(tmp_path / "flux.zarr", Schema.flux(17))  # as the demo's
-    rng = np.random.default_rng(0)
-    with store.append(node=0, round=1) as batch:
-        batch.add(
-            split="train",
-            class_name="dog",
-            index=range(2),
-            t5=rng.standard_normal((2, 17, 4096), dtype=np.float32),
-            clip=rng.standard_normal((2, 768), dtype=np.float32),
-        )
-    selection = store.select()
+    store = EmbeddingStore.open(demo.folder / "embeddings.zarr")
+    selection = store.select().take([0, 1])
     folder = tiny_model(name)
     how = {**SMALL, "model": str(folder), "batch_size": 2}
     assert generate(selection, tmp_path, **how).done == 2
-    t5 = np.asarray(selection.read("t5"))
-    assert t5.shape == (2, 17, 4096)
+    t5 = np.asarray(selection.read("t5"), np.float32)
+    tokens = t5.shape[1]
+    assert t5.shape == (2, tokens, 4096)
     columns = {
         "prompt_embeds": t5,
-        "prompt_attention_mask": np.ones((2, 17), "float32" if name == "chroma" else "int64"),
+        "prompt_attention_mask": np.ones((2, tokens), "float32" if name == "chroma" else "int64"),
     }
-    paths = [tmp_path / image_name(key) for key in selection.keys()]
-    seeds = [provenance_of(path)["seed"] for path in paths]
+    seeds = [seed_of(0, key) for key in selection.keys()]
     expected = direct(folder, name, columns, seeds, steps=2, guidance=1.0, size=(32, 64))
+    assert np.ptp(np.stack(expected)) > 50
     assert np.abs(made(tmp_path, selection) - np.stack(expected)).max() <= 1

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 from virtual_gpu import device
+
+if TYPE_CHECKING:
+    from virtual_gpu.cases import Case
 
 REQUIRED = "FEDGFE_REQUIRE_SIMULATED_GPU"
 """Where this is set, as ``.ci/run`` does, tests that cannot run fail."""
@@ -26,6 +30,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not _loaded:
         for item in items:
             item.add_marker(pytest.mark.skip(reason=f"no simulated GPU: {device.missing()}"))
+
+
+@pytest.fixture(scope="session")
+def flux_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A small random FLUX, its records, and the CPU's images of them."""
+    from virtual_gpu.cases import make  # imports torch: the device has to be there before
+
+    return make(tmp_path_factory.mktemp("made"), "flux")
+
+
+@pytest.fixture(scope="session")
+def sd_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The same of a Stable Diffusion, whose guidance takes negative embeddings."""
+    from virtual_gpu.cases import make
+
+    return make(tmp_path_factory.mktemp("made"), "sd")
+
+
+@pytest.fixture(params=["flux", "sd"])
+def case(request: pytest.FixtureRequest) -> Case:
+    """Either."""
+    found: Case = request.getfixturevalue(f"{request.param}_case")
+    return found
 
 
 @pytest.fixture(autouse=True)

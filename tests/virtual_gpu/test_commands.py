@@ -105,6 +105,22 @@ def test_each_process_of_a_machine_takes_its_own_card(
     assert cards.taken(1) > 0
 
 
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_other_commands_take_the_process_own_card_too(
+    made: Made, cards: Cards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    before = cards.taken(0)
+    monkeypatch.setenv(variable, "1")
+    assert "bfloat16 on cuda:1" in encode(made, tmp_path / "texts.zarr")
+    scoring = ("score", "--clip-model", made.clip, "--input-dir", made.pictures, "--quiet")
+    run(made.store, *scoring, "--device", "cuda")
+    assert cards.taken(0) == before
+    # A scheduler may show each process its own card alone.
+    cards.show(1)
+    assert "bfloat16 on cuda:0" in encode(made, tmp_path / "others.zarr")
+    assert cards.taken(0) > before
+
+
 @pytest.mark.parametrize("words", DEVICES)
 def test_encode(made: Made, cards: Cards, tmp_path: Path, words: list[str]) -> None:
     before = cards.taken(0)

@@ -1,0 +1,83 @@
+"""Small random models with records for them, and what the CPU makes of these."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from generation_fakes import save_random_flux, save_random_sd
+from PIL import Image
+
+from fedgfe_store import EmbeddingStore, Schema
+from fedgfe_store.generation.run import GenerationReport, generate
+from fedgfe_store.selection import Selection
+
+N = 6
+SIZE = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its records, and the folder of the images that the CPU made."""
+
+    kind: str
+    model: Path
+    selection: Selection
+    expected: Path
+
+    def embeddings(self, images: int) -> dict[str, torch.Tensor]:
+        """Give conditioning by the arguments of the pipeline."""
+        generator = torch.Generator().manual_seed(1)
+        if self.kind == "flux":
+            return {
+                "prompt_embeds": torch.randn(images, 5, 8, generator=generator),
+                "pooled_prompt_embeds": torch.randn(images, 4, generator=generator),
+            }
+        return {
+            "prompt_embeds": torch.randn(images, 77, 8, generator=generator),
+            "negative_prompt_embeds": torch.randn(images, 77, 8, generator=generator),
+        }
+
+
+def make(root: Path, kind: str) -> Case:
+    """Save a random FLUX or Stable Diffusion, and let the CPU make images with it."""
+    if kind == "flux":
+        schema, model = Schema.flux(5, width=8, clip=(4,)), save_random_flux(root / kind)
+    else:
+        schema, model = Schema.sd(77, width=8), save_random_sd(root / kind)
+    store, rng = EmbeddingStore.create(root / f"{kind}.zarr", schema), np.random.default_rng(0)
+    values = {
+        name: rng.standard_normal((N, *shape), np.float32) for name, shape in schema.columns.items()
+    }
+    with store.append(node=0, round=5) as batch:
+        batch.add(split="train", class_name=["dog"] * N, index=range(N), **values)
+    case = Case(kind, model, store.select(), root / f"{kind}-cpu")
+    render(case, case.expected, device="cpu")
+    return case
+
+
+def render(case: Case, folder: Path, **options: Any) -> tuple[GenerationReport, list[str]]:
+    """Make a case's images anew; give the report and what was said."""
+    remarks: list[str] = []
+    shutil.rmtree(folder, ignore_errors=True)
+    options = {"steps": 2, "height": SIZE, "width": SIZE, "dtype": "float32", **options}
+    options = {"batch_size": 4, "model": str(case.model), **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = generate(case.selection, folder, report=remarks.append, **options)
+    return report, remarks
+
+
+def assert_like_cpu(case: Case, folder: Path) -> None:
+    """Compare all images with those of the CPU; batches of another size round otherwise."""
+    expected = sorted(case.expected.glob("*.png"))
+    assert len(expected) == N
+    for path in expected:
+        with Image.open(path) as one, Image.open(folder / path.name) as other:
+            apart = np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16))
+        assert apart.max() <= 1, path.name
