@@ -10,7 +10,7 @@ export TIMEFORMAT := took %0R s, %0U + %0S s of the processors
 # One process of tests a core, of which each runs whole files: a file's tests share what they make.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo notebook test test-fast test-gpu test-pythons soak lint bench bench-quick clean
+.PHONY: demo notebook test test-long test-fast test-gpu test-pythons soak lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -23,7 +23,12 @@ demo/contact_sheet.png: | $(VENV)/installed
 	$(BIN)/fedgfe-store demo
 
 test: lint test-gpu
-	time $(BIN)/python -m pytest $(PARALLEL)
+	time $(BIN)/python -m pytest $(PARALLEL) -m "not long"
+
+# What is left out of `make test`: every model where some stand for all, and full sizes.
+test-long: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(PARALLEL) -m long
+	$(BIN)/python -m pytest $(PARALLEL) -m long tests/virtual_gpu
 
 # All of it with every one of these Pythons that is there, each in an environment of its own.
 PYTHONS := 3.11 3.12 3.13
@@ -43,7 +48,7 @@ test-pythons:
 
 # While one works: all but what is slow, drives a browser, kills or loads a model.
 test-fast: $(VENV)/installed-dev
-	time $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not browser and not kill and not model"
+	time $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not browser and not kill and not model and not long"
 
 # What power cuts, kills, broken disks, locks and copying do to stores; hours. Pieces, seeds and a
 # short form: tools/soak.py --help.
@@ -52,7 +57,7 @@ soak: $(VENV)/installed-dev
 
 # The commands on a simulated GPU, in a process of its own: the device has to be there before torch.
 test-gpu: $(VENV)/installed-dev
-	time $(BIN)/python -m pytest $(PARALLEL) tests/virtual_gpu
+	time $(BIN)/python -m pytest $(PARALLEL) -m "not long" tests/virtual_gpu
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedgfe_store.common.location import Location, own_folder
+
 from .options import Filters, filter_options, format_option, quiet_option, wait_option
 from .progress import progress
+from .store_path import StorePath
 from .tables import counted, names, numbers, print_counts, print_data, print_table, size
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout:
     if not filters:
         raise click.UsageError("expected at least one filter, such as --round 3")
     store = EmbeddingStore.open(obj.store)
+    if not dry_run:
+        store.snapshot.check_writable()  # before anything is asked
     wanted = filters.resolved(store)
     selection = store.select(**wanted)
     filters.check(store, selection)
@@ -63,13 +68,13 @@ def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout:
         click.echo(f"{found} found; {'dry run, ' if dry_run else ''}nothing deleted")
         return
     if not yes:
-        question = f"delete {found} ({_whose(records)}) from {store.path}?"
+        question = f"delete {found} ({_whose(records)}) from {store.location}?"
         click.confirm(question, abort=True, err=True)
     deleted = store.delete(timeout=timeout, **wanted)
     if deleted != len(records):
         click.echo(f"note: {found} found at first; another writer came in between", err=True)
     click.echo(
-        f"{counted(deleted, 'record')} deleted: {store.path} is at commit {store.commit}, "
+        f"{counted(deleted, 'record')} deleted: {store.location} is at commit {store.commit}, "
         f"with {counted(len(store), 'record')}"
     )
 
@@ -193,7 +198,7 @@ def _expected(store: EmbeddingStore) -> int:
 
 
 def _extent(store: EmbeddingStore, found: Verification) -> str:
-    return f"{counted(found.records, 'record')} of {store.path}, commit {found.commit}"
+    return f"{counted(found.records, 'record')} of {store.location}, commit {found.commit}"
 
 
 def _print_damage(found: Verification) -> None:
@@ -248,14 +253,12 @@ def compact(obj: Context, timeout: float) -> None:
     click.echo(
         f"tensor files: {size(done.bytes_before)} before, {size(done.bytes_after)} after\n"
         f"{counted(done.records_moved, 'record')} moved, {counted(done.files_freed, 'file')} "
-        f"freed: {store.path} is at commit {store.commit}"
+        f"freed: {store.location} is at commit {store.commit}"
     )
 
 
 @click.command()
-@click.argument(
-    "sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SRC..."
-)
+@click.argument("sources", nargs=-1, required=True, type=StorePath(), metavar="SRC...")
 @click.option(
     "--if-exists",
     type=click.Choice(["error", "replace", "skip"]),
@@ -267,7 +270,7 @@ def compact(obj: Context, timeout: float) -> None:
 @quiet_option
 @click.pass_obj
 def merge(
-    obj: Context, /, sources: tuple[Path, ...], if_exists: Any, timeout: float, quiet: bool
+    obj: Context, /, sources: tuple[Location, ...], if_exists: Any, timeout: float, quiet: bool
 ) -> None:
     """Bring the records of other stores into the store, one commit each.
 
@@ -279,11 +282,13 @@ def merge(
     """
     from fedgfe_store import EmbeddingStore
 
+    target_folder = own_folder(obj.store)
     for path in sources:
-        if path.exists() and obj.store.exists() and path.samefile(obj.store):
+        here = isinstance(path, Path) and path.exists()
+        if here and target_folder.exists() and target_folder.samefile(str(path)):
             raise click.UsageError(f"cannot merge {path} into itself")
     opened = [EmbeddingStore.open(path) for path in sources]
-    target = _target(obj.store, opened, timeout)
+    target = _target(target_folder, opened, timeout)
     rows: list[list[object]] = []
     try:
         with progress(sum(map(len, opened)), "records", quiet=quiet) as advance:
@@ -310,12 +315,12 @@ def _target(path: Path, sources: list[EmbeddingStore], timeout: float) -> Embedd
         store = None
     schema = store.schema if store is not None else sources[0].schema
     for source in sources:
-        schema.check_fits(source.schema, str(source.path))
+        schema.check_fits(source.schema, str(source.location))
     return store or EmbeddingStore.create(path, schema, timeout=timeout)
 
 
 def _merge_row(source: EmbeddingStore, batch: AppendBatch) -> list[object]:
-    return [source.path, len(source), batch.added, batch.replaced, batch.skipped]
+    return [source.location, len(source), batch.added, batch.replaced, batch.skipped]
 
 
 @click.command()

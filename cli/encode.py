@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedgfe_store.common.location import own_folder
+
 from .options import class_names, own_device, quiet_option, wait_option
 from .progress import progress
 from .tables import counted, print_table
@@ -94,9 +96,10 @@ def command(
     """
     from fedgfe_store.text import encode_references, plan_references
 
-    names = _class_names(obj.store, classes)
+    store = own_folder(obj.store)
+    names = _class_names(store, classes)
     options["device"] = own_device(options["device"])
-    plan = plan_references(obj.store, prompts, report=_remark, classes=names, **options)
+    plan = plan_references(store, prompts, report=_remark, classes=names, **options)
     if dry_run or not quiet:
         _print_plan(plan, whole=dry_run)
     if dry_run:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedgfe_store.common.location import Location
+
 from .codes import SOME_FAILED, STOPPED, ends_other_processes
 from .legacy import OldFlags, old_flags
 from .options import (
@@ -214,11 +216,11 @@ def _run_again(
     return recipe.with_its_noise(run)
 
 
-def _stores_in_reach(obj: Context, named: Path | None) -> list[Path]:
+def _stores_in_reach(obj: Context, named: Location | None) -> list[Location]:
     """Give the store of the command line, then that which a picture names."""
     if named is None or named.resolve() == obj.store.resolve():
         return [obj.store]
-    in_reach = obj.store_given or obj.store.exists()
+    in_reach = obj.store_given or (isinstance(obj.store, Path) and obj.store.exists())
     return [obj.store, named] if in_reach else [named]
 
 
@@ -271,7 +273,7 @@ def _print_plan(run: Run) -> None:
     shown += [f"{n} {' '.join(v)}" for n in ("column", "lora") if (v := getattr(settings, n))]
     part = "" if run.request.part.count == 1 else f", part {run.request.part}"
     say(
-        f"records: {len(run.selection)} of {run.selection.path}, commit "
+        f"records: {len(run.selection)} of {run.selection.location}, commit "
         f"{run.selection.commit}{part}"
     )
     place = f"{settings.dtype} on {run.placement.device}"

@@ -81,12 +81,14 @@ def command(
     Exit code: 0 all imported, 3 some files failed or records were left out, 1 all files failed.
     """
     from fedgfe_store.checkpoints import find_checkpoints, import_checkpoints
+    from fedgfe_store.common.location import own_folder
 
     obj: Context = ctx.obj
+    store = own_folder(obj.store)
     count = len(find_checkpoints(paths, pattern=pattern))
     with progress(count, "files", quiet=quiet) as advance:
         report = import_checkpoints(
-            obj.store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
+            store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
         )
     show_report(report, dry_run=options["dry_run"])
     if len(report.files) < count:

@@ -130,18 +130,19 @@ class OldFlags:
         if filters.typed and not filters.allow_empty and not len(selection):
             filters.check(store, store.select(**wanted))
             raise NotFoundError(
-                f"no record of those files meets the filters, others of {store.path} do"
+                f"no record of those files meets the filters, others of {store.location} do"
             )
         return selection
 
 
 def _store_path(ctx: click.Context, sources: Sources) -> Path:
     """Return the store that was named, else the one among the checkpoints."""
+    from fedgfe_store.common.location import own_folder
     from fedgfe_store.errors import SchemaMismatchError
 
     obj: Context = ctx.obj
     if obj.store_given:
-        return obj.store
+        return own_folder(obj.store)
     try:
         return sources.store_path
     except SchemaMismatchError as error:

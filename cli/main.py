@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import click
 
 from fedgfe_store import __version__
+from fedgfe_store.common.location import Location
 from fedgfe_store.errors import FedgfeStoreError
 
 from .log import show_notes
 from .say import print_on_any_terminal
+from .store_path import StorePath
 from .threads import share_processors
 
 _COMMANDS = {
@@ -79,14 +80,14 @@ class _LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="fedgfe-store")
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
+    type=StorePath(),
     envvar="FEDGFE_STORE",
     default="embeddings.zarr",
     show_default=True,
-    help="The embedding store; also $FEDGFE_STORE.",
+    help="The embedding store: a folder, or a URL to read from; also $FEDGFE_STORE.",
 )
 @click.pass_context
-def group(ctx: click.Context, store: Path) -> None:
+def group(ctx: click.Context, store: Location) -> None:
     """Keep embeddings of federated training in one store, and render images from it.
 
     \b
@@ -102,9 +103,9 @@ def group(ctx: click.Context, store: Path) -> None:
 
 
 class Context:
-    """What every command is given: the path of the store, and whether the user named it."""
+    """What every command is given: where the store is, and whether the user named it."""
 
-    def __init__(self, store: Path, *, store_given: bool) -> None:
+    def __init__(self, store: Location, *, store_given: bool) -> None:
         self.store, self.store_given = store, store_given
 
 

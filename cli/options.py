@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from click.decorators import FC
 
+    from fedgfe_store.common.location import Location
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
 
@@ -267,7 +268,7 @@ def class_names(
 
 
 def _where(selection: Selection) -> str:
-    return f"{selection.path}, commit {selection.commit}"
+    return f"{selection.location}, commit {selection.commit}"
 
 
 def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -334,7 +335,7 @@ def default_folder(selection: Selection) -> Path:
     """Return where images go unless told otherwise: ``output_images/<experiment>``."""
     from fedgfe_store.errors import SchemaMismatchError
 
-    experiment = selection.schema.metadata.experiment or selection.path.resolve().stem
+    experiment = selection.schema.metadata.experiment or selection.location.resolve().stem
     name = Path(experiment)
     # A store that somebody sent must not choose a folder anywhere on the disk.
     if name.is_absolute() or ".." in name.parts or not experiment.isprintable():
@@ -345,7 +346,7 @@ def default_folder(selection: Selection) -> Path:
     return Path("output_images") / name
 
 
-def image_folder(store: Path) -> Path:
+def image_folder(store: Location) -> Path:
     """Return where the images of the store at `store` are unless told otherwise."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import NotFoundError
@@ -357,7 +358,7 @@ def image_folder(store: Path) -> Path:
         raise
 
 
-def store_in_reach(path: Path) -> EmbeddingStore | None:
+def store_in_reach(path: Location) -> EmbeddingStore | None:
     """Open the store that pictures are compared with; where there is none they are not."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import FedgfeStoreError, NotFoundError

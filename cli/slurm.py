@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fedgfe_store.common.location import Location
+
 from .options import Filters
 
 if TYPE_CHECKING:
@@ -113,12 +115,12 @@ def command(
     click.echo(job_script([*directives, *_always(parts), *sbatch], setup, store, arguments, parts))
 
 
-def _remark_on(filters: Filters, path: Path) -> None:
+def _remark_on(filters: Filters, path: Location) -> None:
     """Say which names are not in the store yet; by the time that the job runs they may be."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import NotFoundError
 
-    if not filters or not path.exists():
+    if not filters or (isinstance(path, Path) and not path.exists()):
         return
     try:
         filters.resolved(EmbeddingStore.open(path))

@@ -95,7 +95,9 @@ def command(
         column = main_column(selection)
     with progress(len(selection), "records", quiet=quiet) as advance:
         table = summarize(selection, by, column=column, tokens=tokens, progress=advance)
-    where = f"{selection.path}, commit {selection.commit}: {_vectors(selection, column, tokens)}"
+    where = (
+        f"{selection.location}, commit {selection.commit}: {_vectors(selection, column, tokens)}"
+    )
     if form != "table":
         print_data(table, form, double_precision=15)
     else:

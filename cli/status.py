@@ -148,7 +148,7 @@ def _print_deleted(status: ImageStatus, *, listed: bool) -> None:
 
 
 def _print_head(selection: Selection, status: ImageStatus) -> None:
-    click.echo(f"records: {len(selection)} of {selection.path}, commit {selection.commit}")
+    click.echo(f"records: {len(selection)} of {selection.location}, commit {selection.commit}")
     click.echo(f"folder: {status.folder}")
     if status.images_per_record > 1:
         click.echo(f"images per record: {status.images_per_record}")

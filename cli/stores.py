@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,7 +90,7 @@ def init(
     else:
         schema = Schema.sd(tokens or 77, precision=precision, metadata=metadata)
     store = EmbeddingStore.create(obj.store, schema)
-    click.echo(f"made {store.path} ({schema.describe()}, {schema.precision})")
+    click.echo(f"made {store.location} ({schema.describe()}, {schema.precision})")
 
 
 def _column(text: str) -> TensorColumn:
@@ -132,22 +133,20 @@ def info(obj: Context, as_of: int | None) -> None:
 
 
 def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, str]]:
-    from fedgfe_store.storage.files import usage
-
     schema, metadata = store.schema, store.schema.metadata
-    nbytes, files = usage(store.path)
+    sizes = store.snapshot.place.sizes()
     plain = all(column.dtype == "float32" for column in schema.tensors)
     uncompressed = "of float32" if plain else "in memory"
     history = store.history()
     last = f", {history['time'].iloc[-1]:%Y-%m-%d %H:%M} UTC" if len(history) else ""
     return [
-        ("store", str(store.path)),
+        ("store", str(store.location)),
         ("experiment", metadata.experiment or "-"),
         ("kind", schema.describe()),
         ("precision", schema.precision),
         ("commit", f"{store.commit}{last}"),
         ("records", f"{len(records):,}"),
-        ("on disk", f"{size(nbytes)} in {files:,} files"
+        ("on disk", f"{_usage(sizes)}"
          f" ({size(len(records) * schema.record_nbytes)} {uncompressed})"),
         ("nodes", names(records["node"].unique()) or "-"),
         ("rounds", numbers(records["round"].unique().tolist()) or "-"),
@@ -155,3 +154,9 @@ def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, st
         ("classes", names(records["class_name"].unique()) or "-"),
         ("model", metadata.model or "-"),
     ]  # fmt: skip
+
+
+def _usage(sizes: Mapping[str, int] | None) -> str:
+    if sizes is None:
+        return "its server does not list files"
+    return f"{size(sum(sizes.values()))} in {len(sizes):,} files"

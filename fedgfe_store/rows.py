@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from fedgfe_store.common.filters import position_array
+from fedgfe_store.common.location import Location, own_folder
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey, check_keys
 from fedgfe_store.schema import Schema
@@ -39,7 +39,12 @@ class Rows(ABC):
 
     @property
     def path(self) -> Path:
-        """Folder of the store."""
+        """Folder of the store; SchemaMismatchError where it is read from a URL."""
+        return own_folder(self._snapshot.path)
+
+    @property
+    def location(self) -> Location:
+        """Where the store is: its folder, or the address that `str` makes a URL."""
         return self._snapshot.path
 
     @property
@@ -102,11 +107,12 @@ class Rows(ABC):
         """
         import pandas as pd
 
-        # For its check that keys and notes belong together; what it read is kept for below.
-        self._snapshot.notes(self.rows)
         names = [*KEY_COLUMNS, *NOTE_COLUMNS]
         names += self.schema.marks
         names += [f"{name}_digest" for name in self.schema.columns] + ["recorded_in"]
+        self._snapshot.fetch([*names, "row_digest"], self.rows)
+        # For its check that keys and notes belong together; what it read is kept for below.
+        self._snapshot.notes(self.rows)
         frame = pd.DataFrame({name: self._column(name, self.rows) for name in names})
         frame["timestamp"] = pd.to_datetime(frame["timestamp"], unit="ms", utc=True)
         return frame
@@ -144,6 +150,7 @@ class Rows(ABC):
 
         That they belong together is checked where a record is used: by `keys`, `records`, `read`.
         """
+        self._snapshot.fetch(KEY_COLUMNS, self.rows)
         return {name: self._snapshot.column_at(name, self.rows) for name in KEY_COLUMNS}
 
     def compacted_away(self) -> np.ndarray:
@@ -156,8 +163,9 @@ class Rows(ABC):
             return gone
         granules, places = np.unique(self.rows // self.schema.granule, return_inverse=True)
         for tensor in self.schema.tensors:
-            files = self._snapshot.tensor_files[tensor.name]
-            lost = np.array([not os.path.exists(files.file(n)) for n in granules.tolist()], bool)
+            files, place = self._snapshot.tensor_files[tensor.name], self._snapshot.place
+            names = map(files.file_name, granules.tolist())
+            lost = np.array([not place.exists(name) for name in names], bool)
             here = lost[places]
             if tensor.optional:
                 here &= self._snapshot.column_at(f"has_{tensor.name}", self.rows)
@@ -246,6 +254,7 @@ class Rows(ABC):
     def known_columns(self) -> dict[str, np.ndarray]:
         """Return all that is known of the records besides their tensors, an array ``[n]`` each."""
         names = self._snapshot.group.key_names
+        self._snapshot.fetch(names, self.rows)
         return {name: self._snapshot.column_at(name, self.rows) for name in names}
 
     def parts(self, size: int) -> Iterator[tuple[slice, Self]]:

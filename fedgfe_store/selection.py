@@ -70,7 +70,9 @@ class Selection(Rows):
 
     def __repr__(self) -> str:
         shown = ", ".join(self._description()) or "all records"
-        return f"<Selection of {self.path} at commit {self.commit}: {len(self)} records ({shown})>"
+        return (
+            f"<Selection of {self.location} at commit {self.commit}: {len(self)} records ({shown})>"
+        )
 
     def _repr_html_(self) -> str:
         from fedgfe_store.readers.html import selection_html
@@ -89,6 +91,8 @@ class Selection(Rows):
         """Row numbers of the records in the store's arrays, int64 ``[n]``."""
         if self._taken is not None:
             return self._taken
+        # From a server, all at once: what a filter leaves out costs less than waiting in turn.
+        self._snapshot.fetch(("created_in", "deleted_in", *self._filters))
         rows = np.flatnonzero(self._snapshot.visible)
         # Numbers first: they are compared faster, and text only where they leave any.
         for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):

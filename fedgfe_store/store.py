@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from fedgfe_store.common.filters import check_names
+from fedgfe_store.common.location import Given, location, own_folder
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema
@@ -21,7 +20,7 @@ from fedgfe_store.storage.upkeep import LOCK_TIMEOUT, Upkeep
 
 
 class EmbeddingStore(Upkeep):
-    """Embeddings of one experiment: one ordinary Zarr v3 group on the local disk.
+    """Embeddings of one experiment: one ordinary Zarr v3 group in a folder, or behind a URL.
 
     Made by `EmbeddingStore.create` or `EmbeddingStore.open`. An open store shows the commit
     that was the latest when it was opened, or that it has itself written since, until `refresh`.
@@ -37,7 +36,7 @@ class EmbeddingStore(Upkeep):
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike[str], schema: Schema, *, timeout: float = LOCK_TIMEOUT
+        cls, path: Given, schema: Schema, *, timeout: float = LOCK_TIMEOUT
     ) -> EmbeddingStore:
         """Make an empty store at `path`.
 
@@ -57,17 +56,18 @@ class EmbeddingStore(Upkeep):
         BusyError
             If another process holds the store for longer than `timeout`.
         """
-        create(_folder(path), schema, timeout=timeout)
+        create(own_folder(location(path)), schema, timeout=timeout)
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, as_of: int | None = None) -> EmbeddingStore:
+    def open(cls, path: Given, *, as_of: int | None = None) -> EmbeddingStore:
         """Open the store at `path`.
 
         Parameters
         ----------
-        path : path-like
-            The store's folder.
+        path : path-like or str
+            The store's folder; or the URL of one, to read from: ``s3://bucket/folder``,
+            ``az://``, ``gs://`` or ``https://`` (extra ``cloud``).
         as_of : int, optional
             See the store as this commit left it; such a store cannot be appended to.
 
@@ -79,10 +79,12 @@ class EmbeddingStore(Upkeep):
             If the store is of a newer format, or `as_of` is no whole number.
         DamagedDataError
             If its ``zarr.json`` is damaged.
+        ConnectionError
+            If the server of a URL does not answer, or refuses.
         """
         if as_of is not None and not is_whole(as_of):
             raise SchemaMismatchError(f"as_of: expected the number of a commit, got {as_of!r}")
-        return cls(Snapshot.latest(_folder(path), as_of))
+        return cls(Snapshot.latest(location(path), as_of))
 
     @property
     def schema(self) -> Schema:
@@ -108,7 +110,7 @@ class EmbeddingStore(Upkeep):
 
     def __repr__(self) -> str:
         return (
-            f"<EmbeddingStore {self.path}: {len(self)} records, commit {self.commit}, "
+            f"<EmbeddingStore {self.location}: {len(self)} records, commit {self.commit}, "
             f"{self.schema.describe()}, {self.schema.precision}>"
         )
 
@@ -119,7 +121,7 @@ class EmbeddingStore(Upkeep):
 
     def refresh(self) -> None:
         """See the latest commit."""
-        self._snapshot = self._snapshot.at(Group.read(self._snapshot.root))
+        self._snapshot = self._snapshot.at(Group.read(self._snapshot.place))
 
     def append(
         self,
@@ -166,11 +168,12 @@ class EmbeddingStore(Upkeep):
         >>> with store.append(node=0, round=5) as batch:  # doctest: +SKIP
         ...     batch.add(split="train", class_name="dog", index=0, t5=t5, clip=clip)
         """
-        self._snapshot.refuse_past()
+        self._snapshot.check_writable()
         schema = self.schema
         if encoder is not None and encoder != (schema.metadata.encoder or encoder):
             raise SchemaMismatchError(
-                f"encoder: expected {schema.metadata.encoder!r} as in {self.path}, got {encoder!r}"
+                f"encoder: expected {schema.metadata.encoder!r} as in {self.location}, "
+                f"got {encoder!r}"
             )
         return AppendBatch(
             self._snapshot,
@@ -307,10 +310,11 @@ class EmbeddingStore(Upkeep):
                 f"merge: expected an EmbeddingStore, such as EmbeddingStore.open(path), "
                 f"got {source!r}"
             )
-        self.schema.check_fits(source.schema, f"{source.path}")
+        self._snapshot.check_writable()
+        self.schema.check_fits(source.schema, f"{source.location}")
         selection = Selection.whole(source.snapshot)
         same_bits = self.schema.precision == source.schema.precision
-        origin = f"merge of {source.schema.metadata.experiment or source.path.name}"
+        origin = f"merge of {source.schema.metadata.experiment or source.location.name}"
         with self.append(if_exists=if_exists, source=origin, timeout=timeout) as batch:
             # Digests compare records in one precision only; "skip" compares keys alone.
             if same_bits or if_exists == "skip":
@@ -321,14 +325,3 @@ class EmbeddingStore(Upkeep):
                 batch.add_records(records)
                 progress(len(records))
         return batch
-
-
-def _folder(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as a folder's, if it can be one."""
-    try:
-        folder = Path(path)
-    except TypeError:
-        raise SchemaMismatchError(f"path: expected that of a folder, got {path!r}") from None
-    if "\0" in str(folder):
-        raise SchemaMismatchError(f"path: expected that of a folder, got {str(folder)!r}")
-    return folder

@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 from xarray.backends import BackendEntrypoint
 
+from fedgfe_store.common.location import Address, Location, location
 from fedgfe_store.errors import SchemaMismatchError
 
 # xarray imports this module whenever it looks for an engine, so zarr and pandas wait.
@@ -32,7 +33,7 @@ class FedgfeBackendEntrypoint(BackendEntrypoint):
         Parameters
         ----------
         filename_or_obj : path-like
-            The store's folder.
+            The store's folder, or its URL, see `EmbeddingStore.open`.
         drop_variables : str or iterable of str, optional
             Variables to leave out; names that are not there are ignored. Without one of the keys
             the others are plain coordinates and no longer index the records.
@@ -62,19 +63,24 @@ class FedgfeBackendEntrypoint(BackendEntrypoint):
             path = _path(filename_or_obj)
         except SchemaMismatchError:
             return False
-        if not path.is_dir():
+        # Other engines open URLs, too: nothing is asked of a server to guess.
+        if not (isinstance(path, Path) and path.is_dir()):
             return False
         from fedgfe_store.storage.metadata import is_store
+        from fedgfe_store.storage.places import place_of
 
-        return is_store(path)
+        return is_store(place_of(path))
 
 
-def _path(name: Any) -> Path:
+def _path(name: Any) -> Location:
     text = os.fspath(name) if isinstance(name, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
         raise SchemaMismatchError(f"engine fedgfe: expected the path of a store, got {name!r}")
+    found = location(text)
+    if isinstance(found, Address):
+        return found
     try:
-        return Path(text).expanduser()
+        return found.expanduser()
     except RuntimeError as error:  # of someone who has no home here
         raise SchemaMismatchError(f"engine fedgfe: {text}: {error}") from None
 

@@ -42,6 +42,33 @@ MODELS = {"flux", "sd", "clip", "demo", "tiny_model"}
 """Fixtures that are models, or made with one."""
 
 
+EVERY_MODEL = {
+    "test_families",
+    "test_tiny_families",
+    "test_families_encoded",
+    "test_lora",
+    "test_residency",
+    "test_placement",
+}
+"""Files whose tests are made of each of many models."""
+
+# The others are packed and plain latents, a U-Net and transformers, a vector, a mask, and sequences
+# that are cut. By name: `tiny_families` would import torch, before a simulated GPU is there.
+STOOD_FOR = {
+    *("flux-schnell", "sd", "sdxl-turbo", "sdxl-lcm", "sd3", "flux2-dev", "flux2-klein"),
+    *("flux2-klein-base", "pixart-alpha", "chroma", "sana", "lumina2", "qwen-image"),
+}
+"""Models that others stand for where there is little time."""
+
+
+def _is_long(item: pytest.Item) -> bool:
+    """Whether a test is one of many alike, of a model that others stand for."""
+    given = getattr(item, "callspec", None)
+    return given is not None and any(
+        isinstance(value, str) and value in STOOD_FOR for value in given.params.values()
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests by the fixtures that they use, and let the longest files begin.
@@ -54,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("model")
         if "demo" in fixtures:
             item.add_marker("slow")
+        if item.path.stem in EVERY_MODEL and _is_long(item):
+            item.add_marker("long")
     if hasattr(config, "workerinput"):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda item: -slow[item.path])

@@ -118,7 +118,7 @@ def main_column(selection: Selection) -> str:
     names = [t.name for t in selection.schema.tensors if t.dtype == "float32"]
     if not names:
         raise SchemaMismatchError(
-            f"{selection.path}: expected a column of embeddings (float32), got "
+            f"{selection.location}: expected a column of embeddings (float32), got "
             f"{selection.schema.describe()}"
         )
     return names[0]

@@ -135,8 +135,8 @@ def _check_places(selection: Selection) -> None:
     for column, place in zip(selection.schema.tensors, places, strict=True):
         if place in _TAKEN or places.count(place) > 1:
             raise SchemaMismatchError(
-                f"{selection.path}: the column {column.name} has no place in a checkpoint, where "
-                f"{place} is something else"
+                f"{selection.location}: the column {column.name} has no place in a checkpoint, "
+                f"where {place} is something else"
             )
 
 

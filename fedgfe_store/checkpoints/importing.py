@@ -32,6 +32,7 @@ from fedgfe_store.checkpoints.reading import (
 from fedgfe_store.checkpoints.report import FileReport, ImportReport, Tally, headed, in_words
 from fedgfe_store.checkpoints.request import DEFAULTS, ImportOptions, ImportRequest
 from fedgfe_store.checkpoints.text_cache import read_text_cache
+from fedgfe_store.common.location import Given, location, own_folder
 from fedgfe_store.errors import (
     BusyError,
     ConflictError,
@@ -52,7 +53,7 @@ _log = logging.getLogger("fedgfe_store")
 
 
 def import_checkpoints(
-    store_path: str | Path,
+    store_path: Given,
     paths: str | Path | Iterable[str | Path],
     request: ImportRequest = DEFAULTS,
     *,
@@ -93,11 +94,11 @@ def import_checkpoints(
     BusyError
         If another writer holds the store for longer than `ImportRequest.timeout`.
     """
-    request = replace(request, **options)
+    request, folder = replace(request, **options), own_folder(location(store_path))
     given = paths_of(paths)
     # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
     files = sorted(find_checkpoints(given, pattern=request.pattern), key=is_named_as_text_cache)
-    target = _Target(Path(store_path), files, request)
+    target = _Target(folder, files, request)
     target.check_experiments()
     reports: list[FileReport] = []
     for path in files:
@@ -106,7 +107,7 @@ def import_checkpoints(
             on_file(reports[-1])
         if request.fail_fast and reports[-1].error is not None:
             break
-    return ImportReport(Path(store_path), tuple(reports), _notes(given, request.pattern))
+    return ImportReport(folder, tuple(reports), _notes(given, request.pattern))
 
 
 def _notes(given: Iterable[Path], pattern: str) -> tuple[str, ...]:

@@ -91,10 +91,14 @@ class Sources:
         by_file = {file: origins_of(file, ledger) & stored for file in self.files}
         for file, found in by_file.items():
             if not found and not file.exists():
-                raise NotFoundError(f"{file}: no such file, and no record of it in {store.path}")
+                raise NotFoundError(
+                    f"{file}: no such file, and no record of it in {store.location}"
+                )
         inside = self._in_folder(stored, ledger)
         if self.folder is not None and not inside and not self.present():
-            raise NotFoundError(f"{self._nothing()}, and no record of such a file in {store.path}")
+            raise NotFoundError(
+                f"{self._nothing()}, and no record of such a file in {store.location}"
+            )
         return inside.union(*by_file.values())
 
     def _in_folder(self, stored: Set[Origin], ledger: Ledger) -> set[Origin]:

@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 _MOST = 8
 """Threads beyond which memory, not the processor, is the bound."""
+# S3 answers a small request after 10 to 100 ms, whatever the processors do meanwhile.
+_REQUESTS = 16
+"""Threads that ask servers; each may hold a few files' parts in memory."""
 
 
 def count() -> int:
@@ -42,6 +45,12 @@ def writers() -> Pool:
     """Return the pool that writes for every writer of this process."""
     # More than processors: a thread that waits for the disk leaves its processor to another.
     return Pool(2 * count() + 2, "fedgfe-store-write")
+
+
+@cache
+def fetchers() -> Pool:
+    """Return the pool that waits for servers, for every reader of this process."""
+    return Pool(_REQUESTS, "fedgfe-store-fetch")
 
 
 def run(pool: Pool, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> list[T]:
@@ -324,6 +333,7 @@ class _Task(Generic[T]):
 def _forget() -> None:
     readers.cache_clear()
     writers.cache_clear()
+    fetchers.cache_clear()
 
 
 # Threads do not survive a fork: the child makes its own.

@@ -15,7 +15,7 @@ from fedgfe_store.generation.settings import Settings
 from fedgfe_store.models.blocks import Blocks
 from fedgfe_store.models.choice import Choice, Load, Memory, choose, decode_size
 from fedgfe_store.models.devices import DTYPES, free_bytes
-from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint
+from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint, gib
 from fedgfe_store.models.host import free_host_bytes, pin_exactly
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import (
@@ -231,9 +231,9 @@ def _refusal(
     forced = f"--offload {modes[-1]} tries it nevertheless"
     return SchemaMismatchError(
         f"memory for the model {model.name} in {settings.quantization or settings.dtype}: expected "
-        f"{_gib(device)} free on {placement.device} and {_gib(host)} of the host for one image of "
-        f"{settings.width}x{settings.height}, got {_gib(memory.device or 0)} and "
-        f"{_gib(memory.host)}; {' or '.join([*fits, forced])}"
+        f"{gib(device)} free on {placement.device} and {gib(host)} of the host for one image of "
+        f"{settings.width}x{settings.height}, got {gib(memory.device or 0)} and "
+        f"{gib(memory.host)}; {' or '.join([*fits, forced])}"
     )
 
 
@@ -260,7 +260,3 @@ def _fitting(
         smaller = load_of(model, replace(settings, height=side, width=side), tokens)
         if choose(smaller, memory, modes=modes):
             yield f"--height {side} --width {side} fits"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

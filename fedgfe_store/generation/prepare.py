@@ -258,15 +258,11 @@ def _choose_guidance(guidance: float | None, model: Model, report: Report) -> fl
 
 
 def _takes_negative(model: Model, guidance: float | None, given: str | None) -> bool:
-    if model.needs_negative(guidance):
-        return True
-    if given is not None and model.takes_negative(guidance):
-        return True
-    if given is not None:
+    if given is not None and not model.takes_negative(guidance):
         raise SchemaMismatchError(
             f"negative: the model {model.name} takes none under guidance {guidance}"
         )
-    return False
+    return given is not None or model.needs_negative(guidance)
 
 
 def _choose_size(name: str, pixels: int | None, model: Model) -> int:

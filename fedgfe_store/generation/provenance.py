@@ -44,7 +44,7 @@ class Provenance:
             **declared,
             **loras,
             "model_folder": None if hub_name else str(run.model.folder.resolve()),
-            "store": str(run.selection.path.resolve()),
+            "store": str(run.selection.location.resolve()),
             **run.plan.identity.to_json(),
             "commit": run.selection.commit,
             "device": placement.device,

@@ -232,7 +232,7 @@ def _found_again(selection: Selection, wanted: Sequence[_Wanted], reason: str) -
     """
     # Positions count in the commit that was planned from; keys are what other commits share.
     known: dict[str, Any] = {n: {getattr(each.key, n) for each in wanted} for n in KEY_COLUMNS}
-    fresh = EmbeddingStore.open(selection.path).select(**known)
+    fresh = EmbeddingStore.open(selection.location).select(**known)
     positions = {key: position for position, key in enumerate(fresh.keys())}
     gone = [str(each.key) for each in wanted if each.key not in positions]
     if gone:

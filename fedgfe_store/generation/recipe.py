@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from fedgfe_store.common.location import Address, Location, location
 from fedgfe_store.errors import (
     ConflictError,
     FedgfeStoreError,
@@ -92,12 +93,16 @@ class Recipe:
         return cls(path, key, number, provenance)
 
     @property
-    def store(self) -> Path | None:
+    def store(self) -> Location | None:
         """The store that it was made from, if that is still there."""
         named = self.provenance.get("store")
         if not isinstance(named, str) or not named or "\0" in named:
             return None
-        return Path(named) if (Path(named) / "zarr.json").is_file() else None
+        try:
+            place = location(named)
+        except SchemaMismatchError:
+            return None
+        return place if isinstance(place, Address) or (place / "zarr.json").is_file() else None
 
     def request(self, asked: Request) -> Request:
         """Give the request that makes it again; what an image does not depend on is as asked."""
@@ -137,13 +142,13 @@ class Recipe:
             ) from None
 
     def find(
-        self, stores: Sequence[Path], *, report: Report, as_of: int | None = None
+        self, stores: Sequence[Location], *, report: Report, as_of: int | None = None
     ) -> Selection:
         """Find the record in the first store that has what the image was made from.
 
         Parameters
         ----------
-        stores : sequence of Path
+        stores : sequence of Path or Address
             Where to look, in this order.
         report : callable
             Hears of it when that is not the first one.
@@ -186,15 +191,15 @@ class Recipe:
             return selection
         commit = self.provenance["commit"]
         if commit < store.commit:
-            before = self._record_of(EmbeddingStore.open(store.path, as_of=commit))
+            before = self._record_of(EmbeddingStore.open(store.location, as_of=commit))
             if len(before) and self._is_of(before):
                 report(f"the record has changed since commit {commit}: using it as of then")
                 return before
         if not len(selection):
-            raise NotFoundError(f"{store.path}: expected a record {self.key}, got none")
+            raise NotFoundError(f"{store.location}: expected a record {self.key}, got none")
         raise ConflictError(
             f"{self.path}: expected the embedding that it was made from, got another one in "
-            f"{store.path} for {self.key}"
+            f"{store.location} for {self.key}"
         )
 
     def _record_of(self, store: EmbeddingStore) -> Selection:

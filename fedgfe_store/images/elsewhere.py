@@ -149,7 +149,7 @@ class Partners:
             more = f", and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise NotFoundError(
                 f"column {self._elsewhere}: expected a record {self._wanted(lacking[0])} in "
-                f"{self.selection.path}, got none (for {lacking[0]}{more})"
+                f"{self.selection.location}, got none (for {lacking[0]}{more})"
             )
         for key in keys:
             found = self._found(key)

@@ -32,7 +32,7 @@ class Records:
 
     def __init__(self, selection: Selection) -> None:
         self._as_of = selection.as_of
-        self._place = selection.path.resolve()
+        self._place = selection.location.resolve()
         self._identity = Identity.of_store(selection)
         digests = record_digests(selection, selection.schema.columns)
         self._digests = dict(zip(selection.keys(), digests, strict=True))
@@ -83,7 +83,9 @@ class Records:
         if identity != Identity() or not isinstance(named, str) or "\0" in named:
             return True
         # Older images name the store's place only: if another one is there, they are of that.
-        return Path(named) == self._place or not (Path(named) / "zarr.json").is_file()
+        if named == str(self._place):
+            return True
+        return "://" not in named and not (Path(named) / "zarr.json").is_file()
 
 
 def mark_outdated(

@@ -172,15 +172,6 @@ class Family:
                 )
         return found
 
-    def describe(self) -> str:
-        """Say in a line which columns it takes."""
-        shapes = {"sequence": "[tokens, {}]", "vector": "[{}]"}
-        return ", ".join(
-            f"{' or '.join(column.names)} {shapes[column.kind].format(column.width)}"
-            for column in self.columns
-            if not column.is_mask
-        )
-
 
 @cache
 def families() -> Mapping[str, Family]:

@@ -152,10 +152,11 @@ def choose_offload(
             return mode, None if mode == "none" else f"offload: {mode}"
     last = possible[-1]
     return last, (
-        f"offload: {last}, though the run may need {_gib(footprint.needed(last))} "
-        f"and {_gib(free_bytes)} are free"
+        f"offload: {last}, though the run may need {gib(footprint.needed(last))} "
+        f"and {gib(free_bytes)} are free"
     )
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Give a number of bytes as a card's memory is told."""
     return f"{size / 2**30:.1f} GiB"

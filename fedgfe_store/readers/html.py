@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jinja2 import Environment, StrictUndefined, Template
 
 from fedgfe_store.common.words import counted, names, numbers, numbers_first, shortened, size
-from fedgfe_store.storage.files import usage
 
 if TYPE_CHECKING:
     from fedgfe_store.rows import Rows
@@ -118,10 +117,10 @@ class _Table:
 
 def store_html(everything: Rows, snapshot: Snapshot) -> str:
     """Return the store seen at `snapshot`, of which `everything` is the selection, as HTML."""
-    nbytes, n = usage(snapshot.root)
     metadata = snapshot.schema.metadata
     own = {"experiment": metadata.experiment, "model": metadata.model, "filters": None}
-    on_disk = f"{size(nbytes)} in {counted(n, 'file')}"
+    sizes = snapshot.place.sizes()
+    on_disk = f"{size(sum(sizes.values()))} in {counted(len(sizes), 'file')}" if sizes else None
     return _page("EmbeddingStore", everything, snapshot, **own, usage=on_disk)
 
 
@@ -136,7 +135,7 @@ def _page(kind: str, selection: Rows, snapshot: Snapshot, **own: object) -> str:
     counts = _counts(selection, "round", "node")
     return _template().render(
         kind=kind,
-        path=str(selection.path),
+        path=str(selection.location),
         records=n,
         memory=_memory(snapshot.schema, n),
         schema=snapshot.schema,

@@ -28,7 +28,7 @@ def checksum(data: bytes | np.ndarray) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(SIZE, "little")
 
 
-def unsealed(data: bytes) -> np.ndarray:
+def unsealed(data: bytes | memoryview) -> np.ndarray:
     """Return `data` without the checksum behind it, uint8, not copied.
 
     Raises

@@ -305,6 +305,11 @@ def claims(path: Path) -> dict[int, dict[int, Path]]:
     return found
 
 
+def is_claim_name(name: str) -> bool:
+    """Whether a file of a store's folder that is called `name` is a claim."""
+    return _NAME.fullmatch(name) is not None
+
+
 def is_claim(path: Path, entry: Path) -> bool:
     """Whether `entry` is a claim, or was to become one, on a commit of the store at `path`."""
     return entry.parent == path and entry.name.startswith("claim.")

@@ -277,15 +277,17 @@ class Transaction:
             live=old.point.live + int(created.sum()) - deleted,
             compacted=self.commit if kind == "compact" else old.point.compacted,
         )
-        group = old.upgraded() if self._upgrading else old
         names: list[str] = []
-        negatives = np.zeros(1, bool)
-        if self._upgrading:
-            negatives = are_negatives({n: self.snapshot.column(n) for n in ("node", "split")})
+        has_negatives = False
+        if self._upgrading:  # version 1 did not say
+            before = {name: self.snapshot.column(name) for name in ("node", "split")}
+            has_negatives = bool(are_negatives(before).any())
         if created.any():
-            negatives = np.append(negatives, are_negatives(rows))
-            names = rows["class_name"][created & ~are_negatives(rows)].tolist()
-        if negatives.any():
+            negatives = are_negatives(rows)
+            has_negatives |= bool(negatives.any())
+            names = rows["class_name"][created & ~negatives].tolist()
+        group = old.upgraded() if self._upgrading else old
+        if has_negatives:
             group = group.with_negatives()
         return group.at(point, old.schema.with_classes(names))
 

@@ -211,7 +211,12 @@ def make_folders(path: Path) -> None:
 
 def is_temporary(path: Path) -> bool:
     """Whether `path` is a file that a killed writer left half written."""
-    return path.name.endswith(_LEFT_HALF_WRITTEN) and path.is_file()
+    return is_temporary_name(path.name) and path.is_file()
+
+
+def is_temporary_name(name: str) -> bool:
+    """Whether files of this name are not in place yet."""
+    return name.endswith(_LEFT_HALF_WRITTEN)
 
 
 def temporaries(folder: Path) -> list[Path]:
@@ -230,14 +235,21 @@ def remove_temporary(folder: Path) -> None:
 
 def usage(folder: Path) -> tuple[int, int]:
     """Return the bytes and the number of the files under `folder`, those of a writer included."""
-    nbytes = count = 0
+    sizes = sizes_below(folder)
+    return sum(sizes.values()), len(sizes)
+
+
+def sizes_below(folder: Path) -> dict[str, int]:
+    """Return the files under `folder`, by their names from there on, with their bytes."""
+    sizes = {}
     for where, _, names in os.walk(folder):
+        before = Path(where).relative_to(folder).as_posix()
         for name in names:
             # A writer renames and removes files meanwhile.
             with contextlib.suppress(FileNotFoundError):
-                nbytes += os.lstat(os.path.join(where, name)).st_size
-                count += 1
-    return nbytes, count
+                size = os.lstat(os.path.join(where, name)).st_size
+                sizes[name if before == "." else f"{before}/{name}"] = size
+    return sizes
 
 
 def chunk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:

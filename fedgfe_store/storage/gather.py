@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,8 +18,11 @@ _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
 """Bytes of values between which a thread reads on before it takes the next piece."""
 _PIECES = 2
 """Pieces for each thread, so that none is left waiting for the last one."""
+_FETCHED = 2**25
+"""Bytes of values that a thread brings of one file at a time from where each read asks a server."""
 
 _own = threading.local()
+T = TypeVar("T")
 
 Check = Callable[[list[int], Exception | None], None]
 
@@ -64,6 +67,10 @@ def gather(files: TensorFiles, rows: np.ndarray, out: np.ndarray, check: Check) 
     order = np.argsort(rows, kind="stable")
     request = _Request(files, rows[order], order.tolist(), out, check)
     spans = _spans(files, request.rows, order)
+    if files.place.distant:  # a file's index is asked for once
+        whole = ((request, list(group)) for _, group in groupby(spans, lambda span: span.file))
+        threads.run(threads.fetchers(), _read_piece, whole)
+        return
     share = len(spans) * files.chunk_nbytes // (_PIECES * threads.count())
     step = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)
     pieces = ((request, spans[start : start + step]) for start in range(0, len(spans), step))
@@ -96,8 +103,26 @@ def _read_file(request: _Request, number: int, spans: list[_Span]) -> None:
         _miss(request, request.places[spans[0].begin : spans[-1].end], error)
         return
     with file:
-        for span in spans:
-            _read_span(request, file, span)
+        parts = portions(request.files, spans) if request.files.place.distant else [spans]
+        for part in parts:
+            if not request.files.place.distant or _fetched(request, file, part):
+                for span in part:
+                    _read_span(request, file, span)
+
+
+def _fetched(request: _Request, file: OpenFile, spans: Sequence[_Span]) -> bool:
+    try:
+        file.fetch([span.chunk for span in spans])
+    except (UnreadableError, FileNotFoundError) as error:
+        _miss(request, request.places[spans[0].begin : spans[-1].end], error)
+        return False
+    return True
+
+
+def portions(files: TensorFiles, chunks: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Cut the `chunks` that are wanted of a file into what is brought at a time."""
+    step = max(1, _FETCHED // files.chunk_nbytes) if files.place.distant else len(chunks)
+    return (chunks[start : start + step] for start in range(0, len(chunks), step))
 
 
 def _read_span(request: _Request, file: OpenFile, span: _Span) -> None:

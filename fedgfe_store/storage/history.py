@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from fedgfe_store.storage import files
 from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 
@@ -55,8 +54,8 @@ def _bytes(snapshot: Snapshot) -> np.ndarray:
     writer = snapshot.column("created_in")[::granule]
     sizes = np.zeros(snapshot.point.commit + 1, np.int64)
     for name in snapshot.schema.columns:
-        for file, nbytes in files.chunk_sizes(snapshot.root / name):
-            number = granule_of(file.name)
+        for file, nbytes in (snapshot.place.sizes(name) or {}).items():
+            number = granule_of(file)
             if 0 <= number < len(writer):
                 sizes[writer[number]] += nbytes
     return sizes[1 : snapshot.commit + 1]

@@ -15,8 +15,8 @@ from numcodecs.zstd import Zstd
 from fedgfe_store.records import EARLIEST, LATEST
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.checksums import UnreadableError, checksum, unsealed
-from fedgfe_store.storage.files import read_regular
 from fedgfe_store.storage.layout import KEY_CHUNK, ZSTD_LEVEL, KeyColumn, key_columns
+from fedgfe_store.storage.place import Place
 
 _COUNT = struct.Struct("<I")
 
@@ -109,7 +109,7 @@ def gap(column: KeyColumn, values: np.ndarray, has: np.ndarray | None) -> str | 
     return f"{values[places[0]]!r} at row {places[0]} of the chunk" if len(places) else None
 
 
-def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
+def read_chunk(place: Place, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
     """Return the first `n` values of a chunk.
 
     Raises
@@ -119,10 +119,7 @@ def read_chunk(path: Path, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
     OSError
         If there is no file, or it cannot be read.
     """
-    try:
-        data = read_regular(key_file(path, column.name, chunk), _FILE_BYTES)
-    except NotADirectoryError as error:
-        raise UnreadableError("its folder is none") from error
+    data = place.read(f"{column.name}/c.{chunk}", _FILE_BYTES)
     return _decoded(column, unpacked(column, unsealed(data)), n)
 
 

@@ -20,7 +20,6 @@ from fedgfe_store.common.words import shown
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.storage.checksums import UnreadableError
-from fedgfe_store.storage.files import read_regular
 from fedgfe_store.storage.layout import (
     DIGEST_DIGITS,
     KEY_CHUNK,
@@ -28,6 +27,8 @@ from fedgfe_store.storage.layout import (
     array_metadata,
     key_columns,
 )
+from fedgfe_store.storage.place import Place
+from fedgfe_store.storage.places import LocalFolder
 from fedgfe_store.storage.shard_files import TensorFiles
 
 GROUP_FILE = "zarr.json"
@@ -91,33 +92,33 @@ class Group:
         )
 
     @classmethod
-    def read(cls, path: Path, known: Self | None = None) -> Self:
-        """Read and check the group at the folder `path`; `known` is one that was read before.
+    def read(cls, place: Place | Path, known: Self | None = None) -> Self:
+        """Read and check the group at `place`; `known` is one that was read before.
 
         Raises
         ------
         NotFoundError
-            If there is no Zarr group of ours at `path`.
+            If there is no Zarr group of ours.
         SchemaMismatchError
             If it is of a newer format version.
         DamagedDataError
             If it does not parse or its checksum does not fit.
         """
+        place = LocalFolder(place) if isinstance(place, Path) else place
         try:
-            raw = read_regular(path / GROUP_FILE, GROUP_BYTES)
+            raw = place.read(GROUP_FILE, GROUP_BYTES)
+        except FileNotFoundError:
+            raise _no_store(place) from None
         except UnreadableError as error:
-            raise DamagedDataError(f"{path / GROUP_FILE} is damaged: {error}") from error
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFoundError(
-                f"no embedding store at {path}: expected a folder with a {GROUP_FILE} "
-                f"(fedgfe-store init or import makes one)"
-            ) from None
+            if isinstance(error.__cause__, NotADirectoryError):
+                raise _no_store(place) from None
+            raise DamagedDataError(f"{place}/{GROUP_FILE} is damaged: {error}") from error
         # What reads the same was checked before; parsing takes longer with every key chunk.
-        return known if known is not None and raw == known.raw else cls._parse(path, raw)
+        return known if known is not None and raw == known.raw else cls._parse(place, raw)
 
     @classmethod
-    def _parse(cls, path: Path, raw: bytes) -> Self:
-        where = path / GROUP_FILE
+    def _parse(cls, path: Place, raw: bytes) -> Self:
+        where = f"{path}/{GROUP_FILE}"
         try:
             document = parsed_group(raw)
             attributes = document["attributes"]
@@ -230,10 +231,17 @@ class Group:
         return [c.name for c in self.known_columns.values() if c.dim == "record"]
 
 
-def is_store(path: Path) -> bool:
-    """Tell whether the folder `path` is a Zarr group of ours, sound or not."""
+def _no_store(place: Place) -> NotFoundError:
+    return NotFoundError(
+        f"no embedding store at {place}: expected a folder with a {GROUP_FILE} "
+        f"(fedgfe-store init or import makes one)"
+    )
+
+
+def is_store(place: Place) -> bool:
+    """Tell whether there is a Zarr group of ours at `place`, sound or not."""
     try:
-        attributes = parsed_group(read_regular(path / GROUP_FILE, GROUP_BYTES))["attributes"]
+        attributes = parsed_group(place.read(GROUP_FILE, GROUP_BYTES))["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(attributes, dict) and ATTRIBUTE in attributes
@@ -284,7 +292,7 @@ def check_group_values(
     for name, wanted in expected.items():
         _check_array(name, arrays[name], wanted)
     for column in schema.tensors:
-        files = TensorFiles.of(Path(), arrays[column.name])
+        files = TensorFiles.of(LocalFolder(Path()), column.name, arrays[column.name])
         if (files.granule, files.shape) != (schema.granule, column.shape):
             raise ValueError(
                 f"{column.name}: expected {schema.granule} records of {list(column.shape)} a file, "
@@ -325,7 +333,7 @@ def _check_array(name: str, found: Any, wanted: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected the {key} {shown(due)}, got {shown(got)}")
 
 
-def _known_version(path: Path, ours: Mapping[str, Any]) -> int:
+def _known_version(path: Place, ours: Mapping[str, Any]) -> int:
     """Return the format version of the store at `path`, if this release reads it."""
     version = ours["version"]
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
@@ -354,7 +362,7 @@ def _digests(group: Group, found: Mapping[str, str]) -> dict[str, tuple[str, ...
     return digests
 
 
-def _damaged(where: Path, error: Exception) -> DamagedDataError:
+def _damaged(where: str, error: Exception) -> DamagedDataError:
     return DamagedDataError(
         f"{where} is damaged: {type(error).__name__} {error} (did another tool rewrite it?)"
     )

@@ -6,11 +6,9 @@ places. Each chunk is compressed by blosc and followed by its crc32c, and so is 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, BinaryIO, Self, get_args
 
 import numpy as np
@@ -20,7 +18,7 @@ from fedgfe_store.common.words import shown
 from fedgfe_store.schema import LARGEST_CHUNK, ColumnDtype
 from fedgfe_store.storage import checksums
 from fedgfe_store.storage.checksums import UnreadableError, checksum, unsealed
-from fedgfe_store.storage.files import named_or_unreadable, open_regular
+from fedgfe_store.storage.place import Place
 
 _ABSENT = 2**64 - 1
 """Place and size of a chunk that a shard does not hold."""
@@ -35,7 +33,8 @@ _MOST_RECORDS = 16384
 class TensorFiles:
     """The files of one tensor column: records per file and per inner chunk, shape of a record."""
 
-    folder: Path
+    place: Place
+    name: str
     granule: int
     chunk: int
     shape: tuple[int, ...]
@@ -43,8 +42,8 @@ class TensorFiles:
     codec: blosc.Blosc
 
     @classmethod
-    def of(cls, folder: Path, metadata: Mapping[str, Any]) -> TensorFiles:
-        """Return the files of the array at `folder`, whose Zarr metadata is `metadata`.
+    def of(cls, place: Place, name: str, metadata: Mapping[str, Any]) -> TensorFiles:
+        """Return the files of the array `name` of a store, whose Zarr metadata is `metadata`.
 
         Raises
         ------
@@ -64,7 +63,8 @@ class TensorFiles:
             raise ValueError(f"expected files of chunks that blosc can code, got {sizes}")
         _check_coder(codec)
         return cls(
-            folder,
+            place,
+            name,
             granule,
             chunk,
             tuple(shape),
@@ -79,9 +79,12 @@ class TensorFiles:
         )
 
     def file(self, number: int) -> str:
-        """Return the path of the file of the records from ``number * granule`` on."""
-        # Not a Path: joining one takes longer than opening the file.
-        return f"{self.folder}/c.{number}{'.0' * len(self.shape)}"
+        """Return the path, or URL, of the file of the records from ``number * granule`` on."""
+        return f"{self.place}/{self.file_name(number)}"
+
+    def file_name(self, number: int) -> str:
+        """Return the name of that file within the store."""
+        return f"{self.name}/c.{number}{'.0' * len(self.shape)}"
 
     @property
     def chunk_nbytes(self) -> int:
@@ -165,39 +168,42 @@ class OpenFile:
     """
 
     def __init__(self, files: TensorFiles, number: int) -> None:
-        self._files, self._number = files, number
-        self._handle = _opened(files.file(number))
+        self._files = files
+        nbytes = files.granule // files.chunk * 16 + checksums.SIZE
+        self._file = files.place.open(files.file_name(number), nbytes)
         try:
-            self._index_at, self._index = self._read_index()
+            self._index_at, self._index = self._read_index(nbytes)
         except BaseException:
-            os.close(self._handle)
+            self._file.close()
             raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._handle)
+        self._file.close()
 
-    def _read_index(self) -> tuple[int, np.ndarray]:
-        size = self._files.granule // self._files.chunk * 16 + checksums.SIZE
-        begin = os.fstat(self._handle).st_size - size
+    def _read_index(self, nbytes: int) -> tuple[int, np.ndarray]:
+        begin = self._file.size - nbytes
         if begin < 0:
             raise UnreadableError("it is too short")
-        return begin, unsealed(self._pread(size, begin)).view("<u8").reshape(-1, 2)
+        return begin, unsealed(self._file.read(nbytes, begin)).view("<u8").reshape(-1, 2)
 
-    def _pread(self, size: int, offset: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            try:
-                more = os.pread(self._handle, size - len(data), offset + len(data))
-            except OSError as error:
-                file = self._files.file(self._number)
-                raise named_or_unreadable(error, file) from error
-            if not more:
-                raise UnreadableError("it is too short")
-            data = data + more if data else more
-        return data
+    def fetch(self, chunks: Sequence[int]) -> None:
+        """Bring the inner chunks that will be read next, where each read would ask a server.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the file is not there any more.
+        UnreadableError
+            If it ends before they do.
+        """
+        if self._files.place.distant:
+            most = self._files.chunk_nbytes + _HEADER + checksums.SIZE
+            found = [(offset, size) for offset, size in self._index[list(chunks)].tolist()]
+            # What cannot be is refused when it is read, and not asked for.
+            self._file.fetch([r for r in found if sum(r) <= self._index_at and r[1] <= most])
 
     def read(self, chunk: int, out: np.ndarray) -> None:
         r"""Decode the inner chunk number `chunk` into `out`, NaN where the file has none.
@@ -222,7 +228,7 @@ class OpenFile:
             raise UnreadableError("its index points beyond it")
         if size > out.nbytes + _HEADER + checksums.SIZE:  # blosc adds no more than its header
             raise UnreadableError("it holds a chunk of another size")
-        encoded = unsealed(self._pread(size, offset))
+        encoded = unsealed(self._file.read(size, offset))
         sizes = encoded[4:_HEADER].view("<u4").tolist() if len(encoded) >= _HEADER else []
         if sizes[::2] != [out.nbytes, len(encoded)]:
             raise UnreadableError("it holds a chunk of another size")
@@ -230,10 +236,3 @@ class OpenFile:
             blosc.decompress(encoded, out)
         except RuntimeError as error:
             raise UnreadableError(str(error)) from error
-
-
-def _opened(file: str) -> int:
-    try:
-        return open_regular(file)
-    except NotADirectoryError as error:
-        raise UnreadableError("its folder is none") from error

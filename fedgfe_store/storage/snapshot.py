@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fedgfe_store.common import threads
+from fedgfe_store.common.location import Location, own_folder
 from fedgfe_store.errors import (
     DamagedDataError,
     FedgfeStoreError,
@@ -28,9 +30,11 @@ from fedgfe_store.records import (
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage import key_files
 from fedgfe_store.storage.checksums import UnreadableError, digest, row_digests
-from fedgfe_store.storage.gather import gather
+from fedgfe_store.storage.gather import gather, portions
 from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import CommitPoint, Group
+from fedgfe_store.storage.place import Place
+from fedgfe_store.storage.places import place_of
 from fedgfe_store.storage.shard_files import OpenFile, TensorFiles
 
 
@@ -41,11 +45,15 @@ class Snapshot:
     """
 
     def __init__(
-        self, path: Path, group: Group, as_of: int | None = None, *, root: Path | None = None
+        self,
+        path: Location,
+        group: Group,
+        as_of: int | None = None,
+        *,
+        place: Place | None = None,
     ) -> None:
         self.path = path
-        # What a relative path means must not change with the working directory.
-        self.root = root or path.absolute()
+        self.place = place or place_of(path)
         self.group = group
         self.as_of = as_of
         self.commit = group.point.commit if as_of is None else as_of
@@ -55,39 +63,46 @@ class Snapshot:
         self.stale: set[tuple[str, int]] = set()
         """Key chunks whose files do not hold what is shown here: the next commit writes them."""
         self.tensor_files = {
-            name: TensorFiles.of(self.root / name, group.arrays[name])
+            name: TensorFiles.of(self.place, name, group.arrays[name])
             for name in group.schema.columns
         }
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what was read: another process, such as a DataLoader's, reads it anew."""
-        return {"path": self.path, "group": self.group, "as_of": self.as_of, "root": self.root}
+        return {"path": self.path, "group": self.group, "as_of": self.as_of, "place": self.place}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     @classmethod
-    def latest(cls, path: Path, as_of: int | None = None) -> Snapshot:
+    def latest(cls, path: Location, as_of: int | None = None) -> Snapshot:
         """Return the latest state of the store at `path`, seen at commit `as_of`."""
-        group = Group.read(path)
+        place = place_of(path)
+        group = Group.read(place)
         if as_of is not None and not 0 <= as_of <= group.point.commit:
             raise NotFoundError(
                 f"as_of: expected a commit from 0 to {group.point.commit} of {path}, got {as_of}"
             )
-        return cls(path, group, as_of)
+        return cls(path, group, as_of, place=place)
 
     def at(self, group: Group) -> Snapshot:
         """Return the same store as `group` published it, nothing read yet."""
-        return Snapshot(self.path, group, root=self.root)
+        return Snapshot(self.path, group, place=self.place)
 
-    def refuse_past(self) -> None:
-        """Refuse a state that was asked for by its commit: nothing can be written onto it.
+    @property
+    def root(self) -> Path:
+        """The store's folder, for one who writes; SchemaMismatchError where it is none of ours."""
+        return self.place.folder
+
+    def check_writable(self) -> None:
+        """Refuse a store that is not on this machine, or a state that was asked for by its commit.
 
         Raises
         ------
         SchemaMismatchError
             If it is one.
         """
+        own_folder(self.path)
         if self.as_of is not None:
             raise SchemaMismatchError(
                 f"{self.path} was opened as of commit {self.commit}: "
@@ -126,6 +141,7 @@ class Snapshot:
     def column(self, name: str) -> np.ndarray:
         """Return the whole key column `name`, skipped and deleted rows included."""
         if name not in self._whole:
+            self.fetch([name])
             rows = self.group.rows(name)
             parts = [self._chunk(name, chunk) for chunk in range(-(-rows // KEY_CHUNK))]
             empty = np.empty(0, self._columns[name].dtype)
@@ -144,6 +160,7 @@ class Snapshot:
         order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows, kind="stable")
         ascending = rows if order is None else rows[order]
         single = bool((ascending[1:] > ascending[:-1]).all())
+        self.fetch([name], ascending)
         first, last = ascending[[0, -1]] // KEY_CHUNK
         bounds = np.searchsorted(ascending, np.arange(first, last + 2) * KEY_CHUNK)
         for chunk, (start, stop) in enumerate(pairwise(bounds.tolist()), int(first)):
@@ -156,6 +173,27 @@ class Snapshot:
                 places = slice(places[0], places[-1] + 1)
             values[here] = self._chunk(name, chunk)[places]
         return values
+
+    def fetch(self, names: Iterable[str], rows: np.ndarray | None = None) -> None:
+        """Read chunks of key columns that will be asked for, where each one asks a server.
+
+        Parameters
+        ----------
+        names : iterable of str
+            The columns.
+        rows : ndarray of int64, shape [n], optional
+            Row numbers whose chunks are wanted; by default all.
+        """
+        if not self.place.distant:
+            return
+        wanted: list[tuple[str, int]] = []
+        for name in names:
+            chunks = np.arange(-(-self.group.rows(name) // KEY_CHUNK))
+            chunks = chunks if rows is None else np.unique(rows // KEY_CHUNK)
+            wanted += [(name, chunk) for chunk in chunks.tolist() if name not in self._whole]
+        missing = [each for each in wanted if each not in self._chunks]
+        if len(missing) > 1:
+            threads.run(threads.fetchers(), self._chunk, missing)
 
     def unfinished(self, name: str) -> np.ndarray:
         """Return the key column `name` from where its last chunk begins, if that is not full."""
@@ -174,7 +212,7 @@ class Snapshot:
             return np.full(stop - start, column.skipped, column.dtype)
         where = f"{self.path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
         try:
-            values = key_files.read_chunk(self.root, column, chunk, stop - start)
+            values = key_files.read_chunk(self.place, column, chunk, stop - start)
         except FileNotFoundError:
             raise DamagedDataError(f"{where} is missing") from None
         except (ValueError, RuntimeError) as error:
@@ -248,6 +286,7 @@ class Snapshot:
         DamagedDataError
             If they are not those that were committed together.
         """
+        self.fetch((*KEY_COLUMNS, *NOTE_COLUMNS, "row_digest"), rows)
         columns = {name: self.column_at(name, rows) for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
         wrong = np.flatnonzero(row_digests(columns) != self.column_at("row_digest", rows))
         if len(wrong):
@@ -304,8 +343,10 @@ class Snapshot:
         decoded = np.empty((files.chunk, *files.shape), files.dtype)
         try:
             with OpenFile(files, granule) as file:
-                for chunk in range(files.granule // files.chunk):
-                    file.read(chunk, decoded)
+                for part in portions(files, range(files.granule // files.chunk)):
+                    file.fetch(part)
+                    for chunk in part:
+                        file.read(chunk, decoded)
         except FileNotFoundError:
             return
         except UnreadableError as error:
@@ -318,18 +359,21 @@ class Snapshot:
 
     def _lost(self, name: str, row: int) -> FedgfeStoreError:
         key = self.keys(np.array([row]))[0]
-        compacted = Group.read(self.root).point.compacted
+        compacted = Group.read(self.place).point.compacted
         if compacted > self.commit:
             return NotFoundError(
                 f"{name} of {key}: commit {self.commit} was compacted away in commit {compacted}; "
                 f"refresh the store"
             )
-        file = Path(self.tensor_files[name].file(int(row) // self.schema.granule))
-        state = "is damaged" if file.exists() else "is missing"
-        return DamagedDataError(f"{name} of {key} is not what was committed: {file} {state}")
+        files, number = self.tensor_files[name], int(row) // self.schema.granule
+        state = "is damaged" if self.place.exists(files.file_name(number)) else "is missing"
+        return DamagedDataError(
+            f"{name} of {key} is not what was committed: {files.file(number)} {state}"
+        )
 
 
 def _at(snapshot: Snapshot, commit: int) -> np.ndarray:
+    snapshot.fetch(("created_in", "deleted_in"))
     created, deleted = snapshot.column("created_in"), snapshot.column("deleted_in")
     alive: np.ndarray = (created > 0) & (created <= commit)
     alive &= ~((deleted > 0) & (deleted <= commit))

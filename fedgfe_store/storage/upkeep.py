@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedgfe_store.common.location import Location, own_folder
 from fedgfe_store.schema import FORMAT_VERSION
 from fedgfe_store.storage.commit import CommitKind, Transaction
 from fedgfe_store.storage.compact import Compaction, compact
@@ -33,7 +34,12 @@ class Upkeep:
 
     @property
     def path(self) -> Path:
-        """The store's folder."""
+        """The store's folder; SchemaMismatchError where it is read from a URL."""
+        return own_folder(self._snapshot.path)
+
+    @property
+    def location(self) -> Location:
+        """Where the store is: its folder, or the address that `str` makes a URL."""
         return self._snapshot.path
 
     @property
@@ -116,7 +122,7 @@ class Upkeep:
         """
         from fedgfe_store.storage.backup import back_up
 
-        self._snapshot.refuse_past()
+        self._snapshot.check_writable()
         return back_up(self._snapshot, Path(target), timeout=timeout, progress=progress)
 
     def upgrade(self, *, timeout: float = LOCK_TIMEOUT) -> bool:
@@ -178,7 +184,7 @@ class Upkeep:
         return done
 
     def _transaction(self, timeout: float) -> Transaction:
-        self._snapshot.refuse_past()
+        self._snapshot.check_writable()
         return Transaction(self._snapshot, timeout=timeout)
 
     def history(self) -> pd.DataFrame:
@@ -190,7 +196,8 @@ class Upkeep:
             ``commit``, ``time`` (UTC), ``kind``, ``source`` (where it came from), ``nodes`` and
             ``rounds`` that it touched, records ``added`` and ``deleted`` (a replaced record counts
             in both, one that a compaction moved in neither), ``records`` live after it, and
-            ``bytes`` on disk of the tensor files that it wrote and that are still there.
+            ``bytes`` on disk of the tensor files that it wrote and that are still there; 0 from a
+            web server, which does not list files.
         """
         from fedgfe_store.storage.history import history
 

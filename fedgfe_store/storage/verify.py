@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.records import RecordKey
-from fedgfe_store.storage.claim import claims
+from fedgfe_store.storage.claim import is_claim_name
 from fedgfe_store.storage.compact import live_per_granule
-from fedgfe_store.storage.files import read_regular, temporaries
+from fedgfe_store.storage.files import is_temporary_name
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.metadata import GROUP_BYTES, GROUP_FILE, parsed_group
+from fedgfe_store.storage.place import RemoteError
 from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.version_1 import PENDING
@@ -82,6 +84,8 @@ def _broken_columns(snapshot: Snapshot) -> dict[str, str]:
     for name in snapshot.group.key_columns:
         try:
             snapshot.column(name)
+        except RemoteError:
+            raise
         except (DamagedDataError, OSError) as error:
             broken[name] = str(error)
     if not broken:
@@ -95,17 +99,22 @@ def _broken_columns(snapshot: Snapshot) -> dict[str, str]:
 def _metadata_problems(snapshot: Snapshot) -> Iterator[str]:
     """Compare each array's own metadata, which other Zarr readers use, with the group's."""
     for name, committed in snapshot.group.arrays.items():
-        file = snapshot.root / name / GROUP_FILE
+        file = f"{name}/{GROUP_FILE}"
         try:
-            found = parsed_group(read_regular(file, GROUP_BYTES))
+            found = parsed_group(snapshot.place.read(file, GROUP_BYTES))
             same = {**found, "shape": found["shape"][1:]} == {
                 **committed,
                 "shape": committed["shape"][1:],
             }
+        except RemoteError:
+            raise
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if not same:
-            yield f"{file} is missing or differs from what was committed (the next commit mends it)"
+            yield (
+                f"{snapshot.place}/{file} is missing or differs from what was committed "
+                f"(the next commit mends it)"
+            )
 
 
 def _repeated_keys(snapshot: Snapshot) -> list[str]:
@@ -159,26 +168,30 @@ def _damaged_rows(
 
 
 def _leftovers(snapshot: Snapshot) -> Iterator[str]:
-    folders = [snapshot.root / name for name in snapshot.group.arrays]
-    begun = [file for files in claims(snapshot.root).values() for file in files.values()]
-    if (snapshot.root / PENDING).exists():
-        begun.append(snapshot.root / PENDING)
-    yield from (f"{file}: a writer is at work, or died" for file in begun)
+    place, arrays = snapshot.place, [*snapshot.group.arrays]
+    names = [PurePosixPath(name) for name in place.sizes() or {}]
+    own = [name for name in names if str(name.parent) in (".", *arrays)]
+    begun = [n for n in own if is_claim_name(str(n)) or str(n) == PENDING]
+    yield from (f"{place}/{name}: a writer is at work, or died" for name in sorted(begun))
     for name, number in sorted(snapshot.stale):
         yield (
-            f"{snapshot.root / name}/c.{number}: marks of a commit that was never published "
+            f"{place}/{name}/c.{number}: marks of a commit that was never published "
             f"(the next commit clears them)"
         )
-    for folder in (snapshot.root, *folders):
-        yield from map(str, temporaries(folder))
+    for folder in (".", *arrays):
+        yield from (
+            f"{place}/{name}"
+            for name in sorted(own)
+            if str(name.parent) == folder and is_temporary_name(name.name)
+        )
     unneeded = _unneeded(snapshot)
-    for name in snapshot.group.arrays:
-        tensor = name in snapshot.schema.columns
-        last = len(unneeded) if tensor else -(-snapshot.group.rows(name) // KEY_CHUNK)
-        for file in sorted((snapshot.root / name).glob("c.*")):
+    for folder in arrays:
+        tensor = folder in snapshot.schema.columns
+        last = len(unneeded) if tensor else -(-snapshot.group.rows(folder) // KEY_CHUNK)
+        for file in sorted(name for name in own if str(name.parent) == folder):
             number = granule_of(file.name)
             if number >= last or (tensor and number >= 0 and unneeded[number]):
-                yield f"{file}: no record that a reader can reach"
+                yield f"{place}/{file}: no record that a reader can reach"
 
 
 def _unneeded(snapshot: Snapshot) -> np.ndarray:

@@ -117,7 +117,7 @@ def _of_prompt(
     if encoder is None or not model.fetch(*model.encoder_parts):
         raise NotFoundError(
             f"the model {model.name} needs negative embeddings or guidance <= "
-            f"{model.family.above:g}: expected them in {selection.path}, a text encoder in "
+            f"{model.family.above:g}: expected them in {selection.location}, a text encoder in "
             f"{model.folder}, or --negative FILE, got none of them"
         )
     tokens = selection.schema.columns[columns[model.family.sequence.argument]][0]
@@ -129,7 +129,7 @@ def _of_prompt(
         return fresh
     remark = append_record(model, selection, columns, fresh, prompt, encoder)
     if remark:
-        report(f"negative embeddings are not kept in {selection.path}: {remark}")
+        report(f"negative embeddings are not kept in {selection.location}: {remark}")
         return fresh
     # As the store rounds them, and as runs beside this one have them.
     again = kept(model, selection, columns, prompt, encoder)

@@ -42,12 +42,15 @@ def kept(
     DamagedDataError
         If it is damaged.
     """
-    found = _array(selection.path, prompt, encoder) if len(columns) == 1 else None
+    found = None
+    folder = selection.location
+    if len(columns) == 1 and isinstance(folder, Path):  # releases of those arrays knew no URL
+        found = _array(folder, prompt, encoder)
     if found is not None:
         (argument,) = columns
         return Negative.of({argument: found}, _source(prompt))
     # What was kept since the selection was made counts, too.
-    records = EmbeddingStore.open(selection.path).select(
+    records = EmbeddingStore.open(selection.location).select(
         node=TEXT_NODE, round=TEXT_ROUND, split=NEGATIVE_SPLIT
     )
     wanted = {"prompt": prompt} | ({"encoder": encoder} if encoder else {})
@@ -121,7 +124,7 @@ def append_record(
         for column in schema.tensors:  # columns of other models, which say nothing here
             if column.name not in given and not column.optional:
                 given[column.name] = np.zeros((1, *column.shape), column.dtype)
-        store = EmbeddingStore.open(selection.path)
+        store = EmbeddingStore.open(selection.location)
         source = f"negative embeddings of {model.name}"
         with store.append(
             node=TEXT_NODE, round=TEXT_ROUND, source=source, timeout=_PATIENCE

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fedgfe_store.common.location import Given, location, own_folder
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.models.devices import choose_device, choose_dtype
 from fedgfe_store.models.families import resolve_model
@@ -115,7 +116,7 @@ class EncodingPlan:
 
 
 def plan_references(
-    path: str | Path,
+    path: Given,
     prompts: Sequence[str],
     *,
     classes: Sequence[str] | None = None,
@@ -176,7 +177,7 @@ def plan_references(
     """
     if if_exists not in get_args(IfExists):
         raise SchemaMismatchError(f"if_exists: expected error, replace or skip, got {if_exists!r}")
-    path = Path(path)
+    path = own_folder(location(path))
     store = _open_if_there(path)
     kind = diffusion_type or (store.schema.kind if store else None)
     names = _class_names(classes, store)

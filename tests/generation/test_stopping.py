@@ -54,7 +54,7 @@ def once(name: str, at: int = 1) -> Callable[[], None]:
 def interrupt_decoding(monkeypatch: pytest.MonkeyPatch, name: str, *, at: int) -> None:
     send, decode = once(name, at), DiffusersImages.decode
 
-    def interrupted(self: DiffusersImages, *args: Any, **options: Any) -> list:
+    def interrupted(self: DiffusersImages, *args: Any, **options: Any) -> Any:
         send()
         return decode(self, *args, **options)
 

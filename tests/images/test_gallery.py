@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,7 +24,7 @@ from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.errors import NotFoundError
-from fedgfe_store.generation.settings import Settings, fingerprint
+from fedgfe_store.generation.settings import Settings, fingerprint, settings_json
 from fedgfe_store.images.gallery import make_gallery, scan_images
 from fedgfe_store.images.manifest import Manifest
 from fedgfe_store.images.png import write_png
@@ -59,7 +59,7 @@ def add(
         "image": image,
         "seed": SEED + key.index,
         "digests": {"t5": f"{key.round:016x}", "clip": f"{key.index:016x}"},
-        "settings": asdict(settings),
+        "settings": settings_json(settings),
         "fingerprint": fingerprint(settings),
         "commit": 16,
         "versions": {"diffusers": "0.42.1"},
@@ -112,7 +112,7 @@ def test_pictures_come_from_manifests_and_without_a_line_from_themselves(tmp_pat
     assert (gallery.pictures, sum(done)) == (2, 4)
     shown = content(gallery.page)
     assert shown["own"]["seed"] == [str(SEED), str(SEED + 1)]
-    assert [facts["settings"] for facts in shown["values"]["shared"]] == [asdict(SETTINGS)]
+    assert [facts["settings"] for facts in shown["values"]["shared"]] == [settings_json(SETTINGS)]
 
 
 def test_a_listed_picture_that_cannot_be_read_is_left_out(tmp_path):
@@ -443,7 +443,7 @@ def test_ten_thousand_pictures_make_a_small_page_with_few_nodes(watched, tmp_pat
     first = add(tmp_path, key(), listed=False)
     make_gallery(tmp_path)
     thumbnail = tmp_path / "thumbnails" / first.replace(".png", ".webp")
-    line = {"image": 0, "settings": asdict(SETTINGS), "fingerprint": fingerprint(SETTINGS)}
+    line = {"image": 0, "settings": settings_json(SETTINGS), "fingerprint": fingerprint(SETTINGS)}
     with Manifest(tmp_path) as manifest:
         for number in range(10_000):
             one = key(number % 20, f"class_{number // 20 % 10}", number // 200)

@@ -111,7 +111,7 @@ def test_a_pipeline_that_is_not_in_the_table_is_declared(tmp_path: Path, latents
 
 
 # Where a class builds the real model by default, its value; else the number with its source.
-DEFAULTS = {
+DEFAULTS: dict[str, tuple[str, dict[str | int, tuple[int, ...]]]] = {
     "flux": ("FluxTransformer2DModel", {}),
     "sd": ("UNet2DConditionModel", {"cross_attention_dim": (768, 1024)}),
     "sdxl": ("UNet2DConditionModel", {"cross_attention_dim": (2048,)}),
@@ -151,6 +151,7 @@ def test_the_page_has_the_widths_that_the_real_models_have(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pixart-sigma", "chroma"])
 def test_the_demos_t5_conditions_other_models_of_that_encoder(
     demo: Demo, tiny_model: Callable[[str], Path], tmp_path: Path, name: str

@@ -36,7 +36,15 @@ def run(store: Path, *arguments: str | int | Path | float) -> str:
 
 
 def encoded(folder: Path, name: str, store: Path) -> Selection:
-    arguments = ["encode", "--model", folder, "--device", "cpu", "--prompt", "{class}"]
+    arguments: list[str | int | Path | float] = [
+        "encode",
+        "--model",
+        folder,
+        "--device",
+        "cpu",
+        "--prompt",
+        "{class}",
+    ]
     for each in CLASSES:
         arguments += ["--class", each]
     if PROMPTING[name].tokens:

@@ -144,7 +144,7 @@ def negative_of(folder: Path, store: EmbeddingStore, given: str | None = None) -
 
 def sdxl_store(path: Path) -> tuple[EmbeddingStore, dict[str, np.ndarray]]:
     drawn = records("sdxl", 3, 0)
-    shapes = {name: values.shape[1:] for name, values in drawn.items()}
+    shapes: dict[str, Any] = {name: values.shape[1:] for name, values in drawn.items()}
     store = EmbeddingStore.create(path, Schema.of("sdxl", **shapes))
     with store.append(node=0, round=0) as batch:
         batch.add(

@@ -98,7 +98,8 @@ def test_images_are_those_of_the_cpu(
     model, before = resolve_model(str(tiny_model(name))), cards.taken(0)
     place = Placement("float32", "cuda:0", offload=offload)
     pipeline = DiffusersImages.load(model, place)
-    kind, called = type(pipeline._pipeline), []
+    kind = type(pipeline._pipeline)
+    called: list[Any] = []
     real = kind.__call__
 
     def watched(self: Any, **arguments: Any) -> Any:
@@ -150,7 +151,8 @@ def test_lora_moves_along(
     assert adapters
     if offload in ("none", "model"):
         assert {p.device.type for p in adapters} == {"cuda"}
-    made = np.stack([*pipeline.decode(latents, SAMPLING)]).astype(np.int16)
+    images = [image for image in pipeline.decode(latents, SAMPLING) if image is not None]
+    made = np.stack(images).astype(np.int16)
     assert np.abs(made - expected).max() <= 1
     if offload == "model":  # while the decoder works
         assert {p.device.type for p in adapters} == {"cpu"}

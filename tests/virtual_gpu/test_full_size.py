@@ -41,6 +41,7 @@ def skipping(cards: Cards) -> Iterator[Cards]:
         yield cards
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("pixels", "tokens", "batch"), [(1024, 512, 1)])
 def test_estimates_cover_what_is_taken(
     skipping: Cards, flux_dev: Path, pixels: int, tokens: int, batch: int
@@ -66,6 +67,7 @@ def test_estimates_cover_what_is_taken(
     gc.collect()
 
 
+@pytest.mark.long
 def test_a_card_of_24_gib_of_which_another_process_takes_6_and_gives_them_back(
     cards: Cards, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from pictures import provenance_of
-from virtual_gpu.cases import Case, N, assert_like_cpu, render
+from virtual_gpu.cases import Case, assert_like_cpu, render
 from virtual_gpu.device import MIB, Cards
 
 from fedgfe_store.errors import SchemaMismatchError
@@ -20,7 +20,13 @@ from fedgfe_store.models.placement import Offload
 MODES: tuple[Offload, ...] = get_args(Offload)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        mode if mode in ("none", "group") else pytest.param(mode, marks=pytest.mark.long)
+        for mode in MODES
+    ],
+)
 def test_less_memory_makes_smaller_batches_and_the_same_images(
     flux_case: Case, cards: Cards, tmp_path: Path, mode: Offload
 ) -> None:

@@ -1,0 +1,95 @@
+"""Where a store's bytes are: a folder of this machine, or what `objects` reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgfe_store.common.location import Address, Location
+from fedgfe_store.storage import files
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.files import named_or_unreadable, open_regular, read_regular
+from fedgfe_store.storage.place import Place, Range
+
+
+class LocalFile:
+    """An ordinary file that is open."""
+
+    __slots__ = ("_handle", "_path", "size")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._handle = open_regular(path)
+        self.size = os.fstat(self._handle).st_size
+
+    def fetch(self, ranges: Sequence[Range]) -> None:
+        """Do nothing: the system reads ahead."""
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        """Return `nbytes` from `offset` on."""
+        data = b""
+        while len(data) < nbytes:
+            try:
+                more = os.pread(self._handle, nbytes - len(data), offset + len(data))
+            except OSError as error:
+                raise named_or_unreadable(error, self._path) from error
+            if not more:
+                raise UnreadableError("it is too short")
+            data = data + more if data else more
+        return data
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._handle)
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder of this machine."""
+
+    folder: Path
+    distant = False
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str, most: int) -> bytes:
+        """Return the contents of a file."""
+        try:
+            return read_regular(self.folder / name, most)
+        except NotADirectoryError as error:
+            raise UnreadableError("its folder is none") from error
+
+    def open(self, name: str, end: int) -> LocalFile:
+        """Open a file."""
+        try:
+            # Not a Path: joining one takes longer than opening the file.
+            return LocalFile(f"{self.folder}/{name}")
+        except NotADirectoryError as error:
+            raise UnreadableError("its folder is none") from error
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.folder / name).exists()
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return names and bytes of the files below `folder`."""
+        return files.sizes_below(self.folder / folder)
+
+
+def place_of(location: Location) -> Place:
+    """Return the place at `location`; the library that reads from URLs is imported for one.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is a URL, and that library is not installed or does not take it.
+    """
+    if not isinstance(location, Address):
+        # What a relative path means must not change with the working directory.
+        return LocalFolder(location.absolute())
+    from fedgfe_store.storage.objects import ObjectStore
+
+    return ObjectStore(location)
