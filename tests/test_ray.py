@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
 from fedgfe_store.generation import ray as on_ray
 from fedgfe_store.generation.crew import Foreman, prepared
 from fedgfe_store.generation.prepare import prepare
@@ -29,6 +30,7 @@ from fedgfe_store.generation.request import Request
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.stopping import Stop
 from fedgfe_store.images.manifest import read_manifest
+from fedgfe_store.models.model import Model
 from fedgfe_store.names import image_name
 from fedgfe_store.schema import TensorColumn
 
@@ -49,18 +51,21 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """Two processors of this machine."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Else Ray leaves one in the home folder.
-    os.environ["RAY_AUTH_TOKEN"] = uuid4().hex
     ray = pytest.importorskip("ray")
-    ray.init(
-        num_cpus=2,
-        object_store_memory=100 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Else Ray leaves one in the home folder.
+        patch.setenv("RAY_AUTH_TOKEN", uuid4().hex)
+        # What these tests define is known to workers.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        ray.init(
+            num_cpus=2,
+            object_store_memory=100 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
 
 
 def kill_a_worker() -> None:
@@ -72,7 +77,7 @@ def kill_a_worker() -> None:
     raise AssertionError("no worker is there")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.kill
 @pytest.mark.model
 def test_every_image_is_made_once_through_a_stop_and_a_kill(store, cluster, tmp_path):
@@ -121,7 +126,28 @@ def check_whole(store: EmbeddingStore, folder: Path) -> None:
     assert Counter(line["file"] for line in read_manifest(folder)) == dict.fromkeys(names, 1)
 
 
-@pytest.mark.slow
+class Deadly(Model):
+    """A model over which its process is killed while it is loaded, as where memory is short."""
+
+    def fetch_weights(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.long
+@pytest.mark.kill
+@pytest.mark.model
+def test_workers_that_cannot_be_made_end_the_run(store, cluster, tmp_path):
+    run = on_ray.prepare(store.select(), tmp_path / "out", REQUEST)
+    facts = {field.name: getattr(run.model, field.name) for field in fields(run.model)}
+    with pytest.raises(FedgfeStoreError, match="died 4 times while they loaded the model"):
+        on_ray.render(replace(run, model=Deadly(**facts)), workers=1)
+    gone = replace(run, model=replace(run.model, folder=tmp_path / "gone"))
+    with pytest.raises(NotFoundError, match="gone") as caught:
+        on_ray.render(gone, workers=1)
+    assert not getattr(caught.value, "__notes__", [])
+
+
+@pytest.mark.long
 def test_a_dataset_of_ray_has_the_records(store, cluster, monkeypatch, tmp_path):
     monkeypatch.setattr("fedgfe_store.readers.ray._BLOCK_BYTES", 10 * WIDE.record_nbytes)
     selection = store.select(class_name="dog")
@@ -219,3 +245,5 @@ def test_a_run_is_planned_elsewhere_as_it_is_here(store, tmp_path, monkeypatch):
 def test_tries_of_a_part_are_counted():
     foreman = Foreman()
     assert [foreman.begin(0), foreman.begin(4), foreman.begin(0)] == [1, 1, 2]
+    foreman.finish(0)
+    assert [foreman.begin(0), foreman.begin(4)] == [1, 2]

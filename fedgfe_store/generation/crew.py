@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedgfe_store.errors import NotFoundError
+from fedgfe_store.errors import FedgfeStoreError, NotFoundError
 from fedgfe_store.generation import run as here
 from fedgfe_store.generation.prepare import Run, prepare
 from fedgfe_store.generation.stopping import Stop
@@ -25,6 +25,7 @@ _LOOKS_EVERY = 0.5
 # Of a part, by workers that die over it: their machine may have been taken away, but an image may
 # also kill whoever tries it, and Ray would try for ever.
 _TRIES = 4
+_LOADING = "loading"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Worker:
         try:
             self._begin(cwd, neighbours, sent)
         except Exception as error:  # noqa: BLE001 - raised by the driver
-            self._error = _with_traceback(error)
+            self._error = _sendable(error)
 
     def _begin(self, cwd: str, neighbours: int, sent: Mapping[str, Any]) -> None:
         import ray
@@ -60,15 +61,23 @@ class Worker:
         _go_to(cwd)
         # As torchrun says it: who pins the host's memory takes its share.
         os.environ["LOCAL_WORLD_SIZE"] = str(neighbours)
+        self._foreman = sent["foreman"]
+        # Ray starts a worker anew that was killed while it loaded, as where memory is short: more
+        # cannot be loading than there are, so those beyond have died.
+        if ray.get(self._foreman.begin.remote(_LOADING)) > sent["workers"] + _TRIES:
+            raise FedgfeStoreError(
+                f"workers died {_TRIES} times while they loaded the model; memory of their machine "
+                "may be short, and Ray's logs may say why"
+            )
         run = pickle.loads(ray.get(sent["run"]))
         if run.placement.device.startswith("cuda"):
             # Ray shows a worker its own GPU only, whatever its number was where it was prepared.
             placement = replace(run.placement, device=choose_device("cuda"))
             run = replace(run, placement=placement)
         self._run, self._pipeline = here.load(run, self._remarks.append)
+        self._foreman.finish.remote(_LOADING)
         # Lines of one machine do not mix in one file; those of several do on network disks.
         self._manifest = machine_manifest(ray.util.get_node_ip_address())
-        self._foreman = sent["foreman"]
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -87,7 +96,7 @@ class Worker:
         try:
             done = self._rendered(start, stop)
         except Exception as error:  # noqa: BLE001 - raised by the driver
-            done = Rendered(start, stop, error=_with_traceback(error))
+            done = Rendered(start, stop, error=_sendable(error))
         remarks, self._remarks[:] = tuple(self._remarks), []
         done = replace(done, remarks=remarks, began=began, ended=time.time())
         return {"rendered": [pickle.dumps(done)]}
@@ -121,7 +130,7 @@ class Foreman:
 
     def __init__(self) -> None:
         self._reason: str | None = None
-        self._tries: Counter[int] = Counter()
+        self._tries: Counter[int | str] = Counter()
 
     def stop(self, reason: str) -> None:
         """Ask for a stop."""
@@ -131,10 +140,14 @@ class Foreman:
         """Give why a stop was asked for; None where it was not."""
         return self._reason
 
-    def begin(self, start: int) -> int:
-        """Count a try of the part that begins at `start`, and give the count."""
-        self._tries[start] += 1
-        return self._tries[start]
+    def begin(self, what: int | str) -> int:
+        """Count a try of something, as of the part that begins there, and give the count."""
+        self._tries[what] += 1
+        return self._tries[what]
+
+    def finish(self, what: int | str) -> None:
+        """Count from none again."""
+        del self._tries[what]
 
 
 def prepared(cwd: str, sent: bytes) -> bytes:
@@ -147,7 +160,7 @@ def prepared(cwd: str, sent: bytes) -> bytes:
         selection, output_dir, request, options = pickle.loads(sent)
         run = prepare(selection, output_dir, request, report=remarks.append, **options)
     except Exception as error:  # noqa: BLE001 - raised by the driver
-        failed = _with_traceback(error)
+        failed = _sendable(error)
     return pickle.dumps((run, remarks, failed))
 
 
@@ -162,9 +175,10 @@ def _go_to(cwd: str) -> None:
         ) from None
 
 
-def _with_traceback(error: Exception) -> Exception:
-    """Give an error as the driver can raise it; where it came from goes along as a note."""
-    error.add_note("".join(traceback.format_exception(error)))
+def _sendable(error: Exception) -> Exception:
+    """Give an error as the driver can raise it; a fault takes along where it came from."""
+    if not isinstance(error, (FedgfeStoreError, OSError)):  # which say all that there is to say
+        error.add_note("".join(traceback.format_exception(error)))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - of other libraries, which may raise anything

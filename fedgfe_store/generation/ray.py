@@ -206,7 +206,7 @@ def _results(ray: Any, run: Run, crew: Crew, foreman: Any) -> Iterator[Rendered]
     plan = replace(run.plan, items=todo, request=request)
     small = replace(run, plan=plan, request=request)
     # Apart from the constructor's arguments, which Ray sends with each worker that it makes.
-    sent = {"run": ray.put(pickle.dumps(small)), "foreman": foreman}
+    sent = {"run": ray.put(pickle.dumps(small)), "foreman": foreman, "workers": crew.workers}
     with _quiet(ray):
         rows = [{"start": start, "stop": stop} for start, stop in _parts(len(todo), run, crew)]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -268,7 +268,11 @@ def _own_signals() -> Iterator[None]:
 @contextmanager
 def _telling(ray: Any, stop: Stop) -> Iterator[Any]:
     """Hand a request to stop on to the workers while the block runs."""
-    foreman = ray.remote(num_cpus=0)(Foreman).remote()
+    # Here, since any other machine may be taken away.
+    node = ray.get_runtime_context().get_node_id()
+    foreman = (
+        ray.remote(Foreman).options(num_cpus=0, label_selector={"ray.io/node-id": node}).remote()
+    )
     over = threading.Event()
 
     def watch() -> None:

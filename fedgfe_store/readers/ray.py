@@ -24,8 +24,8 @@ _BLOCK_BYTES = 64 * 2**20
 
 def to_ray(selection: Rows, columns: Sequence[str] | None = None) -> Dataset:
     """Return `selection` as `Selection.to_ray` describes it."""
-    data = extra("ray.data", "to_ray", "ray")
     names = batch_columns(selection.schema, columns)
+    data = extra("ray.data", "to_ray", "ray")
     known = selection.schema.columns
     nbytes = sum(selection.schema.column(name).nbytes for name in names if name in known)
     size = max(1, _BLOCK_BYTES // max(1, nbytes))
