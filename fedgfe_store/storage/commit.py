@@ -303,11 +303,11 @@ class Transaction:
                 chunks |= key_files.numbered(name, 0, self._upgraded_column(name, rows))
             elif name in rows:
                 first = self.snapshot.group.rows(name) // KEY_CHUNK
-                kept = self.snapshot.unfinished(name)
+                kept = self.snapshot.chunks.unfinished(name)
                 chunks |= key_files.numbered(name, first, np.concatenate([kept, rows[name]]))
         # Read whole, so that marks of commits that were never published are seen and cleared.
         self.snapshot.column("deleted_in")
-        for name, number in self.snapshot.stale:
+        for name, number in self.snapshot.chunks.stale:
             self._chunk(chunks, name, number)
         for number in np.unique(marked // KEY_CHUNK).tolist():
             here = marked[marked // KEY_CHUNK == number] - number * KEY_CHUNK
