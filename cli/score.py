@@ -40,7 +40,21 @@ _GROUPS = {
     "index": "index",
     "image": "image",
 }
-_NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
+_BY = {
+    "similarity": ["node", "round", "class_name"],
+    "averages": ["node", "round"],
+    "classes": [],
+    "confusion": [],
+}
+_NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement", "found")
+_TITLES = {
+    "agreement": "agreement: share of images whose closest class is their own",
+    "similarity": "similarity: mean cosine between an image and its class' prompt",
+    "accuracy": "accuracy: share of images whose closest class is their own",
+    "balanced_accuracy": "balanced accuracy: mean of the classes' accuracies",
+    "macro_f1": "macro F1: mean of the classes' F1",
+    "f1": "F1 of the class",
+}
 
 
 @click.command("score")
@@ -66,11 +80,18 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
     help="What is said of a class; underscores in its name become spaces.",
 )
 @click.option(
+    "--measure",
+    type=click.Choice(list(_BY)),
+    default="similarity",
+    show_default=True,
+    help="averages: accuracy, balanced accuracy, macro and weighted F1 of each group; classes: "
+    "precision, recall and F1 of each class; confusion: which class was taken for which.",
+)
+@click.option(
     "--by",
     type=KeyList(_GROUPS),
-    default="node,round,class",
-    show_default=True,
-    help="Some of node,round,split,class,index,image; all six give each picture a row.",
+    help="Some of node,round,split,class,index,image; all six give each picture a row "
+    "[similarity: node,round,class; averages: node,round; classes and confusion: all together].",
 )
 @click.option(
     "--batch-size",
@@ -87,6 +108,12 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write csv or json to this file instead; csv unless --format says json.",
 )
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw it: over the rounds, or the confusion as a square; png, pdf or svg.",
+)
 @quiet_option
 @click.pass_context
 def command(
@@ -98,11 +125,13 @@ def command(
     input_dir: Path | None,
     among: tuple[str, ...],
     prompt: str,
-    by: list[str],
+    measure: str,
+    by: list[str] | None,
     batch_size: int,
     device: str | None,
     form: str,
     output: Path | None,
+    plot: Path | None,
     quiet: bool,
 ) -> None:
     """Measure with CLIP whether images show their class.
@@ -115,12 +144,22 @@ def command(
     fedgfe-store score --clip-model openai/clip-vit-base-patch32 --round 5
     fedgfe-store score --clip-model models/clip --by round --node server
     fedgfe-store score --clip-model models/clip --output scores.csv
+    fedgfe-store score --clip-model models/clip --measure averages --plot accuracy.png
     """
     from fedgfe_store import EmbeddingStore
+    from fedgfe_store.analysis.plots import check_plot, plot_confusion, plot_rounds
     from fedgfe_store.images.scoring import score_pictures, selected_images
 
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
+    if by is None:
+        by = _BY[measure]
+    if measure == "averages" and "class_name" in by:
+        raise click.BadParameter(
+            "averages are over classes; --measure classes has a row for each", param_hint="--by"
+        )
+    if plot is not None:
+        check_plot(plot, None if measure == "confusion" else by)
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     found = selected_images(selection, input_dir or default_folder(selection))
@@ -142,7 +181,7 @@ def command(
             f"--among names others",
             err=True,
         )
-    table = scores.table(by)
+    table = _table(scores, measure, by)
     if output is not None:
         output.write_text(as_text(table, "csv" if form == "table" else form), encoding="utf-8")
         click.echo(f"{counted(len(scores.frame), 'picture')} scored, {len(table)} rows in {output}")
@@ -150,17 +189,36 @@ def command(
         _print(scores, table)
     else:
         print_data(table, form)
+    if plot is not None:
+        title = f"{counted(len(scores.frame), 'picture')} of {selection.location.name}"
+        if measure == "confusion":
+            plot_confusion(table, plot, title=title)
+        else:
+            keys = [*by, "class_name"] if measure == "classes" and "class_name" not in by else by
+            plot_rounds(table, keys, _TITLES, plot, title=title)
+        click.echo(f"plot: {plot}", err=form != "table")
     if "damaged" in scores.left_out.values():
         ctx.exit(SOME_FAILED)
 
 
+def _table(scores: Scores, measure: str, by: list[str]) -> pd.DataFrame:
+    if measure == "averages":
+        return scores.averages(by)
+    if measure == "classes":
+        return scores.by_class(by)
+    if measure == "confusion":
+        return scores.confusion(by)
+    return scores.table(by)
+
+
 def _print(scores: Scores, table: pd.DataFrame) -> None:
-    shown = table.assign(
-        similarity=table["similarity"].map("{:.3f}".format),
-        agreement=table["agreement"].map(_share),
-    )
-    headers = [str(name).removesuffix("_name") for name in shown]
-    print_table(headers, shown.to_numpy().tolist(), right=_NUMERIC)
+    shares = [name for name in table.select_dtypes("float") if name != "similarity"]
+    shown = table.assign(**{str(name): table[name].map(_share) for name in shares})
+    if "similarity" in table:
+        shown["similarity"] = table["similarity"].map("{:.3f}".format)
+    headers = [str(name).removesuffix("_name").replace("_", " ") for name in shown]
+    right = [*_NUMERIC, *(str(name).replace("_", " ") for name in shares)]
+    print_table(headers, shown.to_numpy().tolist(), right=right)
     frame = scores.frame
     line = f"{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}"
     if len(scores.prompts) > 1:
