@@ -31,6 +31,7 @@ _COMMANDS = {
     "slurm": ("slurm", "command", "Print a SLURM script that renders on many GPUs."),
     "gallery": ("gallery", "command", "Make a page to look through the images."),
     "score": ("score", "command", "Measure with CLIP whether images show their class."),
+    "fidelity": ("fidelity", "command", "Measure how far images are from others: KID, FID."),
     "history": ("changes", "history", "Show what each commit did."),
     "delete": ("changes", "delete", "Delete records."),
     "verify": ("changes", "verify", "Check every record and file; repair."),

@@ -209,8 +209,8 @@ def score_pictures(
     left_out = dict(found.left_out)
     for first in range(0, len(found.images), batch_size):
         batch = found.images[first : first + batch_size]
-        opened = side_by_side(_open, [record.file for record in batch])
-        pairs = list(zip(batch, opened, strict=True))
+        pictures = side_by_side(opened, [record.file for record in batch])
+        pairs = list(zip(batch, pictures, strict=True))
         left_out |= {record.name: "damaged" for record, image in pairs if image is None}
         rows += _score(pairs, clip, texts, list(prompts))
         if progress is not None:
@@ -287,9 +287,10 @@ def _score(
     return rows
 
 
-def _open(path: Path) -> Image.Image | None:
+def opened(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Image.Image | None:
+    """Return a picture file of one of Pillow's `formats` in RGB; None where it is damaged."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=formats) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:
         if isinstance(error, OSError) and error.errno is not None:
