@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from .codes import SOME_FAILED
 from .options import (
-    KEYS,
     Filters,
     KeyList,
+    KeyValue,
     as_of_option,
     default_folder,
     filter_options,
@@ -57,6 +57,7 @@ _TITLES = {
 )
 @click.option(
     "--to",
+    type=KeyValue(),
     metavar="KEY=VALUE",
     help="Compare with the images of one node, round or split: node=server, round=1.",
 )
@@ -92,7 +93,7 @@ def command(
     as_of: int | None,
     model: Path,
     real: Path | None,
-    to: str | None,
+    to: tuple[str, int | str] | None,
     input_dir: Path | None,
     by: list[str],
     batch_size: int,
@@ -120,7 +121,6 @@ def command(
 
     if (real is None) == (to is None):
         raise click.UsageError("expected one of --real and --to")
-    compared = None if to is None else _key(to)
     if plot is not None:
         check_plot(plot, by)
     pictures = None if real is None else pictures_below(real)
@@ -134,7 +134,7 @@ def command(
             found,
             features,
             real=pictures,
-            to=compared,
+            to=None if to is None else dict([to]),
             by=by,
             batch_size=batch_size,
             progress=advance,
@@ -150,16 +150,6 @@ def command(
         _draw(measured, by, plot, form)
     if "damaged" in measured.left_out.values():
         ctx.exit(SOME_FAILED)
-
-
-def _key(text: str) -> dict[str, Any]:
-    name, sign, value = text.partition("=")
-    if not sign or name not in KEYS or not value:
-        raise click.BadParameter(
-            f"expected one of {', '.join(KEYS)} and its value, such as node=server, got {text!r}",
-            param_hint="--to",
-        )
-    return {KEYS[name]: value}
 
 
 def _print(measured: Fidelity) -> None:

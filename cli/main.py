@@ -40,6 +40,7 @@ _COMMANDS = {
     "upgrade": ("changes", "upgrade", "Bring a store of an old format to the newest."),
     "merge": ("changes", "merge", "Bring other stores' records into one."),
     "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
+    "quality": ("quality", "command", "Show how close embeddings are to a reference."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
 }

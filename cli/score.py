@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from .codes import SOME_FAILED
+from .measures import CLASSIFIED, classified, draw, grouping, print_measures
 from .options import (
     Filters,
     KeyList,
@@ -23,7 +23,7 @@ from .options import (
     quiet_option,
 )
 from .progress import progress
-from .tables import as_text, counted, print_data, print_table
+from .tables import as_text, counted, print_data
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,20 +40,10 @@ _GROUPS = {
     "index": "index",
     "image": "image",
 }
-_BY = {
-    "similarity": ["node", "round", "class_name"],
-    "averages": ["node", "round"],
-    "classes": [],
-    "confusion": [],
-}
-_NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement", "found")
+_FORMS = {"similarity": "{:.3f}"}
 _TITLES = {
     "agreement": "agreement: share of images whose closest class is their own",
     "similarity": "similarity: mean cosine between an image and its class' prompt",
-    "accuracy": "accuracy: share of images whose closest class is their own",
-    "balanced_accuracy": "balanced accuracy: mean of the classes' accuracies",
-    "macro_f1": "macro F1: mean of the classes' F1",
-    "f1": "F1 of the class",
 }
 
 
@@ -81,7 +71,7 @@ _TITLES = {
 )
 @click.option(
     "--measure",
-    type=click.Choice(list(_BY)),
+    type=click.Choice(["similarity", *CLASSIFIED]),
     default="similarity",
     show_default=True,
     help="averages: accuracy, balanced accuracy, macro and weighted F1 of each group; classes: "
@@ -147,19 +137,11 @@ def command(
     fedgfe-store score --clip-model models/clip --measure averages --plot accuracy.png
     """
     from fedgfe_store import EmbeddingStore
-    from fedgfe_store.analysis.plots import check_plot, plot_confusion, plot_rounds
     from fedgfe_store.images.scoring import score_pictures, selected_images
 
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
-    if by is None:
-        by = _BY[measure]
-    if measure == "averages" and "class_name" in by:
-        raise click.BadParameter(
-            "averages are over classes; --measure classes has a row for each", param_hint="--by"
-        )
-    if plot is not None:
-        check_plot(plot, None if measure == "confusion" else by)
+    keys = grouping(measure, by, plot, ["node", "round", "class_name"])
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     found = selected_images(selection, input_dir or default_folder(selection))
@@ -181,7 +163,8 @@ def command(
             f"--among names others",
             err=True,
         )
-    table = _table(scores, measure, by)
+    is_classified = measure in CLASSIFIED
+    table = classified(scores.frame, measure, keys) if is_classified else scores.table(keys)
     if output is not None:
         output.write_text(as_text(table, "csv" if form == "table" else form), encoding="utf-8")
         click.echo(f"{counted(len(scores.frame), 'picture')} scored, {len(table)} rows in {output}")
@@ -191,40 +174,16 @@ def command(
         print_data(table, form)
     if plot is not None:
         title = f"{counted(len(scores.frame), 'picture')} of {selection.location.name}"
-        if measure == "confusion":
-            plot_confusion(table, plot, title=title)
-        else:
-            keys = [*by, "class_name"] if measure == "classes" and "class_name" not in by else by
-            plot_rounds(table, keys, _TITLES, plot, title=title)
+        draw(table, measure, keys, plot, titles=_TITLES, title=title)
         click.echo(f"plot: {plot}", err=form != "table")
     if "damaged" in scores.left_out.values():
         ctx.exit(SOME_FAILED)
 
 
-def _table(scores: Scores, measure: str, by: list[str]) -> pd.DataFrame:
-    if measure == "averages":
-        return scores.averages(by)
-    if measure == "classes":
-        return scores.by_class(by)
-    if measure == "confusion":
-        return scores.confusion(by)
-    return scores.table(by)
-
-
 def _print(scores: Scores, table: pd.DataFrame) -> None:
-    shares = [name for name in table.select_dtypes("float") if name != "similarity"]
-    shown = table.assign(**{str(name): table[name].map(_share) for name in shares})
-    if "similarity" in table:
-        shown["similarity"] = table["similarity"].map("{:.3f}".format)
-    headers = [str(name).removesuffix("_name").replace("_", " ") for name in shown]
-    right = [*_NUMERIC, *(str(name).replace("_", " ") for name in shares)]
-    print_table(headers, shown.to_numpy().tolist(), right=right)
+    print_measures(table, _FORMS)
     frame = scores.frame
     line = f"{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}"
     if len(scores.prompts) > 1:
         line += f", agreement {frame['agrees'].mean():.1%} among {len(scores.prompts)} classes"
     click.echo(f"\n{line}")
-
-
-def _share(agreement: float) -> str:
-    return "-" if isnan(agreement) else f"{agreement:.1%}"
