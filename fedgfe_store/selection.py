@@ -19,6 +19,7 @@ from fedgfe_store.storage.snapshot import Snapshot
 if TYPE_CHECKING:
     import torch
     import xarray as xr
+    from ray.data import Dataset
 
     from fedgfe_store.readers.torch import Batches
 
@@ -135,6 +136,31 @@ class Selection(Rows):
         from fedgfe_store.readers.xarray import to_dataset
 
         return to_dataset(self, chunks)
+
+    def to_ray(self, *, columns: Sequence[str] | None = None) -> Dataset:
+        """Return the selection as a Ray Data dataset, a row for each record.
+
+        Parameters
+        ----------
+        columns : sequence of str, optional
+            Tensor columns, as for `batches`.
+
+        Returns
+        -------
+        ray.data.Dataset
+            The five key columns and the tensors. Nothing is read before it is used; then Ray's
+            workers, which see the store under the same path, read blocks of some 64 MB.
+
+        Raises
+        ------
+        NotFoundError
+            If Ray is not installed.
+        SchemaMismatchError
+            If there is no such column.
+        """
+        from fedgfe_store.readers.ray import to_ray
+
+        return to_ray(self, columns)
 
     def batches(
         self,
