@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from fedgfe_store.common.filters import NUMBERS, matches, wanted_values
+from fedgfe_store.common.filters import wanted_values
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, TEXT_ROUND, are_negatives
 from fedgfe_store.rows import Rows
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class Selection(Rows):
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        snapshot: State,
         filters: Mapping[str, Any],
         *,
         per_class: int | None,
@@ -45,7 +45,7 @@ class Selection(Rows):
 
     @classmethod
     def of(
-        cls, snapshot: Snapshot, filters: Mapping[str, Any], *, per_class: int | None = None
+        cls, snapshot: State, filters: Mapping[str, Any], *, per_class: int | None = None
     ) -> Selection:
         """Return the records of `snapshot` that meet `filters`; see `EmbeddingStore.select`."""
         if per_class is not None and not (is_whole(per_class) and per_class >= 1):
@@ -56,9 +56,9 @@ class Selection(Rows):
         return cls(snapshot, checked, per_class=per_class)
 
     @classmethod
-    def whole(cls, snapshot: Snapshot) -> Selection:
+    def whole(cls, snapshot: State) -> Selection:
         """Return all records of `snapshot`, negative embeddings among them."""
-        return cls(snapshot, {}, per_class=None, rows=np.flatnonzero(snapshot.visible))
+        return cls(snapshot, {}, per_class=None, rows=snapshot.matching({}))
 
     def others(self, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.
@@ -90,13 +90,7 @@ class Selection(Rows):
         """Row numbers of the records in the store's arrays, int64 ``[n]``."""
         if self._taken is not None:
             return self._taken
-        # From a server, all at once: what a filter leaves out costs less than waiting in turn.
-        self._snapshot.fetch(("created_in", "deleted_in", *self._filters))
-        rows = np.flatnonzero(self._snapshot.visible)
-        # Numbers first: they are compared faster, and text only where they leave any.
-        for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):
-            values = self._snapshot.column_at(name, rows)
-            rows = rows[matches(values, self._filters[name])]
+        rows = self._snapshot.matching(self._filters)
         if "split" not in self._filters and self._snapshot.group.may_have_negatives:
             rows = _without_negatives(self._snapshot, rows)
         return rows if self._per_class is None else self._lowest(rows, self._per_class)
@@ -185,7 +179,7 @@ class Selection(Rows):
         )
 
 
-def _without_negatives(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
+def _without_negatives(snapshot: State, rows: np.ndarray) -> np.ndarray:
     """Leave out what guidance leads away from, which is of no class."""
     # By the numbers first: they are compared soonest, and few rows are left.
     texts = rows[snapshot.column_at("round", rows) == TEXT_ROUND]
