@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from fedgfe_store.checkpoints.reading import Entry
 from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.entry import conformed
 from fedgfe_store.storage.incoming import checked
-from fedgfe_store.storage.state import Filters, State
+from fedgfe_store.storage.state import State
 from fedgfe_store.storage.version_1 import identities
 
 Place = tuple[str, str, int]
@@ -33,13 +34,13 @@ class DeletedRecords:
     def __init__(self, snapshot: State, node: str, round: int) -> None:
         self._schema, self._node, self._round = snapshot.schema, node, round
         self._names = [f"{t.name}_digest" for t in self._schema.tensors if not t.optional]
-        group: Filters = {"round": [round], "node": [node]}
-        rows = snapshot.matching(group, deleted=True)
-        live = np.isin(rows, snapshot.matching(group))
-        replaced = set(snapshot.keys(rows[live]))
-        digests = [snapshot.column_at(name, rows[~live]).tolist() for name in self._names]
+        filters: dict[str, list[Any]] = {"node": [node], "round": [round]}
+        live = snapshot.rows_matching(filters)
+        dead = np.setdiff1d(snapshot.rows_matching(filters, deleted=True), live)
+        replaced = set(snapshot.keys(live))
+        digests = [snapshot.column_at(name, dead).tolist() for name in self._names]
         self._digests: dict[RecordKey, set[tuple[int, ...]]] = {}
-        for key, *found in zip(snapshot.keys(rows[~live]), *digests, strict=True):
+        for key, *found in zip(snapshot.keys(dead), *digests, strict=True):
             if key not in replaced:
                 self._digests.setdefault(key, set()).add(tuple(found))
 
@@ -103,13 +104,13 @@ class Identities:
 
     def _round_before(self, snapshot: State) -> tuple[int, dict[Place, Mapping[str, str]]] | None:
         """Return the last round before that the node has records of, and who they are."""
-        earlier: Filters = {"round": [range(self._round)], "node": [self._node]}
-        rows = snapshot.matching(earlier)
-        if not len(rows):
-            return None
-        rounds = snapshot.column_at("round", rows)
-        number = int(rounds.max())
-        return number, _known(snapshot, rows[rounds == number])
+        # Mostly it is the one before, and that takes no look at all the others.
+        for rounds in (self._round - 1, range(self._round - 1)):
+            rows = snapshot.rows_matching({"node": [self._node], "round": [rounds]})
+            if len(rows):
+                numbers = snapshot.column_at("round", rows)
+                return int(numbers.max()), _known(snapshot, rows[numbers == numbers.max()])
+        return None
 
 
 def _known(snapshot: State, rows: np.ndarray) -> dict[Place, Mapping[str, str]]:

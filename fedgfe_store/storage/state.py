@@ -57,7 +57,7 @@ class State(ABC):
         """Return the latest state of the same store."""
 
     @abstractmethod
-    def matching(self, filters: Filters, *, deleted: bool = False) -> np.ndarray:
+    def rows_matching(self, filters: Filters, *, deleted: bool = False) -> np.ndarray:
         """Return the rows of the records that meet every filter, in the order of their commits.
 
         Parameters
@@ -91,8 +91,8 @@ class State(ABC):
 
     @property
     @abstractmethod
-    def count(self) -> int:
-        """How many records are visible."""
+    def live(self) -> int:
+        """Number of records at this commit."""
 
     @abstractmethod
     def commit_times(self) -> Mapping[int, int]:
