@@ -40,16 +40,20 @@ class EmbeddingStore(Upkeep):
 
     @classmethod
     def create(
-        cls, path: Given, schema: Schema, *, timeout: float = LOCK_TIMEOUT
+        cls, path: Given, schema: Schema, *, shared: bool = False, timeout: float = LOCK_TIMEOUT
     ) -> EmbeddingStore:
         """Make an empty store at `path`.
 
         Parameters
         ----------
         path : path-like
-            A folder that does not exist yet, or an empty one.
+            A folder that does not exist yet, or an empty one; of a shared store also a URL, such
+            as ``s3://bucket/folder``.
         schema : Schema
             What its records look like.
+        shared : bool
+            Let many processes and machines write at once, without any lock (extra ``cloud``);
+            otherwise one writes while others wait.
         timeout : float
             Seconds to wait for another process that is making it.
 
@@ -60,7 +64,7 @@ class EmbeddingStore(Upkeep):
         BusyError
             If another process holds the store for longer than `timeout`.
         """
-        create(location(path), schema, timeout=timeout)
+        create(location(path), schema, shared=shared, timeout=timeout)
         return cls.open(path)
 
     @classmethod
