@@ -1,4 +1,4 @@
-"""What holds of local stores holds of shared ones: one of each kind of test; the others take long."""
+"""What holds of local stores holds of shared ones: one of each kind of test; the rest is long."""
 
 from __future__ import annotations
 

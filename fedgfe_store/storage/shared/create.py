@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedgfe_store.common.location import Address, Location
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.schema import Schema
-from fedgfe_store.storage.metadata import GROUP_FILE, SHARED, Group
+from fedgfe_store.storage.metadata import GROUP_BYTES, GROUP_FILE, SHARED, Group
 from fedgfe_store.storage.place import Place
 from fedgfe_store.storage.places import place_of
 from fedgfe_store.storage.shared.granules import CLAIMS
@@ -34,7 +34,9 @@ def create(location: Location, schema: Schema) -> None:
     group = replace(Group.new(schema), features=(*schema.features, SHARED))
     for name in schema.columns:
         place.put_new(f"{name}/{GROUP_FILE}", json.dumps(group.shaped()[name]).encode())
-    if not place.put_new(GROUP_FILE, group.encode()):
+    encoded = group.encode()
+    # One that is there may be this very one, whose answer was lost: it has an id.
+    if not place.put_new(GROUP_FILE, encoded) and place.read(GROUP_FILE, GROUP_BYTES) != encoded:
         raise ConflictError(f"cannot make a store at {location}: a Zarr group is there already")
 
 

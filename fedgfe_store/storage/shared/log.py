@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -51,20 +52,11 @@ class Log:
     def create(location: Location, schema: Schema) -> None:
         """Make the table, unless there is an empty one of the same columns, as of a dead maker."""
         _check_process()
+        # Another one may have made it; or this one, whose answer was lost.
+        with contextlib.suppress(CommitFailedError):
+            _asked(location, lambda: _make(location, schema))
         told = _asked(
-            location,
-            lambda: DeltaTable.create(
-                _uri(location),
-                table_schema(schema),
-                mode="ignore",
-                partition_by=list(PARTITIONS),
-                name="fedgfe-store",
-                configuration={
-                    "delta.checkpointInterval": str(_CHECKPOINT_COMMITS),
-                    "delta.setTransactionRetentionDuration": "interval 30 days",
-                },
-                storage_options=_options(location),
-            ),
+            location, lambda: DeltaTable(_uri(location), storage_options=_options(location))
         )
         if told.version() != 0 or _names(told) != set(table_schema(schema).names):
             raise ConflictError(
@@ -220,6 +212,22 @@ def _partition(file: KeyFile) -> dict[str, str | None]:
 def latest_facts(files: Sequence[KeyFile]) -> dict[int, Facts]:
     """Return the facts of the commits whose files stand in the log."""
     return {file.commit: Facts.parse(file.about) for file in files}
+
+
+def _make(location: Location, schema: Schema) -> None:
+    DeltaTable.create(
+        _uri(location),
+        table_schema(schema),
+        mode="ignore",
+        partition_by=list(PARTITIONS),
+        name="fedgfe-store",
+        configuration={
+            "delta.checkpointInterval": str(_CHECKPOINT_COMMITS),
+            "delta.setTransactionRetentionDuration": "interval 30 days",
+        },
+        storage_options=_options(location),
+        commit_properties=CommitProperties(max_commit_retries=0),
+    )
 
 
 def same_anywhere(location: Location, place: Place) -> Location:
