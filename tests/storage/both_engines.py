@@ -17,7 +17,7 @@ from fedgfe_store import EmbeddingStore
 # pytest finds the modules of a folder when it collects that folder.
 sys.path += [str(TESTS / room) for room in ("checkpoints", "recording")]
 
-# Of the local format alone: its lock, its files of key columns, what a killed maker left.
+# Of the local format alone: its lock, its files' names, backups, what a killed maker left.
 LOCAL = {
     "test_error_tree_is_pinned",
     "test_create_takes_over_what_a_killed_create_left",
@@ -28,6 +28,12 @@ LOCAL = {
     "test_verify_reports_what_is_no_record",
     "test_verify_goes_on_over_damaged_key_columns",
     "test_key_columns_are_picked_in_any_order",
+    "test_under_warn_training_goes_on_and_the_round_is_listed",
+    "test_a_busy_store",
+    "test_an_error_in_the_middle_of_a_block_larger_than_the_buffer",
+    "test_training_goes_on_while_another_writer_holds_the_store",
+    "test_it_waits_when_the_buffer_is_full",
+    "test_commands_show_it",
 }
 ONE_OF_EACH_KIND = {
     "test_notes_come_back",
