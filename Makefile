@@ -26,7 +26,7 @@ test: lint test-gpu
 	time $(BIN)/python -m pytest $(PARALLEL) -m "not long"
 
 # What is left out of `make test`: every model where some stand for all, and full sizes.
-test-long: $(VENV)/installed-dev
+test-long: $(VENV)/installed-long
 	$(BIN)/python -m pytest $(PARALLEL) -m long
 	$(BIN)/python -m pytest $(PARALLEL) -m long tests/virtual_gpu
 
@@ -80,6 +80,11 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+# Ray takes 240 MB and half a minute.
+$(VENV)/installed-long: $(VENV)/installed-dev
+	$(PIP) --editable '.[ray]'
 	touch $@
 
 $(VENV)/installed-notebooks: $(VENV)/installed

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,19 @@ _DECIDED_BY_IMAGE = DECIDED_BY_IMAGE | {*FILTERS, "checkpoint", "checkpoint_dir"
     help="With --from-image: in place of the picture itself, or of the one in --output-dir.",
 )
 @request_options("part", "on_stale")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where to render: in this process, or on the workers of a Ray cluster.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Workers of --engine ray [as many as GPUs, else as machines].",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @request_options("on_stale")
 @quiet_option
@@ -70,6 +84,8 @@ def command(
     output_dir: Path | None,
     from_image: Path | None,
     overwrite: bool,
+    engine: str,
+    workers: int | None,
     dry_run: bool,
     quiet: bool,
     **asked: Any,
@@ -88,16 +104,19 @@ def command(
     fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --output-dir output_images/fine
     fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
     """
-    from fedgfe_store.generation.prepare import prepare
     from fedgfe_store.generation.request import Request
-    from fedgfe_store.generation.run import note_stop, render
+    from fedgfe_store.generation.run import note_stop
     from fedgfe_store.generation.stopping import Stopped
 
+    if from_image is not None and engine != "local":
+        raise click.UsageError("--engine ray goes with many images, --from-image makes one")
+    if workers is not None and engine == "local":
+        raise click.UsageError("--workers goes with --engine ray")
     if overwrite and from_image is None:
         raise click.UsageError("--overwrite goes with --from-image; see --on-stale for other runs")
     place = _place(asked.pop("part"), from_image)
     request = Request(**asked, **place, again=overwrite)
-    with _stopping(ctx) as stop:
+    with _stopping(ctx) as stop, _engine(engine, workers) as (prepare, render):
         with stop.interrupting():
             if from_image is not None:
                 run = _run_again(ctx, from_image, as_of, output_dir, request, dry_run=dry_run)
@@ -132,6 +151,23 @@ def command(
         _remark("exit code 0, since torchrun ends the others at any other; see status --failed")
     elif report.failed:
         ctx.exit(SOME_FAILED)
+
+
+@contextmanager
+def _engine(
+    name: str, workers: int | None
+) -> Iterator[tuple[Callable[..., Run], Callable[..., Any]]]:
+    """Give what plans and what renders: here, or on a Ray cluster, connected for the block."""
+    if name == "local":
+        from fedgfe_store.generation.prepare import prepare
+        from fedgfe_store.generation.run import render
+
+        yield prepare, render
+        return
+    from fedgfe_store.generation import ray
+
+    with ray.connected():
+        yield ray.prepare, partial(ray.render, workers=workers)
 
 
 @contextmanager

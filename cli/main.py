@@ -31,6 +31,7 @@ _COMMANDS = {
     "slurm": ("slurm", "command", "Print a SLURM script that renders on many GPUs."),
     "gallery": ("gallery", "command", "Make a page to look through the images."),
     "score": ("score", "command", "Measure with CLIP whether images show their class."),
+    "fidelity": ("fidelity", "command", "Measure how far images are from others: KID, FID."),
     "history": ("changes", "history", "Show what each commit did."),
     "delete": ("changes", "delete", "Delete records."),
     "verify": ("changes", "verify", "Check every record and file; repair."),
@@ -39,6 +40,7 @@ _COMMANDS = {
     "upgrade": ("changes", "upgrade", "Bring a store of an old format to the newest."),
     "merge": ("changes", "merge", "Bring other stores' records into one."),
     "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
+    "quality": ("quality", "command", "Show how close embeddings are to a reference."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
 }

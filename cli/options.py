@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     NumbersType = click.ParamType[list[int | range], object]
     NamesType = click.ParamType[list[str], object]
     WholeType = click.ParamType[int | None, object]
+    PairType = click.ParamType[tuple[str, int | str], object]
 else:
     # Not generic at run time in every click that is allowed.
-    NumbersType = NamesType = WholeType = click.ParamType
+    NumbersType = NamesType = WholeType = PairType = click.ParamType
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _NUMERIC = ("round", "index")
@@ -110,6 +111,22 @@ class KeyList(NamesType):
             wanted = f"some of {', '.join(self._known)}, each once"
             self.fail(f"expected {wanted}, got {value!r}", param, ctx)
         return [self._known[name] for name in names]
+
+
+class KeyValue(PairType):
+    """A key column and the value that its records have: ``node=server``."""
+
+    name = "key and value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return `value` as the column's name and a text or number."""
+        if not isinstance(value, str):
+            return value
+        name, _, wanted = value.partition("=")
+        if name not in KEYS or not wanted or (name in _NUMERIC and not _NUMBER.fullmatch(wanted)):
+            known = f"one of {', '.join(KEYS)} and its value, such as node=server"
+            self.fail(f"expected {known}, got {value!r}", param, ctx)
+        return KEYS[name], int(wanted) if name in _NUMERIC else wanted
 
 
 _FILTERS = [

@@ -103,7 +103,7 @@ class EmbeddingStore(Upkeep):
 
     def __len__(self) -> int:
         """Return the number of records."""
-        return int(self._snapshot.visible.sum())
+        return self._snapshot.live
 
     def __bool__(self) -> bool:
         return True

@@ -1,11 +1,10 @@
-"""Servers on this machine that tests start and end: S3, plain files, and faults before either."""
+"""Servers on this machine that tests start and end: S3 and plain files. Faults: `proxy`."""
 
 from __future__ import annotations
 
-import http.client
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,14 +12,18 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # A client opens many connections at once; those that are not taken try again after a second.
+    request_queue_size = 128
 
 
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Serve on a free port of this machine while the block runs; yields the URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -31,8 +34,13 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         thread.join()
 
 
-class _Quiet(BaseHTTPRequestHandler):
+class Quiet(BaseHTTPRequestHandler):
+    """What keeps connections, answers in one go and prints nothing."""
+
     protocol_version = "HTTP/1.1"
+    # Headers and body in two packets wait for one another's receipt, 40 ms each time.
+    wbufsize = -1
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -49,7 +57,7 @@ class _Quiet(BaseHTTPRequestHandler):
 def file_server(folder: Path) -> type[BaseHTTPRequestHandler]:
     """A plain web server of the files in `folder`: GET and HEAD, of whole files or one range."""
 
-    class Handler(_Quiet):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             path = folder / unquote(urlsplit(self.path).path).lstrip("/")
             if not path.is_file():
@@ -71,58 +79,6 @@ def file_server(folder: Path) -> type[BaseHTTPRequestHandler]:
         do_HEAD = do_GET
 
     return Handler
-
-
-class Proxy:
-    """A server before another one: it keeps what was asked, and does harm where it is told to.
-
-    Attributes
-    ----------
-    asked : list of str
-        Method, path and range of each request.
-    harm : callable
-        Called with a request's path, its status and the answer's body; gives the status and the
-        body that go out instead. A body that is shorter than the answer's ends too early.
-    """
-
-    def __init__(self, upstream: str) -> None:
-        self.asked: list[str] = []
-        self.harm: Callable[[str, int, bytes], tuple[int, bytes]] = lambda path, status, body: (
-            status,
-            body,
-        )
-        self._upstream = urlsplit(upstream).netloc
-
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        proxy = self
-
-        class Handler(_Quiet):
-            def do_GET(self) -> None:
-                span = self.headers.get("Range", "").removeprefix("bytes=")
-                proxy.asked.append(f"{self.command} {self.path} {span}".strip())
-                answer, body = proxy.forward(self)
-                status, sent = proxy.harm(self.path, answer.status, body)
-                headers = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOP]
-                length = len(body) if status == answer.status else len(sent)
-                if self.command == "HEAD":
-                    length = int(answer.getheader("Content-Length") or 0)
-                self.answer(status, [*headers, ("Content-Length", str(length))], sent)
-                if self.command != "HEAD" and len(sent) < length:
-                    self.close_connection = True
-
-            do_HEAD = do_GET
-
-        return Handler
-
-    def forward(self, request: BaseHTTPRequestHandler) -> tuple[http.client.HTTPResponse, bytes]:
-        """Ask the server behind, and return its answer."""
-        connection = http.client.HTTPConnection(self._upstream, timeout=60)
-        try:
-            connection.request(request.command, request.path, headers=dict(request.headers))
-            answer = connection.getresponse()
-            return answer, answer.read()
-        finally:
-            connection.close()
 
 
 @contextmanager

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import numpy as np
 import obstore
 import pytest
 import xarray as xr
 from click.testing import CliRunner
-from conftest import SMALL, fill
+from conftest import BUCKET, SMALL, fill
 from obstore.store import S3Store
 from PIL import Image
-from servers import Proxy, file_server, s3_server, serving
+from proxy import Proxy, proxied
+from servers import file_server, serving
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
@@ -25,8 +24,6 @@ from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchE
 from fedgfe_store.images.png import read_provenance
 from fedgfe_store.recording import Recorder
 from fedgfe_store.storage import objects
-
-_BUCKET = "experiments"
 
 pytestmark = pytest.mark.long  # a server of S3 and its client take minutes on a busy machine
 
@@ -57,50 +54,30 @@ def filled(tmp_path_factory):
     return store
 
 
-@pytest.fixture(scope="module")
-def s3():
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with s3_server() as url:
-        urlopen(Request(f"{url}/{_BUCKET}", method="PUT")).close()
-        yield url
-
-
 @pytest.fixture
-def credentials(monkeypatch):
-    """The usual variables, and few retries, so that no test waits for long."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
+def credentials(aws, monkeypatch):
+    """Those of the S3 server, and few retries, so that no test waits for long."""
     monkeypatch.setitem(objects.RETRIES, "max_retries", 4)
 
 
 def upload(folder: Path, url: str, prefix: str) -> None:
-    client = S3Store(_BUCKET, prefix=prefix, endpoint=url, client_options={"allow_http": True})
+    client = S3Store(BUCKET, prefix=prefix, endpoint=url, client_options={"allow_http": True})
     for path in folder.rglob("*"):
         if path.is_file():
             obstore.put(client, path.relative_to(folder).as_posix(), path.read_bytes())
 
 
 @pytest.fixture
-def on_s3(filled, s3, credentials, monkeypatch, tmp_path):
+def on_s3(filled, s3, aws, credentials, tmp_path):
     prefix = f"{tmp_path.name}/embeddings.zarr"
-    proxy = Proxy(s3)
-    with serving(proxy.handler()) as url:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        upload(filled.path, s3, prefix)
-        yield Served(filled, f"s3://{_BUCKET}/{prefix}", proxy)
+    upload(filled.path, s3, prefix)
+    return Served(filled, f"s3://{BUCKET}/{prefix}", aws())
 
 
 @pytest.fixture
 def on_the_web(filled, credentials):
-    with serving(file_server(filled.path.parent)) as files:
-        proxy = Proxy(files)
-        with serving(proxy.handler()) as url:
-            yield Served(filled, f"{url}/embeddings.zarr", proxy)
+    with serving(file_server(filled.path.parent)) as files, proxied(files) as proxy:
+        yield Served(filled, f"{proxy.url}/embeddings.zarr", proxy)
 
 
 @pytest.fixture(params=["s3", "web"])
@@ -174,28 +151,26 @@ def test_twelve_records_are_there_with_forty_requests(on_s3, suffixes, monkeypat
     assert len(on_s3.proxy.asked) <= 40, on_s3.proxy.asked
 
 
-def test_what_is_large_is_asked_for_in_parts_and_together(s3, credentials, monkeypatch, tmp_path):
+def test_what_is_large_is_asked_for_in_parts_and_together(s3, aws, tmp_path):
     schema = Schema.flux(64, width=1024, clip=(4,), granule=64)
     local = EmbeddingStore.create(tmp_path / "large.zarr", schema)
     fill(local, node=0, round=1, n=20)
     upload(local.path, s3, f"{tmp_path.name}/large.zarr")
-    proxy = Proxy(s3)
-    with serving(proxy.handler()) as url:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        there = EmbeddingStore.open(f"s3://{_BUCKET}/{tmp_path.name}/large.zarr")
-        rows = [*range(10, 22), 30]
-        part = there.select().take(rows)
-        part.keys()  # key columns are there now
-        part.column("timestamp")
-        proxy.asked.clear()
-        assert part.read("t5").tobytes() == local.select().take(rows).read("t5").tobytes()
-        spans = [line.split()[-1] for line in proxy.asked if "/t5/c." in line]
-        assert len(spans) == 3  # its end, twelve records in a row, and one
-        again = there.select().take([5])
-        proxy.asked.clear()
-        again.read("t5")
-        assert len(proxy.asked) == 1  # where it lies is known
-        assert there.verify().sound
+    proxy = aws()
+    there = EmbeddingStore.open(f"s3://{BUCKET}/{tmp_path.name}/large.zarr")
+    rows = [*range(10, 22), 30]
+    part = there.select().take(rows)
+    part.keys()  # key columns are there now
+    part.column("timestamp")
+    proxy.asked.clear()
+    assert part.read("t5").tobytes() == local.select().take(rows).read("t5").tobytes()
+    spans = [line.split()[-1] for line in proxy.asked if "/t5/c." in line]
+    assert len(spans) == 3  # its end, twelve records in a row, and one
+    again = there.select().take([5])
+    proxy.asked.clear()
+    again.read("t5")
+    assert len(proxy.asked) == 1  # where it lies is known
+    assert there.verify().sound
 
 
 def test_a_server_that_is_busy_or_breaks_off_is_asked_again(served):
@@ -226,8 +201,8 @@ def test_a_server_that_refuses_is_named_with_what_was_asked(served, status):
 
 
 def test_nothing_there_and_nobody_there(on_s3, monkeypatch):
-    with pytest.raises(NotFoundError, match=f"no embedding store at s3://{_BUCKET}/other"):
-        EmbeddingStore.open(f"s3://{_BUCKET}/other/")
+    with pytest.raises(NotFoundError, match=f"no embedding store at s3://{BUCKET}/other"):
+        EmbeddingStore.open(f"s3://{BUCKET}/other/")
     there = on_s3.open()
     with serving(file_server(Path())) as url:
         pass

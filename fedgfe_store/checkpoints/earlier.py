@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -33,13 +34,13 @@ class DeletedRecords:
     def __init__(self, snapshot: Snapshot, node: str, round: int) -> None:
         self._schema, self._node, self._round = snapshot.schema, node, round
         self._names = [f"{t.name}_digest" for t in self._schema.tensors if not t.optional]
-        written = snapshot.column("created_in") > 0
-        rows = _rows(snapshot, node, written & (snapshot.column("round") == round))
-        live = snapshot.visible[rows]
-        replaced = set(snapshot.keys(rows[live]))
-        digests = [snapshot.column_at(name, rows[~live]).tolist() for name in self._names]
+        filters: dict[str, list[Any]] = {"node": [node], "round": [round]}
+        live = snapshot.rows_matching(filters)
+        dead = np.setdiff1d(snapshot.rows_matching(filters, deleted=True), live)
+        replaced = set(snapshot.keys(live))
+        digests = [snapshot.column_at(name, dead).tolist() for name in self._names]
         self._digests: dict[RecordKey, set[tuple[int, ...]]] = {}
-        for key, *found in zip(snapshot.keys(rows[~live]), *digests, strict=True):
+        for key, *found in zip(snapshot.keys(dead), *digests, strict=True):
             if key not in replaced:
                 self._digests.setdefault(key, set()).add(tuple(found))
 
@@ -105,20 +106,13 @@ class Identities:
         self, snapshot: Snapshot
     ) -> tuple[int, dict[Place, Mapping[str, str]]] | None:
         """Return the last round before that the node has records of, and who they are."""
-        rounds, live = snapshot.column("round"), snapshot.visible
-        # From the latest on, mostly the one before: names of nodes are text, and slow to compare.
-        for number in np.unique(rounds[live & (rounds < self._round)])[::-1]:
-            rows = _rows(snapshot, self._node, live & (rounds == number))
+        # Mostly it is the one before, and that takes no look at all the others.
+        for rounds in (self._round - 1, range(self._round - 1)):
+            rows = snapshot.rows_matching({"node": [self._node], "round": [rounds]})
             if len(rows):
-                return int(number), _known(snapshot, rows)
+                numbers = snapshot.column_at("round", rows)
+                return int(numbers.max()), _known(snapshot, rows[numbers == numbers.max()])
         return None
-
-
-def _rows(snapshot: Snapshot, node: str, mask: np.ndarray) -> np.ndarray:
-    """Return the rows of a node among those of `mask`."""
-    rows = np.flatnonzero(mask)
-    own: np.ndarray = rows[snapshot.column_at("node", rows) == node]
-    return own
 
 
 def _known(snapshot: Snapshot, rows: np.ndarray) -> dict[Place, Mapping[str, str]]:

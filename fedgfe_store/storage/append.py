@@ -353,8 +353,7 @@ class AppendBatch:
         """Return the rows of the live records of a round and node."""
         if (number, node) not in self._stored:
             snapshot = self._snapshot
-            rows = np.flatnonzero(snapshot.visible & (snapshot.column("round") == number))
-            rows = rows[snapshot.column_at("node", rows) == node]
+            rows = snapshot.rows_matching({"round": [number], "node": [node]})
             keys = snapshot.keys(rows)
             self._stored[number, node] = dict(zip(keys, rows.tolist(), strict=True))
         return self._stored[number, node]

@@ -38,7 +38,7 @@ from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
 from fedgfe_store.storage.recovery import clear, recover, remove_temporary
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
-from fedgfe_store.storage.version_1 import PENDING, identities, put_pending, remove_pending
+from fedgfe_store.storage.version_1 import PENDING, identities, pending_note, remove_pending
 
 CommitKind = Literal["append", "replace", "delete", "compact", "upgrade", "repair"]
 
@@ -180,7 +180,9 @@ class Transaction:
         # Set before the file is there: what an interruption leaves half done is cleared, too.
         first, self._begun = not self._begun, True
         if first and self.snapshot.group.version == 1:
-            put_pending(self.path, token=self._claim.token, commit=self.commit)
+            note = pending_note(token=self._claim.token, commit=self.commit)
+            self._staging.write({self.path / PENDING: note})
+            self._staging.place()
 
     def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
@@ -301,11 +303,11 @@ class Transaction:
                 chunks |= key_files.numbered(name, 0, self._upgraded_column(name, rows))
             elif name in rows:
                 first = self.snapshot.group.rows(name) // KEY_CHUNK
-                kept = self.snapshot.unfinished(name)
+                kept = self.snapshot.chunks.unfinished(name)
                 chunks |= key_files.numbered(name, first, np.concatenate([kept, rows[name]]))
         # Read whole, so that marks of commits that were never published are seen and cleared.
         self.snapshot.column("deleted_in")
-        for name, number in self.snapshot.stale:
+        for name, number in self.snapshot.chunks.stale:
             self._chunk(chunks, name, number)
         for number in np.unique(marked // KEY_CHUNK).tolist():
             here = marked[marked // KEY_CHUNK == number] - number * KEY_CHUNK

@@ -173,7 +173,7 @@ def _leftovers(snapshot: Snapshot) -> Iterator[str]:
     own = [name for name in names if str(name.parent) in (".", *arrays)]
     begun = [n for n in own if is_claim_name(str(n)) or str(n) == PENDING]
     yield from (f"{place}/{name}: a writer is at work, or died" for name in sorted(begun))
-    for name, number in sorted(snapshot.stale):
+    for name, number in sorted(snapshot.chunks.stale):
         yield (
             f"{place}/{name}/c.{number}: marks of a commit that was never published "
             f"(the next commit clears them)"
