@@ -33,8 +33,8 @@ Batches = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 """What `RoundBatch.add` takes by keyword, once or several times."""
 
 MESSAGE_BYTES = 2**30
-"""Bytes of embeddings that `pack` puts into a reply at most. Flower cuts arrays into pieces of 5 MiB,
-so nothing ends it at a size; but the ServerApp's memory grows by four times what all nodes send."""
+"""Bytes of embeddings that `pack` puts into a reply at most. Flower cuts arrays into pieces of
+5 MiB and has no limit itself; but the ServerApp's memory grows by four times what nodes send."""
 
 _DUE = "fedgfe-record"
 _TENSORS, _RECORDS = "fedgfe.tensors", "fedgfe.records"
@@ -87,7 +87,7 @@ def pack(
     """
     name = node if isinstance(node, str | int) else node_name(node)
     arrays: dict[str, Any] = {}
-    told = []
+    told: list[dict[str, Any]] = []
     for batch in [batches] if isinstance(batches, Mapping) else batches:
         notes = {k: _plain(k, v) for k, v in batch.items() if k in _KNOWN and v is not None}
         notes.setdefault("timestamp", to_milliseconds(datetime.now(UTC)))

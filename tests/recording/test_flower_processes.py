@@ -1,4 +1,4 @@
-"""The example Flower app over processes of its own: a SuperLink, three SuperNodes and `flwr run`."""
+"""The example Flower app over processes: a SuperLink, three SuperNodes and `flwr run`."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ class Federation:
     def run(self, rounds: int) -> Iterator[Process]:
         """Run the example's rounds; its output can be read while it runs."""
         config = f"folder='{self.folder / 'out'}' rounds={rounds}"
-        command = [BIN / "flwr", "run", ROOT / "examples" / "flower", "--stream"]
-        options = {"env": self.environment, "stderr": subprocess.STDOUT}
-        with started([*command, "--run-config", config], **options) as process:
+        app = ROOT / "examples" / "flower"
+        command: list[str | Path] = [BIN / "flwr", "run", app, "--stream"]
+        command += ["--run-config", config]
+        with started(command, env=self.environment, stderr=subprocess.STDOUT) as process:
             yield process
 
     def servers(self) -> list[psutil.Process]:
@@ -87,8 +88,8 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
 
         def start(*words: str | Path) -> Process:
             log = stack.enter_context(open(tmp_path / f"{len(os.listdir(tmp_path))}.log", "w"))
-            options = {"env": environment, "stdout": log, "stderr": log, "cwd": tmp_path}
-            return stack.enter_context(started(words, **options))
+            process = started(words, env=environment, stdout=log, stderr=log, cwd=tmp_path)
+            return stack.enter_context(process)
 
         here = ("--insecure", "--host", LOCAL)
         link = start(
