@@ -1,15 +1,24 @@
-"""Servers on this machine that tests start and end: S3 and plain files. Faults: `proxy`."""
+"""Servers on this machine that tests start and end: S3, Azure, plain files. Faults: `proxy`."""
 
 from __future__ import annotations
 
+import base64
+import hmac
+import os
 import re
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
+
+from processes import started
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
@@ -93,3 +102,51 @@ def s3_server() -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+AZURE_ACCOUNT, AZURE_KEY = (
+    "devstoreaccount1",
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==",
+)
+"""Of every Azurite, as its documentation says."""
+
+
+def azurite() -> str | None:
+    """Find the program: of this environment, where `make test-long` puts it, or of the machine."""
+    own = Path(sys.prefix, "azurite", "node_modules", ".bin")
+    return shutil.which("azurite-blob", path=f"{own}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+@contextmanager
+def azure_server(container: str) -> Iterator[str]:
+    """Azure's object storage in the memory of a process, with a container.
+
+    Yields
+    ------
+    str
+        URL, to which the account's name belongs.
+    """
+    program = azurite()
+    assert program is not None, "Azurite is not installed"
+    options = ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]
+    with started([program, "--blobHost", "127.0.0.1", "--blobPort", "0", *options]) as server:
+        said = ""
+        while "listens on" not in said:
+            said = server.line()
+            assert said, "Azurite has ended"
+        url = f"{said.split()[-1]}/{AZURE_ACCOUNT}"
+        urlopen(_making(url, container)).close()
+        yield url
+
+
+def _making(url: str, container: str) -> Request:
+    """Ask for a container, signed as Azure documents under "Authorize with Shared Key"."""
+    date = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    headers = {"x-ms-date": date, "x-ms-version": "2021-12-02"}
+    # Eleven standard headers of which there is none; the account is in the path once more.
+    lines = ["PUT", *[""] * 11, *(f"{name}:{value}" for name, value in headers.items())]
+    lines += [f"/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}/{container}", "restype:container"]
+    signed = hmac.digest(base64.b64decode(AZURE_KEY), "\n".join(lines).encode(), "sha256")
+    headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{base64.b64encode(signed).decode()}"
+    # Otherwise urllib names a type, which would be signed.
+    return Request(f"{url}/{container}?restype=container", headers=headers, method="PUT")
