@@ -224,7 +224,9 @@ class Transaction:
             files.make_folders(self.path / name)
         chunks = self._key_chunks(group, rows, marked)
         contents, digests = self._encoded_keys(group, chunks)
-        group = replace(group, digests=digests)
+        total = -(-group.point.records // KEY_CHUNK)
+        zones = group.zones.renewed(total, chunks, self.snapshot.chunks.readable)
+        group = replace(group, digests=digests, zones=zones)
         # First what zarr.json will count. A reader by the old one takes no more of a key chunk than
         # that counts, and ignores marks of commits beyond it.
         self._staging.write(group.shape_files(self.path) | contents)
@@ -305,8 +307,8 @@ class Transaction:
                 first = self.snapshot.group.rows(name) // KEY_CHUNK
                 kept = self.snapshot.chunks.unfinished(name)
                 chunks |= key_files.numbered(name, first, np.concatenate([kept, rows[name]]))
-        # Read whole, so that marks of commits that were never published are seen and cleared.
-        self.snapshot.column("deleted_in")
+        # All of them, so that marks of commits that were never published are seen and cleared.
+        self.snapshot.chunks.look_at("deleted_in")
         for name, number in self.snapshot.chunks.stale:
             self._chunk(chunks, name, number)
         for number in np.unique(marked // KEY_CHUNK).tolist():

@@ -30,6 +30,7 @@ from fedgfe_store.storage.layout import (
 from fedgfe_store.storage.place import Place
 from fedgfe_store.storage.places import LocalFolder
 from fedgfe_store.storage.shard_files import TensorFiles
+from fedgfe_store.storage.zones import Zones
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "fedgfe_store"
@@ -63,7 +64,8 @@ class Group:
 
     `raw` holds the bytes as read, empty for a group that was never written; `document` holds
     other people's attributes and arrays, which publishing keeps. From version 2 on `id` tells one
-    store from another, and `digests` holds one digest for each chunk of each key column.
+    store from another, `digests` holds one digest for each chunk of each key column, and `zones`
+    what is in each chunk.
     """
 
     schema: Schema
@@ -75,6 +77,7 @@ class Group:
     id: str | None = None
     features: tuple[str, ...] = ()
     digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    zones: Zones = field(default_factory=Zones)
 
     @classmethod
     def new(cls, schema: Schema) -> Self:
@@ -140,7 +143,9 @@ class Group:
             check_group_values(schema, ours["commit_point"], arrays, names)
             point = CommitPoint(**ours["commit_point"])
             sound = ours["checksum"] == _checksum(ours, arrays)
-            group = cls(schema, point, arrays, document, raw, version)
+            chunks = -(-point.records // KEY_CHUNK)
+            unknown = Zones.unknown(chunks)
+            group = cls(schema, point, arrays, document, raw, version, zones=unknown)
             if version > 1:
                 group = replace(
                     group,
@@ -148,6 +153,8 @@ class Group:
                     features=tuple(ours["features"]),
                     digests=_digests(group, ours["key_digests"]),
                 )
+                if "zones" in ours:
+                    group = replace(group, zones=Zones.from_json(ours["zones"], chunks))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise _damaged(where, error) from error
         if not sound:
@@ -209,6 +216,7 @@ class Group:
             ours["features"] = list(self.features)
             ours["id"] = self.id
             ours["key_digests"] = {name: "".join(each) for name, each in self.digests.items()}
+            ours["zones"] = self.zones.to_json()
         ours["checksum"] = _checksum(ours, self.arrays)
         kept = self.document.get("consolidated_metadata") or {}
         document = {
