@@ -1,6 +1,6 @@
 """What a store costs as it grows: open, query, append, history and a part's plan, at any size.
 
-    python benchmarks/growth.py [--keys 176000,1000000,5000000,10000000] [--folder DIR]
+    python benchmarks/growth.py [--keys 176000,1000000] [--folder DIR] [--before CHECKOUT]
 
 Stores of tiny tensors are made, of 8 nodes and 10 classes, 4,000 records a round. Each question is
 asked by a process of its own: CPU seconds and peak memory beyond what the imports took. Made
@@ -142,20 +142,33 @@ def asked(path: Path, question: str) -> dict[str, float]:
     return found
 
 
+def best(path: Path, question: str, source: Path, repeats: int) -> dict[str, float]:
+    """Return the least figures of a few processes that ask one question of the package there."""
+    command = [sys.executable, __file__, "--ask", question, "--store", str(path)]
+    found = []
+    for _ in range(repeats):
+        environment = {**os.environ, "PYTHONPATH": str(source)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found.append(json.loads(done.stdout))
+    return {name: min(each[name] for each in found) for name in found[0]}
+
+
 @click.command()
 @click.option("--keys", default="176000,1000000,5000000,10000000", show_default=True)
 @click.option("--folder", default=None, help="Where the stores are made, and stay.")
-@click.option("--ask", default=None, help="Ask this one question of --store, and print JSON.")
-@click.option("--store", default=None)
+@click.option("--before", default=None, help="Ask the package of this checkout, too.")
 @click.option("--only", multiple=True, help="Questions to ask.")
 @click.option("--repeats", default=3, show_default=True, help="The least figures are shown.")
+@click.option("--ask", default=None, help="Ask this one question of --store, and print JSON.")
+@click.option("--store", default=None)
 def main(
     keys: str,
     folder: str | None,
-    ask: str | None,
-    store: str | None,
+    before: str | None,
     only: tuple[str, ...],
     repeats: int,
+    ask: str | None,
+    store: str | None,
 ) -> None:
     if ask is not None:
         click.echo(json.dumps(asked(Path(str(store)), ask)))
@@ -168,17 +181,14 @@ def main(
             raw = (path / "zarr.json").stat().st_size
             click.echo(f"{n:,} keys: zarr.json {raw / 1000:,.0f} kB")
             for question in only or QUESTIONS:
-                command = [sys.executable, __file__, "--ask", question, "--store", str(path)]
-                found = []
-                for _ in range(repeats):
-                    done = subprocess.run(command, capture_output=True, text=True, check=True)
-                    found.append(json.loads(done.stdout))
-                best = min(found, key=lambda each: each["cpu"])
-                least = min(each["mib"] for each in found)
-                click.echo(
-                    f"  {question:<30}{best['cpu'] * 1000:>11,.1f} CPU ms {least:>8,.0f} MiB"
-                    f"   ({best['answer']:,})"
-                )
+                now = best(path, question, Path(__file__).parents[1], repeats)
+                line = f"{now['cpu'] * 1000:>11,.1f} CPU ms {now['mib']:>8,.0f} MiB"
+                if before:
+                    then = best(path, question, Path(before), repeats)
+                    assert then["answer"] == now["answer"]
+                    line += f"   before {then['cpu'] * 1000:>11,.1f} {then['mib']:>8,.0f}"
+                    line += f"   ratio {now['cpu'] / then['cpu']:.3f}"
+                click.echo(f"  {question:<30}{line}   ({now['answer']:,})")
 
 
 if __name__ == "__main__":

@@ -51,20 +51,20 @@ def _changes(
         for which, name in enumerate(("created_in", "deleted_in")):
             marks = chunks.chunk(name, number)
             totals[which] += np.bincount(marks.clip(max=count + 1), minlength=count + 2)
-            places = np.flatnonzero((marks > 0) & (marks <= count))
             for found, column in zip((nodes, rounds), values, strict=True):
-                _gather(found, marks[places], column[places])
+                _gather(found, marks, column)
     created, deleted = totals[:, 1 : count + 1]
     return created, deleted, nodes[1:], rounds[1:]
 
 
 def _gather(found: list[set[Any]], commits: np.ndarray, values: np.ndarray) -> None:
-    """Put each of `values` among those that were found for its commit."""
-    if not len(commits):
+    """Put each of `values` among those that were found for its commit, if that is seen."""
+    if not commits.any():
         return
-    # Neighbours are mostly of one commit, node and round.
+    # Neighbours are mostly of one commit, node and round, and of text each look costs.
     new = (commits[1:] != commits[:-1]) | (values[1:] != values[:-1])
     first = np.concatenate([[0], np.flatnonzero(new) + 1])
+    first = first[(commits[first] > 0) & (commits[first] < len(found))]
     for commit, value in zip(commits[first].tolist(), values[first].tolist(), strict=True):
         found[commit].add(value)
 

@@ -134,7 +134,7 @@ class KeyChunks:
         start, stop = chunk * KEY_CHUNK, min((chunk + 1) * KEY_CHUNK, total)
         if name not in self._group.arrays:  # the store is of a version that did not have it
             return np.full(stop - start, column.skipped, column.dtype)
-        committed = self._group.digests[name][chunk] if self._group.version > 1 else ""
+        committed = self._group.digest(name, chunk)
         where = f"{self._path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
         try:
             data = key_files.contents(self._place, column, chunk)
@@ -152,7 +152,7 @@ class KeyChunks:
             raise DamagedDataError(
                 f"{where} is damaged: expected lengths to {column.largest}, got {wrong}"
             )
-        if not committed:
+        if self._group.version == 1:
             if wrong := self._gap(column, chunk, values):
                 raise DamagedDataError(f"{where} is missing or damaged: {wrong}")
         elif key_files.digest(column, values) != committed:

@@ -64,8 +64,8 @@ class Group:
 
     `raw` holds the bytes as read, empty for a group that was never written; `document` holds
     other people's attributes and arrays, which publishing keeps. From version 2 on `id` tells one
-    store from another, `digests` holds one digest for each chunk of each key column, and `zones`
-    what is in each chunk.
+    store from another, `digests` holds the digests of all chunks of each key column, one
+    behind the other, and `zones` what is in each chunk.
     """
 
     schema: Schema
@@ -76,13 +76,13 @@ class Group:
     version: int = FORMAT_VERSION
     id: str | None = None
     features: tuple[str, ...] = ()
-    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
     zones: Zones = field(default_factory=Zones)
 
     @classmethod
     def new(cls, schema: Schema) -> Self:
         """Return the group of a store without records."""
-        digests = dict.fromkeys(key_columns(schema), ())
+        digests = dict.fromkeys(key_columns(schema), "")
         arrays = array_metadata(schema)
         return cls(
             schema,
@@ -177,6 +177,11 @@ class Group:
         is_of_commits = column is not None and column.dim == "commit"
         return self.point.commit if is_of_commits else self.point.records
 
+    def digest(self, name: str, chunk: int) -> str:
+        """Return the digest of one chunk of a key column; none, ``""``, in version 1."""
+        start = chunk * DIGEST_DIGITS
+        return self.digests.get(name, "")[start : start + DIGEST_DIGITS]
+
     def shaped(self) -> dict[str, dict[str, Any]]:
         """Return the metadata of our arrays with their committed shapes."""
         return {
@@ -215,7 +220,7 @@ class Group:
         if self.version > 1:
             ours["features"] = list(self.features)
             ours["id"] = self.id
-            ours["key_digests"] = {name: "".join(each) for name, each in self.digests.items()}
+            ours["key_digests"] = dict(self.digests)
             ours["zones"] = self.zones.to_json()
         ours["checksum"] = _checksum(ours, self.arrays)
         kept = self.document.get("consolidated_metadata") or {}
@@ -358,15 +363,14 @@ def _known_version(path: Place, ours: Mapping[str, Any]) -> int:
     return version
 
 
-def _digests(group: Group, found: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def _digests(group: Group, found: Mapping[str, str]) -> dict[str, str]:
     """Return the digests of the chunks of every key column of `group` from its attributes."""
     digests = {}
     for name in group.key_columns:
         text, chunks = found[name], -(-group.rows(name) // KEY_CHUNK)
-        if len(text) != chunks * DIGEST_DIGITS:
+        if not isinstance(text, str) or len(text) != chunks * DIGEST_DIGITS:
             raise ValueError(f"key_digests: expected {chunks} of {name}")
-        starts = range(0, len(text), DIGEST_DIGITS)
-        digests[name] = tuple(text[start : start + DIGEST_DIGITS] for start in starts)
+        digests[name] = text
     return digests
 
 
