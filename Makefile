@@ -52,7 +52,7 @@ test-fast: $(VENV)/installed-dev
 
 # What power cuts, kills, broken disks, locks and copying do to stores; hours. Pieces, seeds and a
 # short form: tools/soak.py --help.
-soak: $(VENV)/installed-dev
+soak: $(VENV)/installed-long
 	$(BIN)/python tools/soak.py
 
 # The commands on a simulated GPU, in a process of its own: the device has to be there before torch.
@@ -82,9 +82,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-# Ray takes 240 MB and half a minute.
+# Ray takes 240 MB and half a minute, Azurite as much; without npm its tests are skipped.
 $(VENV)/installed-long: $(VENV)/installed-dev
 	$(PIP) --editable '.[ray]'
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37 || true
 	touch $@
 
 $(VENV)/installed-notebooks: $(VENV)/installed

@@ -14,7 +14,7 @@ from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, NEGATIVE_SPLIT, TEXT_NODE, TEXT_ROUND
 from fedgfe_store.rows import Rows
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class Selection(Rows):
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        snapshot: State,
         filters: Mapping[str, Any],
         *,
         per_class: int | None,
@@ -46,7 +46,7 @@ class Selection(Rows):
 
     @classmethod
     def of(
-        cls, snapshot: Snapshot, filters: Mapping[str, Any], *, per_class: int | None = None
+        cls, snapshot: State, filters: Mapping[str, Any], *, per_class: int | None = None
     ) -> Selection:
         """Return the records of `snapshot` that meet `filters`; see `EmbeddingStore.select`."""
         if per_class is not None and not (is_whole(per_class) and per_class >= 1):
@@ -57,7 +57,7 @@ class Selection(Rows):
         return cls(snapshot, checked, per_class=per_class)
 
     @classmethod
-    def whole(cls, snapshot: Snapshot) -> Selection:
+    def whole(cls, snapshot: State) -> Selection:
         """Return all records of `snapshot`, negative embeddings among them."""
         return cls(snapshot, {}, per_class=None, rows=snapshot.rows_matching({}))
 
@@ -205,7 +205,7 @@ class Selection(Rows):
         )
 
 
-def _without_negatives(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
+def _without_negatives(snapshot: State, rows: np.ndarray) -> np.ndarray:
     """Leave out what guidance leads away from, which is of no class."""
     negatives = snapshot.rows_matching(
         {"node": [TEXT_NODE], "round": [TEXT_ROUND], "split": [NEGATIVE_SPLIT]}

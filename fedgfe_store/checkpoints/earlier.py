@@ -11,7 +11,7 @@ from fedgfe_store.checkpoints.reading import Entry
 from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.entry import conformed
 from fedgfe_store.storage.incoming import checked
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.state import State
 from fedgfe_store.storage.version_1 import identities
 
 Place = tuple[str, str, int]
@@ -23,7 +23,7 @@ class DeletedRecords:
 
     Parameters
     ----------
-    snapshot : Snapshot
+    snapshot : State
         The store.
     node : str
         Their node.
@@ -31,7 +31,7 @@ class DeletedRecords:
         Their round.
     """
 
-    def __init__(self, snapshot: Snapshot, node: str, round: int) -> None:
+    def __init__(self, snapshot: State, node: str, round: int) -> None:
         self._schema, self._node, self._round = snapshot.schema, node, round
         self._names = [f"{t.name}_digest" for t in self._schema.tensors if not t.optional]
         filters: dict[str, list[Any]] = {"node": [node], "round": [round]}
@@ -77,7 +77,7 @@ class Identities:
             self._seen[sample.split, sample.class_name, sample.index] = names
             yield sample
 
-    def notes(self, snapshot: Snapshot) -> list[str]:
+    def notes(self, snapshot: State) -> list[str]:
         """Return a note if an index means another sample than in the round before.
 
         Whoever follows a sample through the rounds by its index would compare two samples.
@@ -102,9 +102,7 @@ class Identities:
             f"there"
         ]
 
-    def _round_before(
-        self, snapshot: Snapshot
-    ) -> tuple[int, dict[Place, Mapping[str, str]]] | None:
+    def _round_before(self, snapshot: State) -> tuple[int, dict[Place, Mapping[str, str]]] | None:
         """Return the last round before that the node has records of, and who they are."""
         # Mostly it is the one before, and that takes no look at all the others.
         for rounds in (self._round - 1, range(self._round - 1)):
@@ -115,7 +113,7 @@ class Identities:
         return None
 
 
-def _known(snapshot: Snapshot, rows: np.ndarray) -> dict[Place, Mapping[str, str]]:
+def _known(snapshot: State, rows: np.ndarray) -> dict[Place, Mapping[str, str]]:
     """Return who the records at `rows` are; old stores have ``file_id`` in ``extra``."""
     columns = snapshot.notes(rows)
     names = ("split", "class_name", "index", "sample_id", "file_id")

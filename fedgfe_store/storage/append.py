@@ -10,11 +10,11 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.records import RecordBatch, RecordKey, keys_of
-from fedgfe_store.storage.commit import CommitKind, Transaction
+from fedgfe_store.records import KEY_COLUMNS, RecordBatch, RecordKey, keys_of
 from fedgfe_store.storage.entry import conformed, finished
 from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.state import State
+from fedgfe_store.storage.writing import Change, CommitKind, Writing, committed
 
 IfExists = Literal["error", "replace", "skip"]
 # Some 900 records of [17, 4096], 30 of [512, 4096]: fewer take the lock only to be committed.
@@ -26,7 +26,7 @@ class AppendBatch:
 
     As a context it commits on exit, or changes nothing if the block raises. Records are copied
     as they are added; once 256 MiB of them wait they are written, which takes the store's
-    writer lock until the end of the block.
+    writer lock, where it has one, until the end of the block.
 
     Attributes
     ----------
@@ -38,32 +38,35 @@ class AppendBatch:
 
     def __init__(
         self,
-        known: Snapshot,
+        known: State,
         *,
+        begin: Callable[[State], Writing],
         node: str | int | None,
         round: int | None,
         if_exists: IfExists,
         source: str | None,
-        timeout: float,
-        done: Callable[[Snapshot], None],
+        done: Callable[[State], None],
     ) -> None:
         if if_exists not in get_args(IfExists):
             raise SchemaMismatchError(
                 f"if_exists: expected error, replace or skip, got {if_exists!r}"
             )
         self.added = self.replaced = self.skipped = self.removed = 0
-        self._known, self._done = known, done
+        self._known, self._begin_writing, self._done = known, begin, done
         self._source, self._process = checked_source(source), os.getpid()
         self._defaults = {"node": node, "round": round}
-        self._if_exists, self._timeout = if_exists, timeout
+        self._if_exists: IfExists = if_exists
         self._waiting: list[RecordBatch] = []
         self._ready: list[RecordBatch] = []
         self._seen: dict[RecordKey, tuple[int, ...]] = {}
         self._stored: dict[tuple[int, str], dict[RecordKey, int]] = {}
         self._deleted: list[int] = []
-        self._kept: set[int] = set()
+        self._kept: set[RecordKey] = set()
         self._superseded: set[tuple[str, int, str]] = set()
-        self._transaction: Transaction | None = None
+        self._writing: Writing | None = None
+        self._written: list[Mapping[str, np.ndarray]] = []
+        self._dropped = np.empty(0, np.int64)
+        self._sifted_by: State | None = None
         self._open = True
 
     def add(
@@ -189,7 +192,7 @@ class AppendBatch:
                 fresh.append(position)
             else:
                 self.skipped += 1
-                self._kept.add(row)
+                self._kept.add(key)
         return np.array(fresh, np.int64)
 
     def supersede(self, *, node: str | int, round: int, split: str) -> None:
@@ -249,9 +252,9 @@ class AppendBatch:
 
     def _leave(self, *error: Any) -> None:
         self._waiting, self._ready = [], []
-        if self._transaction is not None:
-            self._transaction.__exit__(*error)
-            self._transaction = None
+        if self._writing is not None:
+            self._writing.__exit__(*error)
+            self._writing = None
 
     def _wait(self, records: RecordBatch) -> None:
         """Put `records` among those that wait, less those that this batch has already."""
@@ -275,20 +278,30 @@ class AppendBatch:
         """Write what waits, granule by granule; without `rest` keep an unfinished granule."""
         if not (self._waiting or self._ready or (rest and self._superseded)):
             return
-        self._begin()
-        assert self._transaction is not None
-        granule = self._transaction.schema.granule
+        writing = self._begin()
+        granule = writing.schema.granule
         while self._waiting:
             self._ready.append(self._sifted(self._waiting.pop(0)))
             whole = sum(map(len, self._ready)) // granule * granule
             if whole and not (rest and not self._waiting):
-                self._transaction.write(self._pop(whole))
+                self._put(writing, whole)
         if rest and any(map(len, self._ready)):
-            self._transaction.write(self._pop(sum(map(len, self._ready))))
+            self._put(writing, sum(map(len, self._ready)))
 
-    def _begin(self) -> None:
-        if self._transaction is None:
-            self._transaction = Transaction(self._known, timeout=self._timeout)
+    def _begin(self) -> Writing:
+        if self._writing is None:
+            self._writing = self._begin_writing(self._known)
+            self._sifted_by = self._writing.snapshot
+        return self._writing
+
+    def _put(self, writing: Writing, n: int) -> None:
+        """Write the first `n` records of those that are ready."""
+        records = self._pop(n)
+        # Without their tensors: enough to ask again what the store holds, see `_change`.
+        names = [name for name in records.columns if name.startswith("has_")]
+        names += [*KEY_COLUMNS, *_digest_names(records.columns)]
+        self._written.append({name: records.columns[name] for name in names})
+        writing.write(records)
 
     def _pop(self, n: int) -> RecordBatch:
         """Take the first `n` records of those that are ready."""
@@ -302,36 +315,61 @@ class AppendBatch:
         return RecordBatch.concatenate(parts)
 
     def _publish(self) -> None:
-        if self._transaction is None:
+        if self._writing is None:
             return
+        before, after = self._writing.snapshot, committed(self._writing, self._change)
+        if after is not before:
+            self._done(after)
+
+    def _change(self, latest: State) -> Change | None:
+        """Return what the batch does to the latest state; asked anew if another writer came in."""
+        if latest is not self._sifted_by:
+            self._sift_again(latest)
         removed = self._rows_left_over()
         self.removed = len(removed)
         if not (self.added or self.replaced or self.removed):
-            return
+            return None
         deleted = np.array(sorted(self._deleted + removed), np.int64)
         kind: CommitKind = "replace" if len(deleted) else "append"
-        self._done(self._transaction.publish(kind, deleted=deleted, source=self._source))
+        return Change(kind, deleted, self._dropped, self._source)
+
+    def _sift_again(self, latest: State) -> None:
+        """Look up once more what was written: others have added or deleted some of its keys."""
+        self._sifted_by = latest
+        self._stored.clear()
+        self._deleted.clear()
+        self.added = self.replaced = 0
+        self.skipped -= len(self._dropped)
+        dropped, start = [], 0
+        for columns in self._written:
+            n = len(columns["index"])
+            dropped.append(start + np.setdiff1d(np.arange(n), self._fresh(columns)))
+            start += n
+        self._dropped = np.concatenate([np.empty(0, np.int64), *dropped])
 
     def _rows_left_over(self) -> list[int]:
-        """Return the rows of what is superseded that were neither added again nor replaced."""
-        known = self._kept.union(self._deleted)
-        found: list[int] = []
-        for node, number, split in sorted(self._superseded):
-            for key, row in self._rows_of(number, node).items():
-                if key.split == split and row not in known:
-                    found.append(row)
-        return found
+        """Return the rows of what is superseded and is not among what this batch brings."""
+        return [
+            row
+            for node, number, split in sorted(self._superseded)
+            for key, row in self._rows_of(number, node).items()
+            if key.split == split and key not in self._seen and key not in self._kept
+        ]
 
     def _sifted(self, records: RecordBatch) -> RecordBatch:
         """Return those of `records` that are to be written, seen what the store holds."""
+        fresh = self._fresh(records.columns)
+        return records if len(fresh) == len(records) else records.take(fresh)
+
+    def _fresh(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the positions of the records that the store does not have as they are."""
         fresh = []
-        for position, key in enumerate(records.keys()):
+        for position, key in enumerate(keys_of(columns)):
             row = self._row_of(key)
             if row is None:
                 self.added += 1
-            elif self._stays(records.columns, position, row):
+            elif self._stays(columns, position, row):
                 self.skipped += 1
-                self._kept.add(row)
                 continue
             elif self._if_exists == "replace":
                 self._deleted.append(row)
@@ -343,7 +381,7 @@ class AppendBatch:
                     f"nothing was committed"
                 )
             fresh.append(position)
-        return records if len(fresh) == len(records) else records.take(np.array(fresh, np.int64))
+        return np.array(fresh, np.int64)
 
     def _row_of(self, key: RecordKey) -> int | None:
         """Return the row that holds the live record `key`, looked for by round and node first."""
@@ -371,12 +409,17 @@ class AppendBatch:
         )
 
     @property
-    def _snapshot(self) -> Snapshot:
-        assert self._transaction is not None
-        return self._transaction.snapshot
+    def _snapshot(self) -> State:
+        assert self._writing is not None
+        return self._writing.snapshot
+
+
+def _digest_names(columns: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the columns of digests of tensors; that of the row differs with the timestamp."""
+    return [name for name in columns if name.endswith("_digest") and name != "row_digest"]
 
 
 def _digests(columns: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
-    """Return the digests of each record's tensors; that of the row differs with the timestamp."""
-    names = [name for name in columns if name.endswith("_digest") and name != "row_digest"]
+    """Return the digests of each record's tensors."""
+    names = _digest_names(columns)
     return list(zip(*(columns[name].tolist() for name in names), strict=True))

@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 
@@ -39,8 +39,7 @@ from fedgfe_store.storage.recovery import clear, recover, remove_temporary
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
 from fedgfe_store.storage.version_1 import PENDING, identities, pending_note, remove_pending
-
-CommitKind = Literal["append", "replace", "delete", "compact", "upgrade", "repair"]
+from fedgfe_store.storage.writing import Change, CommitKind
 
 _log = logging.getLogger("fedgfe_store")
 
@@ -245,6 +244,16 @@ class Transaction:
             self._tell_of_the_upgrade()
             return self.snapshot.at(group)
         return self.snapshot.extended(group, rows, marked)
+
+    def commit_change(self, change: Change) -> Snapshot:
+        """Commit what was written, and `change`; nobody can have come in between.
+
+        Raises
+        ------
+        ConflictError
+            If another writer took this one for dead.
+        """
+        return self.publish(change.kind, deleted=change.deleted, source=change.source)
 
     def make_sure(self) -> None:
         """Make sure that what `snapshot` shows is still the latest state, and this commit next.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from fedgfe_store.errors import DamagedDataError
-from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.claim import is_claim_name
 from fedgfe_store.storage.compact import live_per_granule
+from fedgfe_store.storage.engine import DamagedRecord, Verification
 from fedgfe_store.storage.files import is_temporary_name
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.metadata import GROUP_BYTES, GROUP_FILE, parsed_group
@@ -21,48 +20,6 @@ from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.version_1 import PENDING
 from fedgfe_store.storage.zones import COLUMNS as ZONE_COLUMNS
-
-
-@dataclass(frozen=True)
-class DamagedRecord:
-    """A live record whose tensors are not what was committed, and what is wrong with them."""
-
-    key: RecordKey
-    row: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `EmbeddingStore.verify` found.
-
-    Parameters
-    ----------
-    commit, records : int
-        The commit that was looked at, and its live records.
-    damaged : tuple of DamagedRecord
-        Records that cannot be read; a repair marks them deleted.
-    problems : tuple of str
-        Damage that is not one record's: key columns, array metadata, keys that stand twice.
-    leftovers : tuple of str
-        What no reader needs: files of dead writers, and of records that were compacted away, and
-        damaged bytes where no live record lies. The next writer or `EmbeddingStore.compact`
-        clears the files.
-    mended : tuple of str
-        Damage by an earlier release that a repair has undone.
-    """
-
-    commit: int
-    records: int
-    damaged: tuple[DamagedRecord, ...]
-    problems: tuple[str, ...]
-    leftovers: tuple[str, ...]
-    mended: tuple[str, ...] = ()
-
-    @property
-    def sound(self) -> bool:
-        """Whether every live record can be read and nothing else is damaged."""
-        return not (self.damaged or self.problems)
 
 
 def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verification:
