@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .option_types import KeyList, KeyValue
 from .options import (
     Filters,
-    KeyList,
-    KeyValue,
     as_of_option,
     default_folder,
     filter_options,

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .measures import CLASSIFIED, classified, draw, grouping, print_measures
-from .options import (
-    Filters,
-    KeyList,
-    KeyValue,
-    as_of_option,
-    filter_options,
-    format_option,
-    quiet_option,
-)
+from .option_types import KeyList, KeyValue
+from .options import Filters, as_of_option, filter_options, format_option, quiet_option
 from .progress import progress
 from .tables import counted, print_data
 

@@ -9,9 +9,9 @@ import click
 
 from .codes import SOME_FAILED
 from .measures import CLASSIFIED, classified, draw, grouping, print_measures
+from .option_types import KeyList
 from .options import (
     Filters,
-    KeyList,
     as_of_option,
     class_names,
     default_folder,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .option_types import KeyList
 from .options import (
     Filters,
-    KeyList,
     filter_options,
     folder_option,
     image_folder,

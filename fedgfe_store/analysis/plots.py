@@ -26,12 +26,21 @@ SUMMARY = {
 }
 """Columns of `summarize` that are drawn, and their titles."""
 
+SHARES = frozenset(
+    {
+        *("accuracy", "agreement", "balanced_accuracy", "macro_f1", "f1"),
+        *("nearest", "precision", "coverage"),
+    }
+)
+"""Measures from 0 to 1, which are drawn on that scale."""
+
 _MOST_LINES = 30
 _MOST_TICKS = 12
 _WIDE_RANGE = 30
 _LONGEST_LABEL = 28
 _FONT = 9
 _WIDTH, _BETWEEN = 5.6, 0.75
+_NODES = {"server": "server", "all": "all nodes"}
 _STYLES = ("-", "--", ":")
 
 
@@ -134,7 +143,7 @@ def plot_rounds(
     figure, stacked = _panels(len(panels), height)
     for axes, name in zip(stacked, panels, strict=True):
         mean = " (thick: mean)" if any(line.thin for line in drawn[name]) else ""
-        _draw(axes, drawn[name], f"{measures[name]}{mean}")
+        _draw(axes, drawn[name], f"{measures[name]}{mean}", share=name in SHARES)
     _mark_rounds(stacked[-1], table["round"].unique())
     for axes, name in zip(stacked, panels, strict=True):
         _name(axes, [line for line in drawn[name] if line.label and not line.thin], height)
@@ -255,19 +264,21 @@ def _line(
 def _label(values: Group, names: list[str]) -> str:
     said = {"class_name": "{}", "node": "node {}", "split": "{}", "index": "index {}"}
     words = [
-        "server" if (name, value) == ("node", "server") else said[name].format(value)
+        _NODES.get(value, said[name].format(value)) if name == "node" else said[name].format(value)
         for name, value in zip(names, values, strict=True)
     ]
     return shortened(" ".join(" ".join(words).split()), _LONGEST_LABEL)
 
 
-def _draw(axes: Axes, lines: list[_Line], title: str) -> None:
+def _draw(axes: Axes, lines: list[_Line], title: str, *, share: bool) -> None:
     from matplotlib.ticker import FuncFormatter
 
     for line in lines:
         axes.plot(line.rounds, line.values, **line.look)
     values = np.concatenate([line.values for line in lines])
-    if values.min() > 0 and values.max() > _WIDE_RANGE * values.min():
+    if share:
+        axes.set_ylim(-0.04, 1.04)
+    elif values.min() > 0 and values.max() > _WIDE_RANGE * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title(title, loc="left", fontsize=_FONT + 1)

@@ -61,7 +61,8 @@ def quality(
     selection : Selection
         Records; those without a value in an optional column are left out.
     reference : Selection
-        What they are compared with: ``store.select(node="text")``, the server's, a split's.
+        What they are compared with: ``store.select(node="text")``, the server's, a split's. Where
+        it has records of a group's round, with these only: the server's of the same round.
     by : sequence of str
         Key columns that make a group.
     column, tokens
@@ -89,12 +90,12 @@ def quality(
     """
     check_selection("quality", selection)
     check_keys("by", by)
-    beside = _Reference.read(reference, column, tokens)
     rows = []
-    for key, group in _groups(selection, by, beside.features):
-        vectors, classes = _read(group, beside.features)
-        rows.append([*key, len(group), *beside.measure(vectors, classes).values()])
-        progress(len(group))
+    for some, beside in _by_round(selection, reference, column, tokens, apart="round" in by):
+        for key, group in _groups(some, by):
+            vectors, classes = _read(group, beside.features)
+            rows.append([*key, len(group), *beside.measure(vectors, classes).values()])
+            progress(len(group))
     table = pd.DataFrame(rows, columns=[*by, "records", *MEASURES])
     return table.sort_values(list(by), key=natural_rank, ignore_index=True)
 
@@ -126,14 +127,14 @@ def nearest_classes(
         As `quality`.
     """
     check_selection("nearest_classes", selection)
-    beside = _Reference.read(reference, column, tokens)
-    selection = with_values(selection, beside.features.column)
-    frame = key_frame(selection, KEY_COLUMNS)
-    closest = np.empty(len(frame), object)
-    for positions, vectors in read_vectors(selection, beside.features):
-        closest[positions] = beside.closest(vectors)
-        progress(len(vectors))
-    return frame.assign(closest=closest)
+    parts = [key_frame(selection.take(slice(0)), KEY_COLUMNS).assign(closest="")]
+    for some, beside in _by_round(selection, reference, column, tokens, apart=True):
+        closest = np.empty(len(some), object)
+        for positions, vectors in read_vectors(some, beside.features):
+            closest[positions] = beside.closest(vectors)
+            progress(len(vectors))
+        parts.append(key_frame(some, KEY_COLUMNS).assign(closest=closest))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +147,10 @@ class _Reference:
 
     @classmethod
     def read(cls, reference: Selection, column: str | None, tokens: Tokens) -> _Reference:
-        check_selection("reference", reference)
         features = Features.of(reference, column, tokens)
-        present = with_values(reference, features.column)
-        if not len(present):
+        if not len(reference):
             raise NotFoundError(f"{reference.location}: no record to compare with")
-        return cls(features, *_read(present, features))
+        return cls(features, *_read(reference, features))
 
     def closest(self, vectors: Vectors) -> np.ndarray:
         """Return the class of the reference record that is nearest to each of `vectors`."""
@@ -179,10 +178,35 @@ class _Reference:
         return found
 
 
-def _groups(
-    selection: Selection, by: Sequence[str], features: Features
-) -> Iterator[tuple[tuple[Any, ...], Selection]]:
+def _by_round(
+    selection: Selection,
+    reference: Selection,
+    column: str | None,
+    tokens: Tokens,
+    *,
+    apart: bool,
+) -> Iterator[tuple[Selection, _Reference]]:
+    """Yield records and what they are compared with, of one round at a time where it has several.
+
+    Without `apart` all are compared with all.
+    """
+    check_selection("reference", reference)
+    features = Features.of(selection, column, tokens)
     selection = with_values(selection, features.column)
+    rounds = selection.column("round")
+    reference = with_values(reference, Features.of(reference, column, tokens).column)
+    of_reference = reference.column("round")
+    alike = np.intersect1d(rounds, of_reference) if apart else np.empty(0, np.int64)
+    for number in alike.tolist():
+        some = reference.take(np.flatnonzero(of_reference == number))
+        beside = _Reference.read(some, column, tokens)
+        yield selection.take(np.flatnonzero(rounds == number)), beside
+    rest = np.flatnonzero(~np.isin(rounds, alike))
+    if len(rest) or not len(reference):
+        yield selection.take(rest), _Reference.read(reference, column, tokens)
+
+
+def _groups(selection: Selection, by: Sequence[str]) -> Iterator[tuple[tuple[Any, ...], Selection]]:
     frame = key_frame(selection, by)
     for key, positions in frame.groupby(list(by), sort=False).indices.items():
         yield key if isinstance(key, tuple) else (key,), selection.take(np.asarray(positions))

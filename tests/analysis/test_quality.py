@@ -103,6 +103,26 @@ def test_measures_are_those_of_their_definitions(path, by):
         assert {n: row[n] for n in wanted} == pytest.approx(wanted, rel=1e-6, abs=1e-9)
 
 
+def test_nodes_are_compared_with_the_servers_same_round(path):
+    store = EmbeddingStore.open(path)
+    server, nodes = store.select(node="0"), store.select(node="1")
+    table = quality(nodes, server, ["round"])
+    for row in table.to_dict("records"):
+        number = row["round"]
+        wanted = expected(vectors(store, node="1", round=number),
+                          vectors(store, node="0", round=number))  # fmt: skip
+        assert row["frechet"] == pytest.approx(wanted["frechet"])
+        assert row["cosine"] == pytest.approx(wanted["cosine"])
+        one = nearest_classes(store.select(node="1", round=number),
+                              store.select(node="0", round=number))  # fmt: skip
+        both = nearest_classes(nodes, server)
+        assert both[both["round"] == number]["closest"].tolist() == one["closest"].tolist()
+    # Taken together, they are compared with all of it.
+    (row,) = quality(nodes, server, ["node"]).to_dict("records")
+    assert row["frechet"] == pytest.approx(gaussians(*(
+        np.concatenate(list(vectors(store, node=node).values())) for node in "10")))  # fmt: skip
+
+
 def test_what_has_no_meaning_is_not_a_number(path):
     store = EmbeddingStore.open(path)
     nodes = store.select(node="0", round=1)
