@@ -14,9 +14,10 @@ from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema
 from fedgfe_store.selection import Selection
-from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.append import AppendBatch
 from fedgfe_store.storage.engine import LOCK_TIMEOUT
 from fedgfe_store.storage.engines import create, engine_of, latest
+from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.storage.state import State
 from fedgfe_store.storage.upkeep import Upkeep
 from fedgfe_store.storage.writing import Change, committed

@@ -124,7 +124,7 @@ def test_a_commit_that_was_overtaken_after_it_was_written(shared, monkeypatch, i
     """The other one commits after this one has looked up its keys and written its tensors."""
     other = EmbeddingStore.open(shared.path)
     begin = transaction.SharedTransaction.commit_change
-    came = []
+    came: list[bool] = []
 
     def commit(self, change):
         if not came:
