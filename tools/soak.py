@@ -19,10 +19,12 @@ from pathlib import Path
 
 import click
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "storage"))
 import copies
 import crashes
 import random_kills
+import served
 import writers
 from figures import Figures
 from operations import OPERATIONS
@@ -114,6 +116,12 @@ def backups(root: Path, *, seed: int, short: bool) -> Figures:
     return copies.live_copies(root, copies.backed_up, seed=seed, copies=many, all_sound=True)
 
 
+def faulty_servers(root: Path, *, seed: int, short: bool) -> Figures:
+    """Read from S3 and Azure, where 15 % of requests are refused, cut or not answered."""
+    names = ("moto",) if short else tuple(served.SERVERS)
+    return served.faulty_servers(root, seed=seed, names=names, queries=4 if short else 200)
+
+
 PIECES: dict[str, Callable[..., Figures]] = {
     "power-cuts": power_cuts,
     "without-flushes": without_flushes,
@@ -125,6 +133,7 @@ PIECES: dict[str, Callable[..., Figures]] = {
     "locks-not-offered": locks_not_offered,
     "live-copies": live_copies,
     "backups": backups,
+    "faulty-servers": faulty_servers,
 }
 
 

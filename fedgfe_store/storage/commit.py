@@ -32,7 +32,7 @@ from fedgfe_store.records import RecordBatch, are_negatives, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.storage import files, key_files
 from fedgfe_store.storage.claim import Claim
-from fedgfe_store.storage.layout import KEY_CHUNK, key_columns
+from fedgfe_store.storage.layout import DIGEST_DIGITS, KEY_CHUNK, key_columns
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
 from fedgfe_store.storage.recovery import clear, recover, remove_temporary
@@ -223,7 +223,9 @@ class Transaction:
             files.make_folders(self.path / name)
         chunks = self._key_chunks(group, rows, marked)
         contents, digests = self._encoded_keys(group, chunks)
-        group = replace(group, digests=digests)
+        total = -(-group.point.records // KEY_CHUNK)
+        zones = group.zones.renewed(total, chunks, self.snapshot.chunks.readable)
+        group = replace(group, digests=digests, zones=zones)
         # First what zarr.json will count. A reader by the old one takes no more of a key chunk than
         # that counts, and ignores marks of commits beyond it.
         self._staging.write(group.shape_files(self.path) | contents)
@@ -314,8 +316,8 @@ class Transaction:
                 first = self.snapshot.group.rows(name) // KEY_CHUNK
                 kept = self.snapshot.chunks.unfinished(name)
                 chunks |= key_files.numbered(name, first, np.concatenate([kept, rows[name]]))
-        # Read whole, so that marks of commits that were never published are seen and cleared.
-        self.snapshot.column("deleted_in")
+        # All of them, so that marks of commits that were never published are seen and cleared.
+        self.snapshot.chunks.look_at("deleted_in")
         for name, number in self.snapshot.chunks.stale:
             self._chunk(chunks, name, number)
         for number in np.unique(marked // KEY_CHUNK).tolist():
@@ -342,10 +344,10 @@ class Transaction:
 
     def _encoded_keys(
         self, group: Group, chunks: Mapping[tuple[str, int], np.ndarray]
-    ) -> tuple[dict[Path, bytes], dict[str, tuple[str, ...]]]:
+    ) -> tuple[dict[Path, bytes], dict[str, str]]:
         """Return the files of `chunks`, and the digests of all chunks of the store."""
         contents = {}
-        digests = {name: list(group.digests.get(name, ())) for name in group.key_columns}
+        digests = {name: group.digests.get(name, "") for name in group.key_columns}
         for (name, number), values in chunks.items():
             column = group.key_columns[name]
             has = None
@@ -358,10 +360,9 @@ class Transaction:
                 )
             encoded = key_files.encode(column, values)
             contents[key_files.key_file(self.path, name, number)] = encoded.contents
-            digests[name][number : number + 1] = [encoded.digest]
-        if group.version == 1:
-            return contents, {}
-        return contents, {name: tuple(each) for name, each in digests.items()}
+            start, known = number * DIGEST_DIGITS, digests[name]
+            digests[name] = known[:start] + encoded.digest + known[start + DIGEST_DIGITS :]
+        return contents, digests if group.version > 1 else {}
 
     def _abort(self, error: BaseException | None) -> None:
         try:

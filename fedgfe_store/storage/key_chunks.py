@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,17 +31,30 @@ class KeyChunks:
         self._columns = group.known_columns
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        self._last: dict[str, tuple[bytes, str, np.ndarray]] = {}
         self.stale: set[tuple[str, int]] = set()
 
     def column(self, name: str) -> np.ndarray:
         """Return the whole key column `name`, skipped and deleted rows included."""
         if name not in self._whole:
-            self.fetch([name])
-            rows = self._group.rows(name)
-            parts = [self.chunk(name, chunk) for chunk in range(-(-rows // KEY_CHUNK))]
+            self.look_at(name)
+            numbers = self.numbers(name)
             empty = np.empty(0, self._columns[name].dtype)
-            self._whole[name] = np.concatenate([empty, *parts])
+            whole = np.concatenate([empty, *(self.chunk(name, chunk) for chunk in numbers)])
+            # Not twice in memory.
+            self._chunks |= key_files.numbered(name, 0, whole)
+            self._whole[name] = whole
         return self._whole[name]
+
+    def numbers(self, name: str) -> range:
+        """Return the numbers of the chunks of the key column `name`."""
+        return range(-(-self._group.rows(name) // KEY_CHUNK))
+
+    def look_at(self, name: str) -> None:
+        """Read the key column `name`, such as to see what is stale in it."""
+        self.fetch([name])
+        for chunk in self.numbers(name):
+            self.chunk(name, chunk)
 
     def column_at(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Return the key column `name` at `rows`, reading only the chunks that hold them."""
@@ -95,20 +108,37 @@ class KeyChunks:
         chunk, n = divmod(self._group.rows(name), KEY_CHUNK)
         return self.chunk(name, chunk) if n else np.empty(0, self._columns[name].dtype)
 
-    def chunk(self, name: str, chunk: int) -> np.ndarray:
-        """Return one chunk of the key column `name`, its committed rows."""
-        if (name, chunk) not in self._chunks:
-            self._chunks[name, chunk] = self._read_chunk(name, chunk)
-        return self._chunks[name, chunk]
+    def chunk(self, name: str, chunk: int, *, keep: bool = True) -> np.ndarray:
+        """Return one chunk of the key column `name`, its committed rows; `keep` it in memory."""
+        known = self._chunks.get((name, chunk))
+        if known is not None:
+            return known
+        values = self._read_chunk(name, chunk)
+        if keep:
+            self._chunks[name, chunk] = values
+        return values
+
+    def readable(self, names: Sequence[str], chunk: int) -> list[np.ndarray] | None:
+        """Return one chunk of several key columns, not kept; None where one is damaged."""
+        try:
+            return [self.chunk(name, chunk, keep=False) for name in names]
+        except DamagedDataError:  # `verify` tells of it, and whoever needs what is there
+            return None
 
     def _read_chunk(self, name: str, chunk: int) -> np.ndarray:
         total, column = self._group.rows(name), self._columns[name]
         start, stop = chunk * KEY_CHUNK, min((chunk + 1) * KEY_CHUNK, total)
         if name not in self._group.arrays:  # the store is of a version that did not have it
             return np.full(stop - start, column.skipped, column.dtype)
+        committed = self._group.digest(name, chunk)
         where = f"{self._path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
         try:
-            values = key_files.read_chunk(self._place, column, chunk, stop - start)
+            data = key_files.contents(self._place, column, chunk)
+            # Marks of no deletion, notes of nobody: chunks of one value are one file, told at once.
+            last = self._last.get(name)
+            if last and last[:2] == (data, committed) and len(last[2]) == stop - start:
+                return last[2]
+            values = key_files.decoded(column, data, stop - start)
         except FileNotFoundError:
             raise DamagedDataError(f"{where} is missing") from None
         except (ValueError, RuntimeError) as error:
@@ -120,11 +150,13 @@ class KeyChunks:
             raise DamagedDataError(
                 f"{where} is damaged: expected lengths to {column.largest}, got {wrong}"
             )
-        if self._group.version > 1:
-            if key_files.digest(column, values) != self._group.digests[name][chunk]:
-                raise DamagedDataError(f"{where} is damaged: not what was committed there")
-        elif wrong := self._gap(column, chunk, values):
-            raise DamagedDataError(f"{where} is missing or damaged: {wrong}")
+        if self._group.version == 1:
+            if wrong := self._gap(column, chunk, values):
+                raise DamagedDataError(f"{where} is missing or damaged: {wrong}")
+        elif key_files.digest(column, values) != committed:
+            raise DamagedDataError(f"{where} is damaged: not what was committed there")
+        elif (name, chunk) not in self.stale:
+            self._last[name] = data, committed, values
         return values
 
     def _gap(self, column: KeyColumn, chunk: int, values: np.ndarray) -> str | None:

@@ -13,6 +13,7 @@ from fedgfe_store.common.filters import NUMBERS, matches
 from fedgfe_store.common.location import Location, own_folder
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.storage.key_chunks import KeyChunks
+from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.place import Place
 from fedgfe_store.storage.places import place_of
@@ -96,14 +97,28 @@ class Snapshot(State):
 
     def rows_matching(self, filters: Filters, *, deleted: bool = False) -> np.ndarray:
         """Return the rows of the records at this commit that meet every filter, ascending."""
+        chunks = self.group.zones.may_hold(filters)
         # From a server, all at once: what a filter leaves out costs less than waiting in turn.
-        self.fetch(("created_in", "deleted_in", *filters))
-        written = self.column("created_in") > 0 if deleted else self.visible
-        rows = np.flatnonzero(written)
+        starts = np.array(chunks, np.int64) * KEY_CHUNK
+        self.fetch(("created_in", "deleted_in", *filters), starts)
+        if self.group.version == 1:
+            _ = self.visible  # for its check, which is all that there is
+        written = [
+            number * KEY_CHUNK + np.flatnonzero(self._written(number, deleted=deleted))
+            for number in chunks
+        ]
+        rows = np.concatenate([np.empty(0, np.int64), *written])
         # Numbers first: they are compared faster, and text only where they leave any.
         for name in sorted(filters, key=NUMBERS.__contains__, reverse=True):
             rows = rows[matches(self.column_at(name, rows), filters[name])]
         return rows
+
+    def _written(self, number: int, *, deleted: bool) -> np.ndarray:
+        """Return which rows of a key chunk hold a record at this commit, or held one before it."""
+        created = self.chunks.chunk("created_in", number)
+        if deleted:
+            return (created > 0) & (created <= self.commit)
+        return _alive(created, self.chunks.chunk("deleted_in", number), self.commit)
 
     def column(self, name: str) -> np.ndarray:
         """Return the whole key column `name`, skipped and deleted rows included."""
@@ -136,7 +151,11 @@ class Snapshot(State):
 
 def _at(snapshot: Snapshot, commit: int) -> np.ndarray:
     snapshot.fetch(("created_in", "deleted_in"))
-    created, deleted = snapshot.column("created_in"), snapshot.column("deleted_in")
+    return _alive(snapshot.column("created_in"), snapshot.column("deleted_in"), commit)
+
+
+def _alive(created: np.ndarray, deleted: np.ndarray, commit: int) -> np.ndarray:
+    """Return which rows hold a record at `commit`, bool ``[n]``."""
     alive: np.ndarray = (created > 0) & (created <= commit)
     alive &= ~((deleted > 0) & (deleted <= commit))
     return alive

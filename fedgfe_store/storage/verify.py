@@ -19,6 +19,7 @@ from fedgfe_store.storage.place import RemoteError
 from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.version_1 import PENDING
+from fedgfe_store.storage.zones import COLUMNS as ZONE_COLUMNS
 
 
 def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verification:
@@ -28,7 +29,7 @@ def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verifica
     damaged: list[DamagedRecord] = []
     leftovers: list[str] = []
     if not broken:
-        problems += _repeated_keys(snapshot)
+        problems += [*_wrong_zones(snapshot), *_repeated_keys(snapshot)]
         damaged = _damaged_records(snapshot, leftovers, progress)
         leftovers += _leftovers(snapshot)
     return Verification(
@@ -71,6 +72,16 @@ def _metadata_problems(snapshot: Snapshot) -> Iterator[str]:
             yield (
                 f"{snapshot.place}/{file} is missing or differs from what was committed "
                 f"(the next commit mends it)"
+            )
+
+
+def _wrong_zones(snapshot: Snapshot) -> Iterator[str]:
+    for number in range(len(snapshot.group.zones.chunks)):
+        values = (snapshot.chunks.chunk(name, number) for name in ZONE_COLUMNS)
+        if snapshot.group.zones.would_miss(number, *values):
+            yield (
+                f"{snapshot.place}/{GROUP_FILE}: what is said of rows from {number * KEY_CHUNK} on "
+                f"hides records from queries of a round or node"
             )
 
 
