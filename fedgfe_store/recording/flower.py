@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +19,9 @@ from fedgfe_store.common.words import size as shown_size
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.recording.block import RoundBatch
 from fedgfe_store.recording.recorder import Recorder
-from fedgfe_store.records import NOTE_COLUMNS, SERVER, TEXT_NODE, from_milliseconds, to_milliseconds
+from fedgfe_store.records import NOTE_COLUMNS, SERVER, TEXT_NODE, from_milliseconds
 from fedgfe_store.shapes import any_tensor
+from fedgfe_store.storage.incoming import checked_columns
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
@@ -89,8 +89,7 @@ def pack(
     arrays: dict[str, Any] = {}
     told: list[dict[str, Any]] = []
     for batch in [batches] if isinstance(batches, Mapping) else batches:
-        notes = {k: _plain(k, v) for k, v in batch.items() if k in _KNOWN and v is not None}
-        notes.setdefault("timestamp", to_milliseconds(datetime.now(UTC)))
+        notes = _plain_notes({name: batch.get(name) for name in _KNOWN})
         tensors = {}
         for column, value in batch.items():
             if column not in _KNOWN and value is not None:
@@ -240,8 +239,15 @@ def _travelling(column: str, value: Any) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return values as numpy has them, and how to make of them what they were."""
     form: dict[str, Any] = {}
     if isinstance(value, list | tuple):  # ragged: one tensor a record
-        form["lengths"] = [len(each) for each in value]
-        value = torch.cat([_tensor(column, each) for each in value])
+        parts = [_tensor(column, each) for each in value]
+        try:
+            value = torch.cat(parts)
+        except (RuntimeError, ValueError) as error:
+            raise SchemaMismatchError(
+                f"{column}: expected sequences that differ in their first axis alone, got "
+                f"{[list(each.shape) for each in parts]}"
+            ) from error
+        form["lengths"] = [len(each) for each in parts]
     tensor = _tensor(column, value)
     if tensor.dtype is torch.float64:
         tensor = tensor.float()
@@ -265,19 +271,31 @@ def _arrived(values: Any, form: Mapping[str, Any]) -> torch.Tensor | list[torch.
     return list(tensor.split(form["lengths"])) if "lengths" in form else tensor
 
 
-def _plain(name: str, value: Any) -> Any:
-    """Return keys and notes as JSON can hold them."""
-    if name == "timestamp":
-        several = [value] if isinstance(value, datetime) else list(value)
-        moments = [None if each is None else to_milliseconds(each) for each in several]
-        return moments[0] if isinstance(value, datetime) else moments
-    value = value.tolist() if callable(getattr(value, "tolist", None)) else value
-    value = list(value) if isinstance(value, range | tuple) else value
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise SchemaMismatchError(f"{name}: {error}") from None
-    return value
+def _plain_notes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys and notes as JSON can hold them, checked here: at the server all would stop."""
+    counts = [_count(value) for value in given.values()]
+    several = next((count for count in counts if count is not None), None)
+    n = 1 if several is None else several  # one for all records, however many tensors bring
+    # Those without an index are counted at the server; here any will do.
+    index = range(n) if given["index"] is None else given["index"]
+    keys = {"node": "0", "round": 0, "index": index}
+    keys |= {name: given[name] for name in ("split", "class_name")}
+    checked = checked_columns(keys, {name: given[name] for name in NOTE_COLUMNS}, n)
+    notes = {}
+    for name, value in given.items():
+        if value is not None or name == "timestamp":
+            values = checked[name].tolist()
+            if name == "extra":
+                values = [json.loads(each) if each else None for each in values]
+            notes[name] = values[0] if several is None else values
+    return notes
+
+
+def _count(value: Any) -> int | None:
+    """Return how many values a sequence has; None where it is one value."""
+    if isinstance(value, str | Mapping) or getattr(value, "ndim", 1) == 0:
+        return None
+    return len(value) if hasattr(value, "__len__") else None
 
 
 def _notes(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import SMALL, values
@@ -254,7 +255,14 @@ def test_all_that_is_known_of_records_travels(tmp_path):
     }
     rows = [
         {"split": "val", "class_name": "dog", "t5": t5, "clip": np.ones((2, 768), "f4"), **known},
-        {"split": "train", "class_name": "cat", "t5": t5[0], "clip": torch.zeros(768)},
+        {
+            "split": "train",
+            "class_name": pd.Series(["cat"]),
+            "index": [np.int64(5)],
+            "timestamp": np.datetime64("2026-03-03T01", "ns"),
+            "t5": t5[0],
+            "clip": torch.zeros(768),
+        },
     ]
     run(tmp_path / "new.zarr", client(lambda node, number: rows), rounds=1)
     found = EmbeddingStore.open(tmp_path / "new.zarr").select(node="2", split="val")
@@ -270,6 +278,8 @@ def test_all_that_is_known_of_records_travels(tmp_path):
     np.testing.assert_array_equal(found.read("t5"), t5.float().numpy())
     other = EmbeddingStore.open(tmp_path / "new.zarr").select(node="2", split="train")
     np.testing.assert_array_equal(other.read("t5"), t5[:1].float().numpy())
+    assert other.records["index"].tolist() == [5]
+    assert other.records.timestamp.iloc[0].isoformat()[:16] == "2026-03-03T01:00"
 
 
 def test_bfloat16_travels_as_it_is_in_half_the_bytes(tmp_path):
@@ -361,7 +371,14 @@ def test_more_than_a_reply_may_carry_is_refused_with_what_to_do():
     [
         ({"clas_name": "dog"}, "clas_name is a str, not a tensor"),
         ({"t5": torch.zeros(2, 2, dtype=torch.complex64)}, "t5 is not an ordinary tensor"),
-        ({"extra": {"a": object()}}, "extra: Object of type object is not JSON serializable"),
+        ({"extra": {"a": object()}}, "extra: .* cannot be kept as JSON"),
+        ({"extra": {"a": float("nan")}}, "extra: .* cannot be kept as JSON"),
+        ({"class_name": None}, "expected a value for class_name, got None"),
+        ({"index": [0, 1, 2]}, "index: expected 4 values, one per record, got 3"),
+        ({"index": -1}, "index: expected a whole number from 0"),
+        ({"timestamp": "yesterday"}, "timestamp: expected a datetime, got 'yesterday'"),
+        ({"t5": []}, "t5: expected sequences"),
+        ({"t5": [torch.zeros(2, 8), torch.zeros(2, 9)]}, r"t5: .* got \[\[2, 8\], \[2, 9\]\]"),
     ],
 )
 def test_what_cannot_travel_is_refused_at_the_node(change, said):
