@@ -27,6 +27,7 @@ _COMMANDS = {
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),
     "generate": ("generate", "command", "Render images from embeddings."),
+    "sweep": ("sweep", "command", "Render with every combination of some settings."),
     "status": ("status", "command", "Show which images are done, missing, stale or failed."),
     "slurm": ("slurm", "command", "Print a SLURM script that renders on many GPUs."),
     "gallery": ("gallery", "command", "Make a page to look through the images."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
     numbers = np.arange(1, count + 1)
     kinds = snapshot.column("commit_kind")[:count].astype(object)
     moved = kinds == "compact"
-    created, deleted, nodes, rounds = _changes(snapshot)
+    changes = _changes(snapshot)
+    created, deleted = changes.created, changes.deleted
     times = snapshot.column("commit_time")[:count]
     return pd.DataFrame(
         {
@@ -25,36 +27,47 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
             "time": pd.to_datetime(times, unit="ms", utc=True),
             "kind": kinds,
             "source": snapshot.column("commit_source")[:count].astype(object),
-            "nodes": _sorted(nodes),
-            "rounds": _sorted(rounds),
+            "nodes": _sorted(changes.nodes),
+            "rounds": _sorted(changes.rounds),
             "added": np.where(moved, 0, created),
             "deleted": np.where(moved, 0, deleted),
             "records": np.cumsum(created) - np.cumsum(deleted),
-            "bytes": _bytes(snapshot),
+            "bytes": _bytes(snapshot, changes.writers),
         }
     )
 
 
-def _changes(
-    snapshot: Snapshot,
-) -> tuple[np.ndarray, np.ndarray, list[set[Any]], list[set[Any]]]:
-    """Return what each commit created and deleted: counts of records, and nodes and rounds."""
-    count = snapshot.commit
+@dataclass(frozen=True)
+class _Changes:
+    """Records that each commit created and deleted, their nodes and rounds; who wrote each file."""
+
+    created: np.ndarray
+    deleted: np.ndarray
+    nodes: list[set[Any]]
+    rounds: list[set[Any]]
+    writers: np.ndarray
+
+
+def _changes(snapshot: Snapshot) -> _Changes:
+    count, granule = snapshot.commit, snapshot.schema.granule
     totals = np.zeros((2, count + 2), np.int64)
-    nodes: list[set[Any]] = [set() for _ in range(count + 1)]
-    rounds: list[set[Any]] = [set() for _ in range(count + 1)]
-    chunks = snapshot.chunks
-    snapshot.fetch(("created_in", "deleted_in", "node", "round"))
-    for number in chunks.numbers("node"):
+    found: dict[str, list[set[Any]]] = {
+        name: [set() for _ in range(count + 1)] for name in ("node", "round")
+    }
+    chunks, first, writers = snapshot.chunks, 0, [np.empty(0, np.int32)]
+    snapshot.fetch(("created_in", "deleted_in", *found))
+    for number in chunks.numbers("created_in"):
         # Not kept: of millions of records the names of nodes alone take gigabytes.
-        values = [chunks.chunk(name, number, keep=False) for name in ("node", "round")]
-        for which, name in enumerate(("created_in", "deleted_in")):
-            marks = chunks.chunk(name, number)
+        names = ("created_in", "deleted_in", *found)
+        created, deleted, *values = (chunks.chunk(n, number, keep=False) for n in names)
+        for which, marks in enumerate((created, deleted)):
             totals[which] += np.bincount(marks.clip(max=count + 1), minlength=count + 2)
-            for found, column in zip((nodes, rounds), values, strict=True):
-                _gather(found, marks, column)
-    created, deleted = totals[:, 1 : count + 1]
-    return created, deleted, nodes[1:], rounds[1:]
+            for known, column in zip(found.values(), values, strict=True):
+                _gather(known, marks, column)
+        writers.append(created[-first % granule :: granule])
+        first += len(created)
+    added, removed = totals[:, 1 : count + 1]
+    return _Changes(added, removed, found["node"][1:], found["round"][1:], np.concatenate(writers))
 
 
 def _gather(found: list[set[Any]], commits: np.ndarray, values: np.ndarray) -> None:
@@ -73,9 +86,7 @@ def _sorted(found: list[set[Any]]) -> list[tuple[Any, ...]]:
     return [tuple(sorted(values)) for values in found]
 
 
-def _bytes(snapshot: Snapshot) -> np.ndarray:
-    granule = snapshot.schema.granule
-    writer = snapshot.column_at("created_in", np.arange(0, snapshot.point.records, granule))
+def _bytes(snapshot: Snapshot, writer: np.ndarray) -> np.ndarray:
     sizes = np.zeros(snapshot.point.commit + 1, np.int64)
     for name in snapshot.schema.columns:
         for file, nbytes in (snapshot.place.sizes(name) or {}).items():

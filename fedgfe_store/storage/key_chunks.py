@@ -16,10 +16,6 @@ from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.place import Place
 
-_ALIKE_BYTES = 512
-"""Longest file of a chunk that is looked for among those that were read: 16,384 times one value
-take 30 to 150 bytes."""
-
 
 class KeyChunks:
     """Key columns of the store at `path` as `group` published them.
@@ -35,7 +31,7 @@ class KeyChunks:
         self._columns = group.known_columns
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
-        self._alike: dict[tuple[str, bytes, str, int], np.ndarray] = {}
+        self._last: dict[str, tuple[bytes, str, np.ndarray]] = {}
         self.stale: set[tuple[str, int]] = set()
 
     def column(self, name: str) -> np.ndarray:
@@ -138,8 +134,10 @@ class KeyChunks:
         where = f"{self._path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
         try:
             data = key_files.contents(self._place, column, chunk)
-            if (known := self._alike.get((name, data, committed, stop - start))) is not None:
-                return known
+            # Marks of no deletion, notes of nobody: chunks of one value are one file, told at once.
+            last = self._last.get(name)
+            if last and last[:2] == (data, committed) and len(last[2]) == stop - start:
+                return last[2]
             values = key_files.decoded(column, data, stop - start)
         except FileNotFoundError:
             raise DamagedDataError(f"{where} is missing") from None
@@ -157,9 +155,8 @@ class KeyChunks:
                 raise DamagedDataError(f"{where} is missing or damaged: {wrong}")
         elif key_files.digest(column, values) != committed:
             raise DamagedDataError(f"{where} is damaged: not what was committed there")
-        elif len(data) < _ALIKE_BYTES and (name, chunk) not in self.stale:
-            # Marks of no deletion, notes of nobody: all chunks of one value are one file.
-            self._alike[name, data, committed, stop - start] = values
+        elif (name, chunk) not in self.stale:
+            self._last[name] = data, committed, values
         return values
 
     def _gap(self, column: KeyColumn, chunk: int, values: np.ndarray) -> str | None:
