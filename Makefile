@@ -26,7 +26,7 @@ test: lint test-gpu
 	time $(BIN)/python -m pytest $(PARALLEL) -m "not long"
 
 # What is left out of `make test`: every model where some stand for all, and full sizes.
-test-long: $(VENV)/installed-dev
+test-long: $(VENV)/installed-long
 	$(BIN)/python -m pytest $(PARALLEL) -m long
 	$(BIN)/python -m pytest $(PARALLEL) -m long tests/virtual_gpu
 
@@ -52,7 +52,7 @@ test-fast: $(VENV)/installed-dev
 
 # What power cuts, kills, broken disks, locks and copying do to stores; hours. Pieces, seeds and a
 # short form: tools/soak.py --help.
-soak: $(VENV)/installed-dev
+soak: $(VENV)/installed-long
 	$(BIN)/python tools/soak.py
 
 # The commands on a simulated GPU, in a process of its own: the device has to be there before torch.
@@ -80,6 +80,12 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+# Ray takes 240 MB and half a minute, Azurite as much; without npm its tests are skipped.
+$(VENV)/installed-long: $(VENV)/installed-dev
+	$(PIP) --editable '.[ray]'
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37 || true
 	touch $@
 
 $(VENV)/installed-notebooks: $(VENV)/installed

@@ -32,7 +32,7 @@ from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.common import threads as pools
 from fedgfe_store.storage import layout
 
-KEY_CHUNK_MODULES = ("layout", "key_files", "snapshot", "commit")
+KEY_CHUNK_MODULES = ("layout", "key_files", "key_chunks", "commit")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ def snapshot_of(folder: Path, rows: int) -> Snapshot:
     names = np.array([f"class {i}" for i in range(KEY_CHUNK)], np.dtypes.StringDType())
     for start in range(0, rows, KEY_CHUNK):
         part = rounds[start : start + KEY_CHUNK]
-        snapshot._chunks["round", start // KEY_CHUNK] = part
-        snapshot._chunks["class_name", start // KEY_CHUNK] = names[: len(part)]
+        snapshot.mend({("round", start // KEY_CHUNK): part})
+        snapshot.mend({("class_name", start // KEY_CHUNK): names[: len(part)]})
     return snapshot
 
 

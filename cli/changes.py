@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fedgfe_store.selection import Selection
     from fedgfe_store.storage.append import AppendBatch
-    from fedgfe_store.storage.verify import Verification
+    from fedgfe_store.storage.engine import Verification
     from fedgfe_store.store import EmbeddingStore
 
     from .main import Context

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ import click
 
 from fedgfe_store.common.words import counted, printable
 
+from .option_types import NUMERIC, NumberList
+
 if TYPE_CHECKING:
     import numpy as np
     from click.decorators import FC
@@ -21,16 +22,6 @@ if TYPE_CHECKING:
     from fedgfe_store.common.location import Location
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
-
-    NumbersType = click.ParamType[list[int | range], object]
-    NamesType = click.ParamType[list[str], object]
-    WholeType = click.ParamType[int | None, object]
-else:
-    # Not generic at run time in every click that is allowed.
-    NumbersType = NamesType = WholeType = click.ParamType
-
-_NUMBER = re.compile(r"[0-9]{1,18}")
-_NUMERIC = ("round", "index")
 
 
 def own_device(device: str | None) -> str | None:
@@ -43,73 +34,6 @@ def own_device(device: str | None) -> str | None:
         local = local_device(os.environ, torch.cuda.device_count())
         return device if local is None else f"cuda:{local}"
     return device
-
-
-class NumberList(NumbersType):
-    """Whole numbers and ranges: ``1,5,10-20``."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return `value` as a list of int and range."""
-        if not isinstance(value, str):
-            return value
-        return [self._number(part.strip(), value, param, ctx) for part in value.split(",")]
-
-    def _number(self, part: str, value: str, param: Any, ctx: Any) -> int | range:
-        from fedgfe_store.common.lookup import read_range
-
-        if (found := read_range(part)) is not None:
-            return found
-        if _NUMBER.fullmatch(part):
-            return int(part)
-        return self.fail(f"expected numbers such as 1,5,10-20, got {value!r}", param, ctx)
-
-
-class WholeNumber(WholeType):
-    """A whole number from 1, or the word that stands for None."""
-
-    name = "whole number"
-
-    def __init__(self, none: str) -> None:
-        self._none = none
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return `value` as int or None."""
-        if value is None or value == self._none:
-            return None
-        if isinstance(value, str) and value.isdecimal() and int(value) >= 1:
-            return int(value)
-        return self.fail(f"expected {self._none} or a number from 1, got {value!r}", param, ctx)
-
-
-KEYS = {
-    "node": "node",
-    "round": "round",
-    "split": "split",
-    "class": "class_name",
-    "index": "index",
-}
-"""Key columns by the names of their filters."""
-
-
-class KeyList(NamesType):
-    """Key columns by the names of their filters: ``round,class``; those of `known` only."""
-
-    name = "keys"
-
-    def __init__(self, known: Mapping[str, str] = KEYS) -> None:
-        self._known = known
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return `value` as a list of the columns' names."""
-        if not isinstance(value, str):
-            return value
-        names = [part.strip() for part in value.split(",")]
-        if not set(names) <= self._known.keys() or len(set(names)) < len(names):
-            wanted = f"some of {', '.join(self._known)}, each once"
-            self.fail(f"expected {wanted}, got {value!r}", param, ctx)
-        return [self._known[name] for name in names]
 
 
 _FILTERS = [
@@ -286,7 +210,7 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _flat(name: str, values: Sequence[Any]) -> list[Any]:
     """Return the values of an option that may be repeated as one list."""
-    return [each for value in values for each in value] if name in _NUMERIC else list(values)
+    return [each for value in values for each in value] if name in NUMERIC else list(values)
 
 
 as_of_option = click.option(

@@ -11,7 +11,7 @@ import click
 
 from fedgfe_store.generation.request import Option, Request
 
-from .options import WholeNumber
+from .option_types import WholeNumber
 
 HINTS = get_type_hints(Request)
 FIELDS = {each.name: each for each in fields(Request) if "option" in each.metadata}

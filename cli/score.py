@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from .codes import SOME_FAILED
+from .measures import CLASSIFIED, classified, draw, grouping, print_measures
+from .option_types import KeyList
 from .options import (
     Filters,
-    KeyList,
     as_of_option,
     class_names,
     default_folder,
@@ -23,7 +23,7 @@ from .options import (
     quiet_option,
 )
 from .progress import progress
-from .tables import as_text, counted, print_data, print_table
+from .tables import as_text, counted, print_data
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,11 @@ _GROUPS = {
     "index": "index",
     "image": "image",
 }
-_NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
+_FORMS = {"similarity": "{:.3f}"}
+_TITLES = {
+    "agreement": "agreement: share of images whose closest class is their own",
+    "similarity": "similarity: mean cosine between an image and its class' prompt",
+}
 
 
 @click.command("score")
@@ -66,11 +70,18 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
     help="What is said of a class; underscores in its name become spaces.",
 )
 @click.option(
+    "--measure",
+    type=click.Choice(["similarity", *CLASSIFIED]),
+    default="similarity",
+    show_default=True,
+    help="averages: accuracy, balanced accuracy, macro and weighted F1 of each group; classes: "
+    "precision, recall and F1 of each class; confusion: which class was taken for which.",
+)
+@click.option(
     "--by",
     type=KeyList(_GROUPS),
-    default="node,round,class",
-    show_default=True,
-    help="Some of node,round,split,class,index,image; all six give each picture a row.",
+    help="Some of node,round,split,class,index,image; all six give each picture a row "
+    "[similarity: node,round,class; averages: node,round; classes and confusion: all together].",
 )
 @click.option(
     "--batch-size",
@@ -87,6 +98,12 @@ _NUMERIC = ("round", "index", "image", "pictures", "similarity", "agreement")
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write csv or json to this file instead; csv unless --format says json.",
 )
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw it: over the rounds, or the confusion as a square; png, pdf or svg.",
+)
 @quiet_option
 @click.pass_context
 def command(
@@ -98,11 +115,13 @@ def command(
     input_dir: Path | None,
     among: tuple[str, ...],
     prompt: str,
-    by: list[str],
+    measure: str,
+    by: list[str] | None,
     batch_size: int,
     device: str | None,
     form: str,
     output: Path | None,
+    plot: Path | None,
     quiet: bool,
 ) -> None:
     """Measure with CLIP whether images show their class.
@@ -115,12 +134,14 @@ def command(
     fedgfe-store score --clip-model openai/clip-vit-base-patch32 --round 5
     fedgfe-store score --clip-model models/clip --by round --node server
     fedgfe-store score --clip-model models/clip --output scores.csv
+    fedgfe-store score --clip-model models/clip --measure averages --plot accuracy.png
     """
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.images.scoring import score_pictures, selected_images
 
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
+    keys = grouping(measure, by, plot, ["node", "round", "class_name"])
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     found = selected_images(selection, input_dir or default_folder(selection))
@@ -142,7 +163,8 @@ def command(
             f"--among names others",
             err=True,
         )
-    table = scores.table(by)
+    is_classified = measure in CLASSIFIED
+    table = classified(scores.frame, measure, keys) if is_classified else scores.table(keys)
     if output is not None:
         output.write_text(as_text(table, "csv" if form == "table" else form), encoding="utf-8")
         click.echo(f"{counted(len(scores.frame), 'picture')} scored, {len(table)} rows in {output}")
@@ -150,23 +172,18 @@ def command(
         _print(scores, table)
     else:
         print_data(table, form)
+    if plot is not None:
+        title = f"{counted(len(scores.frame), 'picture')} of {selection.location.name}"
+        draw(table, measure, keys, plot, titles=_TITLES, title=title)
+        click.echo(f"plot: {plot}", err=form != "table")
     if "damaged" in scores.left_out.values():
         ctx.exit(SOME_FAILED)
 
 
 def _print(scores: Scores, table: pd.DataFrame) -> None:
-    shown = table.assign(
-        similarity=table["similarity"].map("{:.3f}".format),
-        agreement=table["agreement"].map(_share),
-    )
-    headers = [str(name).removesuffix("_name") for name in shown]
-    print_table(headers, shown.to_numpy().tolist(), right=_NUMERIC)
+    print_measures(table, _FORMS)
     frame = scores.frame
     line = f"{counted(len(frame), 'picture')}: similarity {frame['similarity'].mean():.3f}"
     if len(scores.prompts) > 1:
         line += f", agreement {frame['agrees'].mean():.1%} among {len(scores.prompts)} classes"
     click.echo(f"\n{line}")
-
-
-def _share(agreement: float) -> str:
-    return "-" if isnan(agreement) else f"{agreement:.1%}"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Filters, KeyList, as_of_option, filter_options, format_option, quiet_option
+from .option_types import KeyList
+from .options import Filters, as_of_option, filter_options, format_option, quiet_option
 from .progress import progress
 from .tables import counted, print_data, print_table
 

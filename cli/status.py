@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .option_types import KeyList
 from .options import (
     Filters,
-    KeyList,
     as_of_option,
     default_folder,
     filter_options,

@@ -14,7 +14,7 @@ from fedgfe_store.common.location import Location, own_folder
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey, check_keys
 from fedgfe_store.schema import Schema
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Rows(ABC):
     """Records of a store, in a fixed order, as one commit shows them; `Selection` says which."""
 
-    _snapshot: Snapshot
+    _snapshot: State
 
     @property
     @abstractmethod

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from fedgfe_store.common.filters import NUMBERS, matches, wanted_values
+from fedgfe_store.common.filters import wanted_values
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, TEXT_ROUND, are_negatives
+from fedgfe_store.records import KEY_COLUMNS, NEGATIVE_SPLIT, TEXT_NODE, TEXT_ROUND
 from fedgfe_store.rows import Rows
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
     import torch
     import xarray as xr
+    from ray.data import Dataset
 
     from fedgfe_store.readers.torch import Batches
 
@@ -32,7 +33,7 @@ class Selection(Rows):
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        snapshot: State,
         filters: Mapping[str, Any],
         *,
         per_class: int | None,
@@ -45,7 +46,7 @@ class Selection(Rows):
 
     @classmethod
     def of(
-        cls, snapshot: Snapshot, filters: Mapping[str, Any], *, per_class: int | None = None
+        cls, snapshot: State, filters: Mapping[str, Any], *, per_class: int | None = None
     ) -> Selection:
         """Return the records of `snapshot` that meet `filters`; see `EmbeddingStore.select`."""
         if per_class is not None and not (is_whole(per_class) and per_class >= 1):
@@ -56,9 +57,9 @@ class Selection(Rows):
         return cls(snapshot, checked, per_class=per_class)
 
     @classmethod
-    def whole(cls, snapshot: Snapshot) -> Selection:
+    def whole(cls, snapshot: State) -> Selection:
         """Return all records of `snapshot`, negative embeddings among them."""
-        return cls(snapshot, {}, per_class=None, rows=np.flatnonzero(snapshot.visible))
+        return cls(snapshot, {}, per_class=None, rows=snapshot.rows_matching({}))
 
     def others(self, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.
@@ -90,13 +91,7 @@ class Selection(Rows):
         """Row numbers of the records in the store's arrays, int64 ``[n]``."""
         if self._taken is not None:
             return self._taken
-        # From a server, all at once: what a filter leaves out costs less than waiting in turn.
-        self._snapshot.fetch(("created_in", "deleted_in", *self._filters))
-        rows = np.flatnonzero(self._snapshot.visible)
-        # Numbers first: they are compared faster, and text only where they leave any.
-        for name in sorted(self._filters, key=NUMBERS.__contains__, reverse=True):
-            values = self._snapshot.column_at(name, rows)
-            rows = rows[matches(values, self._filters[name])]
+        rows = self._snapshot.rows_matching(self._filters)
         if "split" not in self._filters and self._snapshot.group.may_have_negatives:
             rows = _without_negatives(self._snapshot, rows)
         return rows if self._per_class is None else self._lowest(rows, self._per_class)
@@ -142,6 +137,31 @@ class Selection(Rows):
 
         return to_dataset(self, chunks)
 
+    def to_ray(self, *, columns: Sequence[str] | None = None) -> Dataset:
+        """Return the selection as a Ray Data dataset, a row for each record.
+
+        Parameters
+        ----------
+        columns : sequence of str, optional
+            Tensor columns, as for `batches`.
+
+        Returns
+        -------
+        ray.data.Dataset
+            The five key columns and the tensors. Nothing is read before it is used; then Ray's
+            workers, which see the store under the same path, read blocks of some 64 MB.
+
+        Raises
+        ------
+        NotFoundError
+            If Ray is not installed.
+        SchemaMismatchError
+            If there is no such column.
+        """
+        from fedgfe_store.readers.ray import to_ray
+
+        return to_ray(self, columns)
+
     def batches(
         self,
         batch_size: int,
@@ -185,12 +205,11 @@ class Selection(Rows):
         )
 
 
-def _without_negatives(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
+def _without_negatives(snapshot: State, rows: np.ndarray) -> np.ndarray:
     """Leave out what guidance leads away from, which is of no class."""
-    # By the numbers first: they are compared soonest, and few rows are left.
-    texts = rows[snapshot.column_at("round", rows) == TEXT_ROUND]
-    names = {name: snapshot.column_at(name, texts) for name in ("node", "split")}
-    negatives = texts[are_negatives(names)]
+    negatives = snapshot.rows_matching(
+        {"node": [TEXT_NODE], "round": [TEXT_ROUND], "split": [NEGATIVE_SPLIT]}
+    )
     return rows[~np.isin(rows, negatives)] if len(negatives) else rows
 
 

@@ -6,17 +6,21 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+import numpy as np
+
 from fedgfe_store.common.filters import check_names
-from fedgfe_store.common.location import Given, location, own_folder
+from fedgfe_store.common.location import Given, location
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema
 from fedgfe_store.selection import Selection
-from fedgfe_store.storage.append import AppendBatch, IfExists
-from fedgfe_store.storage.create import create
-from fedgfe_store.storage.metadata import Group
-from fedgfe_store.storage.snapshot import Snapshot
-from fedgfe_store.storage.upkeep import LOCK_TIMEOUT, Upkeep
+from fedgfe_store.storage.append import AppendBatch
+from fedgfe_store.storage.engine import LOCK_TIMEOUT
+from fedgfe_store.storage.engines import create, engine_of, latest
+from fedgfe_store.storage.sifting import IfExists
+from fedgfe_store.storage.state import State
+from fedgfe_store.storage.upkeep import Upkeep
+from fedgfe_store.storage.writing import Change, committed
 
 
 class EmbeddingStore(Upkeep):
@@ -26,26 +30,31 @@ class EmbeddingStore(Upkeep):
     that was the latest when it was opened, or that it has itself written since, until `refresh`.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        if not isinstance(snapshot, Snapshot):
+    def __init__(self, snapshot: State) -> None:
+        if not isinstance(snapshot, State):
             raise SchemaMismatchError(
                 f"expected EmbeddingStore.open(path) or EmbeddingStore.create(path, schema), "
                 f"got EmbeddingStore({snapshot!r})"
             )
         self._snapshot = snapshot
+        self._engine = engine_of(snapshot)
 
     @classmethod
     def create(
-        cls, path: Given, schema: Schema, *, timeout: float = LOCK_TIMEOUT
+        cls, path: Given, schema: Schema, *, shared: bool = False, timeout: float = LOCK_TIMEOUT
     ) -> EmbeddingStore:
         """Make an empty store at `path`.
 
         Parameters
         ----------
         path : path-like
-            A folder that does not exist yet, or an empty one.
+            A folder that does not exist yet, or an empty one; of a shared store also a URL, such
+            as ``s3://bucket/folder``.
         schema : Schema
             What its records look like.
+        shared : bool
+            Let many processes and machines write at once, without any lock (extra ``cloud``);
+            otherwise one writes while others wait.
         timeout : float
             Seconds to wait for another process that is making it.
 
@@ -56,7 +65,7 @@ class EmbeddingStore(Upkeep):
         BusyError
             If another process holds the store for longer than `timeout`.
         """
-        create(own_folder(location(path)), schema, timeout=timeout)
+        create(location(path), schema, shared=shared, timeout=timeout)
         return cls.open(path)
 
     @classmethod
@@ -84,7 +93,7 @@ class EmbeddingStore(Upkeep):
         """
         if as_of is not None and not is_whole(as_of):
             raise SchemaMismatchError(f"as_of: expected the number of a commit, got {as_of!r}")
-        return cls(Snapshot.latest(location(path), as_of))
+        return cls(latest(location(path), as_of))
 
     @property
     def schema(self) -> Schema:
@@ -97,13 +106,13 @@ class EmbeddingStore(Upkeep):
         return self._snapshot.group.id
 
     @property
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> State:
         """The committed state that the store shows, for the package's own rooms."""
         return self._snapshot
 
     def __len__(self) -> int:
         """Return the number of records."""
-        return int(self._snapshot.visible.sum())
+        return self._snapshot.live
 
     def __bool__(self) -> bool:
         return True
@@ -121,7 +130,7 @@ class EmbeddingStore(Upkeep):
 
     def refresh(self) -> None:
         """See the latest commit."""
-        self._snapshot = self._snapshot.at(Group.read(self._snapshot.place))
+        self._snapshot = self._snapshot.refreshed()
 
     def append(
         self,
@@ -177,15 +186,15 @@ class EmbeddingStore(Upkeep):
             )
         return AppendBatch(
             self._snapshot,
+            begin=lambda known: self._engine.begin(known, timeout=timeout),
             node=node,
             round=round,
             if_exists=if_exists,
             source=source,
-            timeout=timeout,
             done=self._see,
         )
 
-    def _see(self, snapshot: Snapshot) -> None:
+    def _see(self, snapshot: State) -> None:
         self._snapshot = snapshot
 
     def select(
@@ -264,13 +273,18 @@ class EmbeddingStore(Upkeep):
         if not wanted:
             raise SchemaMismatchError("delete: expected at least one filter, got none")
         per_class = wanted.pop("per_class", None)
-        with self._transaction(timeout) as transaction:
-            # Selected anew under the claim: others may have written since this store was opened.
-            rows = Selection.of(transaction.snapshot, wanted, per_class=per_class).rows
-            self._snapshot = transaction.snapshot
-            if len(rows):
-                self._snapshot = transaction.publish("delete", deleted=rows)
-        return len(rows)
+        found = np.empty(0, np.int64)
+
+        def change(latest: State) -> Change | None:
+            # Selected anew in what is the latest state now: others may have written since this
+            # store was opened.
+            nonlocal found
+            found = Selection.of(latest, wanted, per_class=per_class).rows
+            return Change("delete", found, np.empty(0, np.int64)) if len(found) else None
+
+        with self._engine.begin(self._snapshot, timeout=timeout) as writing:
+            self._snapshot = committed(writing, change)
+        return len(found)
 
     def merge(
         self,

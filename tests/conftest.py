@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -18,6 +22,9 @@ from hypothesis import settings
 from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
+
+if TYPE_CHECKING:
+    from proxy import Proxy
 
 # torch is not imported yet; child processes inherit it. Threads of several processes that wait for
 # one another busily take many times as long where a machine does other work, too.
@@ -143,6 +150,47 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return save(name, tmp_path_factory.mktemp("models") / name, encoders=encoders)
 
     return folder
+
+
+BUCKET = "experiments"
+"""Of the S3 server."""
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """An S3 server in the memory of this process, with a bucket: its URL."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    from servers import s3_server
+
+    with s3_server() as url:
+        urlopen(Request(f"{url}/{BUCKET}", method="PUT")).close()
+        yield url
+
+
+@pytest.fixture
+def aws(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Proxy]]:
+    """The usual variables, and what puts a proxy before the S3 server, as `Faults` says.
+
+    They name the server, and then the latest proxy. All end with the test.
+    """
+    from proxy import Faults, proxied
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ENDPOINT_URL": s3,
+    }.items():
+        monkeypatch.setenv(name, value)
+    with ExitStack() as stack:
+
+        def proxy(**faults: Any) -> Proxy:
+            made = stack.enter_context(proxied(s3, Faults(**faults)))
+            monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
+            return made
+
+        yield proxy
 
 
 _watched: list[str] = []

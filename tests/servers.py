@@ -1,26 +1,38 @@
-"""Servers on this machine that tests start and end: S3, plain files, and faults before either."""
+"""Servers on this machine that tests start and end: S3, Azure, plain files. Faults: `proxy`."""
 
 from __future__ import annotations
 
-import http.client
+import base64
+import hmac
+import os
 import re
+import shutil
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
+
+from processes import started
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # A client opens many connections at once; those that are not taken try again after a second.
+    request_queue_size = 128
 
 
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Serve on a free port of this machine while the block runs; yields the URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -31,8 +43,13 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         thread.join()
 
 
-class _Quiet(BaseHTTPRequestHandler):
+class Quiet(BaseHTTPRequestHandler):
+    """What keeps connections, answers in one go and prints nothing."""
+
     protocol_version = "HTTP/1.1"
+    # Headers and body in two packets wait for one another's receipt, 40 ms each time.
+    wbufsize = -1
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -49,7 +66,7 @@ class _Quiet(BaseHTTPRequestHandler):
 def file_server(folder: Path) -> type[BaseHTTPRequestHandler]:
     """A plain web server of the files in `folder`: GET and HEAD, of whole files or one range."""
 
-    class Handler(_Quiet):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             path = folder / unquote(urlsplit(self.path).path).lstrip("/")
             if not path.is_file():
@@ -73,58 +90,6 @@ def file_server(folder: Path) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-class Proxy:
-    """A server before another one: it keeps what was asked, and does harm where it is told to.
-
-    Attributes
-    ----------
-    asked : list of str
-        Method, path and range of each request.
-    harm : callable
-        Called with a request's path, its status and the answer's body; gives the status and the
-        body that go out instead. A body that is shorter than the answer's ends too early.
-    """
-
-    def __init__(self, upstream: str) -> None:
-        self.asked: list[str] = []
-        self.harm: Callable[[str, int, bytes], tuple[int, bytes]] = lambda path, status, body: (
-            status,
-            body,
-        )
-        self._upstream = urlsplit(upstream).netloc
-
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        proxy = self
-
-        class Handler(_Quiet):
-            def do_GET(self) -> None:
-                span = self.headers.get("Range", "").removeprefix("bytes=")
-                proxy.asked.append(f"{self.command} {self.path} {span}".strip())
-                answer, body = proxy.forward(self)
-                status, sent = proxy.harm(self.path, answer.status, body)
-                headers = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOP]
-                length = len(body) if status == answer.status else len(sent)
-                if self.command == "HEAD":
-                    length = int(answer.getheader("Content-Length") or 0)
-                self.answer(status, [*headers, ("Content-Length", str(length))], sent)
-                if self.command != "HEAD" and len(sent) < length:
-                    self.close_connection = True
-
-            do_HEAD = do_GET
-
-        return Handler
-
-    def forward(self, request: BaseHTTPRequestHandler) -> tuple[http.client.HTTPResponse, bytes]:
-        """Ask the server behind, and return its answer."""
-        connection = http.client.HTTPConnection(self._upstream, timeout=60)
-        try:
-            connection.request(request.command, request.path, headers=dict(request.headers))
-            answer = connection.getresponse()
-            return answer, answer.read()
-        finally:
-            connection.close()
-
-
 @contextmanager
 def s3_server() -> Iterator[str]:
     """An S3 server in the memory of this process."""
@@ -137,3 +102,51 @@ def s3_server() -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+AZURE_ACCOUNT, AZURE_KEY = (
+    "devstoreaccount1",
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==",
+)
+"""Of every Azurite, as its documentation says."""
+
+
+def azurite() -> str | None:
+    """Find the program: of this environment, where `make test-long` puts it, or of the machine."""
+    own = Path(sys.prefix, "azurite", "node_modules", ".bin")
+    return shutil.which("azurite-blob", path=f"{own}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+@contextmanager
+def azure_server(container: str) -> Iterator[str]:
+    """Azure's object storage in the memory of a process, with a container.
+
+    Yields
+    ------
+    str
+        URL, to which the account's name belongs.
+    """
+    program = azurite()
+    assert program is not None, "Azurite is not installed"
+    options = ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]
+    with started([program, "--blobHost", "127.0.0.1", "--blobPort", "0", *options]) as server:
+        said = ""
+        while "listens on" not in said:
+            said = server.line()
+            assert said, "Azurite has ended"
+        url = f"{said.split()[-1]}/{AZURE_ACCOUNT}"
+        urlopen(_making(url, container)).close()
+        yield url
+
+
+def _making(url: str, container: str) -> Request:
+    """Ask for a container, signed as Azure documents under "Authorize with Shared Key"."""
+    date = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    headers = {"x-ms-date": date, "x-ms-version": "2021-12-02"}
+    # Eleven standard headers of which there is none; the account is in the path once more.
+    lines = ["PUT", *[""] * 11, *(f"{name}:{value}" for name, value in headers.items())]
+    lines += [f"/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}/{container}", "restype:container"]
+    signed = hmac.digest(base64.b64decode(AZURE_KEY), "\n".join(lines).encode(), "sha256")
+    headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{base64.b64encode(signed).decode()}"
+    # Otherwise urllib names a type, which would be signed.
+    return Request(f"{url}/{container}?restype=container", headers=headers, method="PUT")

@@ -354,7 +354,7 @@ def test_key_columns_are_picked_in_any_order(store):
     }
     for name, column in whole.items():
         for start in range(0, total, KEY_CHUNK):
-            snapshot._chunks[name, start // KEY_CHUNK] = column[start : start + KEY_CHUNK]
+            snapshot.mend({(name, start // KEY_CHUNK): column[start : start + KEY_CHUNK]})
     rng = np.random.default_rng(0)
     edges = np.concatenate([np.arange(-2, 3) + k * KEY_CHUNK for k in range(4)])
     edges = edges[edges >= 0]

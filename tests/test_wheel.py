@@ -115,6 +115,17 @@ def test_xarray_knows_the_engine(installed, tmp_path):
     assert output_of(installed / "python", "-c", code, folder=tmp_path).startswith("fedgfe_store.")
 
 
+def test_it_renders_with_the_model_that_it_brings(installed, demo, tmp_path):
+    words = ["--store", demo.folder / "embeddings.zarr", "generate", "--node", "server", "--round"]
+    words += ["20", "--class", "dog", "--per-class", "1", "--split", "test", "--model", "tiny"]
+    said = output_of(
+        installed / "fedgfe-store", *words, "--output-dir", tmp_path / "images", folder=tmp_path
+    )
+    assert "1 images rendered" in said
+    assert len(list((tmp_path / "images").glob("*.png"))) == 1
+
+
+@pytest.mark.long
 def test_the_demo_runs(installed, tmp_path):
     said = output_of(installed / "fedgfe-store", "demo", folder=tmp_path)
     assert "480 images rendered" in said

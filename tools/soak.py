@@ -19,19 +19,20 @@ from pathlib import Path
 
 import click
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "storage"))
 import copies
 import crashes
 import random_kills
+import served
 import writers
 from figures import Figures
 from operations import OPERATIONS
 
 CONTROL = ("append", "compact")
-FEWER = [name for name in OPERATIONS if "while" not in name and not name.startswith("roll back d")]
+"""Operations of which the flushes are left out, to see that it is found."""
 FEW = ("create", "append", "replace", "compact", "back up again", "upgrade", "roll back replace")
 """Operations that the short form tries."""
-"""Operations of which the flushes are left out, to see that it is found."""
 KEPT = {
     "no flush": lambda kind: False,
     "no flush of a file": lambda kind: kind != "flush",
@@ -42,7 +43,7 @@ KEPT = {
 def power_cuts(root: Path, *, seed: int, short: bool) -> Figures:
     """Look at every state that a power cut can leave, or a sample of them."""
     return crashes.power_cuts(
-        root, FEWER if short else OPERATIONS, seed=seed, most=1 if short else None
+        root, FEW if short else OPERATIONS, seed=seed, most=1 if short else None
     )
 
 
@@ -72,7 +73,7 @@ def kills(root: Path, *, seed: int, short: bool) -> Figures:
 
 def kills_at_random(root: Path, *, seed: int, short: bool) -> Figures:
     """Kill at any moment of a long life."""
-    most, longest = (8, 0.05) if short else (200, 0.2)
+    most, longest = (4, 0.05) if short else (200, 0.2)
     return random_kills.random_kills(root, seed=seed, most=most, longest=longest)
 
 
@@ -115,6 +116,12 @@ def backups(root: Path, *, seed: int, short: bool) -> Figures:
     return copies.live_copies(root, copies.backed_up, seed=seed, copies=many, all_sound=True)
 
 
+def faulty_servers(root: Path, *, seed: int, short: bool) -> Figures:
+    """Read from S3 and Azure, where 15 % of requests are refused, cut or not answered."""
+    names = ("moto",) if short else tuple(served.SERVERS)
+    return served.faulty_servers(root, seed=seed, names=names, queries=4 if short else 200)
+
+
 PIECES: dict[str, Callable[..., Figures]] = {
     "power-cuts": power_cuts,
     "without-flushes": without_flushes,
@@ -126,6 +133,7 @@ PIECES: dict[str, Callable[..., Figures]] = {
     "locks-not-offered": locks_not_offered,
     "live-copies": live_copies,
     "backups": backups,
+    "faulty-servers": faulty_servers,
 }
 
 

@@ -7,6 +7,7 @@ float64. What stays in memory is its result.
 from fedgfe_store.analysis.centroids import centroids, combine
 from fedgfe_store.analysis.distances import class_spread, distance_to_server, drift
 from fedgfe_store.analysis.projection import project
+from fedgfe_store.analysis.reference import nearest_classes, quality
 from fedgfe_store.analysis.summary import summarize
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "combine",
     "distance_to_server",
     "drift",
+    "nearest_classes",
     "project",
+    "quality",
     "summarize",
 ]

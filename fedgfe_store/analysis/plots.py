@@ -1,9 +1,9 @@
-"""Pictures of a summary: drift and distances over rounds."""
+"""Pictures of tables: measures over rounds, and which class is taken for which."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,28 @@ from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PANELS = {
+SUMMARY = {
     "drift": "drift: cosine distance of a centroid to that of the previous round",
     "to_server": "to server: mean cosine distance of nodes' class centroids to the server's",
     "separation": "separation: distance between classes / within classes",
 }
+"""Columns of `summarize` that are drawn, and their titles."""
+
+SHARES = frozenset(
+    {
+        *("accuracy", "agreement", "balanced_accuracy", "macro_f1", "f1"),
+        *("nearest", "precision", "coverage"),
+    }
+)
+"""Measures from 0 to 1, which are drawn on that scale."""
+
 _MOST_LINES = 30
 _MOST_TICKS = 12
 _WIDE_RANGE = 30
 _LONGEST_LABEL = 28
 _FONT = 9
 _WIDTH, _BETWEEN = 5.6, 0.75
+_NODES = {"server": "server", "all": "all nodes"}
 _STYLES = ("-", "--", ":")
 
 
@@ -51,8 +62,15 @@ class _Line:
         return look | {"linewidth": 1.6, "marker": "o" if marked else "", "markersize": 3.5}
 
 
-def check_plot(file: Path, by: Sequence[str]) -> None:
-    """Refuse a picture that `plot_summary` could not draw, before anything is read.
+def check_plot(file: Path, by: Sequence[str] | None = None) -> None:
+    """Refuse a picture that could not be drawn, before anything is read.
+
+    Parameters
+    ----------
+    file : Path
+        Where the picture goes.
+    by : sequence of str, optional
+        The key columns of a table that is to be drawn over rounds.
 
     Raises
     ------
@@ -67,12 +85,29 @@ def check_plot(file: Path, by: Sequence[str]) -> None:
         raise SchemaMismatchError(f"{file}: expected a name ending in .{', .'.join(sorted(kinds))}")
     if not file.parent.is_dir():
         raise NotFoundError(f"{file}: there is no folder {file.parent}")
-    if "round" not in by:
+    if by is not None and "round" not in by:
         raise SchemaMismatchError(f"a plot is over rounds: expected them in {', '.join(by)}")
 
 
 def plot_summary(table: pd.DataFrame, by: Sequence[str], file: Path, *, title: str = "") -> None:
     """Draw drift, distance to the server and separation of classes over the rounds.
+
+    As `plot_rounds` of the table that `summarize` gives.
+    """
+    if not any(name in table and table[name].notna().any() for name in SUMMARY):
+        raise SchemaMismatchError("a plot needs records of two rounds, or of a server and nodes")
+    plot_rounds(table, by, SUMMARY, file, title=title)
+
+
+def plot_rounds(
+    table: pd.DataFrame,
+    by: Sequence[str],
+    measures: Mapping[str, str],
+    file: Path,
+    *,
+    title: str = "",
+) -> None:
+    """Draw measures over the rounds, each in a panel of its own.
 
     A line for each group, with its name beside its end. Where there are too many, those of each
     value of the first key share a colour, and their mean is named.
@@ -80,9 +115,11 @@ def plot_summary(table: pd.DataFrame, by: Sequence[str], file: Path, *, title: s
     Parameters
     ----------
     table : DataFrame
-        A result of `summarize`.
+        A row for each group, with `by` and the measures.
     by : sequence of str
-        Its key columns.
+        Its key columns, of which ``round`` is one.
+    measures : mapping of str to str
+        Columns, and the titles of their panels; those that the table lacks are left out.
     file : Path
         Where the picture goes; its ending tells the kind (png, pdf, svg).
     title : str
@@ -90,13 +127,15 @@ def plot_summary(table: pd.DataFrame, by: Sequence[str], file: Path, *, title: s
 
     Raises
     ------
+    NotFoundError
+        If matplotlib or scikit-learn is not installed, or there is no folder for `file`.
     SchemaMismatchError
         If there is nothing to draw, or far too much.
     """
     check_plot(file, by)
-    panels = [name for name in _PANELS if name in table and table[name].notna().any()]
+    panels = [name for name in measures if name in table and table[name].notna().any()]
     if not panels:
-        raise SchemaMismatchError("a plot needs records of two rounds, or of a server and nodes")
+        raise SchemaMismatchError(f"a plot needs values of {', '.join(measures)}, got none")
     others = [name for name in by if name != "round"]
     drawn = {name: _lines(table, others, name) for name in panels}
     named = max(sum(not line.thin for line in lines) for lines in drawn.values())
@@ -104,12 +143,69 @@ def plot_summary(table: pd.DataFrame, by: Sequence[str], file: Path, *, title: s
     figure, stacked = _panels(len(panels), height)
     for axes, name in zip(stacked, panels, strict=True):
         mean = " (thick: mean)" if any(line.thin for line in drawn[name]) else ""
-        _draw(axes, drawn[name], f"{_PANELS[name]}{mean}")
+        _draw(axes, drawn[name], f"{measures[name]}{mean}", share=name in SHARES)
     _mark_rounds(stacked[-1], table["round"].unique())
     for axes, name in zip(stacked, panels, strict=True):
         _name(axes, [line for line in drawn[name] if line.label and not line.thin], height)
     stacked[0].text(0, 1 + 0.4 / height, title, transform=stacked[0].transAxes,
                     fontsize=_FONT + 2, parse_math=False)  # fmt: skip
+    _save(figure, file)
+
+
+def plot_confusion(table: pd.DataFrame, file: Path, *, title: str = "") -> None:
+    """Draw how often each class was taken for which, as shares of the class' own images.
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``class_name``, ``closest`` and ``pictures``, as `images.classification.confusion` gives;
+        rows of other groups are added up.
+    file : Path
+        Where the picture goes; its ending tells the kind (png, pdf, svg).
+    title : str
+        A line above the picture.
+
+    Raises
+    ------
+    NotFoundError
+        If matplotlib or scikit-learn is not installed, or there is no folder for `file`.
+    SchemaMismatchError
+        If `file` is of no known kind, or the table is empty.
+    """
+    check_plot(file)
+    if not len(table):
+        raise SchemaMismatchError("a plot needs images that were compared, got none")
+    counts = table.pivot_table("pictures", "class_name", "closest", aggfunc="sum", fill_value=0)
+    classes = sorted({*counts.index, *counts.columns})
+    counts = counts.reindex(index=classes, columns=classes, fill_value=0)
+    totals = counts.sum(axis=1).to_numpy()[:, np.newaxis]
+    shares = np.divide(counts.to_numpy(), totals, out=np.zeros(counts.shape), where=totals > 0)
+    side = max(2.4, 0.32 * len(classes))
+    figure = _figure(side, side)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [shortened(name, _LONGEST_LABEL) for name in classes]
+    places = range(len(classes))
+    axes.set_xticks(places, labels, rotation=90, fontsize=_FONT, parse_math=False)
+    axes.set_yticks(places, labels, fontsize=_FONT, parse_math=False)
+    axes.set_xlabel("closest class", fontsize=_FONT)
+    axes.set_ylabel("class of the image", fontsize=_FONT)
+    for row, column in zip(*np.nonzero(counts.to_numpy()), strict=True):
+        axes.text(
+            column,
+            row,
+            f"{shares[row, column]:.0%}".removesuffix("%"),
+            ha="center",
+            va="center",
+            fontsize=_FONT - 2,
+            color="white" if shares[row, column] > 0.5 else "black",
+        )
+    axes.set_title(f"{title}\nper cent of a class' images".lstrip(), loc="left",
+                   fontsize=_FONT + 1, parse_math=False)  # fmt: skip
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
     with warnings.catch_warnings():
         # A sign that the font lacks is drawn as a box, which a warning does not mend.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
@@ -168,19 +264,21 @@ def _line(
 def _label(values: Group, names: list[str]) -> str:
     said = {"class_name": "{}", "node": "node {}", "split": "{}", "index": "index {}"}
     words = [
-        "server" if (name, value) == ("node", "server") else said[name].format(value)
+        _NODES.get(value, said[name].format(value)) if name == "node" else said[name].format(value)
         for name, value in zip(names, values, strict=True)
     ]
     return shortened(" ".join(" ".join(words).split()), _LONGEST_LABEL)
 
 
-def _draw(axes: Axes, lines: list[_Line], title: str) -> None:
+def _draw(axes: Axes, lines: list[_Line], title: str, *, share: bool) -> None:
     from matplotlib.ticker import FuncFormatter
 
     for line in lines:
         axes.plot(line.rounds, line.values, **line.look)
     values = np.concatenate([line.values for line in lines])
-    if values.min() > 0 and values.max() > _WIDE_RANGE * values.min():
+    if share:
+        axes.set_ylim(-0.04, 1.04)
+    elif values.min() > 0 and values.max() > _WIDE_RANGE * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title(title, loc="left", fontsize=_FONT + 1)

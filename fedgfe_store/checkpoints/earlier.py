@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from fedgfe_store.checkpoints.reading import Entry
 from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.entry import conformed
 from fedgfe_store.storage.incoming import checked
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.state import State
 from fedgfe_store.storage.version_1 import identities
 
 Place = tuple[str, str, int]
@@ -22,7 +23,7 @@ class DeletedRecords:
 
     Parameters
     ----------
-    snapshot : Snapshot
+    snapshot : State
         The store.
     node : str
         Their node.
@@ -30,16 +31,16 @@ class DeletedRecords:
         Their round.
     """
 
-    def __init__(self, snapshot: Snapshot, node: str, round: int) -> None:
+    def __init__(self, snapshot: State, node: str, round: int) -> None:
         self._schema, self._node, self._round = snapshot.schema, node, round
         self._names = [f"{t.name}_digest" for t in self._schema.tensors if not t.optional]
-        written = snapshot.column("created_in") > 0
-        rows = _rows(snapshot, node, written & (snapshot.column("round") == round))
-        live = snapshot.visible[rows]
-        replaced = set(snapshot.keys(rows[live]))
-        digests = [snapshot.column_at(name, rows[~live]).tolist() for name in self._names]
+        filters: dict[str, list[Any]] = {"node": [node], "round": [round]}
+        live = snapshot.rows_matching(filters)
+        dead = np.setdiff1d(snapshot.rows_matching(filters, deleted=True), live)
+        replaced = set(snapshot.keys(live))
+        digests = [snapshot.column_at(name, dead).tolist() for name in self._names]
         self._digests: dict[RecordKey, set[tuple[int, ...]]] = {}
-        for key, *found in zip(snapshot.keys(rows[~live]), *digests, strict=True):
+        for key, *found in zip(snapshot.keys(dead), *digests, strict=True):
             if key not in replaced:
                 self._digests.setdefault(key, set()).add(tuple(found))
 
@@ -76,7 +77,7 @@ class Identities:
             self._seen[sample.split, sample.class_name, sample.index] = names
             yield sample
 
-    def notes(self, snapshot: Snapshot) -> list[str]:
+    def notes(self, snapshot: State) -> list[str]:
         """Return a note if an index means another sample than in the round before.
 
         Whoever follows a sample through the rounds by its index would compare two samples.
@@ -101,27 +102,18 @@ class Identities:
             f"there"
         ]
 
-    def _round_before(
-        self, snapshot: Snapshot
-    ) -> tuple[int, dict[Place, Mapping[str, str]]] | None:
+    def _round_before(self, snapshot: State) -> tuple[int, dict[Place, Mapping[str, str]]] | None:
         """Return the last round before that the node has records of, and who they are."""
-        rounds, live = snapshot.column("round"), snapshot.visible
-        # From the latest on, mostly the one before: names of nodes are text, and slow to compare.
-        for number in np.unique(rounds[live & (rounds < self._round)])[::-1]:
-            rows = _rows(snapshot, self._node, live & (rounds == number))
+        # Mostly it is the one before, and that takes no look at all the others.
+        for rounds in (self._round - 1, range(self._round - 1)):
+            rows = snapshot.rows_matching({"node": [self._node], "round": [rounds]})
             if len(rows):
-                return int(number), _known(snapshot, rows)
+                numbers = snapshot.column_at("round", rows)
+                return int(numbers.max()), _known(snapshot, rows[numbers == numbers.max()])
         return None
 
 
-def _rows(snapshot: Snapshot, node: str, mask: np.ndarray) -> np.ndarray:
-    """Return the rows of a node among those of `mask`."""
-    rows = np.flatnonzero(mask)
-    own: np.ndarray = rows[snapshot.column_at("node", rows) == node]
-    return own
-
-
-def _known(snapshot: Snapshot, rows: np.ndarray) -> dict[Place, Mapping[str, str]]:
+def _known(snapshot: State, rows: np.ndarray) -> dict[Place, Mapping[str, str]]:
     """Return who the records at `rows` are; old stores have ``file_id`` in ``extra``."""
     columns = snapshot.notes(rows)
     names = ("split", "class_name", "index", "sample_id", "file_id")

@@ -43,7 +43,7 @@ from fedgfe_store.errors import (
 from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.append import AppendBatch
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.engines import latest
 from fedgfe_store.store import EmbeddingStore
 
 _GROUP_BYTES = 32 << 20
@@ -227,8 +227,7 @@ class _Target:
         if not self._request.new_only or self._store is None:
             return None
         # Not as this import has seen the store: somebody may have deleted records meanwhile.
-        snapshot = Snapshot.latest(self._path)
-        return DeletedRecords(snapshot, checkpoint.node, checkpoint.round)
+        return DeletedRecords(latest(self._path), checkpoint.node, checkpoint.round)
 
     def _append(
         self, store: EmbeddingStore, checkpoint: Checkpoint, samples: Iterable[Entry], tally: Tally

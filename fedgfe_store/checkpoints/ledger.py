@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from fedgfe_store.checkpoints import torch_files
 from fedgfe_store.errors import BusyError, FedgfeStoreError, NotFoundError
 from fedgfe_store.storage import files
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.engines import latest
 
 _BLOCK = 1 << 20
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -90,15 +90,11 @@ class Ledger:
 
     def _read(self) -> dict[str, Imported]:
         try:
-            times = Snapshot.latest(self._store).column("commit_time").tolist()
+            times = latest(self._store).commit_times()
         except NotFoundError:
             return {}
         found = map(_parsed, self._path.read_bytes().splitlines())
-        return {
-            line.file: line
-            for line in found
-            if line and 0 < line.commit <= len(times) and line.time == times[line.commit - 1]
-        }
+        return {line.file: line for line in found if line and line.time == times.get(line.commit)}
 
     def line_of(self, path: Path) -> Imported | None:
         """Return the line of the file `path`, whatever the file holds now."""
@@ -114,10 +110,11 @@ class Ledger:
 
     def add(self, path: Path, content: str, *, node: str, round: int) -> None:
         """Note that the store, as it is now, has taken in the file `path`."""
-        times = Snapshot.latest(self._store).column("commit_time").tolist()
+        times = latest(self._store).commit_times()
         if not times:  # nothing of the file could be taken in, and nothing else is there
             return
-        line = Imported(self._name(path), content, node, round, len(times), times[-1])
+        commit = max(times)
+        line = Imported(self._name(path), content, node, round, commit, times[commit])
         try:
             with self._path.open("ab+") as file:
                 files.end_torn_line(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -28,6 +29,10 @@ from fedgfe_store.models.pipeline import ImagePipeline
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
+
+
+Load = Callable[[Run, Report], tuple[Run, ImagePipeline]]
+"""Loads a run's model; gives the run as this machine's memory has it, and its pipeline."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def generate(
         report=report,
     )
     if dry_run:
-        return GenerationReport(run.plan, skipped=_skipped(run.plan))
+        return GenerationReport(run.plan, skipped=skipped(run.plan))
     return render(run, pipeline=pipeline, stop=stop, report=report, progress=progress)
 
 
@@ -146,6 +151,8 @@ def render(
     stop: Stop | None = None,
     report: Report = log_remark,
     progress: Progress | None = None,
+    manifest: str | None = None,
+    load: Load | None = None,
 ) -> GenerationReport:
     """Render what a run's plan has to do.
 
@@ -157,6 +164,11 @@ def render(
         Use this one rather than load the run's model.
     stop, report, progress
         As for `generate`.
+    manifest : str, optional
+        File that lists its images, by default that of its part. Whoever names one is a worker of
+        a run of several, and does not note that it was stopped without an image.
+    load : callable, optional
+        Loads the run's model, as `load_model` does by default.
 
     Returns
     -------
@@ -174,38 +186,37 @@ def render(
     # Also where nothing is left to do: the run before may have been killed between an image and its
     # line.
     if plan.counts["done"]:
-        _complete_manifest(run, report)
+        complete_manifest(run, report)
     if not plan.todo:
-        return GenerationReport(plan, skipped=_skipped(plan))
+        return GenerationReport(plan, skipped=skipped(plan))
     _make_folder(plan.folder)
     # Before anything is claimed: loading takes minutes, in which other processes may do the work.
     try:
         with stop.interrupting():
             loaded = pipeline
             if loaded is None:
-                run.model.fetch_weights()
-                run = run.placed(report)
-                loaded = _load(run)
+                run, loaded = (load or load_model)(run, report)
     except Stopped:
         stuck = note_stop(plan.folder, run.request.part, stop, report)
-        return GenerationReport(plan, skipped=_skipped(plan), stopped=stop.reason, stuck=stuck)
+        return GenerationReport(plan, skipped=skipped(plan), stopped=stop.reason, stuck=stuck)
     started = time.perf_counter()
     # In this order: the writer ends first, while the manifest takes its lines; claims are given
     # back last, when others find the images.
     with (
         Claims(plan.folder, report=report, ended=lambda: stop.requested) as claims,
-        Manifest(plan.folder, manifest_of(run.request.part)) as manifest,
+        Manifest(plan.folder, manifest or manifest_of(run.request.part)) as lines,
     ):
 
         def settle(item: PlanItem, error: str | None) -> None:
             if error is not None:
-                _note_failure(manifest, item, error, report)
+                _note_failure(lines, item, error, report)
             # After the line, so that who takes the claim next can read why it failed.
             claims.release(item.path.name)
 
         tally = Tally(progress or (lambda _: None), settle)
-        with ImageWriter(manifest, tally) as writer:
-            movable = pipeline is None  # a caller's own stays where the caller has put it
+        with ImageWriter(lines, tally) as writer:
+            # A caller's own stays where the caller has put it, but a worker's is the run's.
+            movable = pipeline is None or manifest is not None
             renderer = Renderer(
                 run, loaded, writer, tally, movable=movable, stop=stop, report=report
             )
@@ -215,7 +226,7 @@ def render(
     made = GenerationReport(
         plan,
         done=len(tally.done),
-        skipped=_skipped(plan),
+        skipped=skipped(plan),
         elsewhere=len(tally.elsewhere),
         failed=tally.failures,
         stopped=stop.reason,
@@ -223,7 +234,8 @@ def render(
     )
     # What others made is progress, too: the next run has less to do.
     fruitless = made.stopped and made.left and not (made.done or made.elsewhere)
-    if not fruitless:
+    # Of a worker others know what the run has come to.
+    if not fruitless or manifest is not None:
         return made
     return replace(made, stuck=note_stop(plan.folder, run.request.part, stop, report))
 
@@ -269,10 +281,21 @@ def note_stop(folder: Path, part: Part, stop: Stop, report: Report) -> bool:
     return stuck
 
 
-def _load(run: Run) -> ImagePipeline:
+def load_model(run: Run, report: Report = log_remark) -> tuple[Run, ImagePipeline]:
+    """Load a run's model; return the run as this machine's memory has it, and its pipeline.
+
+    Raises
+    ------
+    NotFoundError
+        If the model's weights are neither here nor reachable.
+    SchemaMismatchError
+        If they do not fit.
+    """
+    run.model.fetch_weights()
     from fedgfe_store.models.diffusers import DiffusersImages
 
-    return DiffusersImages.load(run.model, run.placement)
+    placed = run.placed(report)
+    return placed, DiffusersImages.load(placed.model, placed.placement)
 
 
 def _make_folder(folder: Path) -> None:
@@ -283,7 +306,7 @@ def _make_folder(folder: Path) -> None:
     remove_stale_temps(folder)
 
 
-def _complete_manifest(run: Run, report: Report) -> None:
+def complete_manifest(run: Run, report: Report) -> None:
     """List the images that a killed run wrote without getting to their lines."""
     folder = run.plan.folder
     unlisted = [item for item in run.plan.items if item.status == "done"]
@@ -304,5 +327,6 @@ def _complete_manifest(run: Run, report: Report) -> None:
         report(f"the manifest of {folder} is not completed: {error}")
 
 
-def _skipped(plan: Plan) -> int:
+def skipped(plan: Plan) -> int:
+    """Count the images that a run leaves as they are."""
     return plan.counts["done"] + plan.kept

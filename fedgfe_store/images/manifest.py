@@ -28,6 +28,7 @@ from fedgfe_store.storage.files import (
 
 MANIFEST_NAME = "manifest.jsonl"
 _PART_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
+_MACHINE_NAME = re.compile(r"manifest-on-[0-9A-Za-z.-]+\.jsonl")
 # A line is about 1 kB: some 250 lines, more than a rate needs, in one read.
 _TAIL_BYTES = 256 * 1024
 # Of these the readers take for granted what they are; a line of anybody else's may hold anything.
@@ -117,6 +118,11 @@ def manifest_name(index: int = 0, count: int = 1) -> str:
     return f"manifest-{index:0{len(str(count))}}-of-{count}.jsonl"
 
 
+def machine_manifest(machine: str) -> str:
+    """Name the manifest of one of several machines that share a run: by its address."""
+    return f"manifest-on-{re.sub(r'[^0-9A-Za-z.]', '-', machine)}.jsonl"
+
+
 def timestamp(seconds: float | None = None) -> str:
     """Give a time, by default now, as manifests write it: ISO 8601, UTC, whole seconds.
 
@@ -195,7 +201,8 @@ def _manifests(folder: Path, name: str | None = None) -> list[Path]:
         own = folder / name
         return [own] if own.is_file() else []
     found = [path for path in folder.glob("manifest*.jsonl") if path.is_file()]
-    return sorted(p for p in found if p.name == MANIFEST_NAME or _PART_NAME.fullmatch(p.name))
+    kinds = (re.compile(re.escape(MANIFEST_NAME)), _PART_NAME, _MACHINE_NAME)
+    return sorted(p for p in found if any(kind.fullmatch(p.name) for kind in kinds))
 
 
 def latest(

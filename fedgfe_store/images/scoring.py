@@ -11,6 +11,7 @@ from PIL import Image
 
 from fedgfe_store.common.words import names
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.images import classification
 from fedgfe_store.images.folder import ImageFolder, side_by_side
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.images.status import natural_rank
@@ -104,6 +105,18 @@ class Scores:
             table["agreement"] = float("nan")
         return table.sort_values(list(by), key=natural_rank, ignore_index=True)
 
+    def averages(self, by: Sequence[str] = ()) -> pd.DataFrame:
+        """Measure each group over its classes, see `classification.averages`."""
+        return classification.averages(self.frame, by)
+
+    def by_class(self, by: Sequence[str] = ()) -> pd.DataFrame:
+        """Measure each class of each group, see `classification.by_class`."""
+        return classification.by_class(self.frame, by)
+
+    def confusion(self, by: Sequence[str] = ()) -> pd.DataFrame:
+        """Count which class was found in images of which, see `classification.confusion`."""
+        return classification.confusion(self.frame, by)
+
 
 def selected_images(selection: Selection, folder: Path) -> Found:
     """Find the images of a selection, by the folder's manifests or their own provenance.
@@ -196,8 +209,8 @@ def score_pictures(
     left_out = dict(found.left_out)
     for first in range(0, len(found.images), batch_size):
         batch = found.images[first : first + batch_size]
-        opened = side_by_side(_open, [record.file for record in batch])
-        pairs = list(zip(batch, opened, strict=True))
+        pictures = side_by_side(opened, [record.file for record in batch])
+        pairs = list(zip(batch, pictures, strict=True))
         left_out |= {record.name: "damaged" for record, image in pairs if image is None}
         rows += _score(pairs, clip, texts, list(prompts))
         if progress is not None:
@@ -274,9 +287,10 @@ def _score(
     return rows
 
 
-def _open(path: Path) -> Image.Image | None:
+def opened(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Image.Image | None:
+    """Return a picture file of one of Pillow's `formats` in RGB; None where it is damaged."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=formats) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:
         if isinstance(error, OSError) and error.errno is not None:

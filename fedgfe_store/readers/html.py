@@ -17,7 +17,7 @@ from fedgfe_store.common.words import counted, names, numbers, numbers_first, sh
 if TYPE_CHECKING:
     from fedgfe_store.rows import Rows
     from fedgfe_store.schema import Schema, TensorColumn
-    from fedgfe_store.storage.snapshot import Snapshot
+    from fedgfe_store.storage.state import State
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class _Table:
         )
 
 
-def store_html(everything: Rows, snapshot: Snapshot) -> str:
+def store_html(everything: Rows, snapshot: State) -> str:
     """Return the store seen at `snapshot`, of which `everything` is the selection, as HTML."""
     metadata = snapshot.schema.metadata
     own = {"experiment": metadata.experiment, "model": metadata.model, "filters": None}
@@ -124,13 +124,13 @@ def store_html(everything: Rows, snapshot: Snapshot) -> str:
     return _page("EmbeddingStore", everything, snapshot, **own, usage=on_disk)
 
 
-def selection_html(selection: Rows, snapshot: Snapshot, description: Iterable[str]) -> str:
+def selection_html(selection: Rows, snapshot: State, description: Iterable[str]) -> str:
     """Return `selection` of `snapshot`, made by the filters in `description`, as HTML."""
     own = {"experiment": None, "model": None, "filters": list(description)}
     return _page("Selection", selection, snapshot, **own, usage=None)
 
 
-def _page(kind: str, selection: Rows, snapshot: Snapshot, **own: object) -> str:
+def _page(kind: str, selection: Rows, snapshot: State, **own: object) -> str:
     n, latest, moment = len(selection), snapshot.point.commit, snapshot.committed_at
     counts = _counts(selection, "round", "node")
     return _template().render(

@@ -18,12 +18,12 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from fedgfe_store.common import threads
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.readers.columns import batch_columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedgfe_store.rows import Rows
-    from fedgfe_store.schema import Schema
 
 T = TypeVar("T")
 
@@ -134,9 +134,7 @@ class Batches(IterableDataset[Batch]):
                 )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {dtype!r}")
-        if isinstance(columns, str):
-            raise SchemaMismatchError(f"columns: expected a list of names, got {columns!r}")
-        self._reader = BatchReader(_columns(selection.schema, columns), dtype, pin_memory)
+        self._reader = BatchReader(batch_columns(selection.schema, columns), dtype, pin_memory)
         # Torch would say so only when the first batch is read.
         if pin_memory and not torch.accelerator.is_available():
             raise SchemaMismatchError(
@@ -159,17 +157,6 @@ class Batches(IterableDataset[Batch]):
         # A numpy integer of few bits would overflow where positions are counted.
         parts = self._selection.parts(operator.index(self._size))
         return (rows for _, rows in islice(parts, first, None, step))
-
-
-def _columns(schema: Schema, asked: Sequence[str] | None) -> list[str]:
-    """Return the columns of a batch: those asked for, and the lengths of those that are ragged."""
-    names = [t.name for t in schema.tensors if not t.optional] if asked is None else list(asked)
-    marks = set(schema.marks) - schema.columns.keys()
-    ragged = [f"length_{t.name}" for t in schema.tensors if t.ragged and t.name in names]
-    for name in names:
-        if name not in marks:
-            schema.column(name)
-    return list(dict.fromkeys([*names, *ragged]))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.recording.pages import Block, LeftOut, Page
 from fedgfe_store.recording.writer import Writer
 from fedgfe_store.schema import Schema
-from fedgfe_store.storage.incoming import checked_columns
+from fedgfe_store.storage.incoming import checked_columns, checked_keys
 
 _RECHECK = 0.005
 """Seconds after which a thread that waits for a page looks again; filling one takes longer."""
@@ -43,7 +43,7 @@ class RoundBatch:
     def __init__(self, writer: Writer, block: Block) -> None:
         self._writer, self._block = writer, block
         self._started = datetime.now(UTC)
-        self._numbers: Counter[tuple[str, str]] = Counter()
+        self._numbers: Counter[tuple[str, str, str]] = Counter()
         self._torn = False
 
     def __str__(self) -> str:
@@ -79,6 +79,7 @@ class RoundBatch:
         *,
         split: Any,
         class_name: Any,
+        node: Any = None,
         index: Any = None,
         sample_id: Any = None,
         file_id: Any = None,
@@ -94,6 +95,8 @@ class RoundBatch:
         ----------
         split, class_name : str or sequence of str
             One for all records, or one each.
+        node : str or int, optional
+            Of these records; where the block is of a whole round, and only there.
         index : int or sequence of int, optional
             Number of each sample within node, split and class. By default they are counted in
             the order in which they come in this block, which then must be the same each round.
@@ -121,8 +124,9 @@ class RoundBatch:
             raise ConflictError(f"the block of {self} is not open: use it as a context")
         schema, columns, lengths = self._writer.target.arrange(tensors)
         n = len(next(iter(columns.values())))
-        numbers, counted = self._numbered(index, split, class_name, n)
-        keys = {"node": self._block.node, "round": self._block.round, "split": split}
+        node = self._node(node)
+        numbers, counted = self._numbered(index, node, split, class_name, n)
+        keys = {"node": node, "round": self._block.round, "split": split}
         keys |= {"class_name": class_name, "index": numbers}
         notes = {
             "sample_id": sample_id,
@@ -208,11 +212,21 @@ class RoundBatch:
             page = pool.take(schema, beyond=block.starved)
         return page
 
+    def _node(self, given: Any) -> str:
+        """Return the node of records that are added: the block's, or the one that is given."""
+        if self._block.node is None:
+            return str(checked_keys({"node": given}, 1)["node"][0])
+        if given is not None:
+            raise SchemaMismatchError(
+                f"node: expected none, as this block is of node {self._block.node}, got {given!r}"
+            )
+        return self._block.node
+
     def _numbered(
-        self, index: Any, split: Any, class_name: Any, n: int
-    ) -> tuple[Any, Counter[tuple[Any, Any]]]:
-        """Return the records' indices, and how many of each split and class were counted."""
-        counted: Counter[tuple[Any, Any]] = Counter()
+        self, index: Any, node: str, split: Any, class_name: Any, n: int
+    ) -> tuple[Any, Counter[tuple[Any, Any, Any]]]:
+        """Return the records' indices, and how many of each node, split and class were counted."""
+        counted: Counter[tuple[Any, Any, Any]] = Counter()
         if index is not None:
             if n > 1 and isinstance(index, SupportsIndex) and not getattr(index, "ndim", 0):
                 raise SchemaMismatchError(
@@ -221,8 +235,9 @@ class RoundBatch:
             return index, counted
         numbers = []
         for pair in zip(_each(split, n), _each(class_name, n), strict=False):
-            numbers.append(self._numbers[pair] + counted[pair])
-            counted[pair] += 1
+            group = (node, *pair)
+            numbers.append(self._numbers[group] + counted[group])
+            counted[group] += 1
         return numbers, counted
 
 

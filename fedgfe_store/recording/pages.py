@@ -154,6 +154,8 @@ class Block:
 
     Attributes
     ----------
+    node : str or None
+        None where each record says its own: a block of a whole round.
     records : int
         How many there are so far.
     page : Page or None
@@ -166,7 +168,7 @@ class Block:
         As of `RoundBatch`.
     """
 
-    def __init__(self, node: str, round: int, run: Run, pool: Pool) -> None:
+    def __init__(self, node: str | None, round: int, run: Run, pool: Pool) -> None:
         self.node, self.round, self.run = node, round, run
         self.added = self.replaced = self.skipped = self.removed = 0
         self.left_out: tuple[LeftOut, ...] = ()
@@ -179,7 +181,7 @@ class Block:
         self._given = self._wanted = 0
 
     def __str__(self) -> str:
-        return f"node {self.node}, round {self.round}"
+        return named(self.node, self.round)
 
     @property
     def starved(self) -> bool:
@@ -230,6 +232,11 @@ class Block:
                 return
             if page is not None:
                 self._pool.give_back(page)
+
+
+def named(node: str | None, round: int) -> str:
+    """Return what a log calls a block."""
+    return f"round {round}" if node is None else f"node {node}, round {round}"
 
 
 class Dropped(Exception):

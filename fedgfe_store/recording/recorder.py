@@ -14,9 +14,9 @@ from fedgfe_store.recording.pages import Block, LeftOut, Pool
 from fedgfe_store.recording.target import Run, Target
 from fedgfe_store.recording.writer import Missing, OnError, Writer
 from fedgfe_store.schema import Metadata, Precision
-from fedgfe_store.storage.append import IfExists
+from fedgfe_store.storage.engine import LOCK_TIMEOUT
 from fedgfe_store.storage.incoming import checked_keys
-from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
+from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.store import EmbeddingStore
 
 __all__ = ["LeftOut", "Missing", "OnError", "Recorder", "RoundBatch"]
@@ -142,13 +142,14 @@ class Recorder:
         """Whether `round` is to be recorded: `every` divides it."""
         return self.every > 0 and round % self.every == 0
 
-    def record(self, *, node: str | int, round: int) -> RoundBatch:
+    def record(self, *, node: str | int | None = None, round: int) -> RoundBatch:
         """Open a block whose records become one commit when it ends.
 
         Parameters
         ----------
-        node : str or int
-            Federated node: 0, 1, ... or ``"server"``.
+        node : str or int, optional
+            Federated node: 0, 1, ... or ``"server"``. Without one each call of
+            `RoundBatch.add` says it, and the whole round is one commit.
         round : int
             Federated round, from 0.
 
@@ -167,12 +168,14 @@ class Recorder:
         """
         return self._block(node, round, self._run)
 
-    def _block(self, node: str | int, round: int, run: Run) -> RoundBatch:
+    def _block(self, node: str | int | None, round: int, run: Run) -> RoundBatch:
         """As `record`, as a part of `run`."""
         self._writer.check_usable()
         self._writer.raise_errors()
-        columns = checked_keys({"node": node, "round": round}, 1)
-        name, number = str(columns["node"][0]), int(columns["round"][0])
+        given = {"round": round} if node is None else {"node": node, "round": round}
+        columns = checked_keys(given, 1)
+        name = None if node is None else str(columns["node"][0])
+        number = int(columns["round"][0])
         return RoundBatch(self._writer, Block(name, number, run, self._writer.pool))
 
     def flush(self) -> None:

@@ -20,10 +20,11 @@ from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema
 from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
-from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.append import AppendBatch
 from fedgfe_store.storage.entry import check_texts, named
 from fedgfe_store.storage.incoming import checked_lengths
 from fedgfe_store.storage.metadata import GROUP_FILE
+from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.storage.values import taken
 from fedgfe_store.store import EmbeddingStore
 
@@ -56,9 +57,9 @@ class Run:
         """Whether nothing of this node, round and split was committed by this run."""
         return (node, round, split) not in self._recorded
 
-    def keep(self, node: str, round: int, splits: Iterable[str]) -> None:
-        """Note that records of these splits are committed."""
-        self._recorded.update((node, round, split) for split in splits)
+    def keep(self, round: int, groups: Iterable[tuple[str, str]]) -> None:
+        """Note that records of these nodes and splits are committed."""
+        self._recorded.update((node, round, split) for node, split in groups)
 
 
 class Target:
@@ -150,8 +151,8 @@ class Target:
             self._said_rounded = True
             _log.warning("%s: float64 is rounded to float32 (%s)", self.path, ", ".join(names))
 
-    def append(self, node: str | int, round: int, source: str) -> AppendBatch:
-        """Open a commit of one node and round."""
+    def append(self, node: str | None, round: int, source: str) -> AppendBatch:
+        """Open a commit of one node and round, or of a whole round."""
         if self._store is None:
             self._store = self._made()
             self.schema = self._store.schema

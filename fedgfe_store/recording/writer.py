@@ -14,7 +14,7 @@ from typing import Literal
 
 from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError, FedgfeStoreError
-from fedgfe_store.recording.pages import Block, Dropped, LeftOut, Pool
+from fedgfe_store.recording.pages import Block, Dropped, LeftOut, Pool, named
 from fedgfe_store.recording.target import Target
 
 OnError = Literal["raise", "warn"]
@@ -33,20 +33,20 @@ class Missing:
 
     Parameters
     ----------
-    node : str
-        Federated node.
+    node : str or None
+        Federated node; None where a block of a whole round could not be.
     round : int
         Federated round.
     reason : str
         Why.
     """
 
-    node: str
+    node: str | None
     round: int
     reason: str
 
     def __str__(self) -> str:
-        return f"node {self.node}, round {self.round} ({self.reason})"
+        return f"{named(self.node, self.round)} ({self.reason})"
 
 
 class Writer:
@@ -72,7 +72,7 @@ class Writer:
         # Plain dicts and a deque: each of their operations takes place whole or not at all.
         self._waiting: dict[Block, None] = {}
         self._blocks: dict[int, Block] = {}
-        self._missing: dict[tuple[str, int], Missing] = {}
+        self._missing: dict[tuple[str | None, int], Missing] = {}
         self._errors: deque[BaseException] = deque()
         self._left_out: list[LeftOut] = []
         self._closed = False
@@ -229,13 +229,16 @@ class Writer:
         The first of a run take the place of what earlier runs left of their node, round and split:
         after a restart the same samples may come under other indices.
         """
-        splits: set[str] = set()
+        groups: set[tuple[str, str]] = set()
         run = block.run
         with self.target.append(block.node, block.round, run.source) as batch:
             while (page := block.next()) is not None:
                 try:
                     records = self.target.finished(page.records())
-                    splits.update(records.columns["split"].tolist())
+                    columns = records.columns
+                    groups.update(
+                        zip(columns["node"].tolist(), columns["split"].tolist(), strict=True)
+                    )
                     unfit = batch.add_finite(records)
                     block.left_out += tuple(
                         LeftOut(records.key(position), why) for position, why in unfit.items()
@@ -243,13 +246,13 @@ class Writer:
                 finally:
                     # Only now: the records are the page's own memory, and the batch copies them.
                     self.pool.give_back(page)
-            for split in sorted(splits) if self.target.supersedes else ():
-                if run.is_new(block.node, block.round, split):
-                    batch.supersede(node=block.node, round=block.round, split=split)
+            for node, split in sorted(groups) if self.target.supersedes else ():
+                if run.is_new(node, block.round, split):
+                    batch.supersede(node=node, round=block.round, split=split)
         block.added, block.replaced, block.removed = batch.added, batch.replaced, batch.removed
         block.skipped = batch.skipped
         # Only now that it is committed: a block that failed is followed by one that is still new.
-        run.keep(block.node, block.round, splits)
+        run.keep(block.round, groups)
 
     def _keep_error(self, block: Block, error: BaseException) -> None:
         known = isinstance(error, _STORE_PROBLEMS)

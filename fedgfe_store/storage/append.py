@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
-from fedgfe_store.records import RecordBatch, RecordKey, keys_of
-from fedgfe_store.storage.commit import CommitKind, Transaction
+from fedgfe_store.records import KEY_COLUMNS, RecordBatch, RecordKey, keys_of
 from fedgfe_store.storage.entry import conformed, finished
 from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
-from fedgfe_store.storage.snapshot import Snapshot
+from fedgfe_store.storage.sifting import IfExists, Sifter
+from fedgfe_store.storage.state import State
+from fedgfe_store.storage.writing import Change, CommitKind, Writing, committed
 
-IfExists = Literal["error", "replace", "skip"]
 # Some 900 records of [17, 4096], 30 of [512, 4096]: fewer take the lock only to be committed.
 _BUFFER_BYTES = 256 * 2**20
 
@@ -26,7 +26,7 @@ class AppendBatch:
 
     As a context it commits on exit, or changes nothing if the block raises. Records are copied
     as they are added; once 256 MiB of them wait they are written, which takes the store's
-    writer lock until the end of the block.
+    writer lock, where it has one, until the end of the block.
 
     Attributes
     ----------
@@ -38,32 +38,34 @@ class AppendBatch:
 
     def __init__(
         self,
-        known: Snapshot,
+        known: State,
         *,
+        begin: Callable[[State], Writing],
         node: str | int | None,
         round: int | None,
         if_exists: IfExists,
         source: str | None,
-        timeout: float,
-        done: Callable[[Snapshot], None],
+        done: Callable[[State], None],
     ) -> None:
         if if_exists not in get_args(IfExists):
             raise SchemaMismatchError(
                 f"if_exists: expected error, replace or skip, got {if_exists!r}"
             )
         self.added = self.replaced = self.skipped = self.removed = 0
-        self._known, self._done = known, done
+        self._known, self._begin_writing, self._done = known, begin, done
         self._source, self._process = checked_source(source), os.getpid()
         self._defaults = {"node": node, "round": round}
-        self._if_exists, self._timeout = if_exists, timeout
+        self._if_exists: IfExists = if_exists
         self._waiting: list[RecordBatch] = []
         self._ready: list[RecordBatch] = []
         self._seen: dict[RecordKey, tuple[int, ...]] = {}
-        self._stored: dict[tuple[int, str], dict[RecordKey, int]] = {}
         self._deleted: list[int] = []
-        self._kept: set[int] = set()
+        self._kept: set[RecordKey] = set()
         self._superseded: set[tuple[str, int, str]] = set()
-        self._transaction: Transaction | None = None
+        self._writing: Writing | None = None
+        self._written: list[Mapping[str, np.ndarray]] = []
+        self._dropped = np.empty(0, np.int64)
+        self._known_by: Sifter | None = None
         self._open = True
 
     def add(
@@ -184,12 +186,11 @@ class AppendBatch:
         self._begin()
         fresh = []
         for position, key in enumerate(keys_of(columns)):
-            row = self._row_of(key)
-            if row is None or not self._stays(columns, position, row):
-                fresh.append(position)
-            else:
+            if self._sifter.is_there(columns, position, key):
                 self.skipped += 1
-                self._kept.add(row)
+                self._kept.add(key)
+            else:
+                fresh.append(position)
         return np.array(fresh, np.int64)
 
     def supersede(self, *, node: str | int, round: int, split: str) -> None:
@@ -249,9 +250,9 @@ class AppendBatch:
 
     def _leave(self, *error: Any) -> None:
         self._waiting, self._ready = [], []
-        if self._transaction is not None:
-            self._transaction.__exit__(*error)
-            self._transaction = None
+        if self._writing is not None:
+            self._writing.__exit__(*error)
+            self._writing = None
 
     def _wait(self, records: RecordBatch) -> None:
         """Put `records` among those that wait, less those that this batch has already."""
@@ -275,20 +276,35 @@ class AppendBatch:
         """Write what waits, granule by granule; without `rest` keep an unfinished granule."""
         if not (self._waiting or self._ready or (rest and self._superseded)):
             return
-        self._begin()
-        assert self._transaction is not None
-        granule = self._transaction.schema.granule
+        writing = self._begin()
+        granule = writing.schema.granule
         while self._waiting:
             self._ready.append(self._sifted(self._waiting.pop(0)))
             whole = sum(map(len, self._ready)) // granule * granule
             if whole and not (rest and not self._waiting):
-                self._transaction.write(self._pop(whole))
+                self._put(writing, whole)
         if rest and any(map(len, self._ready)):
-            self._transaction.write(self._pop(sum(map(len, self._ready))))
+            self._put(writing, sum(map(len, self._ready)))
 
-    def _begin(self) -> None:
-        if self._transaction is None:
-            self._transaction = Transaction(self._known, timeout=self._timeout)
+    def _begin(self) -> Writing:
+        if self._writing is None:
+            self._writing = self._begin_writing(self._known)
+            self._known_by = Sifter(self._writing.snapshot, self._if_exists)
+        return self._writing
+
+    @property
+    def _sifter(self) -> Sifter:
+        assert self._known_by is not None
+        return self._known_by
+
+    def _put(self, writing: Writing, n: int) -> None:
+        """Write the first `n` records of those that are ready."""
+        records = self._pop(n)
+        # Without their tensors: enough to ask again what the store holds, see `_change`.
+        names = [name for name in records.columns if name.startswith("has_")]
+        names += [*KEY_COLUMNS, *_digest_names(records.columns)]
+        self._written.append({name: records.columns[name] for name in names})
+        writing.write(records)
 
     def _pop(self, n: int) -> RecordBatch:
         """Take the first `n` records of those that are ready."""
@@ -302,82 +318,67 @@ class AppendBatch:
         return RecordBatch.concatenate(parts)
 
     def _publish(self) -> None:
-        if self._transaction is None:
+        if self._writing is None:
             return
+        before, after = self._writing.snapshot, committed(self._writing, self._change)
+        if after is not before:
+            self._done(after)
+
+    def _change(self, latest: State) -> Change | None:
+        """Return what the batch does to the latest state; asked anew if another writer came in."""
+        if latest is not self._sifter.state:
+            self._sift_again(latest)
         removed = self._rows_left_over()
         self.removed = len(removed)
         if not (self.added or self.replaced or self.removed):
-            return
+            return None
         deleted = np.array(sorted(self._deleted + removed), np.int64)
         kind: CommitKind = "replace" if len(deleted) else "append"
-        self._done(self._transaction.publish(kind, deleted=deleted, source=self._source))
+        return Change(kind, deleted, self._dropped, self._source)
+
+    def _sift_again(self, latest: State) -> None:
+        """Look up once more what was written: others have added or deleted some of its keys."""
+        self._known_by = Sifter(latest, self._if_exists)
+        self._deleted.clear()
+        self.added = self.replaced = 0
+        self.skipped -= len(self._dropped)
+        dropped, start = [], 0
+        for columns in self._written:
+            n = len(columns["index"])
+            dropped.append(start + np.setdiff1d(np.arange(n), self._fresh(columns)))
+            start += n
+        self._dropped = np.concatenate([np.empty(0, np.int64), *dropped])
 
     def _rows_left_over(self) -> list[int]:
-        """Return the rows of what is superseded that were neither added again nor replaced."""
-        known = self._kept.union(self._deleted)
-        found: list[int] = []
-        for node, number, split in sorted(self._superseded):
-            for key, row in self._rows_of(number, node).items():
-                if key.split == split and row not in known:
-                    found.append(row)
-        return found
+        """Return the rows of what is superseded and is not among what this batch brings."""
+        return [
+            row
+            for node, number, split in sorted(self._superseded)
+            for key, row in self._sifter.rows_of(number, node).items()
+            if key.split == split and key not in self._seen and key not in self._kept
+        ]
 
     def _sifted(self, records: RecordBatch) -> RecordBatch:
         """Return those of `records` that are to be written, seen what the store holds."""
-        fresh = []
-        for position, key in enumerate(records.keys()):
-            row = self._row_of(key)
-            if row is None:
-                self.added += 1
-            elif self._stays(records.columns, position, row):
-                self.skipped += 1
-                self._kept.add(row)
-                continue
-            elif self._if_exists == "replace":
-                self._deleted.append(row)
-                self.replaced += 1
-            else:
-                raise ConflictError(
-                    f"{key} is in {self._known.path} already, with other tensors "
-                    f"(if_exists='replace' puts these in its place, 'skip' keeps the old ones); "
-                    f"nothing was committed"
-                )
-            fresh.append(position)
-        return records if len(fresh) == len(records) else records.take(np.array(fresh, np.int64))
+        fresh = self._fresh(records.columns)
+        return records if len(fresh) == len(records) else records.take(fresh)
 
-    def _row_of(self, key: RecordKey) -> int | None:
-        """Return the row that holds the live record `key`, looked for by round and node first."""
-        return self._rows_of(key.round, key.node).get(key)
+    def _fresh(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the positions of the records that the store does not have as they are."""
+        found = self._sifter.fates(columns)
+        self.added += found.added
+        self.skipped += found.skipped
+        self.replaced += len(found.replaced)
+        self._deleted += found.replaced
+        return found.fresh
 
-    def _rows_of(self, number: int, node: str) -> dict[RecordKey, int]:
-        """Return the rows of the live records of a round and node."""
-        if (number, node) not in self._stored:
-            snapshot = self._snapshot
-            rows = np.flatnonzero(snapshot.visible & (snapshot.column("round") == number))
-            rows = rows[snapshot.column_at("node", rows) == node]
-            keys = snapshot.keys(rows)
-            self._stored[number, node] = dict(zip(keys, rows.tolist(), strict=True))
-        return self._stored[number, node]
 
-    def _stays(self, columns: Mapping[str, np.ndarray], position: int, row: int) -> bool:
-        """Whether the store's record in `row` stays, as when it has all that the new one brings."""
-        if self._if_exists == "skip":
-            return True
-        at = np.array([row])
-        return all(
-            columns[f"{t.name}_digest"][position]
-            == self._snapshot.column_at(f"{t.name}_digest", at)[0]
-            for t in self._snapshot.schema.tensors
-            if not t.optional or (f"has_{t.name}" in columns and columns[f"has_{t.name}"][position])
-        )
-
-    @property
-    def _snapshot(self) -> Snapshot:
-        assert self._transaction is not None
-        return self._transaction.snapshot
+def _digest_names(columns: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the columns of digests of tensors; that of the row differs with the timestamp."""
+    return [name for name in columns if name.endswith("_digest") and name != "row_digest"]
 
 
 def _digests(columns: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
-    """Return the digests of each record's tensors; that of the row differs with the timestamp."""
-    names = [name for name in columns if name.endswith("_digest") and name != "row_digest"]
+    """Return the digests of each record's tensors."""
+    names = _digest_names(columns)
     return list(zip(*(columns[name].tolist() for name in names), strict=True))

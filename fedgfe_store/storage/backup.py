@@ -5,44 +5,20 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedgfe_store.errors import ConflictError, DamagedDataError, NotFoundError
 from fedgfe_store.storage import files
 from fedgfe_store.storage.commit import Transaction
+from fedgfe_store.storage.engine import Advance, Backup
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, Group
 from fedgfe_store.storage.recovery import something_else
 from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
-
-Advance = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class Backup:
-    """What a backup did: the commit that it holds, its records, and what had to be brought.
-
-    Parameters
-    ----------
-    commit, records : int
-        The commit of the store, and its live records.
-    copied, linked, removed : int
-        Files copied, files linked since the copy lies on the same file system, and files removed
-        since the store has none of that name any more.
-    nbytes : int
-        Bytes copied.
-    """
-
-    commit: int
-    records: int
-    copied: int
-    linked: int
-    removed: int
-    nbytes: int
 
 
 def back_up(known: Snapshot, target: Path, *, timeout: float, progress: Advance) -> Backup:
@@ -88,7 +64,7 @@ def _check_earlier(snapshot: Snapshot, target: Path) -> None:
     if not target.is_dir():
         raise ConflictError(f"cannot back up to {target}: a file is there")
     try:
-        there = Snapshot.latest(target)
+        there = _latest(target)
     except NotFoundError:
         other = something_else(
             target, snapshot.group.arrays, allowed=lambda entry: _is_chunk(target, entry)
@@ -110,6 +86,10 @@ def _check_earlier(snapshot: Snapshot, target: Path) -> None:
             f"{target} is no earlier state of {snapshot.path}: it has commits of its own, which a "
             f"backup would take away; give another folder"
         )
+
+
+def _latest(target: Path) -> Snapshot:
+    return Snapshot(target, Group.read(target))
 
 
 def _is_chunk(target: Path, entry: Path) -> bool:

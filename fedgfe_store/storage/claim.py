@@ -321,15 +321,13 @@ def age(file: Path) -> float:
     A file that is gone was touched just now: its owner has published, or given up.
     """
     probe = file.with_name(f"clock.{uuid.uuid4().hex}{TEMPORARY}")
-    with open(probe, "xb"):
-        try:
-            now = claim_files.now(probe)
-        finally:
-            probe.unlink(missing_ok=True)
     try:
-        return now - claim_files.touched(file)
-    except FileNotFoundError:
+        with open(probe, "xb"):
+            return claim_files.now(probe) - claim_files.touched(file)
+    except FileNotFoundError:  # the probe, too: whoever has the next commit removes what is there
         return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _last(made: list[Path]) -> list[Path]:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 
@@ -25,22 +25,21 @@ from fedgfe_store.common import threads
 from fedgfe_store.errors import (
     ConflictError,
     DamagedDataError,
-    FedgfeStoreError,
     NotFoundError,
 )
 from fedgfe_store.records import RecordBatch, are_negatives, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.storage import files, key_files
 from fedgfe_store.storage.claim import Claim
-from fedgfe_store.storage.layout import KEY_CHUNK, key_columns
+from fedgfe_store.storage.layout import DIGEST_DIGITS, KEY_CHUNK, key_columns
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
+from fedgfe_store.storage.outcome import add_outcome
 from fedgfe_store.storage.recovery import clear, recover, remove_temporary
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
-from fedgfe_store.storage.version_1 import PENDING, identities, put_pending, remove_pending
-
-CommitKind = Literal["append", "replace", "delete", "compact", "upgrade", "repair"]
+from fedgfe_store.storage.version_1 import PENDING, identities, pending_note, remove_pending
+from fedgfe_store.storage.writing import Change, CommitKind
 
 _log = logging.getLogger("fedgfe_store")
 
@@ -64,7 +63,7 @@ class Transaction:
         try:
             self._open(timeout, known)
         except Exception as error:
-            _add_outcome(error, self.path, None)
+            add_outcome(error, self.path, None)
             raise
 
     def _open(self, timeout: float, known: Snapshot) -> None:
@@ -133,7 +132,7 @@ class Transaction:
             else:
                 self._abort(error)
             if error is not None and self._begun:
-                _add_outcome(error, self.path, self.commit if published else None)
+                add_outcome(error, self.path, self.commit if published else None)
         finally:
             # In any case, also where the disk refuses all else: a claim that is renewed by a
             # process that no longer works for it would lock everybody out.
@@ -180,7 +179,9 @@ class Transaction:
         # Set before the file is there: what an interruption leaves half done is cleared, too.
         first, self._begun = not self._begun, True
         if first and self.snapshot.group.version == 1:
-            put_pending(self.path, token=self._claim.token, commit=self.commit)
+            note = pending_note(token=self._claim.token, commit=self.commit)
+            self._staging.write({self.path / PENDING: note})
+            self._staging.place()
 
     def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
@@ -222,7 +223,9 @@ class Transaction:
             files.make_folders(self.path / name)
         chunks = self._key_chunks(group, rows, marked)
         contents, digests = self._encoded_keys(group, chunks)
-        group = replace(group, digests=digests)
+        total = -(-group.point.records // KEY_CHUNK)
+        zones = group.zones.renewed(total, chunks, self.snapshot.chunks.readable)
+        group = replace(group, digests=digests, zones=zones)
         # First what zarr.json will count. A reader by the old one takes no more of a key chunk than
         # that counts, and ignores marks of commits beyond it.
         self._staging.write(group.shape_files(self.path) | contents)
@@ -241,6 +244,16 @@ class Transaction:
             self._tell_of_the_upgrade()
             return self.snapshot.at(group)
         return self.snapshot.extended(group, rows, marked)
+
+    def commit_change(self, change: Change) -> Snapshot:
+        """Commit what was written, and `change`; nobody can have come in between.
+
+        Raises
+        ------
+        ConflictError
+            If another writer took this one for dead.
+        """
+        return self.publish(change.kind, deleted=change.deleted, source=change.source)
 
     def make_sure(self) -> None:
         """Make sure that what `snapshot` shows is still the latest state, and this commit next.
@@ -301,11 +314,11 @@ class Transaction:
                 chunks |= key_files.numbered(name, 0, self._upgraded_column(name, rows))
             elif name in rows:
                 first = self.snapshot.group.rows(name) // KEY_CHUNK
-                kept = self.snapshot.unfinished(name)
+                kept = self.snapshot.chunks.unfinished(name)
                 chunks |= key_files.numbered(name, first, np.concatenate([kept, rows[name]]))
-        # Read whole, so that marks of commits that were never published are seen and cleared.
-        self.snapshot.column("deleted_in")
-        for name, number in self.snapshot.stale:
+        # All of them, so that marks of commits that were never published are seen and cleared.
+        self.snapshot.chunks.look_at("deleted_in")
+        for name, number in self.snapshot.chunks.stale:
             self._chunk(chunks, name, number)
         for number in np.unique(marked // KEY_CHUNK).tolist():
             here = marked[marked // KEY_CHUNK == number] - number * KEY_CHUNK
@@ -331,10 +344,10 @@ class Transaction:
 
     def _encoded_keys(
         self, group: Group, chunks: Mapping[tuple[str, int], np.ndarray]
-    ) -> tuple[dict[Path, bytes], dict[str, tuple[str, ...]]]:
+    ) -> tuple[dict[Path, bytes], dict[str, str]]:
         """Return the files of `chunks`, and the digests of all chunks of the store."""
         contents = {}
-        digests = {name: list(group.digests.get(name, ())) for name in group.key_columns}
+        digests = {name: group.digests.get(name, "") for name in group.key_columns}
         for (name, number), values in chunks.items():
             column = group.key_columns[name]
             has = None
@@ -347,10 +360,9 @@ class Transaction:
                 )
             encoded = key_files.encode(column, values)
             contents[key_files.key_file(self.path, name, number)] = encoded.contents
-            digests[name][number : number + 1] = [encoded.digest]
-        if group.version == 1:
-            return contents, {}
-        return contents, {name: tuple(each) for name, each in digests.items()}
+            start, known = number * DIGEST_DIGITS, digests[name]
+            digests[name] = known[:start] + encoded.digest + known[start + DIGEST_DIGITS :]
+        return contents, digests if group.version > 1 else {}
 
     def _abort(self, error: BaseException | None) -> None:
         try:
@@ -368,21 +380,6 @@ class Transaction:
             error.add_note(
                 f"the next writer will clear what this commit left in {self.path}: {failure}"
             )
-
-
-def _add_outcome(error: BaseException, path: Path, published: int | None) -> None:
-    """Note on an error that does not say so itself what readers see after it."""
-    if isinstance(error, FedgfeStoreError):
-        return
-    if published is not None:
-        error.add_note(f"commit {published} of {path} was published before this failed")
-        return
-    try:
-        commit = Group.read(path).point.commit
-    except (FedgfeStoreError, OSError) as failure:  # must not hide what went wrong first
-        error.add_note(f"nothing of this commit was published: {failure}")
-        return
-    error.add_note(f"nothing of this commit was published: {path} is at commit {commit}")
 
 
 def _commit_row(kind: CommitKind, source: str) -> dict[str, np.ndarray]:

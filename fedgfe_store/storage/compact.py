@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.commit import Transaction
+from fedgfe_store.storage.engine import Compaction
 from fedgfe_store.storage.files import chunk_sizes, sync_folder
 from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
@@ -17,16 +17,6 @@ from fedgfe_store.storage.snapshot import Snapshot
 # A copy then gains at least as many bytes as it writes.
 _THIN = 0.5
 """Share of live records up to which a granule is worth copying."""
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """What a compaction did: records copied, files unlinked, bytes of tensor files."""
-
-    records_moved: int
-    files_freed: int
-    bytes_before: int
-    bytes_after: int
 
 
 def compact(transaction: Transaction) -> tuple[Compaction, Snapshot]:

@@ -109,17 +109,19 @@ def gap(column: KeyColumn, values: np.ndarray, has: np.ndarray | None) -> str | 
     return f"{values[places[0]]!r} at row {places[0]} of the chunk" if len(places) else None
 
 
-def read_chunk(place: Place, column: KeyColumn, chunk: int, n: int) -> np.ndarray:
-    """Return the first `n` values of a chunk.
+def contents(place: Place, column: KeyColumn, chunk: int) -> bytes:
+    """Return the file of a chunk; FileNotFoundError, OSError or ValueError where it cannot be."""
+    return place.read(f"{column.name}/c.{chunk}", _FILE_BYTES)
+
+
+def decoded(column: KeyColumn, data: bytes, n: int) -> np.ndarray:
+    """Return the first `n` values in the file `data` of a chunk.
 
     Raises
     ------
-    ValueError
-        If the file is damaged, or is not one of this column's type.
-    OSError
-        If there is no file, or it cannot be read.
+    ValueError or RuntimeError
+        If it is damaged, or is not one of this column's type.
     """
-    data = place.read(f"{column.name}/c.{chunk}", _FILE_BYTES)
     return _decoded(column, unpacked(column, unsealed(data)), n)
 
 

@@ -49,7 +49,8 @@ def _mend_times(
     rows = np.arange(start, min(start + KEY_CHUNK, snapshot.point.records))
     column = snapshot.group.key_columns["timestamp"]
     try:
-        times = key_files.read_chunk(snapshot.place, column, number, len(rows))
+        data = key_files.contents(snapshot.place, column, number)
+        times = key_files.decoded(column, data, len(rows))
         names = [name for name in (*KEY_COLUMNS, *NOTE_COLUMNS) if name != "timestamp"]
         columns = {name: snapshot.column_at(name, rows) for name in names}
         digests = snapshot.column_at("row_digest", rows).copy()

@@ -30,12 +30,15 @@ from fedgfe_store.storage.layout import (
 from fedgfe_store.storage.place import Place
 from fedgfe_store.storage.places import LocalFolder
 from fedgfe_store.storage.shard_files import TensorFiles
+from fedgfe_store.storage.zones import Zones
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "fedgfe_store"
 NEGATIVES = "negatives"
 """Feature of a store that has, or had, records which are of no class."""
-FEATURES = frozenset({"kinds", "dtypes", "ragged", NEGATIVES})
+SHARED = "shared"
+"""Feature of a store whose keys and commits are in a Delta table: see `storage.shared`."""
+FEATURES = frozenset({"kinds", "dtypes", "ragged", NEGATIVES, SHARED})
 """What a store may ask of its readers beyond what the first release of format version 2 knew."""
 
 GROUP_BYTES = 2**28
@@ -63,7 +66,8 @@ class Group:
 
     `raw` holds the bytes as read, empty for a group that was never written; `document` holds
     other people's attributes and arrays, which publishing keeps. From version 2 on `id` tells one
-    store from another, and `digests` holds one digest for each chunk of each key column.
+    store from another, `digests` holds the digests of all chunks of each key column, one
+    behind the other, and `zones` what is in each chunk.
     """
 
     schema: Schema
@@ -74,12 +78,13 @@ class Group:
     version: int = FORMAT_VERSION
     id: str | None = None
     features: tuple[str, ...] = ()
-    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    zones: Zones = field(default_factory=Zones)
 
     @classmethod
     def new(cls, schema: Schema) -> Self:
         """Return the group of a store without records."""
-        digests = dict.fromkeys(key_columns(schema), ())
+        digests = dict.fromkeys(key_columns(schema), "")
         arrays = array_metadata(schema)
         return cls(
             schema,
@@ -140,7 +145,9 @@ class Group:
             check_group_values(schema, ours["commit_point"], arrays, names)
             point = CommitPoint(**ours["commit_point"])
             sound = ours["checksum"] == _checksum(ours, arrays)
-            group = cls(schema, point, arrays, document, raw, version)
+            chunks = -(-point.records // KEY_CHUNK)
+            unknown = Zones.unknown(chunks)
+            group = cls(schema, point, arrays, document, raw, version, zones=unknown)
             if version > 1:
                 group = replace(
                     group,
@@ -148,6 +155,8 @@ class Group:
                     features=tuple(ours["features"]),
                     digests=_digests(group, ours["key_digests"]),
                 )
+                if "zones" in ours:
+                    group = replace(group, zones=Zones.from_json(ours["zones"], chunks))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise _damaged(where, error) from error
         if not sound:
@@ -169,6 +178,11 @@ class Group:
         column = self.known_columns.get(name)
         is_of_commits = column is not None and column.dim == "commit"
         return self.point.commit if is_of_commits else self.point.records
+
+    def digest(self, name: str, chunk: int) -> str:
+        """Return the digest of one chunk of a key column; none, ``""``, in version 1."""
+        start = chunk * DIGEST_DIGITS
+        return self.digests.get(name, "")[start : start + DIGEST_DIGITS]
 
     def shaped(self) -> dict[str, dict[str, Any]]:
         """Return the metadata of our arrays with their committed shapes."""
@@ -208,7 +222,8 @@ class Group:
         if self.version > 1:
             ours["features"] = list(self.features)
             ours["id"] = self.id
-            ours["key_digests"] = {name: "".join(each) for name, each in self.digests.items()}
+            ours["key_digests"] = dict(self.digests)
+            ours["zones"] = self.zones.to_json()
         ours["checksum"] = _checksum(ours, self.arrays)
         kept = self.document.get("consolidated_metadata") or {}
         document = {
@@ -350,15 +365,14 @@ def _known_version(path: Place, ours: Mapping[str, Any]) -> int:
     return version
 
 
-def _digests(group: Group, found: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def _digests(group: Group, found: Mapping[str, str]) -> dict[str, str]:
     """Return the digests of the chunks of every key column of `group` from its attributes."""
     digests = {}
     for name in group.key_columns:
         text, chunks = found[name], -(-group.rows(name) // KEY_CHUNK)
-        if len(text) != chunks * DIGEST_DIGITS:
+        if not isinstance(text, str) or len(text) != chunks * DIGEST_DIGITS:
             raise ValueError(f"key_digests: expected {chunks} of {name}")
-        starts = range(0, len(text), DIGEST_DIGITS)
-        digests[name] = tuple(text[start : start + DIGEST_DIGITS] for start in starts)
+        digests[name] = text
     return digests
 
 

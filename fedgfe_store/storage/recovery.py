@@ -96,5 +96,5 @@ def _unmarked(path: Path, group: Group) -> dict[Path, bytes]:
     column = group.key_columns["deleted_in"]
     return {
         key_files.key_file(path, name, number): key_files.encode(column, chunks[number]).contents
-        for name, number in snapshot.stale
+        for name, number in snapshot.chunks.stale
     }

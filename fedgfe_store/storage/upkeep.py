@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fedgfe_store.common.location import Location, own_folder
-from fedgfe_store.schema import FORMAT_VERSION
-from fedgfe_store.storage.commit import CommitKind, Transaction
-from fedgfe_store.storage.compact import Compaction, compact
-from fedgfe_store.storage.mending import find_mending
-from fedgfe_store.storage.snapshot import Snapshot
-from fedgfe_store.storage.verify import Verification, verify
+from fedgfe_store.storage.engine import LOCK_TIMEOUT, Backup, Compaction, Engine, Verification
+from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from fedgfe_store.storage.backup import Backup
-
-LOCK_TIMEOUT = 600.0
-"""Seconds that a writer waits for another one by default."""
 
 
 class Upkeep:
     """A store as its files are kept, whatever its records mean."""
 
-    _snapshot: Snapshot
+    _snapshot: State
+    _engine: Engine
 
     @property
     def path(self) -> Path:
@@ -74,17 +63,11 @@ class Upkeep:
             What was found; damage is reported, not raised.
         """
         if not repair:
-            return verify(self._snapshot, progress=progress)
-        with self._transaction(timeout) as transaction:
-            self._snapshot = transaction.snapshot
-            mending = find_mending(self._snapshot)
-            self._snapshot.mend(mending.chunks)
-            found = verify(self._snapshot, progress=progress)
-            rows = np.array([record.row for record in found.damaged], np.int64)
-            if len(rows) or mending.chunks:
-                kind: CommitKind = "repair" if mending.chunks else "delete"
-                self._snapshot = transaction.publish(kind, deleted=rows, source="verify --repair")
-        return replace(found, mended=mending.told)
+            return self._engine.verify(self._snapshot, progress=progress)
+        found, self._snapshot = self._engine.repair(
+            self._snapshot, timeout=timeout, progress=progress
+        )
+        return found
 
     def backup(
         self,
@@ -120,10 +103,9 @@ class Upkeep:
         BusyError
             If another writer holds the store for longer than `timeout`.
         """
-        from fedgfe_store.storage.backup import back_up
-
-        self._snapshot.check_writable()
-        return back_up(self._snapshot, Path(target), timeout=timeout, progress=progress)
+        return self._engine.back_up(
+            self._snapshot, Path(target), timeout=timeout, progress=progress
+        )
 
     def upgrade(self, *, timeout: float = LOCK_TIMEOUT) -> bool:
         """Bring the store to the format version that new stores have, in one commit.
@@ -148,13 +130,8 @@ class Upkeep:
         BusyError
             If another writer holds the store for longer than `timeout`.
         """
-        with self._transaction(timeout) as transaction:
-            self._snapshot = transaction.snapshot
-            if self._snapshot.group.version == FORMAT_VERSION:
-                return False
-            transaction.upgrade()
-            self._snapshot = transaction.publish("upgrade")
-        return True
+        done, self._snapshot = self._engine.upgrade(self._snapshot, timeout=timeout)
+        return done
 
     def compact(self, *, timeout: float = LOCK_TIMEOUT) -> Compaction:
         """Gather the records of thinly filled files and unlink files without a live record.
@@ -179,13 +156,8 @@ class Upkeep:
         BusyError
             If another writer holds the store for longer than `timeout`.
         """
-        with self._transaction(timeout) as transaction:
-            done, self._snapshot = compact(transaction)
+        done, self._snapshot = self._engine.compact(self._snapshot, timeout=timeout)
         return done
-
-    def _transaction(self, timeout: float) -> Transaction:
-        self._snapshot.check_writable()
-        return Transaction(self._snapshot, timeout=timeout)
 
     def history(self) -> pd.DataFrame:
         """Return one row per commit.
@@ -199,6 +171,4 @@ class Upkeep:
             ``bytes`` on disk of the tensor files that it wrote and that are still there; 0 from a
             web server, which does not list files.
         """
-        from fedgfe_store.storage.history import history
-
-        return history(self._snapshot)
+        return self._engine.history(self._snapshot)

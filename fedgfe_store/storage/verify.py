@@ -2,66 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from fedgfe_store.errors import DamagedDataError
-from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.claim import is_claim_name
 from fedgfe_store.storage.compact import live_per_granule
+from fedgfe_store.storage.engine import DamagedRecord, Verification
 from fedgfe_store.storage.files import is_temporary_name
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.metadata import GROUP_BYTES, GROUP_FILE, parsed_group
 from fedgfe_store.storage.place import RemoteError
+from fedgfe_store.storage.reading_all import damaged_records, repeated_keys
 from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.version_1 import PENDING
-
-
-@dataclass(frozen=True)
-class DamagedRecord:
-    """A live record whose tensors are not what was committed, and what is wrong with them."""
-
-    key: RecordKey
-    row: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `EmbeddingStore.verify` found.
-
-    Parameters
-    ----------
-    commit, records : int
-        The commit that was looked at, and its live records.
-    damaged : tuple of DamagedRecord
-        Records that cannot be read; a repair marks them deleted.
-    problems : tuple of str
-        Damage that is not one record's: key columns, array metadata, keys that stand twice.
-    leftovers : tuple of str
-        What no reader needs: files of dead writers, and of records that were compacted away, and
-        damaged bytes where no live record lies. The next writer or `EmbeddingStore.compact`
-        clears the files.
-    mended : tuple of str
-        Damage by an earlier release that a repair has undone.
-    """
-
-    commit: int
-    records: int
-    damaged: tuple[DamagedRecord, ...]
-    problems: tuple[str, ...]
-    leftovers: tuple[str, ...]
-    mended: tuple[str, ...] = ()
-
-    @property
-    def sound(self) -> bool:
-        """Whether every live record can be read and nothing else is damaged."""
-        return not (self.damaged or self.problems)
+from fedgfe_store.storage.zones import COLUMNS as ZONE_COLUMNS
 
 
 def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verification:
@@ -71,8 +29,8 @@ def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verifica
     damaged: list[DamagedRecord] = []
     leftovers: list[str] = []
     if not broken:
-        problems += _repeated_keys(snapshot)
-        damaged = _damaged_records(snapshot, leftovers, progress)
+        problems += [*_wrong_zones(snapshot), *repeated_keys(snapshot)]
+        damaged = damaged_records(snapshot, leftovers, progress)
         leftovers += _leftovers(snapshot)
     return Verification(
         snapshot.commit, snapshot.point.live, tuple(damaged), tuple(problems), tuple(leftovers)
@@ -117,54 +75,14 @@ def _metadata_problems(snapshot: Snapshot) -> Iterator[str]:
             )
 
 
-def _repeated_keys(snapshot: Snapshot) -> list[str]:
-    counts = Counter(snapshot.keys(np.flatnonzero(snapshot.visible)))
-    return [f"{key} stands {count} times" for key, count in counts.items() if count > 1]
-
-
-def _damaged_records(
-    snapshot: Snapshot, leftovers: list[str], progress: Callable[[int], object]
-) -> list[DamagedRecord]:
-    granule = snapshot.schema.granule
-    reasons: dict[int, list[str]] = {}
-    for number in np.flatnonzero(live_per_granule(snapshot)):
-        first = int(number) * granule
-        rows = first + np.flatnonzero(snapshot.visible[first : first + granule])
-        for name in snapshot.schema.columns:
-            for row, reason in _damaged_rows(snapshot, name, int(number), rows, leftovers):
-                reasons.setdefault(row, []).append(reason)
-        progress(len(rows))
-    rows = np.array(sorted(reasons), np.int64)
-    return [
-        DamagedRecord(key, row, "; ".join(reasons[row]))
-        for key, row in zip(snapshot.keys(rows), rows.tolist(), strict=True)
-    ]
-
-
-def _damaged_rows(
-    snapshot: Snapshot, name: str, granule: int, rows: np.ndarray, leftovers: list[str]
-) -> list[tuple[int, str]]:
-    """Read a tensor file whole, which checks all its checksums, and find who cannot be read."""
-    try:
-        snapshot.check_file(name, granule)
-        intact = True
-    except DamagedDataError as error:
-        intact, damage = False, str(error)
-    try:
-        snapshot.read(name, rows)
-    except DamagedDataError:
-        pass
-    else:
-        if not intact:
-            leftovers.append(f"{damage}, but no live record lies there")
-        return []
-    found = []
-    for row in rows.tolist():
-        try:
-            snapshot.read(name, np.array([row]))
-        except DamagedDataError as error:
-            found.append((row, str(error).split("committed: ")[-1]))
-    return found
+def _wrong_zones(snapshot: Snapshot) -> Iterator[str]:
+    for number in range(len(snapshot.group.zones.chunks)):
+        values = (snapshot.chunks.chunk(name, number) for name in ZONE_COLUMNS)
+        if snapshot.group.zones.would_miss(number, *values):
+            yield (
+                f"{snapshot.place}/{GROUP_FILE}: what is said of rows from {number * KEY_CHUNK} on "
+                f"hides records from queries of a round or node"
+            )
 
 
 def _leftovers(snapshot: Snapshot) -> Iterator[str]:
@@ -173,7 +91,7 @@ def _leftovers(snapshot: Snapshot) -> Iterator[str]:
     own = [name for name in names if str(name.parent) in (".", *arrays)]
     begun = [n for n in own if is_claim_name(str(n)) or str(n) == PENDING]
     yield from (f"{place}/{name}: a writer is at work, or died" for name in sorted(begun))
-    for name, number in sorted(snapshot.stale):
+    for name, number in sorted(snapshot.chunks.stale):
         yield (
             f"{place}/{name}/c.{number}: marks of a commit that was never published "
             f"(the next commit clears them)"

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgfe_store.storage.files import sync_folder, write_file
+from fedgfe_store.storage.files import sync_folder
 
 PENDING = "pending"
 """Name of a file that says that a commit is being written, which older releases write too."""
 
 
-def put_pending(path: Path, *, token: str, commit: int) -> None:
-    """Say in the store at `path` that `commit` is being written, and by whom."""
+def pending_note(*, token: str, commit: int) -> bytes:
+    """Return what a store's `PENDING` says: that `commit` is being written, and by whom."""
     # Older releases look for it before they write, and clear what lies beyond the commit point.
     note = {
         "token": token,
@@ -26,11 +26,11 @@ def put_pending(path: Path, *, token: str, commit: int) -> None:
         "host": socket.gethostname(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_file(path / PENDING, json.dumps(note).encode())
+    return json.dumps(note).encode()
 
 
 def remove_pending(path: Path) -> None:
-    """Say so no longer, once the commit is published."""
+    """Say no longer in the store at `path` that a commit is being written."""
     # Gone where a late writer had still to remove its own.
     (path / PENDING).unlink(missing_ok=True)
     sync_folder(path)

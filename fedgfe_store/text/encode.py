@@ -12,7 +12,7 @@ from fedgfe_store.models.devices import DTYPES, free_bytes
 from fedgfe_store.models.fit import choose_offload
 from fedgfe_store.models.placement import Placement
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT
-from fedgfe_store.storage.upkeep import LOCK_TIMEOUT
+from fedgfe_store.storage.engine import LOCK_TIMEOUT
 from fedgfe_store.store import EmbeddingStore
 from fedgfe_store.text.columns import as_stored
 from fedgfe_store.text.encoders import (

@@ -137,7 +137,6 @@ def test_without_dask_it_says_what_to_install(store, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.kill
-@pytest.mark.long
 def test_what_a_killed_worker_had_is_read_again(store):
     here = centroids(store.select())
     options: dict[str, Any] = {"threads_per_worker": 1, "processes": False, "protocol": "tcp"}

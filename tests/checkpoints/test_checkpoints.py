@@ -862,6 +862,7 @@ def test_killed_import_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_dry_run_of_a_large_file_takes_little_memory(tmp_path: Path) -> None:
     n = 3600

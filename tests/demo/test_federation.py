@@ -154,6 +154,7 @@ def test_the_federation_learns_what_no_node_trained_on(rounds, held_out):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_another_seed_learns_too():
     seed = 1
     clips = [training_clips(node, seed=seed) for node in NODES]
@@ -207,6 +208,7 @@ def trained(processors: str, hash_seed: str) -> tuple[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be confined")
 def test_training_gives_the_same_bytes_on_one_processor_and_on_more():
     alone, together = trained("one", "1"), trained("all", "2")

@@ -25,6 +25,7 @@ from transformers import CLIPModel, CLIPProcessor
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
+from fedgfe_store.images.classification import averages
 from fedgfe_store.images.scoring import Scores, class_prompts, score_pictures, selected_images
 from fedgfe_store.names import image_name
 
@@ -160,6 +161,70 @@ def test_with_one_class_there_is_no_agreement(store, folder, clip):
     assert result.stdout.splitlines()[2].split()[3] == "-"
 
 
+def counted_by_hand(true: list[str], found: list[str]) -> dict[str, tuple[float, float, float]]:
+    """Precision, recall and F1 of each class, by counting."""
+    measures = {}
+    for name in {*true, *found}:
+        hits = sum(t == f == name for t, f in zip(true, found, strict=True))
+        precision = hits / found.count(name) if name in found else 0.0
+        recall = hits / true.count(name) if name in true else 0.0
+        total = precision + recall
+        measures[name] = (precision, recall, 2 * precision * recall / total if total else 0.0)
+    return measures
+
+
+def test_measures_over_classes_are_those_of_counting(store, folder, clip):
+    scores = score(store, folder, clip)
+    averages = scores.averages(["node", "round"])
+    assert averages[["node", "round"]].to_numpy().tolist() == [
+        [node, round] for node in ("0", "10") for round in (1, 2)
+    ]
+    for row in averages.itertuples():
+        of_group = (scores.frame["node"] == row.node) & (scores.frame["round"] == row.round)
+        true = scores.frame[of_group]["class_name"].tolist()
+        found = scores.frame[of_group]["closest"].tolist()
+        by_hand = counted_by_hand(true, found)
+        precision, recall, f1 = np.mean(list(by_hand.values()), axis=0)
+        assert row.pictures == len(true)
+        assert row.accuracy == pytest.approx(np.mean(np.array(true) == np.array(found)))
+        assert row.balanced_accuracy == pytest.approx(
+            np.mean([by_hand[name][1] for name in set(true)])
+        )
+        assert (row.macro_precision, row.macro_recall) == pytest.approx((precision, recall))
+        assert row.macro_f1 == pytest.approx(f1)
+        assert row.weighted_f1 == pytest.approx(np.mean([by_hand[name][2] for name in true]))
+
+
+def test_measures_of_classes_and_confusions_are_those_of_counting(store, folder, clip):
+    scores = score(store, folder, clip)
+    true, found = scores.frame["class_name"].tolist(), scores.frame["closest"].tolist()
+    by_hand = counted_by_hand(true, found)
+    table = scores.by_class().set_index("class_name")
+    assert set(table.index) == set(by_hand)
+    for name, measures in by_hand.items():
+        given = table.loc[name, ["precision", "recall", "f1"]].tolist()
+        assert given == pytest.approx(list(measures))
+        counts = table.loc[name, ["pictures", "found"]].tolist()
+        assert counts == [true.count(name), found.count(name)]
+    confusion = scores.confusion()
+    pairs = list(zip(true, found, strict=True))
+    assert {(c, f): n for c, f, n in confusion.to_numpy().tolist()} == {
+        pair: pairs.count(pair) for pair in pairs
+    }
+    by_round = scores.confusion(["round"])
+    assert by_round["pictures"].sum() == len(pairs)
+    assert set(by_round["round"]) == {1, 2}
+
+
+def test_measures_of_a_class_that_is_nowhere_found_count_as_nothing():
+    frame = pd.DataFrame({"class_name": ["cat", "cat", "dog"], "closest": ["cat", "tap", "tap"]})
+    (row,) = averages(frame, []).itertuples()
+    assert (row.accuracy, row.balanced_accuracy) == pytest.approx((1 / 3, 1 / 4))
+    assert (row.macro_precision, row.macro_recall) == pytest.approx((1 / 3, 1 / 6))
+    with pytest.raises(SchemaMismatchError, match="over which averages are taken"):
+        averages(frame, ["class_name"])
+
+
 def test_damaged_pictures_are_reported_and_left_out(store, folder, clip):
     keys = EmbeddingStore.open(store.path).select().keys()
     torn, unlisted = (image_name(key) for key in keys[1:3])
@@ -256,3 +321,27 @@ def test_mistakes_in_options_are_found_before_any_work(store, folder, clip, tmp_
     result = run(store, folder, clip, "--by", "colour")
     assert result.exit_code == 2
     assert "expected some of node, round, split, class, index, image" in result.stderr
+
+
+def test_the_command_shows_what_papers_report(store, folder, clip, tmp_path):
+    scores = score(store, folder, clip)
+    done = run(store, folder, clip, "--measure", "averages", "--by", "round", "--format", "json")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["macro_f1"] for row in rows] == pytest.approx(
+        scores.averages(["round"])["macro_f1"].tolist()
+    )
+    plot, square = tmp_path / "plot.png", tmp_path / "square.png"
+    done = run(store, folder, clip, "--measure", "averages", "--plot", str(plot))
+    assert done.exit_code == 0, done.output
+    assert "balanced accuracy" in done.stdout
+    done = run(store, folder, clip, "--measure", "confusion", "--plot", str(square))
+    assert done.exit_code == 0, done.output
+    for file in (plot, square):
+        with Image.open(file) as image:
+            assert len(image.convert("RGB").getcolors(2**24) or ()) > 5
+    done = run(store, folder, clip, "--measure", "classes", "--by", "node", "--format", "csv")
+    assert len(pd.read_csv(io.StringIO(done.stdout))) == len(scores.by_class(["node"]))
+    done = run(store, folder, clip, "--measure", "averages", "--by", "class")
+    assert done.exit_code == 2
+    assert "--measure classes" in done.stderr

@@ -292,7 +292,7 @@ def test_readers_while_a_writer_appends_and_after_it_was_killed(store):  # cases
     fill(store, node=0, round=1)
     done = 0
     rng = random.Random(5)
-    for _ in range(6):
+    for _ in range(3):
         with writing(store.path) as writer:
             for _ in range(rng.randint(1, 5)):
                 check_commits(store.path, 0)

@@ -145,7 +145,7 @@ def test_a_copy_with_marks_beyond_its_commit_is_sound_and_stays_so(store, tmp_pa
     "name", ["round", "node", "created_in", "deleted_in", "row_digest", "t5_digest"]
 )
 def test_chunks_of_a_key_column_that_changed_places_are_damage(tmp_path, monkeypatch, name):
-    for module in ("layout", "commit", "snapshot", "metadata", "key_files"):
+    for module in ("layout", "commit", "key_chunks", "snapshot", "metadata", "key_files"):
         monkeypatch.setattr(f"fedgfe_store.storage.{module}.KEY_CHUNK", 8)
     monkeypatch.setattr("fedgfe_store.storage.verify.KEY_CHUNK", 8)
     from conftest import SMALL

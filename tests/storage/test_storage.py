@@ -101,3 +101,12 @@ def test_a_copy_of_a_busy_store_is_sound_or_refused_and_not_damaged_later():
 
 def test_a_backup_of_a_busy_store_is_sound():
     assert writers("backups") == {"faults": [], "counts": {"tried": 2, "sound": 2}}
+
+
+@pytest.mark.long
+def test_what_a_server_with_faults_gives_is_what_the_folder_has():
+    found = soaked("faulty-servers")["faulty-servers"]
+    assert found["faults"] == []
+    assert found["counts"]["read"] == found["counts"]["tried"] == 4
+    for what in ("busy", "cut", "lost"):
+        assert found["counts"][f"moto: {what}"] > 0

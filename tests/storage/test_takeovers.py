@@ -139,6 +139,22 @@ def test_who_gives_up_clears_nothing_of_a_commit_that_came_in_between(old, hosts
     check_sound(old, before + 14)
 
 
+def test_an_owner_that_slept_before_it_said_that_it_writes_is_told(old, hosts, monkeypatch):
+    write = Staging.write
+
+    def written(staging: Staging, contents: Any) -> None:
+        write(staging, contents)
+        monkeypatch.setattr(Staging, "write", write)
+        hosts.sleep(old)
+        fill(EmbeddingStore.open(old), node=0, round=8)
+
+    before = len(EmbeddingStore.open(old))
+    monkeypatch.setattr(Staging, "write", written)
+    with pytest.raises(ConflictError, match="another writer came in between"):
+        fill(EmbeddingStore.open(old), node=0, round=9)
+    check_sound(old, before + 6)
+
+
 def test_a_name_that_a_late_owner_may_unlink_is_not_used_again(store, hosts, monkeypatch):
     fill(store, node=0, round=1)
     path = store.path
@@ -336,6 +352,25 @@ def test_where_links_are_refused_claims_are_made_exclusively_all_the_same(store,
     other.delete(node=0)
     check_sound(store.path, 9)
     assert not list(store.path.glob("claim.*"))
+
+
+def test_who_waits_bears_that_another_writer_clears_its_clock(store, hosts, monkeypatch):
+    now = claim_files.now
+
+    def cleared(probe: Path) -> float:
+        files.remove_temporary(store.path)  # as each commit does before it writes
+        return now(probe)
+
+    fill(store, node=0, round=1)
+    other = EmbeddingStore.open(store.path)
+    with store.append(node=1, round=1) as batch:
+        batch.add(split="train", class_name="dog", index=range(9), **values(9))
+        batch._write(rest=True)
+        hosts.next()
+        with monkeypatch.context() as patch, pytest.raises(BusyError, match="is being written by"):
+            patch.setattr(claim_files, "now", cleared)
+            other.delete(node=0, timeout=0.05)
+    check_sound(store.path, 15)
 
 
 @pytest.mark.usefixtures("no_links")

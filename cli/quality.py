@@ -1,0 +1,123 @@
+"""How embeddings compare with a reference: ``quality``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .measures import CLASSIFIED, classified, draw, grouping, print_measures
+from .option_types import KeyList, KeyValue
+from .options import Filters, as_of_option, filter_options, format_option, quiet_option
+from .progress import progress
+from .tables import counted, print_data
+
+if TYPE_CHECKING:
+    from .main import Context
+
+_FORMS = {"cosine": "{:.4f}", "mse": "{:.4g}", "frechet": "{:.4g}", "diversity": "{:.4f}"}
+
+
+@click.command("quality")
+@filter_options
+@as_of_option
+@click.option(
+    "--to",
+    type=KeyValue(),
+    default="node=text",
+    show_default=True,
+    metavar="KEY=VALUE",
+    help="What embeddings are compared with: a node, round or split, such as node=server.",
+)
+@click.option(
+    "--measure",
+    type=click.Choice(["groups", *CLASSIFIED]),
+    default="groups",
+    show_default=True,
+    help="averages, classes and confusion are of the class of the nearest reference record.",
+)
+@click.option(
+    "--by",
+    type=KeyList(),
+    help="What forms a group: any of node, round, split, class, index "
+    "[groups and averages: node,round; else all together].",
+)
+@click.option(
+    "--column", default=None, help="Tensor column [the first of embeddings: t5; clip for sd]."
+)
+@click.option(
+    "--tokens",
+    type=click.Choice(["mean", "flat"]),
+    default="mean",
+    show_default=True,
+    help="A vector per record: the mean over its tokens, or all of them.",
+)
+@format_option("csv and json give one group per line, with all digits.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw it: over the rounds, or the confusion as a square; png, pdf or svg.",
+)
+@quiet_option
+@click.pass_obj
+def command(
+    obj: Context,
+    /,
+    filters: Filters,
+    as_of: int | None,
+    to: tuple[str, int | str],
+    measure: str,
+    by: list[str] | None,
+    column: str | None,
+    tokens: Any,
+    form: str,
+    plot: Path | None,
+    quiet: bool,
+) -> None:
+    """Show how close embeddings are to a reference, and which class is nearest.
+
+    The reference is what `encode` made of the prompts, or the server's records with --to
+    node=server. Needs scikit-learn (extra analysis).
+
+    \b
+    fedgfe-store quality
+    fedgfe-store quality --by round,class --plot quality.png
+    fedgfe-store quality --to node=server --measure averages
+    """
+    import numpy as np
+
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.analysis.reference import MEASURES, nearest_classes, quality
+
+    keys = grouping(measure, by, plot, ["node", "round"])
+    store = EmbeddingStore.open(obj.store, as_of=as_of)
+    wanted: dict[str, Any] = dict([to])
+    selection, reference = filters.select(store), store.select(**wanted)
+    # What is compared with itself says nothing.
+    selection = selection.take(np.flatnonzero(selection.column(to[0]) != to[1]))
+    with progress(len(selection), "records", quiet=quiet) as advance:
+        if measure in CLASSIFIED:
+            found = nearest_classes(
+                selection, reference, column=column, tokens=tokens, progress=advance
+            )
+            table = classified(found, measure, keys).rename(columns={"pictures": "records"})
+        else:
+            table = quality(
+                selection, reference, keys, column=column, tokens=tokens, progress=advance
+            )
+    where = f"{selection.location}, commit {selection.commit}"
+    beside = f"{counted(len(reference), 'record')} of {to[0].removesuffix('_name')} {to[1]}"
+    if form != "table":
+        print_data(table, form, double_precision=15)
+    else:
+        print_measures(table, _FORMS)
+        click.echo()
+        for name in [name for name in MEASURES if name in table]:
+            click.echo(MEASURES[name])
+        click.echo(f"{counted(len(selection), 'record')} of {where}, beside {beside}")
+    if plot is not None:
+        drawn = table.rename(columns={"records": "pictures"}) if measure == "confusion" else table
+        draw(drawn, measure, keys, plot, titles=MEASURES, title=f"{where}, beside {beside}")
+        click.echo(f"plot: {plot}", err=form != "table")

@@ -1,0 +1,1 @@
+"""The demo's federation as a Flower app."""

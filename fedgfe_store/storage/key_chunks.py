@@ -1,0 +1,194 @@
+"""The key columns of a store as one commit published them, read by chunks and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from fedgfe_store.common import threads
+from fedgfe_store.common.location import Location
+from fedgfe_store.errors import DamagedDataError
+from fedgfe_store.storage import key_files
+from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
+from fedgfe_store.storage.metadata import Group
+from fedgfe_store.storage.place import Place
+
+
+class KeyChunks:
+    """Key columns of the store at `path` as `group` published them.
+
+    Attributes
+    ----------
+    stale : set of (str, int)
+        Chunks whose files do not hold what is shown here: the next commit writes them.
+    """
+
+    def __init__(self, path: Location, place: Place, group: Group) -> None:
+        self._path, self._place, self._group = path, place, group
+        self._columns = group.known_columns
+        self._whole: dict[str, np.ndarray] = {}
+        self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        self._last: dict[str, tuple[bytes, str, np.ndarray]] = {}
+        self.stale: set[tuple[str, int]] = set()
+
+    def column(self, name: str) -> np.ndarray:
+        """Return the whole key column `name`, skipped and deleted rows included."""
+        if name not in self._whole:
+            self.look_at(name)
+            numbers = self.numbers(name)
+            empty = np.empty(0, self._columns[name].dtype)
+            whole = np.concatenate([empty, *(self.chunk(name, chunk) for chunk in numbers)])
+            # Not twice in memory.
+            self._chunks |= key_files.numbered(name, 0, whole)
+            self._whole[name] = whole
+        return self._whole[name]
+
+    def numbers(self, name: str) -> range:
+        """Return the numbers of the chunks of the key column `name`."""
+        return range(-(-self._group.rows(name) // KEY_CHUNK))
+
+    def look_at(self, name: str) -> None:
+        """Read the key column `name`, such as to see what is stale in it."""
+        self.fetch([name])
+        for chunk in self.numbers(name):
+            self.chunk(name, chunk)
+
+    def column_at(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Return the key column `name` at `rows`, reading only the chunks that hold them."""
+        if name in self._whole:
+            picked: np.ndarray = self._whole[name][rows]
+            return picked
+        values = np.empty(len(rows), self._columns[name].dtype)
+        if not len(rows):
+            return values
+        # Rows of a selection ascend, which is seen sooner than sorted.
+        order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows, kind="stable")
+        ascending = rows if order is None else rows[order]
+        single = bool((ascending[1:] > ascending[:-1]).all())
+        self.fetch([name], ascending)
+        first, last = ascending[[0, -1]] // KEY_CHUNK
+        bounds = np.searchsorted(ascending, np.arange(first, last + 2) * KEY_CHUNK)
+        for chunk, (start, stop) in enumerate(pairwise(bounds.tolist()), int(first)):
+            if start == stop:
+                continue
+            here = slice(start, stop) if order is None else order[start:stop]
+            places: Any = ascending[start:stop] - chunk * KEY_CHUNK
+            if single and places[-1] - places[0] == stop - start - 1:
+                # numpy copies a run of text 20 times faster than as many single rows.
+                places = slice(places[0], places[-1] + 1)
+            values[here] = self.chunk(name, chunk)[places]
+        return values
+
+    def fetch(self, names: Iterable[str], rows: np.ndarray | None = None) -> None:
+        """Read chunks of key columns that will be asked for, where each one asks a server.
+
+        Parameters
+        ----------
+        names : iterable of str
+            The columns.
+        rows : ndarray of int64, shape [n], optional
+            Row numbers whose chunks are wanted; by default all.
+        """
+        if not self._place.distant:
+            return
+        wanted: list[tuple[str, int]] = []
+        for name in names:
+            chunks = np.arange(-(-self._group.rows(name) // KEY_CHUNK))
+            chunks = chunks if rows is None else np.unique(rows // KEY_CHUNK)
+            wanted += [(name, chunk) for chunk in chunks.tolist() if name not in self._whole]
+        missing = [each for each in wanted if each not in self._chunks]
+        if len(missing) > 1:
+            threads.run(threads.fetchers(), self.chunk, missing)
+
+    def unfinished(self, name: str) -> np.ndarray:
+        """Return the key column `name` from where its last chunk begins, if that is not full."""
+        chunk, n = divmod(self._group.rows(name), KEY_CHUNK)
+        return self.chunk(name, chunk) if n else np.empty(0, self._columns[name].dtype)
+
+    def chunk(self, name: str, chunk: int, *, keep: bool = True) -> np.ndarray:
+        """Return one chunk of the key column `name`, its committed rows; `keep` it in memory."""
+        known = self._chunks.get((name, chunk))
+        if known is not None:
+            return known
+        values = self._read_chunk(name, chunk)
+        if keep:
+            self._chunks[name, chunk] = values
+        return values
+
+    def readable(self, names: Sequence[str], chunk: int) -> list[np.ndarray] | None:
+        """Return one chunk of several key columns, not kept; None where one is damaged."""
+        try:
+            return [self.chunk(name, chunk, keep=False) for name in names]
+        except DamagedDataError:  # `verify` tells of it, and whoever needs what is there
+            return None
+
+    def _read_chunk(self, name: str, chunk: int) -> np.ndarray:
+        total, column = self._group.rows(name), self._columns[name]
+        start, stop = chunk * KEY_CHUNK, min((chunk + 1) * KEY_CHUNK, total)
+        if name not in self._group.arrays:  # the store is of a version that did not have it
+            return np.full(stop - start, column.skipped, column.dtype)
+        committed = self._group.digest(name, chunk)
+        where = f"{self._path}: key column {name}, rows {start} to {stop} (file {name}/c.{chunk})"
+        try:
+            data = key_files.contents(self._place, column, chunk)
+            # Marks of no deletion, notes of nobody: chunks of one value are one file, told at once.
+            last = self._last.get(name)
+            if last and last[:2] == (data, committed) and len(last[2]) == stop - start:
+                return last[2]
+            values = key_files.decoded(column, data, stop - start)
+        except FileNotFoundError:
+            raise DamagedDataError(f"{where} is missing") from None
+        except (ValueError, RuntimeError) as error:
+            raise DamagedDataError(f"{where} is damaged: {error}") from error
+        if name == "deleted_in" and (beyond := values > self._group.point.commit).any():
+            self.stale.add((name, chunk))
+            values[beyond] = 0
+        if column.largest is not None and (wrong := key_files.gap(column, values, None)):
+            raise DamagedDataError(
+                f"{where} is damaged: expected lengths to {column.largest}, got {wrong}"
+            )
+        if self._group.version == 1:
+            if wrong := self._gap(column, chunk, values):
+                raise DamagedDataError(f"{where} is missing or damaged: {wrong}")
+        elif key_files.digest(column, values) != committed:
+            raise DamagedDataError(f"{where} is damaged: not what was committed there")
+        elif (name, chunk) not in self.stale:
+            self._last[name] = data, committed, values
+        return values
+
+    def _gap(self, column: KeyColumn, chunk: int, values: np.ndarray) -> str | None:
+        """Return what no writer leaves among `values`, as where their file is missing."""
+        has = None
+        if column.data_type == "bool":  # has no value to spare; a record without one has digest 0
+            has = self.chunk(column.digest, chunk) != 0
+        return key_files.gap(column, values, has)
+
+    def follow(self, before: KeyChunks, rows: Mapping[str, np.ndarray], marked: np.ndarray) -> None:
+        """Know what `before` knows, to which a commit added `rows` and marked rows as deleted."""
+        # Committed chunks never change but for the last one, which grows, and for marks. To read
+        # them back would make each commit of a long run slower than the one before.
+        old = before._group
+        tails = {name: old.rows(name) // KEY_CHUNK for name in rows}
+        for (name, chunk), values in before._chunks.copy().items():
+            if chunk != tails.get(name):
+                self._chunks[name, chunk] = values
+        for name, added in rows.items():
+            known = before._chunks.get((name, tails[name]))
+            # Its beginning was not read yet; it is when it is asked for, with what was added.
+            if old.rows(name) % KEY_CHUNK and known is None:
+                continue
+            values = added if known is None else np.concatenate([known, added])
+            self._chunks |= key_files.numbered(name, tails[name], values)
+        # Who sees the old state shares these arrays: read anew, not marked in place.
+        for chunk in np.unique(marked // KEY_CHUNK).tolist():
+            self._chunks.pop(("deleted_in", chunk), None)
+
+    def mend(self, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
+        """Show `chunks` in place of what their files hold."""
+        for name, number in chunks:
+            self._whole.pop(name, None)
+            self.stale.add((name, number))
+        self._chunks.update(chunks)
