@@ -65,7 +65,7 @@ class Bench:
         self.room = Room(run, pipeline, movable=True, report=self.said.append)
 
     @property
-    def mode(self) -> Offload:
+    def mode(self) -> str:
         return self.pipeline.placement.offload
 
     def batches(self, count: int) -> None:
@@ -228,7 +228,12 @@ def test_headers_of_weights_are_read_once_however_often_modes_are_weighed(
     monkeypatch.setattr(rooms, "clear_cache", lambda device: None)
     read: list[Path] = []
     tensors = files._tensors
-    monkeypatch.setattr(files, "_tensors", lambda path: (read.append(path), tensors(path))[1])
+
+    def noted(path: Path) -> Any:
+        read.append(path)
+        return tensors(path)
+
+    monkeypatch.setattr(files, "_tensors", noted)
     room = Room(run, pipeline, movable=True, report=lambda line: None)
     while room.give_up_denoising(1):
         room.remedy()
