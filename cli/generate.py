@@ -114,9 +114,9 @@ def command(
         raise click.UsageError("--workers goes with --engine ray")
     if overwrite and from_image is None:
         raise click.UsageError("--overwrite goes with --from-image; see --on-stale for other runs")
-    place = _place(asked.pop("part"), from_image)
-    request = Request(**asked, **place, again=overwrite)
-    with _stopping(ctx) as stop, _engine(engine, workers) as (prepare, render):
+    own = place(asked.pop("part"), from_image)
+    request = Request(**asked, **own, again=overwrite)
+    with stopping(ctx) as stop, _engine(engine, workers) as (prepare, render):
         with stop.interrupting():
             if from_image is not None:
                 run = _run_again(ctx, from_image, as_of, output_dir, request, dry_run=dry_run)
@@ -125,30 +125,30 @@ def command(
                 folder = output_dir or default_folder(selection)
                 try:
                     run = prepare(
-                        selection, folder, request, keep_negative=not dry_run, report=_remark
+                        selection, folder, request, keep_negative=not dry_run, report=remark
                     )
                 except Stopped:
-                    if not dry_run and note_stop(folder, request.part, stop, _remark):
+                    if not dry_run and note_stop(folder, request.part, stop, remark):
                         _print_stuck(stop, "planned")
                         ctx.exit(1)
                     raise
             if dry_run or not quiet:
-                _print_plan(run)
+                print_plan(run)
             shortage = run.plan.shortage(run.batch_size, stop.seconds_left)
             if shortage is not None:
-                _remark(shortage)
+                remark(shortage)
             if dry_run:
                 return
         with progress(len(run.plan.todo), "images", quiet=quiet) as advance:
-            report = render(run, report=_remark, progress=advance, stop=stop)
-    _print_result(report)
+            report = render(run, report=remark, progress=advance, stop=stop)
+    print_result(report)
     if report.stuck:
         _print_stuck(stop, f"finished a batch of {run.batch_size}")
         ctx.exit(1)
     if report.stopped and report.left:
         ctx.exit(STOPPED)
     if report.failed and ends_other_processes():
-        _remark("exit code 0, since torchrun ends the others at any other; see status --failed")
+        remark("exit code 0, since torchrun ends the others at any other; see status --failed")
     elif report.failed:
         ctx.exit(SOME_FAILED)
 
@@ -171,7 +171,7 @@ def _engine(
 
 
 @contextmanager
-def _stopping(ctx: click.Context) -> Iterator[Stop]:
+def stopping(ctx: click.Context) -> Iterator[Stop]:
     """Turn signals into a stop; one that comes before there is anything to keep ends at once."""
     import os
 
@@ -207,10 +207,10 @@ def _run_again(
     recipe = Recipe.read(path)
     request = recipe.request(asked)
     stores = _stores_in_reach(ctx.obj, recipe.store)
-    selection = recipe.find(stores, as_of=as_of, report=_remark)
+    selection = recipe.find(stores, as_of=as_of, report=remark)
     folder = path.parent if request.again else path.parent / AGAIN_FOLDER
     run = prepare(
-        selection, output_dir or folder, request, keep_negative=not dry_run, report=_remark
+        selection, output_dir or folder, request, keep_negative=not dry_run, report=remark
     )
     recipe.check(run)
     return recipe.with_its_noise(run)
@@ -232,7 +232,7 @@ def _refuse_beside_image(ctx: click.Context) -> None:
             raise click.UsageError(f"--from-image decides on {parameter.opts[0]} itself")
 
 
-def _place(text: str | None, from_image: Path | None) -> dict[str, Any]:
+def place(text: str | None, from_image: Path | None) -> dict[str, Any]:
     """Tell which part of the work, and which GPU, is this process's."""
     import os
 
@@ -246,9 +246,9 @@ def _place(text: str | None, from_image: Path | None) -> dict[str, Any]:
         asked = AskedPart.parse(text) if text else AskedPart()
         part, reason = detect_part(os.environ, asked)
         if asked.part is None and (part.count > 1 or asked.array):
-            _remark(f"part {part}: {reason}")
+            remark(f"part {part}: {reason}")
         if not text and in_array(os.environ):
-            _remark(
+            remark(
                 "the tasks of the SLURM array are not taken for parts of the work, each renders "
                 "all that it selects; --part auto shares it out"
             )
@@ -256,11 +256,13 @@ def _place(text: str | None, from_image: Path | None) -> dict[str, Any]:
     return {"part": part, "local": local}
 
 
-def _remark(line: str) -> None:
+def remark(line: str) -> None:
+    """Tell the user something, on stderr."""
     say(f"note: {line}", err=True)
 
 
-def _print_plan(run: Run) -> None:
+def print_plan(run: Run) -> None:
+    """Print what a run will do, and with what."""
     plan, settings = run.plan, run.plan.settings
     shown = [f"{settings.steps} steps"]
     if settings.guidance is not None:
@@ -276,8 +278,8 @@ def _print_plan(run: Run) -> None:
         f"records: {len(run.selection)} of {run.selection.location}, commit "
         f"{run.selection.commit}{part}"
     )
-    place = f"{settings.dtype} on {run.placement.device}"
-    say(f"model: {settings.model} ({settings.revision[:12]}), {place}")
+    where = f"{settings.dtype} on {run.placement.device}"
+    say(f"model: {settings.model} ({settings.revision[:12]}), {where}")
     say(f"settings: {', '.join(shown)}")
     if run.negative:
         say(f"negative: {run.negative.source}")
@@ -294,7 +296,8 @@ def _print_stuck(stop: Stop, what: str) -> None:
     )
 
 
-def _print_result(report: GenerationReport) -> None:
+def print_result(report: GenerationReport) -> None:
+    """Print what a run has done, and what failed."""
     if report.failed:
         say(f"failed: {len(report.failed)}", err=True)
         for failure in report.failed[:_SHOWN_FAILURES]:

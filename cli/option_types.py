@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ if TYPE_CHECKING:
     NumbersType = click.ParamType[list[int | range], object]
     NamesType = click.ParamType[list[str], object]
     WholeType = click.ParamType[int | None, object]
+    RealsType = click.ParamType[list[float], object]
     PairType = click.ParamType[tuple[str, int | str], object]
 else:
     # Not generic at run time in every click that is allowed.
-    NumbersType = NamesType = WholeType = PairType = click.ParamType
+    NumbersType = NamesType = WholeType = RealsType = PairType = click.ParamType
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 NUMERIC = ("round", "index")
@@ -41,6 +43,24 @@ class NumberList(NumbersType):
         if _NUMBER.fullmatch(part):
             return int(part)
         return self.fail(f"expected numbers such as 1,5,10-20, got {value!r}", param, ctx)
+
+
+class Numbers(RealsType):
+    """Numbers: ``1,3.5,9``."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return `value` as a list of float."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            numbers = [math.nan]
+        if not all(map(math.isfinite, numbers)):
+            self.fail(f"expected numbers such as 1,3.5,9, got {value!r}", param, ctx)
+        return numbers
 
 
 class WholeNumber(WholeType):

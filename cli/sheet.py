@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .option_types import KeyList
+from .option_types import KEYS, KeyList
 from .options import (
     Filters,
     filter_options,
-    folder_option,
     image_folder,
     outdated_line,
     quiet_option,
@@ -29,19 +28,29 @@ if TYPE_CHECKING:
 
     from .main import Context
 
+AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
+
 
 @click.command("sheet")
 @filter_options
-@folder_option("input")
 @click.option(
-    "--rows",
-    type=KeyList(),
-    default="class",
-    show_default=True,
-    help="What a row is: node, round, split, class, index, or several: class,index.",
+    "--input-dir",
+    "--input_dir",
+    "input_dirs",
+    type=click.Path(file_okay=False, path_type=Path),
+    multiple=True,
+    help="Folder of the images, or of a sweep [output_images/<experiment>]; repeat it for several.",
 )
 @click.option(
-    "--columns", type=KeyList(), default="round", show_default=True, help="What a column is."
+    "--rows",
+    type=KeyList(AXES),
+    default="class",
+    show_default=True,
+    help="What a row is: node, round, split, class, index, model, steps, guidance, seed, folder, "
+    "or several: class,index.",
+)
+@click.option(
+    "--columns", type=KeyList(AXES), default="round", show_default=True, help="What a column is."
 )
 @click.option(
     "--output",
@@ -61,7 +70,7 @@ def command(
     obj: Context,
     /,
     filters: Filters,
-    input_dir: Path | None,
+    input_dirs: tuple[Path, ...],
     rows: list[str],
     columns: list[str],
     output: Path | None,
@@ -79,6 +88,7 @@ def command(
     \b
     fedgfe-store sheet --node server --split test
     fedgfe-store sheet --rows node --class dog --index 0 --output dogs.png
+    fedgfe-store sheet --input-dir sweep --rows steps --columns guidance --class dog
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
     from fedgfe_store.images import sheet as sheets
@@ -86,7 +96,8 @@ def command(
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
-    images = _selected(obj, input_dir or image_folder(obj.store), filters)
+    folders = [each for folder in input_dirs for each in _with_images(folder)]
+    images = _selected(obj, folders or [image_folder(obj.store)], filters)
     if animate:
         shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
         rounds = ", ".join(str(image.key.round) for image in shown)
@@ -114,21 +125,33 @@ def _tell_outdated(images: Iterable[ImageRecord]) -> None:
         click.echo(outdated_line(marks))
 
 
-def _selected(obj: Context, folder: Path, filters: Filters) -> list[ImageRecord]:
+def _with_images(folder: Path) -> list[Path]:
+    """Return a folder, or those inside it where it holds no image itself, as a sweep does."""
+    from fedgfe_store.common.words import numbers_first
+    from fedgfe_store.images.folder import ImageFolder
+
+    if not folder.is_dir() or ImageFolder.scan(folder).names:
+        return [folder]
+    inner = [each for each in folder.iterdir() if each.is_dir() and ImageFolder.scan(each).names]
+    return sorted(inner, key=lambda each: numbers_first(each.name)) or [folder]
+
+
+def _selected(obj: Context, folders: Sequence[Path], filters: Filters) -> list[ImageRecord]:
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.common.lookup import said
     from fedgfe_store.errors import NotFoundError
     from fedgfe_store.images.folder import ImageFolder, key_values
     from fedgfe_store.records import KEY_COLUMNS
 
-    scanned, store = ImageFolder.scan(folder), store_in_reach(obj.store)
+    scanned, store = [ImageFolder.scan(folder) for folder in folders], store_in_reach(obj.store)
     if not filters:
-        return scanned.select(store=store)
-    known = scanned.select()
+        return [image for folder in scanned for image in folder.select(store=store)]
+    known = [image for folder in scanned for image in folder.select()]
     samples = {name: v for name, v in filters.typed.items() if name not in KEY_COLUMNS}
     keys = replace(filters, typed={n: v for n, v in filters.typed.items() if n not in samples})
-    wanted = keys.looked_up(lambda name: key_values(known, name), str(folder))
-    images = scanned.select(store=store, **wanted)
+    where = ", ".join(map(str, folders))
+    wanted = keys.looked_up(lambda name: key_values(known, name), where)
+    images = [image for folder in scanned for image in folder.select(store=store, **wanted)]
     if not samples:
         return images
     selection = replace(filters, typed=samples, per_class=None).select(
@@ -138,7 +161,7 @@ def _selected(obj: Context, folder: Path, filters: Filters) -> list[ImageRecord]
     kept = [image for image in images if image.key in named]
     if not kept:
         asked = "; ".join(said(values) for values in samples.values())
-        raise NotFoundError(f"no picture in {folder} is of {asked}")
+        raise NotFoundError(f"no picture in {where} is of {asked}")
     return kept
 
 

@@ -53,6 +53,11 @@ _TENSOR = re.compile(
 )
 @click.option("--experiment", help="Name of the experiment, for the folder of images.")
 @click.option("--model", help="Image model that generate uses by default.")
+@click.option(
+    "--shared",
+    is_flag=True,
+    help="Let many processes and machines write at once, in a folder or at a URL (extra cloud).",
+)
 @click.pass_obj
 def init(
     obj: Context,
@@ -63,12 +68,14 @@ def init(
     precision: Any,
     experiment: str | None,
     model: str | None,
+    shared: bool,
 ) -> None:
     """Make an empty store.
 
     \b
     fedgfe-store init --tokens 17 --precision bfloat16
     fedgfe-store --store sd.zarr init --kind sd
+    fedgfe-store --store s3://bucket/embeddings.zarr init --shared
     fedgfe-store init --kind custom --tensor prompt_embeds=512x2304:ragged \\
       --tensor prompt_attention_mask=512:bool
     """
@@ -89,7 +96,7 @@ def init(
         schema = Schema.flux(tokens or 17, clip=clip, precision=precision, metadata=metadata)
     else:
         schema = Schema.sd(tokens or 77, precision=precision, metadata=metadata)
-    store = EmbeddingStore.create(obj.store, schema)
+    store = EmbeddingStore.create(obj.store, schema, shared=shared)
     click.echo(f"made {store.location} ({schema.describe()}, {schema.precision})")
 
 

@@ -133,8 +133,8 @@ def are_negatives(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.asarray(node & split)
 
 
-def check_keys(name: str, columns: Sequence[str]) -> None:
-    """Refuse `columns`, the value of `name`, unless they are some key columns, each once.
+def check_keys(name: str, columns: Sequence[str], known: Sequence[str] = KEY_COLUMNS) -> None:
+    """Refuse `columns`, the value of `name`, unless they are some of `known`, each once.
 
     Raises
     ------
@@ -142,11 +142,11 @@ def check_keys(name: str, columns: Sequence[str]) -> None:
         If they are not.
     """
     listed = isinstance(columns, Sequence) and not isinstance(columns, str)
-    known = listed and all(each in KEY_COLUMNS for each in columns)
-    if not known or not columns or len(set(columns)) < len(columns):
+    are_known = listed and all(each in known for each in columns)
+    if not are_known or not columns or len(set(columns)) < len(columns):
         got = ", ".join(map(str, columns)) if listed else f"{type(columns).__name__} {columns!r}"
         raise SchemaMismatchError(
-            f"{name}: expected some of {', '.join(KEY_COLUMNS)}, each once, got {got or 'none'}"
+            f"{name}: expected some of {', '.join(known)}, each once, got {got or 'none'}"
         )
 
 

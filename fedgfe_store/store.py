@@ -14,9 +14,10 @@ from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema
 from fedgfe_store.selection import Selection
-from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.append import AppendBatch
 from fedgfe_store.storage.engine import LOCK_TIMEOUT
 from fedgfe_store.storage.engines import create, engine_of, latest
+from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.storage.state import State
 from fedgfe_store.storage.upkeep import Upkeep
 from fedgfe_store.storage.writing import Change, committed
@@ -40,16 +41,20 @@ class EmbeddingStore(Upkeep):
 
     @classmethod
     def create(
-        cls, path: Given, schema: Schema, *, timeout: float = LOCK_TIMEOUT
+        cls, path: Given, schema: Schema, *, shared: bool = False, timeout: float = LOCK_TIMEOUT
     ) -> EmbeddingStore:
         """Make an empty store at `path`.
 
         Parameters
         ----------
         path : path-like
-            A folder that does not exist yet, or an empty one.
+            A folder that does not exist yet, or an empty one; of a shared store also a URL, such
+            as ``s3://bucket/folder``.
         schema : Schema
             What its records look like.
+        shared : bool
+            Let many processes and machines write at once, without any lock (extra ``cloud``);
+            otherwise one writes while others wait.
         timeout : float
             Seconds to wait for another process that is making it.
 
@@ -60,7 +65,7 @@ class EmbeddingStore(Upkeep):
         BusyError
             If another process holds the store for longer than `timeout`.
         """
-        create(location(path), schema, timeout=timeout)
+        create(location(path), schema, shared=shared, timeout=timeout)
         return cls.open(path)
 
     @classmethod

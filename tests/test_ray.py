@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,9 +72,10 @@ def cluster():
 def kill_a_worker() -> None:
     """Kill one of the processes that render."""
     for process in psutil.Process().children(recursive=True):
-        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MapWorker"):
-            process.kill()
-            return
+        with suppress(psutil.NoSuchProcess):  # others of Ray's come and go
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MapWorker"):
+                process.kill()
+                return
     raise AssertionError("no worker is there")
 
 

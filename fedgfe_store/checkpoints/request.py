@@ -7,8 +7,8 @@ from typing import TypedDict
 
 from fedgfe_store.checkpoints.header import RoundFrom
 from fedgfe_store.schema import Precision
-from fedgfe_store.storage.append import IfExists
 from fedgfe_store.storage.engine import LOCK_TIMEOUT
+from fedgfe_store.storage.sifting import IfExists
 
 
 @dataclass(frozen=True, kw_only=True)

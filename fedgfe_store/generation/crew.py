@@ -74,7 +74,7 @@ class Worker:
             # Ray shows a worker its own GPU only, whatever its number was where it was prepared.
             placement = replace(run.placement, device=choose_device("cuda"))
             run = replace(run, placement=placement)
-        self._run, self._pipeline = here.load(run, self._remarks.append)
+        self._run, self._pipeline = here.load_model(run, self._remarks.append)
         self._foreman.finish.remote(_LOADING)
         # Lines of one machine do not mix in one file; those of several do on network disks.
         self._manifest = machine_manifest(ray.util.get_node_ip_address())

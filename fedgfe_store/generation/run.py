@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -28,6 +29,10 @@ from fedgfe_store.models.pipeline import ImagePipeline
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
+
+
+Load = Callable[[Run, Report], tuple[Run, ImagePipeline]]
+"""Loads a run's model; gives the run as this machine's memory has it, and its pipeline."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ def render(
     report: Report = log_remark,
     progress: Progress | None = None,
     manifest: str | None = None,
+    load: Load | None = None,
 ) -> GenerationReport:
     """Render what a run's plan has to do.
 
@@ -161,6 +167,8 @@ def render(
     manifest : str, optional
         File that lists its images, by default that of its part. Whoever names one is a worker of
         a run of several, and does not note that it was stopped without an image.
+    load : callable, optional
+        Loads the run's model, as `load_model` does by default.
 
     Returns
     -------
@@ -187,7 +195,7 @@ def render(
         with stop.interrupting():
             loaded = pipeline
             if loaded is None:
-                run, loaded = load(run, report)
+                run, loaded = (load or load_model)(run, report)
     except Stopped:
         stuck = note_stop(plan.folder, run.request.part, stop, report)
         return GenerationReport(plan, skipped=skipped(plan), stopped=stop.reason, stuck=stuck)
@@ -273,7 +281,7 @@ def note_stop(folder: Path, part: Part, stop: Stop, report: Report) -> bool:
     return stuck
 
 
-def load(run: Run, report: Report = log_remark) -> tuple[Run, ImagePipeline]:
+def load_model(run: Run, report: Report = log_remark) -> tuple[Run, ImagePipeline]:
     """Load a run's model; return the run as this machine's memory has it, and its pipeline.
 
     Raises

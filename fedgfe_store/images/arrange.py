@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedgfe_store.common.words import numbers_first
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.images.labels import label_of
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
-from fedgfe_store.records import KEY_COLUMNS, check_keys, key_order
+from fedgfe_store.records import KEY_COLUMNS, check_keys
+
+SETTINGS = ("model", "steps", "guidance", "seed", "folder")
+"""What a row or column can be besides key columns: what tells images of several folders apart."""
+
+AXES = (*KEY_COLUMNS, *SETTINGS)
 
 Place = tuple[Any, ...]
 """The values of a row's or a column's key columns."""
@@ -24,13 +30,14 @@ class Sheet:
     Parameters
     ----------
     by_row, by_column : tuple of str
-        Key columns of the rows and of the columns.
+        What a row and a column is, of `AXES`.
     rows, columns : tuple
         Their values, in the order in which they are drawn.
     cells : mapping
         An image for each (row, column) that has one.
     common : mapping
-        The other key columns in which all of these images agree, and their values.
+        The other key columns in which all of these images agree, and their values; settings only
+        where the images that were given differ in them.
     """
 
     by_row: tuple[str, ...]
@@ -39,6 +46,8 @@ class Sheet:
     columns: tuple[Place, ...]
     cells: Mapping[tuple[Place, Place], ImageRecord]
     common: Mapping[str, Any]
+    differing: tuple[str, ...] = ()
+    """Settings in which the images that were given differ."""
 
     @property
     def missing(self) -> int:
@@ -53,7 +62,8 @@ class Sheet:
     def caption(self, image: ImageRecord) -> str:
         """Return in words what row, column and title do not say of an image, its mark included."""
         told = {*self.by_row, *self.by_column, *self.common}
-        rest = {name: value for name, value in _facts(image).items() if name not in told}
+        facts = _facts(image, self.differing)
+        rest = {name: value for name, value in facts.items() if name not in told}
         return ", ".join(filter(None, [label_of(rest.values(), rest), image.mark]))
 
 
@@ -75,39 +85,44 @@ def arrange(
     images : iterable of ImageRecord
         As `ImageFolder.select` gives them.
     rows, columns : sequence of str
-        Key columns of the rows and of the columns; none in both.
+        What a row and a column is, of `AXES`; none in both.
 
     Raises
     ------
     SchemaMismatchError
         If `rows` or `columns` is of no use, or there is no image.
     """
-    check_keys("rows", rows)
-    check_keys("columns", columns)
+    check_keys("rows", rows, AXES)
+    check_keys("columns", columns, AXES)
     if set(rows) & set(columns):
         both = ", ".join(sorted(set(rows) & set(columns)))
         raise SchemaMismatchError(f"expected other keys for columns than for rows, got {both}")
     images = list(images)
     if not images:
         raise SchemaMismatchError("a sheet: expected at least one picture, got none")
-    others = [name for name in (*KEY_COLUMNS, "image") if name not in {*rows, *columns}]
+    differing = _differing(images)
+    of_settings = tuple(
+        dict.fromkeys((*differing, *(n for n in (*rows, *columns) if n in SETTINGS)))
+    )
+    others = [n for n in (*KEY_COLUMNS, "image", *differing) if n not in {*rows, *columns}]
     found: dict[tuple[Place, Place], dict[Place, ImageRecord]] = defaultdict(dict)
     for image, number in zip(images, _numbers(images, {*rows, *columns}), strict=True):
-        facts = _facts(image) | {"index": number}
+        facts = _facts(image, of_settings) | {"index": number}
         cell = tuple(facts[n] for n in rows), tuple(facts[n] for n in columns)
         found[cell][tuple(facts[n] for n in others)] = image
     counts = Counter(sample for samples in found.values() for sample in samples)
-    order = key_order(others)
+    order = _order(others)
     ranked = sorted(counts, key=lambda sample: (-counts[sample], order(sample)))
     rank = {sample: place for place, sample in enumerate(ranked)}
     cells = {cell: samples[min(samples, key=rank.__getitem__)] for cell, samples in found.items()}
     return Sheet(
         tuple(rows),
         tuple(columns),
-        tuple(sorted({row for row, _ in cells}, key=key_order(rows))),
-        tuple(sorted({column for _, column in cells}, key=key_order(columns))),
+        tuple(sorted({row for row, _ in cells}, key=_order(rows))),
+        tuple(sorted({column for _, column in cells}, key=_order(columns))),
         cells,
-        _common(others, cells.values()),
+        _common(others, cells.values(), differing),
+        differing,
     )
 
 
@@ -119,11 +134,41 @@ def _numbers(images: Sequence[ImageRecord], axes: Collection[str]) -> list[int]:
     return sample_numbers(keys, [image.file_id for image in images])
 
 
-def _facts(image: ImageRecord) -> dict[str, Any]:
+def _facts(image: ImageRecord, settings: Iterable[str]) -> dict[str, Any]:
     facts = {name: getattr(image.key, name) for name in KEY_COLUMNS}
-    return facts | {"image": image.number}
+    known = {name: _setting(image, name) for name in settings}
+    return facts | {"image": image.number} | known
 
 
-def _common(names: list[str], images: Iterable[ImageRecord]) -> dict[str, Any]:
-    facts = [_facts(image) for image in images]
+def _differing(images: Sequence[ImageRecord]) -> tuple[str, ...]:
+    """Return the settings in which images differ; the folder only where nothing else tells them."""
+    found = [
+        name
+        for name in SETTINGS
+        if name != "folder" and len({_setting(image, name) for image in images}) > 1
+    ]
+    told = {
+        (image.key, image.number, *(_setting(image, name) for name in found)) for image in images
+    }
+    return (*found, "folder") if len(told) < len(images) else tuple(found)
+
+
+def _setting(image: ImageRecord, name: str) -> Any:
+    """Return a setting as a number or text, whatever a provenance holds."""
+    value = image.folder.name if name == "folder" else image.setting(name)
+    return value if isinstance(value, int | float | str) else str(value or "")
+
+
+def _order(names: Sequence[str]) -> Callable[[Place], Any]:
+    """Return a key for `sorted`: numbers by size and before texts, in keys and in settings."""
+    return lambda place: [
+        numbers_first(str(value)) if name == "node" or name in SETTINGS else value
+        for name, value in zip(names, place, strict=True)
+    ]
+
+
+def _common(
+    names: list[str], images: Iterable[ImageRecord], settings: Iterable[str]
+) -> dict[str, Any]:
+    facts = [_facts(image, settings) for image in images]
     return {name: facts[0][name] for name in names if len({f[name] for f in facts}) == 1}

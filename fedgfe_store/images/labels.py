@@ -11,7 +11,10 @@ from typing import Any
 
 from PIL import ImageDraw, ImageFont
 
-_SAID = {"round": "round {}", "node": "node {}", "index": "index {}", "image": "image {}"}
+_SAID = {
+    **{name: f"{name} {{}}" for name in ("round", "node", "index", "image", "guidance", "seed")},
+    "steps": "steps {}",
+}
 _KEYS = re.compile(r".+?(?:, |$)")
 _WORDS = re.compile(r"[^ _/\\.-]+[ _/\\.-]*|[ _/\\.-]+")
 _LONGEST = 300
@@ -25,7 +28,8 @@ def label_of(values: Iterable[Any], names: Iterable[str]) -> str:
         if (name, value) == ("image", 0):
             continue  # nearly every record has one image, which needs no number
         plain = (name, value) == ("node", "server")
-        words.append(str(value) if plain else _SAID.get(name, "{}").format(value))
+        shown = f"{value:g}" if isinstance(value, float) else value
+        words.append(str(value) if plain else _SAID.get(name, "{}").format(shown))
     return ", ".join(clean(word) or "(empty)" for word in words)
 
 

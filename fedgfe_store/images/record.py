@@ -97,6 +97,10 @@ class ImageRecord:
         """What identifies its sample; empty where that is not known."""
         return str(self.own.get("file_id") or "")
 
+    def setting(self, name: str) -> Any:
+        """Return one of the settings that it was made with; None where that is not known."""
+        return _settings(self.shared).get(name)
+
     @property
     def size(self) -> tuple[int, int] | None:
         """Width and height in pixels that its settings name; None where they name none."""
@@ -104,11 +108,17 @@ class ImageRecord:
 
 
 @lru_cache(maxsize=64)
+def _settings(shared: str) -> Mapping[str, Any]:
+    known = json.loads(shared)
+    settings = known.get("settings") if isinstance(known, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def _size(shared: str) -> tuple[int, int] | None:
+    settings = _settings(shared)
     try:
-        settings = json.loads(shared)["settings"]
         size = settings["width"], settings["height"]
-    except (KeyError, TypeError):
+    except KeyError:
         return None
     fits = all(isinstance(pixels, int) and 1 <= pixels <= _LARGEST for pixels in size)
     return size if fits else None

@@ -14,9 +14,9 @@ from fedgfe_store.recording.pages import Block, LeftOut, Pool
 from fedgfe_store.recording.target import Run, Target
 from fedgfe_store.recording.writer import Missing, OnError, Writer
 from fedgfe_store.schema import Metadata, Precision
-from fedgfe_store.storage.append import IfExists
 from fedgfe_store.storage.engine import LOCK_TIMEOUT
 from fedgfe_store.storage.incoming import checked_keys
+from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.store import EmbeddingStore
 
 __all__ = ["LeftOut", "Missing", "OnError", "Recorder", "RoundBatch"]

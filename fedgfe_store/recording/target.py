@@ -20,10 +20,11 @@ from fedgfe_store.names import image_name
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema
 from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
-from fedgfe_store.storage.append import AppendBatch, IfExists
+from fedgfe_store.storage.append import AppendBatch
 from fedgfe_store.storage.entry import check_texts, named
 from fedgfe_store.storage.incoming import checked_lengths
 from fedgfe_store.storage.metadata import GROUP_FILE
+from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.storage.values import taken
 from fedgfe_store.store import EmbeddingStore
 

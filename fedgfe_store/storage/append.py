@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, RecordBatch, RecordKey, keys_of
 from fedgfe_store.storage.entry import conformed, finished
 from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
+from fedgfe_store.storage.sifting import IfExists, Sifter
 from fedgfe_store.storage.state import State
 from fedgfe_store.storage.writing import Change, CommitKind, Writing, committed
 
-IfExists = Literal["error", "replace", "skip"]
 # Some 900 records of [17, 4096], 30 of [512, 4096]: fewer take the lock only to be committed.
 _BUFFER_BYTES = 256 * 2**20
 
@@ -59,14 +59,13 @@ class AppendBatch:
         self._waiting: list[RecordBatch] = []
         self._ready: list[RecordBatch] = []
         self._seen: dict[RecordKey, tuple[int, ...]] = {}
-        self._stored: dict[tuple[int, str], dict[RecordKey, int]] = {}
         self._deleted: list[int] = []
         self._kept: set[RecordKey] = set()
         self._superseded: set[tuple[str, int, str]] = set()
         self._writing: Writing | None = None
         self._written: list[Mapping[str, np.ndarray]] = []
         self._dropped = np.empty(0, np.int64)
-        self._sifted_by: State | None = None
+        self._known_by: Sifter | None = None
         self._open = True
 
     def add(
@@ -187,12 +186,11 @@ class AppendBatch:
         self._begin()
         fresh = []
         for position, key in enumerate(keys_of(columns)):
-            row = self._row_of(key)
-            if row is None or not self._stays(columns, position, row):
-                fresh.append(position)
-            else:
+            if self._sifter.is_there(columns, position, key):
                 self.skipped += 1
                 self._kept.add(key)
+            else:
+                fresh.append(position)
         return np.array(fresh, np.int64)
 
     def supersede(self, *, node: str | int, round: int, split: str) -> None:
@@ -291,8 +289,13 @@ class AppendBatch:
     def _begin(self) -> Writing:
         if self._writing is None:
             self._writing = self._begin_writing(self._known)
-            self._sifted_by = self._writing.snapshot
+            self._known_by = Sifter(self._writing.snapshot, self._if_exists)
         return self._writing
+
+    @property
+    def _sifter(self) -> Sifter:
+        assert self._known_by is not None
+        return self._known_by
 
     def _put(self, writing: Writing, n: int) -> None:
         """Write the first `n` records of those that are ready."""
@@ -323,7 +326,7 @@ class AppendBatch:
 
     def _change(self, latest: State) -> Change | None:
         """Return what the batch does to the latest state; asked anew if another writer came in."""
-        if latest is not self._sifted_by:
+        if latest is not self._sifter.state:
             self._sift_again(latest)
         removed = self._rows_left_over()
         self.removed = len(removed)
@@ -335,8 +338,7 @@ class AppendBatch:
 
     def _sift_again(self, latest: State) -> None:
         """Look up once more what was written: others have added or deleted some of its keys."""
-        self._sifted_by = latest
-        self._stored.clear()
+        self._known_by = Sifter(latest, self._if_exists)
         self._deleted.clear()
         self.added = self.replaced = 0
         self.skipped -= len(self._dropped)
@@ -352,7 +354,7 @@ class AppendBatch:
         return [
             row
             for node, number, split in sorted(self._superseded)
-            for key, row in self._rows_of(number, node).items()
+            for key, row in self._sifter.rows_of(number, node).items()
             if key.split == split and key not in self._seen and key not in self._kept
         ]
 
@@ -363,55 +365,12 @@ class AppendBatch:
 
     def _fresh(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the positions of the records that the store does not have as they are."""
-        fresh = []
-        for position, key in enumerate(keys_of(columns)):
-            row = self._row_of(key)
-            if row is None:
-                self.added += 1
-            elif self._stays(columns, position, row):
-                self.skipped += 1
-                continue
-            elif self._if_exists == "replace":
-                self._deleted.append(row)
-                self.replaced += 1
-            else:
-                raise ConflictError(
-                    f"{key} is in {self._known.path} already, with other tensors "
-                    f"(if_exists='replace' puts these in its place, 'skip' keeps the old ones); "
-                    f"nothing was committed"
-                )
-            fresh.append(position)
-        return np.array(fresh, np.int64)
-
-    def _row_of(self, key: RecordKey) -> int | None:
-        """Return the row that holds the live record `key`, looked for by round and node first."""
-        return self._rows_of(key.round, key.node).get(key)
-
-    def _rows_of(self, number: int, node: str) -> dict[RecordKey, int]:
-        """Return the rows of the live records of a round and node."""
-        if (number, node) not in self._stored:
-            snapshot = self._snapshot
-            rows = snapshot.rows_matching({"round": [number], "node": [node]})
-            keys = snapshot.keys(rows)
-            self._stored[number, node] = dict(zip(keys, rows.tolist(), strict=True))
-        return self._stored[number, node]
-
-    def _stays(self, columns: Mapping[str, np.ndarray], position: int, row: int) -> bool:
-        """Whether the store's record in `row` stays, as when it has all that the new one brings."""
-        if self._if_exists == "skip":
-            return True
-        at = np.array([row])
-        return all(
-            columns[f"{t.name}_digest"][position]
-            == self._snapshot.column_at(f"{t.name}_digest", at)[0]
-            for t in self._snapshot.schema.tensors
-            if not t.optional or (f"has_{t.name}" in columns and columns[f"has_{t.name}"][position])
-        )
-
-    @property
-    def _snapshot(self) -> State:
-        assert self._writing is not None
-        return self._writing.snapshot
+        found = self._sifter.fates(columns)
+        self.added += found.added
+        self.skipped += found.skipped
+        self.replaced += len(found.replaced)
+        self._deleted += found.replaced
+        return found.fresh
 
 
 def _digest_names(columns: Mapping[str, np.ndarray]) -> list[str]:

@@ -25,7 +25,6 @@ from fedgfe_store.common import threads
 from fedgfe_store.errors import (
     ConflictError,
     DamagedDataError,
-    FedgfeStoreError,
     NotFoundError,
 )
 from fedgfe_store.records import RecordBatch, are_negatives, to_milliseconds
@@ -35,6 +34,7 @@ from fedgfe_store.storage.claim import Claim
 from fedgfe_store.storage.layout import DIGEST_DIGITS, KEY_CHUNK, key_columns
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
+from fedgfe_store.storage.outcome import add_outcome
 from fedgfe_store.storage.recovery import clear, recover, remove_temporary
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.staging import Staging
@@ -63,7 +63,7 @@ class Transaction:
         try:
             self._open(timeout, known)
         except Exception as error:
-            _add_outcome(error, self.path, None)
+            add_outcome(error, self.path, None)
             raise
 
     def _open(self, timeout: float, known: Snapshot) -> None:
@@ -132,7 +132,7 @@ class Transaction:
             else:
                 self._abort(error)
             if error is not None and self._begun:
-                _add_outcome(error, self.path, self.commit if published else None)
+                add_outcome(error, self.path, self.commit if published else None)
         finally:
             # In any case, also where the disk refuses all else: a claim that is renewed by a
             # process that no longer works for it would lock everybody out.
@@ -380,21 +380,6 @@ class Transaction:
             error.add_note(
                 f"the next writer will clear what this commit left in {self.path}: {failure}"
             )
-
-
-def _add_outcome(error: BaseException, path: Path, published: int | None) -> None:
-    """Note on an error that does not say so itself what readers see after it."""
-    if isinstance(error, FedgfeStoreError):
-        return
-    if published is not None:
-        error.add_note(f"commit {published} of {path} was published before this failed")
-        return
-    try:
-        commit = Group.read(path).point.commit
-    except (FedgfeStoreError, OSError) as failure:  # must not hide what went wrong first
-        error.add_note(f"nothing of this commit was published: {failure}")
-        return
-    error.add_note(f"nothing of this commit was published: {path} is at commit {commit}")
 
 
 def _commit_row(kind: CommitKind, source: str) -> dict[str, np.ndarray]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -94,10 +96,10 @@ class ObjectStore:
             return function(self._client, *arguments, **options)
         except (FileNotFoundError, exceptions.NotFoundError):
             raise FileNotFoundError(errno.ENOENT, "no such object", f"{self}/{name}") from None
-        except exceptions.NotSupportedError:
+        except (exceptions.NotSupportedError, exceptions.AlreadyExistsError):
             raise
         except exceptions.BaseError as error:
-            raise RemoteError(f"{self}/{name} cannot be read: {_told(error)}") from None
+            raise RemoteError(f"{self}/{name} cannot be read or written: {_told(error)}") from None
 
     def read(self, name: str, most: int) -> bytes:
         """Return the contents of an object."""
@@ -158,6 +160,31 @@ class ObjectStore:
         found = self.ask(folder, lambda client: obstore.list(client, folder or None).collect())
         cut = len(folder) + 1 if folder else 0
         return {each["path"][cut:]: each["size"] for each in found}
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Make an object that is not there; False where there is one."""
+        try:
+            self.ask(name, obstore.put, name, data, mode="create", use_multipart=False)
+        except exceptions.AlreadyExistsError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.ask(name, obstore.delete, name)
+
+    def ages(self, folder: str) -> dict[str, float]:
+        """Return names and seconds since the last change of the objects below `folder`."""
+        clock = f"clock/{uuid.uuid4().hex}"
+        self.put_new(clock, b"")
+        now = self.ask(clock, obstore.head, clock)["last_modified"]
+        self.remove(clock)
+        found = self.ask(folder, lambda client: obstore.list(client, folder).collect())
+        return {
+            each["path"][len(folder) + 1 :]: (now - each["last_modified"]).total_seconds()
+            for each in found
+        }
 
 
 class RemoteFile:

@@ -61,3 +61,15 @@ class Place(Protocol):
 
     def sizes(self, folder: str = "") -> dict[str, int] | None:
         """Return names and bytes of the files below `folder`; None where no server tells."""
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Make a file that is not there, whole or not at all; False where there is one."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def ages(self, folder: str) -> dict[str, float]:
+        """Return names and seconds since the last change of the files below `folder`.
+
+        By the place's own clock: no other one need be right.
+        """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +79,41 @@ class LocalFolder:
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return names and bytes of the files below `folder`."""
         return files.sizes_below(self.folder / folder)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Make a file that is not there; False where there is one."""
+        path = self.folder / name
+        files.make_folders(path.parent)
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{files.TEMPORARY}")
+        try:
+            with files.flushed(temporary, name=path) as file:
+                file.write(data)
+            if not files.linked(temporary, path):  # no links here
+                with files.flushed(path) as file:
+                    file.write(data)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def ages(self, folder: str) -> dict[str, float]:
+        """Return names and seconds since the last change of the files below `folder`."""
+        clock = self.folder / f".{uuid.uuid4().hex}{files.TEMPORARY}"
+        clock.touch()
+        try:
+            now = clock.stat().st_mtime
+        finally:
+            clock.unlink(missing_ok=True)
+        found = {}
+        for name in files.sizes_below(self.folder / folder):
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = now - (self.folder / folder / name).stat().st_mtime
+        return found
 
 
 def place_of(location: Location) -> Place:

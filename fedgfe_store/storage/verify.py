@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
@@ -16,6 +15,7 @@ from fedgfe_store.storage.files import is_temporary_name
 from fedgfe_store.storage.layout import KEY_CHUNK
 from fedgfe_store.storage.metadata import GROUP_BYTES, GROUP_FILE, parsed_group
 from fedgfe_store.storage.place import RemoteError
+from fedgfe_store.storage.reading_all import damaged_records, repeated_keys
 from fedgfe_store.storage.shard_files import granule_of
 from fedgfe_store.storage.snapshot import Snapshot
 from fedgfe_store.storage.version_1 import PENDING
@@ -29,8 +29,8 @@ def verify(snapshot: Snapshot, *, progress: Callable[[int], object]) -> Verifica
     damaged: list[DamagedRecord] = []
     leftovers: list[str] = []
     if not broken:
-        problems += [*_wrong_zones(snapshot), *_repeated_keys(snapshot)]
-        damaged = _damaged_records(snapshot, leftovers, progress)
+        problems += [*_wrong_zones(snapshot), *repeated_keys(snapshot)]
+        damaged = damaged_records(snapshot, leftovers, progress)
         leftovers += _leftovers(snapshot)
     return Verification(
         snapshot.commit, snapshot.point.live, tuple(damaged), tuple(problems), tuple(leftovers)
@@ -83,56 +83,6 @@ def _wrong_zones(snapshot: Snapshot) -> Iterator[str]:
                 f"{snapshot.place}/{GROUP_FILE}: what is said of rows from {number * KEY_CHUNK} on "
                 f"hides records from queries of a round or node"
             )
-
-
-def _repeated_keys(snapshot: Snapshot) -> list[str]:
-    counts = Counter(snapshot.keys(np.flatnonzero(snapshot.visible)))
-    return [f"{key} stands {count} times" for key, count in counts.items() if count > 1]
-
-
-def _damaged_records(
-    snapshot: Snapshot, leftovers: list[str], progress: Callable[[int], object]
-) -> list[DamagedRecord]:
-    granule = snapshot.schema.granule
-    reasons: dict[int, list[str]] = {}
-    for number in np.flatnonzero(live_per_granule(snapshot)):
-        first = int(number) * granule
-        rows = first + np.flatnonzero(snapshot.visible[first : first + granule])
-        for name in snapshot.schema.columns:
-            for row, reason in _damaged_rows(snapshot, name, int(number), rows, leftovers):
-                reasons.setdefault(row, []).append(reason)
-        progress(len(rows))
-    rows = np.array(sorted(reasons), np.int64)
-    return [
-        DamagedRecord(key, row, "; ".join(reasons[row]))
-        for key, row in zip(snapshot.keys(rows), rows.tolist(), strict=True)
-    ]
-
-
-def _damaged_rows(
-    snapshot: Snapshot, name: str, granule: int, rows: np.ndarray, leftovers: list[str]
-) -> list[tuple[int, str]]:
-    """Read a tensor file whole, which checks all its checksums, and find who cannot be read."""
-    try:
-        snapshot.check_file(name, granule)
-        intact = True
-    except DamagedDataError as error:
-        intact, damage = False, str(error)
-    try:
-        snapshot.read(name, rows)
-    except DamagedDataError:
-        pass
-    else:
-        if not intact:
-            leftovers.append(f"{damage}, but no live record lies there")
-        return []
-    found = []
-    for row in rows.tolist():
-        try:
-            snapshot.read(name, np.array([row]))
-        except DamagedDataError as error:
-            found.append((row, str(error).split("committed: ")[-1]))
-    return found
 
 
 def _leftovers(snapshot: Snapshot) -> Iterator[str]:

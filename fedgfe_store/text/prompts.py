@@ -16,7 +16,7 @@ from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.model import Model
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 from fedgfe_store.schema import Metadata, Schema
-from fedgfe_store.storage.append import IfExists
+from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.store import EmbeddingStore
 from fedgfe_store.text.columns import encoder_schema, store_columns, token_limit
 from fedgfe_store.text.encoders import (

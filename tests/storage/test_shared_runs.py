@@ -1,0 +1,11 @@
+"""The tests of recorded runs, on shared stores."""
+
+from __future__ import annotations
+
+import both_engines  # first: it says where the modules are
+import pytest
+import test_runs
+
+pytestmark = pytest.mark.long
+every_store_is_shared = both_engines.every_store_is_shared
+globals().update(both_engines.borrowed([test_runs], quick=False))
