@@ -115,9 +115,8 @@ class Renderer:
 
     def _denoise_group(self, batches: Iterator[Embedded], group: list[Denoised]) -> bool:
         """Add what becomes of some batches to `group`; whether there were any."""
-        any_left = False
-        for batch in islice(batches, self._pipeline.batches_per_swap):
-            any_left = True
+        count = 0
+        for count, batch in enumerate(islice(batches, self._pipeline.batches_per_swap), 1):
             for item, reason in batch.damaged.items():
                 self._tally.fail(item, reason)
             for item in batch.elsewhere:
@@ -128,9 +127,10 @@ class Renderer:
             every = self._run.request.clear_cache_every
             if every and self._batches % every == 0:
                 clear_cache(self._device)
-            if self._ended():
+            # Where weights were moved meanwhile there may be no swap any more to wait for.
+            if self._ended() or count >= self._pipeline.batches_per_swap:
                 break
-        return any_left
+        return count > 0
 
     def _denoise(self, batch: Embedded) -> Iterator[Denoised]:
         """Denoise a batch in as large parts as fit; what a stop cuts short is not there."""

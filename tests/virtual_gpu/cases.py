@@ -25,6 +25,9 @@ from fedgfe_store.selection import Selection
 
 N = 6
 SIZE = 64
+HEAVY_RECORDS = 14
+HEAVY: dict[str, Any] = {"steps": 1, "height": 32, "width": 32, "batch_size": 1}
+"""How images of the model with heavy weights are made."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,12 @@ def assert_like_cpu(case: Case, folder: Path) -> None:
 
 
 def save_heavy_flux(folder: Path) -> Path:
-    """Save a FLUX whose weights take far more than its work: 43 MiB of denoiser, 16 of decoder."""
+    """Save a FLUX whose weights take far more than its work: 95 MiB of denoiser, 34 of decoder."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         num_layers=2,
         num_single_layers=6,
-        num_attention_heads=8,
+        num_attention_heads=12,
         attention_head_dim=32,
         joint_attention_dim=8,
         pooled_projection_dim=4,
@@ -107,7 +110,7 @@ def save_heavy_flux(folder: Path) -> Path:
     )
     vae = AutoencoderKL(
         latent_channels=4,
-        block_out_channels=(16, 16, 176),
+        block_out_channels=(16, 16, 256),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         norm_num_groups=8,

@@ -52,6 +52,14 @@ def sd_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make(tmp_path_factory.mktemp("made"), "sd")
 
 
+@pytest.fixture(scope="session")
+def heavy_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A FLUX whose weights take far more than its work, with more records."""
+    from virtual_gpu.cases import HEAVY, HEAVY_RECORDS, make
+
+    return make(tmp_path_factory.mktemp("made"), "heavy", records=HEAVY_RECORDS, **HEAVY)
+
+
 @pytest.fixture(params=["flux", "sd"])
 def case(request: pytest.FixtureRequest) -> Case:
     """Either."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,12 +10,11 @@ from typing import Any, get_args
 import pytest
 import torch
 from pictures import provenance_of
-from virtual_gpu.cases import Case, assert_like_cpu, make, render
+from virtual_gpu.cases import Case, assert_like_cpu, render
 from virtual_gpu.device import MIB, Cards
 
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.models import choice, devices, fit
-from fedgfe_store.models.diffusers import DiffusersImages
+from fedgfe_store.models import devices
 from fedgfe_store.models.placement import Offload
 
 MODES: tuple[Offload, ...] = get_args(Offload)
@@ -87,67 +84,3 @@ def test_what_libraries_say_counts_as_lack_of_memory_where_it_is_short(
     cards.limit(0, 8192)
     assert not devices.is_out_of_memory(error)
     assert devices.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
-
-
-ONE = {"steps": 1, "height": 32, "width": 32, "batch_size": 1}
-WORK = 24 * MIB
-RESERVE = 30 * MIB
-
-
-@pytest.fixture(scope="module")
-def heavy_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A model of many weights and little work, as real ones are."""
-    root = tmp_path_factory.mktemp("made")
-    return make(root, "heavy", records=24, **ONE)
-
-
-class Neighbour:
-    """Another process on a card: how much it leaves from which batch on.
-
-    Work on a batch takes `WORK` besides what a batch's tensors do.
-    """
-
-    def __init__(self, cards: Cards, leaves: dict[int, int]) -> None:
-        self._cards, self._leaves = cards, leaves
-        self.batches = 0
-        self.modes: list[Offload] = []
-
-    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = DiffusersImages.denoise
-
-        def denoise(images: DiffusersImages, *given: Any, on_step: Callable[[], None]) -> Any:
-            def step() -> None:
-                torch.empty(WORK, dtype=torch.uint8, device="cuda:1")
-                on_step()
-
-            if (left := self._leaves.get(self.batches)) is not None:
-                # It has what is free, and torch keeps for itself what work once took.
-                torch.cuda.empty_cache()
-                self._cards.limit(1, left)
-                print("HELD", self._cards.held(1) / MIB, torch.cuda.memory_reserved(1) / MIB, left)
-            made = real(images, *given, on_step=step)
-            self.batches += 1
-            self.modes.append(images.placement.offload)
-            return made
-
-        monkeypatch.setattr(DiffusersImages, "denoise", denoise)
-
-
-def test_auto_gives_up_mode_after_mode_while_it_runs_and_takes_all_back(
-    heavy_case: Case, cards: Cards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (fit, choice):
-        monkeypatch.setattr(module, "RESERVE_BYTES", RESERVE)
-    neighbour = Neighbour(cards, {2: 80, 4: 68, 6: 50, 7: 1024})
-    neighbour.watch(monkeypatch)
-    refused = cards.refusals(1)
-    import time; t0=(time.process_time(), time.time())
-    report, remarks = render(heavy_case, tmp_path, device="cuda:1", offload="auto", **ONE)
-    print("CPU", time.process_time()-t0[0], time.time()-t0[1], remarks, neighbour.modes)
-    assert (report.done, report.failed) == (24, ())
-    assert_like_cpu(heavy_case, tmp_path)
-    down = [f"out of memory: going on with offload {mode}" for mode in MODES[1:]]
-    assert remarks == [*down, "memory is free again: going on with offload none"]
-    runs = [(mode, len(list(same))) for mode, same in itertools.groupby(neighbour.modes)]
-    assert runs == [("none", 2), ("model", 2), ("group", 2), ("sequential", 16), ("none", 2)]
-    assert cards.refusals(1) - refused == 3
