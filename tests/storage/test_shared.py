@@ -8,12 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 from conftest import BUCKET, SMALL, fill, values
 from processes import finished
 from shared_writers import check, killed, race
 
 from fedgfe_store import EmbeddingStore
+from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
+from fedgfe_store.recording import Recorder
 from fedgfe_store.storage.shared import transaction
 
 
@@ -105,6 +109,29 @@ def test_one_writer_asks_a_server_at_most_twenty_times_for_a_commit(aws, url):
         tensors = [line for line in proxy.asked if "/t5/" in line or "/clip/" in line]
         counts.append(len(proxy.asked) - len(tensors))
     assert max(counts) <= 20, counts
+
+
+def test_what_is_recorded_imported_and_made_by_commands_at_a_url(url, aws, tmp_path):
+    def run(*words):
+        done = CliRunner().invoke(group, ["--store", url, *map(str, words)], standalone_mode=True)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert f"made {url}" in run("init", "--shared", "--tokens", 3)
+    store = EmbeddingStore.open(url)
+    given = values(2, 1, store.schema)
+    with Recorder(url) as recorder, recorder.record(node=3, round=1) as block:
+        block.add(split="train", class_name="dog", index=range(2), **given)
+    entry = {"split": "train", "class_name": "cat", "t5_embedding": torch.ones(3, 4096)}
+    entries = [entry | {"clip_embedding": torch.ones(768), "sample_metadata": {"sample_id": "a"}}]
+    told = {"node_id": "0", "round": 5, "embeddings": entries, "metadata": {}}
+    torch.save(told, tmp_path / "node_0_embeddings_r5.pt")
+    for added in (1, 0):
+        assert f"{added} new record" in run("import", tmp_path / "node_0_embeddings_r5.pt")
+    run("delete", "--node", 3, "--yes")
+    run("compact")
+    assert "sound" in run("verify")
+    assert len(EmbeddingStore.open(url)) == 1
 
 
 def test_the_same_key_from_two_writers_is_thought_over_again(shared):
