@@ -34,6 +34,7 @@ from fedgfe_store.storage.checksums import row_digests
 from fedgfe_store.storage.commit import Transaction
 from fedgfe_store.storage.entry import finished
 from fedgfe_store.storage.incoming import checked
+from fedgfe_store.storage.snapshot import Snapshot
 
 NODES, CLASSES, PER_CLASS = 8, 10, 50
 A_ROUND = NODES * CLASSES * PER_CLASS
@@ -47,6 +48,7 @@ def make(path: Path, keys: int) -> None:
     os.fsync = lambda fd: None
     schema = Schema.flux(1, width=2, clip=(1,), granule=GRANULE)
     snapshot = EmbeddingStore.create(path, schema).snapshot
+    assert isinstance(snapshot, Snapshot)
     records = some_records(schema, NODES, PER_CLASS)
     rounds = list(range(1, -(-keys // A_ROUND) + 1))
     for start in range(0, len(rounds), 20):

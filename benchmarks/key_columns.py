@@ -21,7 +21,8 @@ from fedgfe_store.storage.snapshot import Snapshot
 
 def snapshot_of(folder: Path, rows: int) -> Snapshot:
     """A store's state whose columns round and class_name are in memory, of any length."""
-    snapshot = EmbeddingStore.create(folder / f"{rows}.zarr", Schema.flux(3)).select()._snapshot
+    snapshot = EmbeddingStore.create(folder / f"{rows}.zarr", Schema.flux(3)).snapshot
+    assert isinstance(snapshot, Snapshot)
     rounds = np.arange(rows, dtype=np.int32)
     names = np.array([f"class {i}" for i in range(KEY_CHUNK)], np.dtypes.StringDType())
     for start in range(0, rows, KEY_CHUNK):

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from conftest import fill
 from processes import finished
 
-from fedgfe_store import EmbeddingStore
+from fedgfe_store import EmbeddingStore, __version__
 from fedgfe_store.cli.main import _COMMANDS, group
 
 
@@ -143,3 +143,24 @@ def test_a_missing_store_is_one_line(tmp_path):
 def test_the_store_may_come_from_the_environment(store, monkeypatch):
     monkeypatch.setenv("FEDGFE_STORE", str(store.path))
     assert str(store.path) in run("info").output
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("genrate", "generate"), ("stat", "stats or status"), ("xyz", "--help")]
+)
+def test_a_command_that_is_none_is_told_which_it_may_be(typed, meant):
+    done = CliRunner().invoke(group, [typed])
+    assert done.exit_code == 2
+    assert f"no command '{typed}'" in done.stderr
+    assert meant in done.stderr
+
+
+def test_every_command_has_a_near_name_for_its_own_misspelt():
+    for name in _COMMANDS:
+        done = CliRunner().invoke(group, [name[:-1] + "x"])
+        assert name in done.stderr, name
+
+
+def test_it_is_a_module_too(tmp_path):
+    done = finished([sys.executable, "-m", "fedgfe_store", "--version"], cwd=tmp_path)
+    assert __version__ in done.stdout

@@ -202,9 +202,9 @@ def test_measures_of_classes_and_confusions_are_those_of_counting(store, folder,
     table = scores.by_class().set_index("class_name")
     assert set(table.index) == set(by_hand)
     for name, measures in by_hand.items():
-        given = table.loc[name, ["precision", "recall", "f1"]].tolist()
+        given = [table.at[name, column] for column in ("precision", "recall", "f1")]
         assert given == pytest.approx(list(measures))
-        counts = table.loc[name, ["pictures", "found"]].tolist()
+        counts = [table.at[name, column] for column in ("pictures", "found")]
         assert counts == [true.count(name), found.count(name)]
     confusion = scores.confusion()
     pairs = list(zip(true, found, strict=True))

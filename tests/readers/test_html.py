@@ -14,6 +14,7 @@ from places import DATA
 from fedgfe_store import EmbeddingStore, Metadata, Schema
 from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
 from fedgfe_store.storage import key_files
+from fedgfe_store.storage.snapshot import Snapshot
 
 EVIL = ["<script>alert('x')</script>", 'a"b/ü & <b>', "x" * 300, "<img src=x onerror=alert(1)>"]
 
@@ -187,8 +188,9 @@ def test_a_class_without_a_name_is_seen(tmp_path):
     path = tmp_path / "old.zarr"
     shutil.copytree(DATA / "federation_v1.zarr", path)
     store = EmbeddingStore.open(path)
-    column = store._snapshot.group.key_columns["class_name"]
-    nameless = store._snapshot.column("class_name").copy()
+    assert isinstance(store.snapshot, Snapshot)
+    column = store.snapshot.group.key_columns["class_name"]
+    nameless = store.snapshot.column("class_name").copy()
     nameless[:] = ""
     file = key_files.key_file(path, "class_name", 0)
     file.write_bytes(key_files.encode(column, nameless).contents)
