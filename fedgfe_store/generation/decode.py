@@ -99,6 +99,6 @@ class Decoder:
 
     def _go_on_smaller(self, size: int, item: PlanItem) -> None:
         if not self._room.give_up_decoding(size):
-            remedy = "a smaller picture" if self._room.tiled else "--vae-tiling"
-            self._tally.fail(item, f"out of memory decoding one picture; {remedy} may help")
+            reason = f"out of memory decoding one picture; {self._room.decoding_remedy()}"
+            self._tally.fail(item, reason)
             self.gave_up = NO_MEMORY

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from fedgfe_store.models.choice import Choice, Load, Memory, choose, decode_size
 from fedgfe_store.models.devices import DTYPES, free_bytes
 from fedgfe_store.models.fit import Footprint, choose_offload, estimate_footprint, gib
 from fedgfe_store.models.host import free_host_bytes, pin_exactly
+from fedgfe_store.models.lora import Lora
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.placement import (
     PACKED,
@@ -72,7 +73,7 @@ def place(
         size = request.batch_size or decode_size(settings.height * settings.width)
         return _as_asked(request, model, settings, tokens, placement, size, None)
     memory = Memory(free, free_host_bytes(processes_here(os.environ)), exact=pin_exactly())
-    load = load_of(model, settings, tokens)
+    load = load_of(model, settings, tokens, placement.loras)
     auto = request.offload == "auto"
     possible = possible_offloads(placement.compiled, placement.quantization)
     # Who asks for a mode may have reasons to leave memory free.
@@ -86,19 +87,13 @@ def place(
     return _as_asked(request, model, settings, tokens, placement, size, free)
 
 
-def place_in(
-    model: Model, settings: Settings, tokens: int, placement: Placement, usable: int
-) -> Placement:
+def place_in(load: Load, placement: Placement, usable: int) -> Placement:
     """Decide what a mode keeps on the device, and in what memory of the host the rest waits.
 
     Parameters
     ----------
-    model : Model
-        The model.
-    settings : Settings
-        Of the images.
-    tokens : int
-        Tokens of a record.
+    load : Load
+        What the run asks of the machine.
     placement : Placement
         With the mode.
     usable : int
@@ -111,7 +106,7 @@ def place_in(
     """
     memory = Memory(usable, free_host_bytes(processes_here(os.environ)), exact=pin_exactly())
     # They come home as copies, and what is pinned comes on top of these.
-    load = replace(load_of(model, settings, tokens), converted=True)
+    load = replace(load, converted=True)
     found = choose(load, memory, modes=(placement.offload,), batch_size=1)
     if found is None:
         return replace(placement, resident=(), pinned=False)
@@ -133,7 +128,7 @@ def batch_beside(model: Model, settings: Settings, tokens: int, device: str) -> 
     return found.batch_size if found else decode_size(load.pixels)
 
 
-def load_of(model: Model, settings: Settings, tokens: int) -> Load:
+def load_of(model: Model, settings: Settings, tokens: int, loras: Sequence[Lora] = ()) -> Load:
     """Say what a run asks of a machine, from the headers of weight files and sizes of images."""
     quantization, kept = settings.quantization, DTYPES[settings.dtype].itemsize
     share, unet = WEIGHT_SHARE[quantization], not model.family.features
@@ -155,15 +150,20 @@ def load_of(model: Model, settings: Settings, tokens: int) -> Load:
         width=settings.width,
         weight_share=share,
     )
+    added = kept * sum(lora.numbers for lora in loras)
+    block = one.block + added // model.blocks
+    one = replace(one, denoiser=one.denoiser + added, block=block)
+    blocks = Blocks.of({name: int(n * kept * share) for name, (n, _) in stored.items()})
     return Load(
         lambda size: replace(one, denoising=size * one.denoising, decoding=size * one.decoding),
-        Blocks.of({name: int(n * kept * share) for name, (n, _) in stored.items()}),
+        blocks.with_added(added),
         pixels=settings.height * settings.width,
         steps=settings.steps,
         operations=2 * passes * numbers * positions * (_SHARE_OF_UNET if unet else _SHARE),
         converted=bool(loading) or quantization not in (None, *PACKED),
         loading=loading * numbers,
         swap_batches=1 if model.family.latents == "own" else SWAP_BATCHES,
+        added=added,
     )
 
 
@@ -203,7 +203,7 @@ def _as_asked(
     if kind == "cpu" or (free is None and request.offload == "auto"):
         footprint = Footprint(0, 0, 0, 0, 0)  # nothing is decided by it
     else:
-        footprint = load_of(model, settings, tokens).footprint(size)
+        footprint = load_of(model, settings, tokens, placement.loras).footprint(size)
     offload, remark = choose_offload(
         request.offload,
         device_type=kind,
@@ -241,14 +241,16 @@ def _fitting(
     model: Model, settings: Settings, tokens: int, placement: Placement, memory: Memory
 ) -> Iterator[str]:
     """Name what would fit."""
+    loras = placement.loras
     if load_of(model, settings, tokens).loading:
         kinds = {dtype for _, dtype in model.weights(model.part).tensors().values()}
         for name in (name for name, stored in _STORED.items() if kinds == {stored}):
             modes = possible_offloads(placement.compiled, placement.quantization)
-            if choose(load_of(model, replace(settings, dtype=name), tokens), memory, modes=modes):
+            changed = load_of(model, replace(settings, dtype=name), tokens, loras)
+            if choose(changed, memory, modes=modes):
                 yield f"--dtype {name}, as the files are, fits"
     for name in ("fp8-cast", "nf4"):
-        if settings.quantization is None:
+        if settings.quantization is None and not loras:  # these take no LoRA
             modes = possible_offloads(placement.compiled, name)
             changed = load_of(model, replace(settings, quantization=name), tokens)
             if choose(changed, memory, modes=modes):
@@ -257,6 +259,6 @@ def _fitting(
     side = side // step * step
     if side:
         modes = possible_offloads(placement.compiled, placement.quantization)
-        smaller = load_of(model, replace(settings, height=side, width=side), tokens)
+        smaller = load_of(model, replace(settings, height=side, width=side), tokens, loras)
         if choose(smaller, memory, modes=modes):
             yield f"--height {side} --width {side} fits"

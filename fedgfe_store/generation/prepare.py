@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -17,10 +18,9 @@ from fedgfe_store.images.compare import noise_rule
 from fedgfe_store.images.elsewhere import Elsewhere, Partners, partners_of
 from fedgfe_store.images.identity import others_in
 from fedgfe_store.images.manifest import settings_of
-from fedgfe_store.models.choice import decode_size
+from fedgfe_store.models.choice import Load, decode_size
 from fedgfe_store.models.devices import choose_device, choose_dtype
 from fedgfe_store.models.families import resolve_model
-from fedgfe_store.models.fit import Footprint
 from fedgfe_store.models.lora import Lora, check_loras
 from fedgfe_store.models.model import Model
 from fedgfe_store.models.pipeline import ImagePipeline
@@ -84,6 +84,11 @@ class Run:
         settings = self.plan.settings
         return min(self.batch_size, decode_size(settings.height * settings.width))
 
+    @cached_property
+    def load(self) -> Load:
+        """What the run asks of a machine, by the headers of its weights, which have to be here."""
+        return load_of(self.model, self.plan.settings, self.tokens, self.placement.loras)
+
     def placed(self, report: Report) -> Run:
         """Return the run with what the machine's memory decides; weights have to be on disk."""
         placement, size, remark = place(
@@ -97,9 +102,7 @@ class Run:
 
     def replaced(self, placement: Placement, mode: Offload, usable: int) -> Placement:
         """Return a placement in another mode, with what it keeps where in that much memory."""
-        return place_in(
-            self.model, self.plan.settings, self.tokens, replace(placement, offload=mode), usable
-        )
+        return place_in(self.load, replace(placement, offload=mode), usable)
 
 
 def prepare(
@@ -330,8 +333,3 @@ def _batch_size(
     if not model.has_weights:
         return request.batch_size or decode_size(settings.height * settings.width)
     return place(request, model, settings, tokens, placement)[1]
-
-
-def footprint(model: Model, settings: Settings, tokens: int, batch_size: int) -> Footprint:
-    """Estimate the memory that a batch of such images takes."""
-    return load_of(model, settings, tokens).footprint(batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -39,6 +39,15 @@ class Blocks:
                 blocks[found[1]] = (*blocks.get(found[1], ()), size)
         rest = sum(size for name, size in sizes.items() if not _IN_A_BLOCK.match(name))
         return cls(blocks, rest, max(sizes.values(), default=0))
+
+    def with_added(self, size: int) -> Self:
+        """Return them with so many bytes more, a share in each block, as LoRA adds them."""
+        if not size:
+            return self
+        if not self.tensors:
+            return replace(self, rest=self.rest + size)
+        share = -(-size // len(self.tensors))
+        return replace(self, tensors={n: (*sizes, share) for n, sizes in self.tensors.items()})
 
     @cached_property
     def sizes(self) -> dict[str, int]:

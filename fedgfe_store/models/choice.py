@@ -88,6 +88,8 @@ class Load:
         Bytes of the host that loading takes for a while, if any.
     swap_batches : int
         Batches that are denoised before the decoder takes the denoiser's place.
+    added : int
+        Bytes of the denoiser's weights that are in no file of its own, as those of LoRA.
     """
 
     footprint: Callable[[int], Footprint]
@@ -98,6 +100,7 @@ class Load:
     converted: bool = False
     loading: int = 0
     swap_batches: int = 1
+    added: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def options(
     need, at_once = load.footprint(size), min(size, decode_size(load.pixels))
     decoding = load.footprint(at_once).decoding
     weights = need.denoiser + need.vae
-    on_host = max(load.loading, weights if load.converted else 0)
+    on_host = max(load.loading, weights if load.converted else load.added)
     chosen = partial(Choice, batch_size=size, decode_size=at_once)
     seconds = partial(_seconds, load, size)
     if "none" in modes:

@@ -27,11 +27,24 @@ _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+# Of these the host's memory is meant, and where memory cannot be pinned, too: what CUDA's devices
+# lack has a class of its own.
+_OF_HOST = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "OUT_OF_HOST_MEMORY",
+    "CUDA error: out of memory",
+)
 # What cuBLAS and cuDNN say where they find no room for their handles and workspaces, and also where
 # something else is wrong.
 _NO_MEMORY_IF_SHORT = ("CUBLAS_STATUS_NOT_INITIALIZED", "unable to find an engine")
 # More than a decoder's largest convolution wants as its workspace.
 _SHORT_BYTES = 2 * 2**30
+
+MORE_OF_HOST = "more memory of the host (--mem under SLURM) or fewer processes on it may help"
+"""What to do where the host's memory is not enough."""
 
 
 def choose_device(device: str | None, *, local: int | None = None) -> str:
@@ -131,6 +144,13 @@ def _is_short() -> bool:
     return torch.cuda.mem_get_info()[0] < _SHORT_BYTES
 
 
+def is_of_host(error: Exception) -> bool:
+    """Whether the memory that is not enough is the host's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, MemoryError | OSError) or any(t in str(error) for t in _OF_HOST)
+
+
 def first_line(error: Exception) -> str:
     """Say in one line what an error of another library is."""
     lines = str(error).strip().splitlines()
@@ -140,8 +160,15 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def enough_memory(doing: str, remedy: str) -> Iterator[None]:
+def enough_memory(doing: str, remedy: str, on_host: str = MORE_OF_HOST) -> Iterator[None]:
     """Say in one line what was tried, and what to do, where memory is not enough for it.
+
+    Parameters
+    ----------
+    doing : str
+        What is tried.
+    remedy, on_host : str
+        What would help where the device's memory is not enough, and where the host's is not.
 
     Raises
     ------
@@ -153,11 +180,11 @@ def enough_memory(doing: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = first_line(error)
+        reason, hosts = first_line(error), is_of_host(error)
     else:
         return
     # Past the handler, whose traceback holds on to what filled the memory.
-    raise SchemaMismatchError(f"out of memory {doing} ({reason}); {remedy}")
+    raise SchemaMismatchError(f"out of memory {doing} ({reason}); {on_host if hosts else remedy}")
 
 
 def clear_cache(device: str) -> None:

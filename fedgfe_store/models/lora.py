@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,11 +38,14 @@ class Lora:
         xxh3 of the file, 32 hex digits.
     scale : float
         How much of it is added to the weights; 1 is what it was trained for.
+    numbers : int
+        How many it adds to the denoiser's.
     """
 
     path: Path
     digest: str
     scale: float = 1.0
+    numbers: int = 0
 
     @classmethod
     def read(cls, text: str) -> Self:
@@ -62,11 +65,12 @@ class Lora:
         path = Path(name).expanduser()
         if not path.is_file():
             raise NotFoundError(f"lora: expected a file {path}, got none")
-        matrices = [key for key in _keys(path) if _MATRIX.search(key)]
-        if not any(_is_of_denoiser(key) for key in matrices):
+        matrices = {key: n for key, n in _sizes(path).items() if _MATRIX.search(key)}
+        numbers = sum(n for key, n in matrices.items() if _is_of_denoiser(key))
+        if not numbers:
             got = "those of text encoders only" if matrices else "none"
             raise SchemaMismatchError(f"lora {path}: expected weights of a denoiser, got {got}")
-        return cls(path, _digest(path), scale)
+        return cls(path, _digest(path), scale, numbers)
 
     @property
     def identity(self) -> str:
@@ -88,12 +92,13 @@ def _scale(text: str, end: str) -> float:
     return scale
 
 
-def _keys(path: Path) -> list[str]:
+def _sizes(path: Path) -> dict[str, int]:
+    """Give how many numbers each tensor of a file has."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            return {key: prod(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise SchemaMismatchError(
             f"lora: expected a .safetensors file {path}, got another: {first_line(error)}"
@@ -165,7 +170,7 @@ def apply_loras(pipeline: Any, model: Model, loras: Sequence[Lora]) -> None:
             # Of the second one peft remarks that there are two.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             file = _without_encoders(lora.path, Path(folder))
-            wanted = sum(bool(_MATRIX.search(key)) for key in _keys(file))
+            wanted = sum(bool(_MATRIX.search(key)) for key in _sizes(file))
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
             _check_complete(getattr(pipeline, model.part), name, wanted, lora, model)
     if names:
@@ -174,7 +179,7 @@ def apply_loras(pipeline: Any, model: Model, loras: Sequence[Lora]) -> None:
 
 def _without_encoders(path: Path, folder: Path) -> Path:
     """Give a file of the denoiser's weights alone: diffusers would miss the encoders."""
-    if all(map(_is_of_denoiser, _keys(path))):
+    if all(map(_is_of_denoiser, _sizes(path))):
         return path.resolve()
     from safetensors import safe_open
     from safetensors.torch import save_file

@@ -108,13 +108,25 @@ class Placement:
         kept = self.quantization or self.dtype
         return f"{doing} in {kept} on {self.device}, offload {self.offload}"
 
-    def remedy(self, modes: Sequence[Offload] = get_args(Offload)) -> str:
-        """Say what takes less memory than this, for errors; `modes` are those there are."""
+    def remedy(
+        self,
+        modes: Sequence[Offload] = get_args(Offload),
+        otherwise: str = "a GPU with more free memory",
+    ) -> str:
+        """Say what takes less memory than this, for errors.
+
+        Parameters
+        ----------
+        modes : sequence of str
+            Offload modes that there are.
+        otherwise : str
+            What helps where no mode does.
+        """
         if self.device == "cpu" or self.device.startswith("cpu:"):
             smaller = " or --dtype bfloat16" if self.dtype == "float32" else ""
             return f"a machine with more memory{smaller} may help"
         possible = possible_offloads(self.compiled, self.quantization)
         others = [mode for mode in modes[modes.index(self.offload) + 1 :] if mode in possible]
         if not others:
-            return "a GPU with more free memory may help"
+            return f"{otherwise} may help"
         return f"--offload {' or '.join(others)} may help"

@@ -25,6 +25,9 @@ BATCH_TOKENS = 4096
 OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")
 """Offload modes that diffusers has for encoders; it moves a denoising network's blocks alone."""
 
+# A few prompts can be waited for.
+_OTHERWISE = "--device cpu or a GPU with more free memory"
+
 # T5-XXL at 512 tokens: four hidden layers of 10,240 and two maps of attention of 64 heads.
 _VALUES_PER_TOKEN = 4 * 10_240 + 2 * 64 * 512
 _WHERE = {
@@ -154,7 +157,7 @@ class TextEncoders:
         """
         dtype = DTYPES[placement.dtype]
         doing = placement.describe(f"loading the text encoders of {model.name}")
-        with enough_memory(doing, placement.remedy(OFFLOADS)):
+        with enough_memory(doing, placement.remedy(OFFLOADS, otherwise=_OTHERWISE)):
             encoders = {part: load_part(model, part, dtype) for part in model.family.encoders}
             for part in model.encoder_parts:
                 for file in (model.folder / part).glob("tokenizer*.json"):
@@ -212,7 +215,7 @@ class TextEncoders:
         """
         doing = self._placement.describe(f"encoding {len(prompts)} prompts")
         unable = f"model {self._model.folder} cannot encode"
-        remedy = self._placement.remedy(OFFLOADS)
+        remedy = self._placement.remedy(OFFLOADS, otherwise=_OTHERWISE)
         with enough_memory(doing, remedy), naming(unable), quiet_loading():
             values = self._encode(list(prompts), tokens, negative)
             if clip_sequence:

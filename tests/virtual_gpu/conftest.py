@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +22,9 @@ _loaded: list[device.Cards] = []
 def pytest_configure(config: pytest.Config) -> None:
     reason = device.missing()
     if reason is None:
-        library = device.build(config.cache.mkdir("simulated_gpu"))
+        cache = getattr(config, "cache", None)  # there is none with -p no:cacheprovider
+        folder = cache.mkdir("simulated_gpu") if cache else Path(gettempdir()) / "simulated_gpu"
+        library = device.build(folder)
         _loaded.append(device.load(library, cards=2))
     elif os.environ.get(REQUIRED):
         raise pytest.UsageError(f"no simulated GPU: {reason}")
