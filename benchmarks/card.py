@@ -50,12 +50,13 @@ def figures(make: Callable[[int], int], steps: int, device: str) -> tuple[str, s
     )
     if is_simulated():
         return (NOT_SEEN, NOT_SEEN, *peaks)
-    return (f"{count / seconds:.3f}", f"{idle_share(make, steps, device):.1%}", *peaks)
+    idle = idle_share(make, steps, device)
+    return (f"{count / seconds:.3f}", "unknown" if idle is None else f"{idle:.1%}", *peaks)
 
 
 def timed(make: Callable[[int], int], steps: int, device: str) -> tuple[int, float]:
     """Give images and seconds, the device's work included."""
-    wait = torch.cuda.synchronize if is_card(device) else lambda _: None
+    wait: Callable[[str], None] = torch.cuda.synchronize if is_card(device) else lambda _: None
     wait(device)
     started = time.perf_counter()
     count = make(steps)
@@ -63,15 +64,16 @@ def timed(make: Callable[[int], int], steps: int, device: str) -> tuple[int, flo
     return count, time.perf_counter() - started
 
 
-def idle_share(make: Callable[[int], int], steps: int, device: str) -> float:
-    """Give the share of wall time in which no kernel runs, of a pass that is profiled."""
+def idle_share(make: Callable[[int], int], steps: int, device: str) -> float | None:
+    """Give the share of wall time in which no kernel runs; None where the profiler saw none."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         _, seconds = timed(make, steps, device)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    return 1 - busy_microseconds(events) / 1e6 / seconds
+    busy = busy_microseconds(events)
+    return 1 - busy / 1e6 / seconds if busy else None
 
 
 def busy_microseconds(events: Iterable[dict[str, Any]]) -> float:

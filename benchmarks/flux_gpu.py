@@ -113,7 +113,7 @@ class OverTimeError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="FLUX.1-dev on one GPU, mode by mode.")
     parser.add_argument("--tiny", action="store_true", help="the bundled tiny FLUX")
     parser.add_argument("--mode", action="append", choices=[mode.name for mode in MODES])
     parser.add_argument("--device", help="default: a GPU where there is one")
@@ -132,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     side = options.pixels or (TINY_SIZE if options.tiny else 1024)
     settings = Settings("", "", dtype, options.steps, 3.5, side, side)
     modes = [mode for mode in MODES if options.mode is None or mode.name in options.mode]
-    temporary = nullcontext() if options.tiny else tempfile.TemporaryDirectory(dir=options.folder)
+    temporary: Any = (
+        nullcontext() if options.tiny else tempfile.TemporaryDirectory(dir=options.folder)
+    )
     with temporary as folder:
         path = TINY_FLUX if folder is None else random_flux(Path(folder), device, dtype)
         job = Job(resolve_model(str(path)), device, settings, options.tokens)
@@ -148,18 +150,23 @@ def random_flux(folder: Path, device: str, dtype: str) -> Path:
     if (free := shutil.disk_usage(folder).free) < DISK_BYTES:
         sys.exit(f"not run: {folder} has {free / GIB:.0f} GiB free, {DISK_BYTES / GIB:.0f} needed")
     save("flux-dev", folder, DTYPES[dtype])
-    generator = torch.Generator(device).manual_seed(0)
     for path in folder.rglob("*.safetensors"):
-        with path.open("r+b") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            entries = json.loads(file.read(length))
-            for name, entry in entries.items():
-                if name != "__metadata__":
-                    values = torch.empty(entry["shape"], dtype=DTYPES[dtype], device=device)
-                    values.normal_(0, 0.02, generator=generator)
-                    file.seek(8 + length + entry["data_offsets"][0])
-                    file.write(values.flatten().view(torch.uint8).cpu().numpy())
+        fill_randomly(path, device, dtype)
     return folder
+
+
+def fill_randomly(path: Path, device: str, dtype: str) -> None:
+    """Write random values over those of a file of safetensors, all of one dtype."""
+    generator = torch.Generator(device).manual_seed(0)
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        for entry in entries.values():
+            values = torch.empty(entry["shape"], dtype=DTYPES[dtype], device=device)
+            values.normal_(0, 0.02, generator=generator)
+            file.seek(8 + length + entry["data_offsets"][0])
+            file.write(values.flatten().view(torch.uint8).cpu().numpy().tobytes())
 
 
 def rows_of(mode: Mode, job: Job, batch: int | None) -> Iterator[tuple[str, ...]]:
@@ -224,7 +231,8 @@ def planned(mode: Mode, job: Job, batch: int | None) -> tuple[Placement, Choice]
         If it does not fit.
     """
     quantization, dtype = mode.quantization, job.settings.dtype
-    modes = possible_offloads(False, quantization) if mode.offload is None else (mode.offload,)
+    every = possible_offloads(False, quantization)
+    modes: tuple[Offload, ...] = every if mode.offload is None else (mode.offload,)
     if not is_card(job.device) and mode.offload is None:
         modes = ("none",)
     load = load_of(job.model, job.settings, job.tokens)

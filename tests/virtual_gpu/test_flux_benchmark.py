@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from virtual_gpu.device import Cards
 
 from benchmarks import card, flux_gpu
@@ -77,3 +79,18 @@ def test_kernels_that_overlap_count_once_and_copies_not_at_all() -> None:
         {"name": "process_name", "ph": "M"},
     ]
     assert card.busy_microseconds(events) == 5 + 12
+
+
+def test_weights_are_filled_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    shapes = {"a": (40, 50), "b": (3000,)}
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, path
+    )
+    size = path.stat().st_size
+    flux_gpu.fill_randomly(path, "cpu", "bfloat16")
+    assert path.stat().st_size == size
+    found = load_file(path)
+    assert {name: tuple(values.shape) for name, values in found.items()} == shapes
+    for values in found.values():
+        assert 0.018 < values.float().std() < 0.022
