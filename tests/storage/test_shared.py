@@ -216,6 +216,7 @@ def told(store):
     return shown, [selection.read(name).tobytes() for name in ("t5", "clip")]
 
 
+@pytest.mark.long
 def test_without_its_libraries_it_is_one_clear_error(tmp_path):
     code = (
         "import sys; sys.modules['deltalake'] = None\n"
