@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedgfe_store.common.location import Location, own_folder
+from fedgfe_store.common.location import Location
 
 from .options import Filters, filter_options, format_option, quiet_option, wait_option
 from .progress import progress
@@ -281,14 +281,14 @@ def merge(
     fedgfe-store merge /mnt/site_c/embeddings.zarr --if-exists replace
     """
     from fedgfe_store import EmbeddingStore
+    from fedgfe_store.storage.engines import check_target
 
-    target_folder = own_folder(obj.store)
+    check_target(obj.store)
     for path in sources:
-        here = isinstance(path, Path) and path.exists()
-        if here and target_folder.exists() and target_folder.samefile(str(path)):
+        if _is_same(path, obj.store):
             raise click.UsageError(f"cannot merge {path} into itself")
     opened = [EmbeddingStore.open(path) for path in sources]
-    target = _target(target_folder, opened, timeout)
+    target = _target(obj.store, opened, timeout)
     rows: list[list[object]] = []
     try:
         with progress(sum(map(len, opened)), "records", quiet=quiet) as advance:
@@ -300,11 +300,17 @@ def merge(
             headers = ("source", "records", "added", "replaced", "unchanged")
             print_table(headers, rows, right=headers[1:])
     click.echo(
-        f"\n{target.path} is at commit {target.commit}, with {counted(len(target), 'record')}"
+        f"\n{target.location} is at commit {target.commit}, with {counted(len(target), 'record')}"
     )
 
 
-def _target(path: Path, sources: list[EmbeddingStore], timeout: float) -> EmbeddingStore:
+def _is_same(one: Location, other: Location) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.exists() and other.exists() and one.samefile(other)
+    return one == other
+
+
+def _target(path: Location, sources: list[EmbeddingStore], timeout: float) -> EmbeddingStore:
     """Open the store at `path`, or make it like the first source, if every source fits."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import NotFoundError

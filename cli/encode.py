@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedgfe_store.common.location import own_folder
+from fedgfe_store.common.location import Location
 
 from .options import class_names, own_device, quiet_option, wait_option
 from .progress import progress
@@ -94,9 +93,11 @@ def command(
     fedgfe-store encode --prompt "the sound of a {class}" --class dog,drum --dry-run
     fedgfe-store generate --node 0,text --class dog
     """
+    from fedgfe_store.storage.engines import check_target
     from fedgfe_store.text import encode_references, plan_references
 
-    store = own_folder(obj.store)
+    store = obj.store
+    check_target(store)
     names = _class_names(store, classes)
     options["device"] = own_device(options["device"])
     plan = plan_references(store, prompts, report=_remark, classes=names, **options)
@@ -111,7 +112,7 @@ def command(
     _print_result(plan, report)
 
 
-def _class_names(path: Path, texts: Sequence[str]) -> list[str] | None:
+def _class_names(path: Location, texts: Sequence[str]) -> list[str] | None:
     """Return the classes that were named, and remark on those that no record is of."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import NotFoundError

@@ -81,14 +81,14 @@ def command(
     Exit code: 0 all imported, 3 some files failed or records were left out, 1 all files failed.
     """
     from fedgfe_store.checkpoints import find_checkpoints, import_checkpoints
-    from fedgfe_store.common.location import own_folder
+    from fedgfe_store.storage.engines import check_target
 
     obj: Context = ctx.obj
-    store = own_folder(obj.store)
+    check_target(obj.store)
     count = len(find_checkpoints(paths, pattern=pattern))
     with progress(count, "files", quiet=quiet) as advance:
         report = import_checkpoints(
-            store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
+            obj.store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
         )
     show_report(report, dry_run=options["dry_run"])
     if len(report.files) < count:
@@ -159,7 +159,8 @@ def _total(report: ImportReport, *, dry_run: bool) -> str:
         f"{skipped:,} skipped" if skipped else "",
         f"{len(report.failed):,} failed" if report.failed else "",
     ]
-    there = report.store_path.exists()
+    folder = report.store_path
+    there = folder.exists() if isinstance(folder, Path) else True
     where = f"store {report.store_path}" if there else f"no store at {report.store_path}"
     where = "dry run, nothing written" if dry_run else where
     bytes_read = size(sum(file.bytes for file in read))

@@ -75,8 +75,8 @@ class EmbeddingStore(Upkeep):
         Parameters
         ----------
         path : path-like or str
-            The store's folder; or the URL of one, to read from: ``s3://bucket/folder``,
-            ``az://``, ``gs://`` or ``https://`` (extra ``cloud``).
+            The store's folder; or its URL: ``s3://bucket/folder``, ``az://``, ``gs://`` or
+            ``https://`` (extra ``cloud``), where shared stores alone can be written.
         as_of : int, optional
             See the store as this commit left it; such a store cannot be appended to.
 

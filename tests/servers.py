@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
+import pytest
 from processes import started
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
@@ -93,15 +94,26 @@ def file_server(folder: Path) -> type[BaseHTTPRequestHandler]:
 @contextmanager
 def s3_server() -> Iterator[str]:
     """An S3 server in the memory of this process."""
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
+    put, one_at_a_time = S3Response.put_object, threading.Lock()
+
+    def put_object(self: S3Response) -> Any:
+        # It looks whether an object is there, and makes it later: of 400 that eight put at once
+        # under "If-None-Match: *" six were granted to two of them. S3 grants each to one.
+        with one_at_a_time:
+            return put(self)
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", put_object)
+        server.start()
+        try:
+            host, port = server.get_host_and_port()
+            yield f"http://{host}:{port}"
+        finally:
+            server.stop()
 
 
 AZURE_ACCOUNT, AZURE_KEY = (

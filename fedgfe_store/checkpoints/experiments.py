@@ -17,6 +17,7 @@ from fedgfe_store.checkpoints.reading import (
     own_shapes,
     read_checkpoint,
 )
+from fedgfe_store.common.location import Location
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
 from fedgfe_store.schema import Metadata, Precision, Schema
 
@@ -33,7 +34,7 @@ class Experiment:
 
     Parameters
     ----------
-    store_path : Path
+    store_path : Path or Address
         The store.
     name : str or None
         The experiment that it holds, None where nobody knows.
@@ -43,7 +44,9 @@ class Experiment:
         The files that it has taken in.
     """
 
-    def __init__(self, store_path: Path, name: str | None, ledger: Ledger, *, new: bool) -> None:
+    def __init__(
+        self, store_path: Location, name: str | None, ledger: Ledger, *, new: bool
+    ) -> None:
         self._store, self._name, self._new = store_path, name, new
         lines = ledger.lines().values() if name is not None else ()
         self._folders = {ledger.path_of(line).parent for line in lines}

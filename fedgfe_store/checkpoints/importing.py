@@ -32,7 +32,7 @@ from fedgfe_store.checkpoints.reading import (
 from fedgfe_store.checkpoints.report import FileReport, ImportReport, Tally, headed, in_words
 from fedgfe_store.checkpoints.request import DEFAULTS, ImportOptions, ImportRequest
 from fedgfe_store.checkpoints.text_cache import read_text_cache
-from fedgfe_store.common.location import Given, location, own_folder
+from fedgfe_store.common.location import Given, Location, location
 from fedgfe_store.errors import (
     BusyError,
     ConflictError,
@@ -43,7 +43,7 @@ from fedgfe_store.errors import (
 from fedgfe_store.records import TEXT_NODE
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.append import AppendBatch
-from fedgfe_store.storage.engines import latest
+from fedgfe_store.storage.engines import check_target, latest
 from fedgfe_store.store import EmbeddingStore
 
 _GROUP_BYTES = 32 << 20
@@ -94,7 +94,8 @@ def import_checkpoints(
     BusyError
         If another writer holds the store for longer than `ImportRequest.timeout`.
     """
-    request, folder = replace(request, **options), own_folder(location(store_path))
+    request, folder = replace(request, **options), location(store_path)
+    check_target(folder)
     given = paths_of(paths)
     # Checkpoints first: they, not a cache that fits every kind, decide on a new store.
     files = sorted(find_checkpoints(given, pattern=request.pattern), key=is_named_as_text_cache)
@@ -120,7 +121,7 @@ def _notes(given: Iterable[Path], pattern: str) -> tuple[str, ...]:
 class _Target:
     """The store that files go into, made when the first good file is there."""
 
-    def __init__(self, path: Path, files: Iterable[Path], request: ImportRequest) -> None:
+    def __init__(self, path: Location, files: Iterable[Path], request: ImportRequest) -> None:
         self._path, self._files, self._request = path, files, request
         self._ledger = Ledger(path)
         self._groups: set[tuple[str, int, str]] = set()
@@ -296,7 +297,7 @@ def _changed(path: Path) -> datetime | None:
     return moment if is_a_time(moment) else None
 
 
-def _open_if_there(path: Path) -> EmbeddingStore | None:
+def _open_if_there(path: Location) -> EmbeddingStore | None:
     try:
         return EmbeddingStore.open(path)
     except NotFoundError:

@@ -16,6 +16,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from fedgfe_store.checkpoints import torch_files
+from fedgfe_store.common.location import Location
 from fedgfe_store.errors import BusyError, FedgfeStoreError, NotFoundError
 from fedgfe_store.storage import files
 from fedgfe_store.storage.engines import latest
@@ -62,12 +63,14 @@ class Ledger:
 
     Parameters
     ----------
-    store_path : Path
-        The store, which need not be there.
+    store_path : Path or Address
+        The store, which need not be there. One behind a URL has no ledger: its files are read
+        again each time, and what it has is left out by its keys.
     """
 
-    def __init__(self, store_path: Path) -> None:
-        real = store_path.resolve()
+    def __init__(self, store_path: Location) -> None:
+        self._is_kept = isinstance(store_path, Path)
+        real = store_path.resolve() if isinstance(store_path, Path) else Path(store_path.name)
         self._store = store_path
         self._home = real.parent
         self._path = real.with_name(f".{real.name}.imported")
@@ -77,6 +80,8 @@ class Ledger:
 
     def lines(self) -> Mapping[str, Imported]:
         """Return the last line of each file, of those lines that count, by `Imported.file`."""
+        if not self._is_kept:
+            return {}
         try:
             status = self._path.stat()
             if not stat.S_ISREG(status.st_mode):  # a folder, or a pipe that nobody writes to
@@ -110,6 +115,8 @@ class Ledger:
 
     def add(self, path: Path, content: str, *, node: str, round: int) -> None:
         """Note that the store, as it is now, has taken in the file `path`."""
+        if not self._is_kept:
+            return
         times = latest(self._store).commit_times()
         if not times:  # nothing of the file could be taken in, and nothing else is there
             return
@@ -140,6 +147,9 @@ class Ledger:
         OSError
             If nothing can be written beside the store.
         """
+        if not self._is_kept:
+            yield
+            return
         try:
             files.make_folders(self._home)
             self._turns.acquire(timeout=timeout)

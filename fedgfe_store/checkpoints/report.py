@@ -13,6 +13,7 @@ import torch
 from fedgfe_store.checkpoints.earlier import DeletedRecords
 from fedgfe_store.checkpoints.entries import Skipped
 from fedgfe_store.checkpoints.reading import Checkpoint, Entry
+from fedgfe_store.common.location import Location
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema
 
@@ -80,7 +81,7 @@ class ImportReport:
 
     Parameters
     ----------
-    store_path : Path
+    store_path : Path or Address
         The store.
     files : tuple of FileReport
         One each, up to the first that failed where `fail_fast` was asked for.
@@ -88,7 +89,7 @@ class ImportReport:
         What is odd about the folders.
     """
 
-    store_path: Path
+    store_path: Location
     files: tuple[FileReport, ...]
     notes: tuple[str, ...] = ()
 

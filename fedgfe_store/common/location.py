@@ -94,7 +94,8 @@ def own_folder(place: Location) -> Path:
     """
     if isinstance(place, Address):
         raise SchemaMismatchError(
-            f"{place} can be read only: stores are written in a folder of this machine, and shared "
-            f"stores are not there yet (merge brings the records of one into a store here)"
+            f"{place} can be read only: a store that one process writes lies in a folder of this "
+            f"machine; behind a URL only shared stores are written (fedgfe-store init --shared "
+            f"makes one)"
         )
     return place

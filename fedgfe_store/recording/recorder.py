@@ -6,7 +6,7 @@ import os
 from types import TracebackType
 from typing import Any, Self, get_args
 
-from fedgfe_store.common.location import location, own_folder
+from fedgfe_store.common.location import location
 from fedgfe_store.common.words import whole_number
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.recording.block import RoundBatch
@@ -112,8 +112,7 @@ class Recorder:
         _check_choice("if_exists", if_exists, IfExists)
         _check_choice("on_error", on_error, OnError)
         self.every = whole_number("every", every)
-        given = store.location if isinstance(store, EmbeddingStore) else location(store)
-        self.path = own_folder(given)
+        self.path = store.location if isinstance(store, EmbeddingStore) else location(store)
         target = Target(
             self.path,
             precision=precision,

@@ -8,12 +8,12 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedgfe_store.common.location import Location
 from fedgfe_store.common.plain import Unusable
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.names import image_name
@@ -21,9 +21,9 @@ from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Metadata, Precision, Schema
 from fedgfe_store.shapes import T5_WIDTH, Shape, as_tensor, column_of, row_shape, without_batch
 from fedgfe_store.storage.append import AppendBatch
+from fedgfe_store.storage.engines import check_target
 from fedgfe_store.storage.entry import check_texts, named
 from fedgfe_store.storage.incoming import checked_lengths
-from fedgfe_store.storage.metadata import GROUP_FILE
 from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.storage.values import taken
 from fedgfe_store.store import EmbeddingStore
@@ -67,7 +67,7 @@ class Target:
 
     Parameters
     ----------
-    path : Path
+    path : Path or Address
         The store.
     precision : {"float32", "bfloat16"} or None
         How a new store keeps values; one that is there must keep them so, unless None.
@@ -87,7 +87,7 @@ class Target:
 
     def __init__(
         self,
-        path: Path,
+        path: Location,
         *,
         precision: Precision | None,
         metadata: Metadata,
@@ -105,6 +105,7 @@ class Target:
         self._said_rounded = False
         self._first: dict[str, Schema] = {}
         self._store: EmbeddingStore | None
+        check_target(path)
         try:
             self._store = EmbeddingStore.open(path)
             self.schema: Schema | None = self._store.schema
@@ -169,10 +170,11 @@ class Target:
         assert self.schema is not None
         try:
             return EmbeddingStore.create(self.path, self.schema, timeout=self._timeout)
-        except ConflictError:
-            if not (self.path / GROUP_FILE).exists():
-                raise
-            store = EmbeddingStore.open(self.path)  # made by another process meanwhile
+        except ConflictError as error:
+            try:
+                store = EmbeddingStore.open(self.path)  # made by another process meanwhile
+            except NotFoundError:
+                raise error from None
         store.schema.check_fits(self.schema, f"recording to {self.path}")
         self._check_known(store.schema.metadata)
         return store

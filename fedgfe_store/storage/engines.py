@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from fedgfe_store.common.location import Location
+from fedgfe_store.common.location import Address, Location, own_folder
+from fedgfe_store.errors import NotFoundError
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.engine import Engine
 from fedgfe_store.storage.local import LocalEngine
@@ -31,6 +32,21 @@ def engine_of(state: State) -> Engine:
 def create(location: Location, schema: Schema, *, shared: bool, timeout: float) -> None:
     """Make an empty store at `location`."""
     engine(shared=shared).create(location, schema, timeout=timeout)
+
+
+def check_target(location: Location) -> None:
+    """Refuse a URL at which no store can be written, nor one with one writer be made.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is one.
+    """
+    if isinstance(location, Address):
+        try:
+            latest(location).check_writable()
+        except NotFoundError:
+            own_folder(location)
 
 
 def latest(location: Location, as_of: int | None = None) -> State:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fedgfe_store.common.location import Given, location, own_folder
+from fedgfe_store.common.location import Given, Location, location
 from fedgfe_store.errors import ConflictError, NotFoundError, SchemaMismatchError
 from fedgfe_store.models.devices import choose_device, choose_dtype
 from fedgfe_store.models.families import resolve_model
 from fedgfe_store.models.model import Model
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 from fedgfe_store.schema import Metadata, Schema
+from fedgfe_store.storage.engines import check_target
 from fedgfe_store.storage.sifting import IfExists
 from fedgfe_store.store import EmbeddingStore
 from fedgfe_store.text.columns import encoder_schema, store_columns, token_limit
@@ -60,7 +61,7 @@ class EncodingPlan:
 
     Parameters
     ----------
-    path : Path
+    path : Path or Address
         The store.
     schema : Schema
         The store's, or that of the store that will be made.
@@ -82,7 +83,7 @@ class EncodingPlan:
         Name of the store's column by the argument of the model's pipeline.
     """
 
-    path: Path
+    path: Location
     schema: Schema
     exists: bool
     model: Model
@@ -177,7 +178,8 @@ def plan_references(
     """
     if if_exists not in get_args(IfExists):
         raise SchemaMismatchError(f"if_exists: expected error, replace or skip, got {if_exists!r}")
-    path = own_folder(location(path))
+    path = location(path)
+    check_target(path)
     store = _open_if_there(path)
     kind = diffusion_type or (store.schema.kind if store else None)
     names = _class_names(classes, store)
@@ -203,7 +205,7 @@ def plan_references(
     )  # fmt: skip
 
 
-def _open_if_there(path: Path) -> EmbeddingStore | None:
+def _open_if_there(path: Location) -> EmbeddingStore | None:
     try:
         return EmbeddingStore.open(path)
     except NotFoundError:
@@ -244,7 +246,7 @@ def _keys(prompts: Sequence[str], names: list[str]) -> dict[RecordKey, str]:
 def _fitting(
     model: Model,
     encoder: str,
-    path: Path,
+    path: Location,
     store: EmbeddingStore | None,
     names: list[str],
     length: int | None,
@@ -313,7 +315,7 @@ def _compared(
     return Reference(key, prompt, "done")
 
 
-def _refuse_others(references: list[Reference], path: Path) -> None:
+def _refuse_others(references: list[Reference], path: Location) -> None:
     others = [item for item in references if item.status == "other"]
     if others:
         more = f", and {len(others) - 1} more" if len(others) > 1 else ""

@@ -46,7 +46,7 @@ def test_keywords_take_the_place_of_a_requests_fields(tmp_path: Path):
     request = ImportRequest(pattern="*.none", dry_run=True, precision="bfloat16")
     report = import_checkpoints(tmp_path / "s.zarr", tmp_path / "c", request, pattern="*.pt")
     assert report.records == 2
-    assert not report.store_path.exists()
+    assert not Path(str(report.store_path)).exists()
     import_checkpoints(report.store_path, tmp_path / "c", request, pattern="*.pt", dry_run=False)
     assert EmbeddingStore.open(report.store_path).schema.precision == "bfloat16"
 

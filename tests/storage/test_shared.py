@@ -8,12 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 from conftest import BUCKET, SMALL, fill, values
-from processes import finished
+from processes import finished, meanwhile, until
 from shared_writers import check, killed, race
 
 from fedgfe_store import EmbeddingStore
+from fedgfe_store.cli.main import group
 from fedgfe_store.errors import ConflictError, FedgfeStoreError, SchemaMismatchError
+from fedgfe_store.recording import Recorder
 from fedgfe_store.storage.shared import transaction
 
 
@@ -40,6 +44,35 @@ def test_writers_of_a_folder_at_the_same_time_lose_nothing(shared):
     found = shared.verify()
     assert found.sound
     assert not found.leftovers
+
+
+@pytest.mark.long
+def test_compactions_while_others_write_lose_nothing(shared):
+    told = []
+    with meanwhile(lambda: told.extend(race(shared.path, range(3), 8))):
+        until(lambda: EmbeddingStore.open(shared.path).commit >= 3)
+        while len(told) < 24:
+            shared.compact()
+            assert shared.verify().sound
+    shared.refresh()
+    assert (len(told), check(shared, told)) == (24, 0)
+    assert "compact" in set(shared.history()["kind"])
+
+
+def test_a_query_of_a_round_reads_its_files_alone(shared, reads):
+    for number in range(6):
+        fill(shared, node=0, round=number)
+    shared.delete(round=2, class_name="cat")
+    opened = EmbeddingStore.open(shared.path)
+    reads.clear()
+    assert len(opened) == 33
+    assert not reads
+    assert len(opened.select(round=2)) == 3
+    assert len([name for name in reads if name.endswith(".parquet")]) == 2  # records, and marks
+    opened.compact()
+    opened = EmbeddingStore.open(shared.path)
+    assert [len(opened.select(round=number)) for number in range(6)] == [6, 6, 3, 6, 6, 6]
+    assert len(EmbeddingStore.open(shared.path, as_of=6).select(round=2)) == 6
 
 
 @pytest.mark.long
@@ -105,6 +138,29 @@ def test_one_writer_asks_a_server_at_most_twenty_times_for_a_commit(aws, url):
         tensors = [line for line in proxy.asked if "/t5/" in line or "/clip/" in line]
         counts.append(len(proxy.asked) - len(tensors))
     assert max(counts) <= 20, counts
+
+
+def test_what_is_recorded_imported_and_made_by_commands_at_a_url(url, aws, tmp_path):
+    def run(*words):
+        done = CliRunner().invoke(group, ["--store", url, *map(str, words)], standalone_mode=True)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert f"made {url}" in run("init", "--shared", "--tokens", 3)
+    store = EmbeddingStore.open(url)
+    given = values(2, 1, store.schema)
+    with Recorder(url) as recorder, recorder.record(node=3, round=1) as block:
+        block.add(split="train", class_name="dog", index=range(2), **given)
+    entry = {"split": "train", "class_name": "cat", "t5_embedding": torch.ones(3, 4096)}
+    entries = [entry | {"clip_embedding": torch.ones(768), "sample_metadata": {"sample_id": "a"}}]
+    told = {"node_id": "0", "round": 5, "embeddings": entries, "metadata": {}}
+    torch.save(told, tmp_path / "node_0_embeddings_r5.pt")
+    for added in (1, 0):
+        assert f"{added} new record" in run("import", tmp_path / "node_0_embeddings_r5.pt")
+    run("delete", "--node", 3, "--yes")
+    run("compact")
+    assert "sound" in run("verify")
+    assert len(EmbeddingStore.open(url)) == 1
 
 
 def test_the_same_key_from_two_writers_is_thought_over_again(shared):
@@ -189,6 +245,7 @@ def told(store):
     return shown, [selection.read(name).tobytes() for name in ("t5", "clip")]
 
 
+@pytest.mark.long
 def test_without_its_libraries_it_is_one_clear_error(tmp_path):
     code = (
         "import sys; sys.modules['deltalake'] = None\n"

@@ -138,7 +138,8 @@ def _settled(
     used: np.ndarray,
 ) -> pa.Table:
     """Return the records of a file with the commits that made and deleted them."""
-    columns = snapshot.columns(file)
+    # Not kept: all of them together would take as much memory as the store has keys.
+    columns = snapshot.read_columns(file)
     deleted = columns.deleted.astype(np.int32)
     if len(rows):
         at = np.searchsorted(rows, columns.row).clip(max=len(rows) - 1)

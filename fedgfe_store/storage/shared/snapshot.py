@@ -134,9 +134,12 @@ class SharedSnapshot(State):
         """Return the columns of a file of keys."""
         known = self.session.known.get(file.path)
         if known is None:
-            known = Columns(file, read_bytes(self.place, file), self._columns)
-            self.session.known[file.path] = known
+            known = self.session.known[file.path] = self.read_columns(file)
         return known
+
+    def read_columns(self, file: KeyFile) -> Columns:
+        """Return the columns of a file of keys, without keeping it."""
+        return Columns(file, read_bytes(self.place, file), self._columns)
 
     def _load(self, files: Sequence[KeyFile]) -> list[Columns]:
         missing = [(file,) for file in files if file.path not in self.session.known]
