@@ -34,6 +34,9 @@ LOCAL = {
     "test_training_goes_on_while_another_writer_holds_the_store",
     "test_it_waits_when_the_buffer_is_full",
     "test_commands_show_it",
+    "test_nothing_is_read_before_it_is_asked_for",
+    "test_optional_audio",
+    "test_scattered_selection_of_a_large_store_stays_small",  # libraries are imported meanwhile
 }
 ONE_OF_EACH_KIND = {
     "test_notes_come_back",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import BUCKET, SMALL, fill, values
-from processes import finished
+from processes import finished, meanwhile, until
 from shared_writers import check, killed, race
 
 from fedgfe_store import EmbeddingStore
@@ -44,6 +44,35 @@ def test_writers_of_a_folder_at_the_same_time_lose_nothing(shared):
     found = shared.verify()
     assert found.sound
     assert not found.leftovers
+
+
+@pytest.mark.long
+def test_compactions_while_others_write_lose_nothing(shared):
+    told = []
+    with meanwhile(lambda: told.extend(race(shared.path, range(3), 8))):
+        until(lambda: EmbeddingStore.open(shared.path).commit >= 3)
+        while len(told) < 24:
+            shared.compact()
+            assert shared.verify().sound
+    shared.refresh()
+    assert (len(told), check(shared, told)) == (24, 0)
+    assert "compact" in set(shared.history()["kind"])
+
+
+def test_a_query_of_a_round_reads_its_files_alone(shared, reads):
+    for number in range(6):
+        fill(shared, node=0, round=number)
+    shared.delete(round=2, class_name="cat")
+    opened = EmbeddingStore.open(shared.path)
+    reads.clear()
+    assert len(opened) == 33
+    assert not reads
+    assert len(opened.select(round=2)) == 3
+    assert len([name for name in reads if name.endswith(".parquet")]) == 2  # records, and marks
+    opened.compact()
+    opened = EmbeddingStore.open(shared.path)
+    assert [len(opened.select(round=number)) for number in range(6)] == [6, 6, 3, 6, 6, 6]
+    assert len(EmbeddingStore.open(shared.path, as_of=6).select(round=2)) == 6
 
 
 @pytest.mark.long

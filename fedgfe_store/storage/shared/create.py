@@ -28,7 +28,7 @@ def create(location: Location, schema: Schema) -> None:
     if isinstance(location, Address) and location.url.startswith("http"):
         raise SchemaMismatchError(f"cannot make a store at {location}: it is on a web server")
     place = place_of(location)
-    _refuse_occupied(location, place)
+    _refuse_occupied(location, place, {TABLE, *schema.columns})
     Log.create(same_anywhere(location, place), schema)
     # To other readers of Zarr it is an empty store; older releases refuse it by the feature.
     group = replace(Group.new(schema), features=(*schema.features, SHARED))
@@ -40,7 +40,7 @@ def create(location: Location, schema: Schema) -> None:
         raise ConflictError(f"cannot make a store at {location}: a Zarr group is there already")
 
 
-def _refuse_occupied(location: Location, place: Place) -> None:
+def _refuse_occupied(location: Location, place: Place, own: set[str]) -> None:
     """Allow a new folder, an empty one, and what a killed `create` left."""
     if not isinstance(location, Address) and location.exists() and not location.is_dir():
         raise ConflictError(f"cannot make a store at {location}: a file is there")
@@ -49,6 +49,8 @@ def _refuse_occupied(location: Location, place: Place) -> None:
         raise ConflictError(f"cannot make a store at {location}: a Zarr group is there already")
     other = [n for n in names if not n.startswith(f"{TABLE}/") and not n.endswith(f"/{GROUP_FILE}")]
     other = [name for name in other if not name.endswith(".tmp")]
+    if not isinstance(location, Address) and location.is_dir():
+        other += [e.name for e in location.iterdir() if e.is_dir() and e.name not in own]
     if other:
         raise ConflictError(
             f"cannot make a store at {location}: the folder holds something else ({other[0]})"
