@@ -261,7 +261,7 @@ def planned(mode: Mode, job: Job, batch: int | None) -> tuple[Placement, Choice]
 
 def remark(mode: Mode, placement: Placement, choice: Choice) -> str:
     """Say what was chosen that the mode's name does not say."""
-    words = [] if mode.offload else [choice.offload]
+    words: list[str] = [] if mode.offload else [choice.offload]
     if choice.offload == "group":
         count = len(placement.resident)
         words.append(f"{count} of {count + len(choice.moving)} blocks stay")

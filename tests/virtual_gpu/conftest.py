@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING
@@ -26,8 +28,19 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = cache.mkdir("simulated_gpu") if cache else Path(gettempdir()) / "simulated_gpu"
         library = device.build(folder)
         _loaded.append(device.load(library, cards=2))
+        _import_without_cards("bitsandbytes")
     elif os.environ.get(REQUIRED):
         raise pytest.UsageError(f"no simulated GPU: {reason}")
+
+
+def _import_without_cards(name: str) -> None:
+    """Import a package, if it is there, without its kernels for real cards: others do as well."""
+    if find_spec(name):
+        import torch
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            import_module(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from virtual_gpu.device import MIB, Cards
@@ -43,3 +48,24 @@ def test_a_card_that_is_not_there_is_refused() -> None:
         torch.zeros(1, device="cuda:2")
     with pytest.raises(ValueError, match="Expected a torch.device with a specified index"):
         torch.cuda.set_device(torch.device("cuda"))
+
+
+@pytest.mark.long
+def test_without_a_compiler_the_tests_are_skipped_and_where_they_have_to_run_fail(
+    tmp_path: Path,
+) -> None:
+    def tests(**more: str) -> subprocess.CompletedProcess[str]:
+        # Some of them, by a user who has no compiler.
+        environ = {name: os.environ[name] for name in ("HOME", "TMPDIR") if name in os.environ}
+        environ |= {"PATH": str(tmp_path), **more}
+        options = ("-n0", "-rs", "-p", "no:cacheprovider", "-k", "mix or compiler")
+        command = [sys.executable, "-m", "pytest", *options, __file__]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+
+    run = tests()
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "no simulated GPU: there is no C++ compiler" in run.stdout
+    assert "2 skipped" in run.stdout
+    run = tests(FEDGFE_REQUIRE_SIMULATED_GPU="1")
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: no simulated GPU: there is no C++ compiler" in run.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_full_size_is_not_run_without_a_card() -> None:
 
 
 def test_kernels_that_overlap_count_once_and_copies_not_at_all() -> None:
-    events = [
+    events: list[dict[str, Any]] = [
         {"cat": "kernel", "ts": 10, "dur": 10},
         {"cat": "kernel", "ts": 0, "dur": 5},
         {"cat": "kernel", "ts": 12, "dur": 3},

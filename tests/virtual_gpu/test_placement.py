@@ -91,7 +91,7 @@ def test_weights_move_after_an_error_half_way(case: Case, cards: Cards) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.parametrize("mode", ["none", "model"])
+@pytest.mark.parametrize("mode", ["none", pytest.param("model", marks=pytest.mark.long)])
 def test_blocks_are_compiled_once_a_batch_size_whatever_is_swapped(
     flux_case: Case, mode: Offload, monkeypatch: pytest.MonkeyPatch
 ) -> None:

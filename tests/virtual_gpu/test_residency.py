@@ -63,6 +63,21 @@ def test_resident_blocks_stay_and_the_images_are_the_same(
     assert {".".join(name.split(".")[:2]) for name in here} == set(stay)
 
 
+def test_packed_weights_lie_on_the_card_and_give_the_cpus_images(
+    flux_case: Case, cards: Cards
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="nf4 takes bitsandbytes")
+    expected = images_of(flux_case, Placement("float32", "cpu", quantization="nf4"))
+    before = cards.taken(0)
+    placement = Placement("float32", "cuda:1", quantization="nf4")
+    assert abs(images_of(flux_case, placement) - expected).max() <= 1
+    images = DiffusersImages.load(resolve_model(str(flux_case.model)), placement)
+    weights = list(images._denoiser.parameters())
+    assert {weight.device for weight in weights} == {torch.device("cuda:1")}
+    assert torch.uint8 in {weight.dtype for weight in weights}
+    assert cards.taken(0) == before
+
+
 def test_weights_in_8_bits_take_less_and_are_other_settings(
     case: Case, cards: Cards, tmp_path: Path
 ) -> None:
@@ -73,6 +88,7 @@ def test_weights_in_8_bits_take_less_and_are_other_settings(
         held[name] = cards.held(1)
         kinds = {weights.dtype for weights in images._denoiser.parameters()}
         assert (torch.float8_e4m3fn in kinds) == (name is not None)
+        assert all(weights.is_cuda for weights in images._denoiser.parameters())
         del images
     assert held["fp8-cast"] < 0.75 * held[None]
     render(case, tmp_path, device="cuda:1")

@@ -22,10 +22,7 @@ MODES: tuple[Offload, ...] = get_args(Offload)
 
 @pytest.mark.parametrize(
     "mode",
-    [
-        mode if mode in ("none", "group") else pytest.param(mode, marks=pytest.mark.long)
-        for mode in MODES
-    ],
+    [mode if mode == "none" else pytest.param(mode, marks=pytest.mark.long) for mode in MODES],
 )
 def test_less_memory_makes_smaller_batches_and_the_same_images(
     flux_case: Case, cards: Cards, tmp_path: Path, mode: Offload
