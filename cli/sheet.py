@@ -24,6 +24,7 @@ from .tables import counted
 
 if TYPE_CHECKING:
     from fedgfe_store.images.arrange import Sheet
+    from fedgfe_store.images.folder import ImageFolder
     from fedgfe_store.images.record import ImageRecord
 
     from .main import Context
@@ -96,8 +97,10 @@ def command(
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
-    folders = [each for folder in input_dirs for each in _with_images(folder)]
-    images = _selected(obj, folders or [image_folder(obj.store)], filters)
+    scanned = [
+        each for folder in input_dirs or [image_folder(obj.store)] for each in _scanned(folder)
+    ]
+    images = _selected(obj, scanned, filters)
     if animate:
         shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
         rounds = ", ".join(str(image.key.round) for image in shown)
@@ -125,31 +128,33 @@ def _tell_outdated(images: Iterable[ImageRecord]) -> None:
         click.echo(outdated_line(marks))
 
 
-def _with_images(folder: Path) -> list[Path]:
-    """Return a folder, or those inside it where it holds no image itself, as a sweep does."""
+def _scanned(folder: Path) -> list[ImageFolder]:
+    """List a folder, or those inside it where it holds no image itself, as that of a sweep."""
     from fedgfe_store.common.words import numbers_first
     from fedgfe_store.images.folder import ImageFolder
 
-    if not folder.is_dir() or ImageFolder.scan(folder).names:
-        return [folder]
-    inner = [each for each in folder.iterdir() if each.is_dir() and ImageFolder.scan(each).names]
-    return sorted(inner, key=lambda each: numbers_first(each.name)) or [folder]
+    found = ImageFolder.scan(folder)
+    if found.names or not folder.is_dir():
+        return [found]
+    inner = [ImageFolder.scan(each) for each in folder.iterdir() if each.is_dir()]
+    held = [each for each in inner if each.names]
+    return sorted(held, key=lambda each: numbers_first(each.path.name)) or [found]
 
 
-def _selected(obj: Context, folders: Sequence[Path], filters: Filters) -> list[ImageRecord]:
+def _selected(obj: Context, scanned: Sequence[ImageFolder], filters: Filters) -> list[ImageRecord]:
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.common.lookup import said
     from fedgfe_store.errors import NotFoundError
-    from fedgfe_store.images.folder import ImageFolder, key_values
+    from fedgfe_store.images.folder import key_values
     from fedgfe_store.records import KEY_COLUMNS
 
-    scanned, store = [ImageFolder.scan(folder) for folder in folders], store_in_reach(obj.store)
+    store = store_in_reach(obj.store)
     if not filters:
         return [image for folder in scanned for image in folder.select(store=store)]
     known = [image for folder in scanned for image in folder.select()]
     samples = {name: v for name, v in filters.typed.items() if name not in KEY_COLUMNS}
     keys = replace(filters, typed={n: v for n, v in filters.typed.items() if n not in samples})
-    where = ", ".join(map(str, folders))
+    where = ", ".join(str(folder.path) for folder in scanned)
     wanted = keys.looked_up(lambda name: key_values(known, name), where)
     images = [image for folder in scanned for image in folder.select(store=store, **wanted)]
     if not samples:
