@@ -86,7 +86,9 @@ def refusals(root: Path, *, seed: int, short: bool) -> Figures:
 
 def granted_locks(root: Path, *, seed: int, short: bool) -> Figures:
     """Let writers on several hosts each be granted every lock."""
-    return writers.granted_locks(root, runs=1 if short else 5, shapes=[(2, 20), (4, 15)])
+    return writers.granted_locks(
+        root, runs=1 if short else 5, shapes=[(3, 10)] if short else [(2, 20), (4, 15)]
+    )
 
 
 def stopped_writers(root: Path, *, seed: int, short: bool) -> Figures:

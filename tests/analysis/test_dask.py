@@ -135,6 +135,7 @@ def test_without_dask_it_says_what_to_install(store, monkeypatch):
         store.select().to_xarray(chunks={})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.kill
 def test_what_a_killed_worker_had_is_read_again(store):

@@ -247,6 +247,7 @@ def short(monkeypatch):
     monkeypatch.setattr(experiment, "RECORDED", (1, 2))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_broken_off_experiment_is_finished_with_the_same_embeddings(short, tmp_path):
     whole, broken = (

@@ -233,6 +233,7 @@ def test_a_stop_works_where_nobody_hears_of_it() -> None:
         assert stop.requested
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_with_a_pipe_that_breaks_keeps_its_exit_code(
     flux: Path, selection: Selection, tmp_path: Path

@@ -224,6 +224,7 @@ def test_parts_are_disjoint_complete_and_stable(
 KILLS = 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.kill
 def test_killed_runs_lose_nothing_and_repeat_only_what_was_in_flight(

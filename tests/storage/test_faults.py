@@ -397,6 +397,7 @@ def check_view(path: Path) -> int:
     return store.commit
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_8_writers_and_2_readers(store):  # cases.md c6
     sources = [

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from conftest import BUCKET, SMALL, fill, values
 from processes import finished, meanwhile, until
+from servers import AZURE_ACCOUNT, AZURE_KEY, azure_server, azurite
 from shared_writers import check, killed, race
 
 from fedgfe_store import EmbeddingStore
@@ -29,6 +30,18 @@ def shared(tmp_path):
 @pytest.fixture
 def url(aws, tmp_path):
     return f"s3://{BUCKET}/{tmp_path.name}/shared.zarr"
+
+
+@pytest.fixture
+def azure_url(monkeypatch):
+    if azurite() is None:
+        pytest.skip("Azurite is not installed (make test-long does it where npm is)")
+    with azure_server(BUCKET) as endpoint:
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", AZURE_ACCOUNT)
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", AZURE_KEY)
+        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", endpoint)
+        monkeypatch.setenv("AZURE_ALLOW_HTTP", "true")
+        yield f"az://{BUCKET}/shared.zarr"
 
 
 def put(store, *, node, n=2, seed=0, if_exists="error", index=None):
@@ -87,6 +100,15 @@ def test_many_writers_on_s3(url):
     EmbeddingStore.create(url, SMALL, shared=True)
     told = race(url, range(8), 20)
     assert (len(told), check(EmbeddingStore.open(url), told)) == (160, 0)
+
+
+@pytest.mark.long
+def test_many_writers_on_azure(azure_url):
+    EmbeddingStore.create(azure_url, SMALL, shared=True)
+    told = race(azure_url, range(8), 20)
+    store = EmbeddingStore.open(azure_url)
+    assert (len(told), check(store, told)) == (160, 0)
+    assert store.verify().sound
 
 
 @pytest.mark.long
