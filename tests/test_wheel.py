@@ -120,7 +120,15 @@ def test_it_renders_with_the_model_that_it_brings(installed, tmp_path):
     # A store of its own: that of the demo would have to be waited for.
     store = EmbeddingStore.create(tmp_path / "embeddings.zarr", Schema.flux(17))
     fill(store, node="server", round=1, classes="dog", n=1)
-    words = ["--store", store.path, "generate", "--model", "tiny", "--output-dir", "images"]
+    words: list[str | Path] = [
+        "--store",
+        store.path,
+        "generate",
+        "--model",
+        "tiny",
+        "--output-dir",
+        "images",
+    ]
     said = output_of(installed / "fedgfe-store", *words, folder=tmp_path)
     assert "1 images rendered" in said
     assert len(list((tmp_path / "images").glob("*.png"))) == 1
