@@ -9,7 +9,7 @@ import click
 
 from fedgfe_store.common.location import Location
 
-from .options import class_names, own_device, quiet_option, wait_option
+from .options import class_names, device_option, own_device, quiet_option, wait_option
 from .progress import progress
 from .tables import counted, print_table
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Tokens of a sequence [the store's, else the pipeline's own; 17 for FLUX].",
 )
-@click.option("--device", help="Such as cpu or cuda:1 [a GPU where there is one].")
+@device_option
 @click.option(
     "--offload",
     type=click.Choice(["auto", "none", "model", "sequential"]),

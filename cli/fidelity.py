@@ -14,10 +14,12 @@ from .options import (
     Filters,
     as_of_option,
     default_folder,
+    device_option,
     filter_options,
     folder_option,
     format_option,
     own_device,
+    plot_option,
     print_left_out,
     quiet_option,
 )
@@ -75,14 +77,9 @@ _TITLES = {
     show_default=True,
     help="Pictures per call of the model.",
 )
-@click.option("--device", help="Such as cpu or cuda:1 [a GPU where there is one].")
+@device_option
 @format_option("csv and json give one group per line, with all digits.")
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Draw it over the rounds: png, pdf or svg.",
-)
+@plot_option("Draw it over the rounds: png, pdf or svg.")
 @quiet_option
 @click.pass_context
 def command(

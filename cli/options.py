@@ -252,6 +252,29 @@ def format_option(text: str) -> Callable[[FC], FC]:
     )
 
 
+column_option = click.option(
+    "--column", default=None, help="Tensor column [the first of embeddings: t5; clip for sd]."
+)
+tokens_option = click.option(
+    "--tokens",
+    type=click.Choice(["mean", "flat"]),
+    default="mean",
+    show_default=True,
+    help="A vector per record: the mean over its tokens, or all of them.",
+)
+device_option = click.option("--device", help="Such as cpu or cuda:1 [a GPU where there is one].")
+
+
+def plot_option(text: str) -> Callable[[FC], FC]:
+    """Return the option ``--plot``; `text` is its help."""
+    return click.option(
+        "--plot",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help=text,
+    )
+
+
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
 
 

@@ -9,7 +9,16 @@ import click
 
 from .measures import CLASSIFIED, classified, draw, grouping, print_measures
 from .option_types import KeyList, KeyValue
-from .options import Filters, as_of_option, filter_options, format_option, quiet_option
+from .options import (
+    Filters,
+    as_of_option,
+    column_option,
+    filter_options,
+    format_option,
+    plot_option,
+    quiet_option,
+    tokens_option,
+)
 from .progress import progress
 from .tables import counted, print_data
 
@@ -43,23 +52,10 @@ _FORMS = {"cosine": "{:.4f}", "mse": "{:.4g}", "frechet": "{:.4g}", "diversity":
     help="What forms a group: any of node, round, split, class, index "
     "[groups and averages: node,round; else all together].",
 )
-@click.option(
-    "--column", default=None, help="Tensor column [the first of embeddings: t5; clip for sd]."
-)
-@click.option(
-    "--tokens",
-    type=click.Choice(["mean", "flat"]),
-    default="mean",
-    show_default=True,
-    help="A vector per record: the mean over its tokens, or all of them.",
-)
+@column_option
+@tokens_option
 @format_option("csv and json give one group per line, with all digits.")
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Draw it: over the rounds, or the confusion as a square; png, pdf or svg.",
-)
+@plot_option("Draw it: over the rounds, or the confusion as a square; png, pdf or svg.")
 @quiet_option
 @click.pass_obj
 def command(

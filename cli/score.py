@@ -15,10 +15,12 @@ from .options import (
     as_of_option,
     class_names,
     default_folder,
+    device_option,
     filter_options,
     folder_option,
     format_option,
     own_device,
+    plot_option,
     print_left_out,
     quiet_option,
 )
@@ -91,19 +93,14 @@ _TITLES = {
     show_default=True,
     help="Images per call of the model.",
 )
-@click.option("--device", help="Such as cpu or cuda:1 [a GPU where there is one].")
+@device_option
 @format_option("csv and json give one group per line.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write csv or json to this file instead; csv unless --format says json.",
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Draw it: over the rounds, or the confusion as a square; png, pdf or svg.",
-)
+@plot_option("Draw it: over the rounds, or the confusion as a square; png, pdf or svg.")
 @quiet_option
 @click.pass_context
 def command(

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .option_types import KeyList
-from .options import Filters, as_of_option, filter_options, format_option, quiet_option
+from .options import (
+    Filters,
+    as_of_option,
+    column_option,
+    filter_options,
+    format_option,
+    plot_option,
+    quiet_option,
+    tokens_option,
+)
 from .progress import progress
 from .tables import counted, print_data, print_table
 
@@ -44,23 +53,10 @@ _SMALLEST, _LARGEST = -5, 8
     show_default=True,
     help="What forms a group: any of node, round, split, class, index.",
 )
-@click.option(
-    "--column", default=None, help="Tensor column [the first of embeddings: t5; clip for sd]."
-)
-@click.option(
-    "--tokens",
-    type=click.Choice(["mean", "flat"]),
-    default="mean",
-    show_default=True,
-    help="A vector per record: the mean over its tokens, or all of them.",
-)
+@column_option
+@tokens_option
 @format_option("json gives one group per line; csv and json have all digits.")
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Draw it over the rounds: png, pdf or svg.",
-)
+@plot_option("Draw it over the rounds: png, pdf or svg.")
 @quiet_option
 @click.pass_obj
 def command(
