@@ -76,14 +76,14 @@ def _plain_name(key: RecordKey, number: int) -> str:
 
 
 def _hashed_name(key: RecordKey, number: int) -> str:
-    parts = [_readable(part, 32) for part in (key.node, key.split, key.class_name)]
+    parts = [name_part(part, 32) for part in (key.node, key.split, key.class_name)]
     readable = f"node_{parts[0]}_{parts[1]}_{parts[2]}_{key.index}_r{key.round}"
     # The full digest: a name shared by two records would hide one of them.
     identity = json.dumps([*key_json(key).values(), number]).encode("ascii")
     return f"{readable}_h{xxhash.xxh3_128_hexdigest(identity)}"
 
 
-def _readable(text: str, most: int) -> str:
+def name_part(text: str, most: int | None = None) -> str:
     """Return what every file system takes of a text; it may be the same of two texts."""
     return _UNSAFE.sub("-", text)[:most]
 
@@ -122,7 +122,7 @@ def checkpoint_names(origins: Iterable[Origin]) -> dict[Origin, str]:
 
 def _safe_name(node: str, round: int, *, plain: bool = True) -> str:
     if not (plain and _PLAIN_NODE.fullmatch(node)):
-        node = f"{_readable(node, 60)}_h{xxhash.xxh3_64_hexdigest(node.encode())}"
+        node = f"{name_part(node, 60)}_h{xxhash.xxh3_64_hexdigest(node.encode())}"
     return checkpoint_name(node, round)
 
 

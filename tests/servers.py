@@ -151,6 +151,16 @@ def azure_server(container: str) -> Iterator[str]:
         yield url
 
 
+def azure_variables(url: str) -> dict[str, str]:
+    """Return the variables of the environment that lead to `url`, with the account's name."""
+    return {
+        "AZURE_STORAGE_ACCOUNT_NAME": AZURE_ACCOUNT,
+        "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY,
+        "AZURE_STORAGE_ENDPOINT": url,
+        "AZURE_ALLOW_HTTP": "true",
+    }
+
+
 def _making(url: str, container: str) -> Request:
     """Ask for a container, signed as Azure documents under "Authorize with Shared Key"."""
     date = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")

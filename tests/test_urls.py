@@ -16,7 +16,15 @@ from obstore.exceptions import AlreadyExistsError
 from obstore.store import AzureStore, S3Store
 from PIL import Image
 from proxy import Proxy, proxied
-from servers import AZURE_ACCOUNT, AZURE_KEY, azure_server, azurite, file_server, serving
+from servers import (
+    AZURE_ACCOUNT,
+    AZURE_KEY,
+    azure_server,
+    azure_variables,
+    azurite,
+    file_server,
+    serving,
+)
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
@@ -106,12 +114,7 @@ def azure(filled):
 @pytest.fixture
 def on_azure(filled, azure, credentials, monkeypatch):
     with proxied(azure) as proxy:
-        for name, value in {
-            "AZURE_STORAGE_ACCOUNT_NAME": AZURE_ACCOUNT,
-            "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY,
-            "AZURE_STORAGE_ENDPOINT": f"{proxy.url}/{AZURE_ACCOUNT}",
-            "AZURE_ALLOW_HTTP": "true",
-        }.items():
+        for name, value in azure_variables(f"{proxy.url}/{AZURE_ACCOUNT}").items():
             monkeypatch.setenv(name, value)
         yield Served(filled, f"az://{BUCKET}/embeddings.zarr", proxy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -152,9 +153,14 @@ class _Reference:
             raise NotFoundError(f"{reference.location}: no record to compare with")
         return cls(features, *_read(reference, features))
 
+    @cached_property
+    def directions(self) -> Vectors:
+        """The vectors as unit vectors."""
+        return _unit(self.vectors)
+
     def closest(self, vectors: Vectors) -> np.ndarray:
         """Return the class of the reference record that is nearest to each of `vectors`."""
-        nearest = np.argmax(_unit(vectors) @ _unit(self.vectors).T, axis=1)
+        nearest = np.argmax(_unit(vectors) @ self.directions.T, axis=1)
         return np.asarray(self.classes[nearest])
 
     def measure(self, vectors: Vectors, classes: np.ndarray) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -16,6 +15,7 @@ from fedgfe_store.generation.run import GenerationReport, load_model, render
 from fedgfe_store.generation.stopping import Stop
 from fedgfe_store.generation.write import Progress
 from fedgfe_store.models.pipeline import ImagePipeline
+from fedgfe_store.names import name_part
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
@@ -25,8 +25,6 @@ AXES = ("model", "steps", "guidance", "seed")
 that each is loaded once."""
 
 Axes = Mapping[str, Sequence[Any]]
-
-_UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 
 
 def cells(folder: Path, request: Request, axes: Axes) -> dict[Path, Request]:
@@ -71,7 +69,7 @@ def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     plain = Path(value).name if Path(str(value)).is_dir() else str(value)
-    return _UNSAFE.sub("-", plain)
+    return name_part(plain)
 
 
 def prepare_cells(

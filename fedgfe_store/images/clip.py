@@ -15,6 +15,7 @@ from fedgfe_store.models.devices import (
     enough_memory,
     first_line,
     is_out_of_memory,
+    less_memory,
 )
 from fedgfe_store.models.files import find_weights, read_json
 from fedgfe_store.models.loading import naming, quiet_loading, refuse_incomplete
@@ -58,7 +59,7 @@ class Clip:
         """
         device = choose_device(device)
         doing = f"loading the model {name} onto {device}"
-        with enough_memory(doing, _less(device, "")), quiet_loading():
+        with enough_memory(doing, less_memory(device)), quiet_loading():
             _check_kind(name)
             model, processor = _load(name)
             return cls(model.to(device).eval(), processor, name=name, device=device)
@@ -67,7 +68,7 @@ class Clip:
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Give unit vectors of texts, float32 ``[texts, feature]`` on the CPU."""
         doing = f"embedding {len(texts)} prompts on {self._device}"
-        with enough_memory(doing, _less(self._device, "")), naming(self._unable):
+        with enough_memory(doing, less_memory(self._device)), naming(self._unable):
             inputs = self._processor(
                 text=list(texts), return_tensors="pt", padding=True, truncation=True
             )
@@ -80,18 +81,12 @@ class Clip:
         doing = f"embedding {len(images)} pictures on {self._device}"
         smaller = "a smaller --batch-size" if len(images) > 1 else ""
         with (
-            enough_memory(doing, _less(self._device, smaller)),
+            enough_memory(doing, less_memory(self._device, smaller)),
             naming(self._unable),
         ):
             inputs = self._processor(images=list(images), return_tensors="pt").to(self._device)
             pooled = self._model.vision_model(**inputs).pooler_output
             return _unit(self._model.visual_projection(pooled))
-
-
-def _less(device: str, smaller: str) -> str:
-    """Say what takes less memory of the device."""
-    elsewhere = "a machine with more memory" if device == "cpu" else "--device cpu"
-    return f"{' or '.join(filter(None, (smaller, elsewhere)))} may help"
 
 
 def _check_kind(name: str) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedgfe_store.common.extra import extra
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.models.devices import choose_device, enough_memory
+from fedgfe_store.models.devices import choose_device, enough_memory, less_memory
 from fedgfe_store.models.loading import naming, quiet_loading, refuse_incomplete
 
 INCEPTION = "6726825d"
@@ -63,8 +63,7 @@ def load_features(path: Path, device: str | None = None) -> Features:
         If it is no vision model, lacks weights, or a file that is not those Inception weights.
     """
     device = choose_device(device)
-    remedy = "--device cpu may help" if device != "cpu" else "a machine with more memory may help"
-    with enough_memory(f"loading the model {path} onto {device}", remedy):
+    with enough_memory(f"loading the model {path} onto {device}", less_memory(device)):
         if path.is_dir():
             return _vision_model(path, device)
         if path.is_file():
@@ -132,8 +131,5 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 
 
 def _few_enough(images: int, device: str) -> Any:
-    ways = ["a smaller --batch-size"] if images > 1 else []
-    ways.append("a machine with more memory" if device == "cpu" else "--device cpu")
-    return enough_memory(
-        f"embedding {images} pictures on {device}", f"{' or '.join(ways)} may help"
-    )
+    smaller = "a smaller --batch-size" if images > 1 else ""
+    return enough_memory(f"embedding {images} pictures on {device}", less_memory(device, smaller))

@@ -275,7 +275,8 @@ class _Sets:
         to: Mapping[str, Any],
         real: _Embedded | None,
     ) -> None:
-        self._images, self._by, self._to, self._real = images, by, to, real
+        self._images, self._by, self._to = images, by, to
+        self._real = None if real is None else real.some(np.arange(len(real.there)))
         self.width = images.values.shape[1]
         columns = {n: np.array([getattr(k, n) for k in keys], object) for n in KEY_COLUMNS}
         is_other = np.full(len(keys), bool(to))
@@ -309,7 +310,7 @@ class _Sets:
 
     def _compared(self, key: Mapping[str, Any]) -> np.ndarray:
         if self._real is not None:
-            return self._real.some(np.arange(len(self._real.there)))
+            return self._real
         rows = self._others
         for name, value in key.items():
             if name not in self._to and (name, value) != ("node", "all"):

@@ -187,6 +187,12 @@ def enough_memory(doing: str, remedy: str, on_host: str = MORE_OF_HOST) -> Itera
     raise SchemaMismatchError(f"out of memory {doing} ({reason}); {on_host if hosts else remedy}")
 
 
+def less_memory(device: str, smaller: str = "") -> str:
+    """Say what takes less memory of a device: `smaller`, if that is not empty, or another place."""
+    elsewhere = "a machine with more memory" if device == "cpu" else "--device cpu"
+    return f"{' or '.join(filter(None, (smaller, elsewhere)))} may help"
+
+
 def clear_cache(device: str) -> None:
     """Give the memory that torch keeps for later back to the device."""
     gc.collect()

@@ -88,7 +88,7 @@ def pack(
     name = node if isinstance(node, str | int) else node_name(node)
     arrays: dict[str, Any] = {}
     told: list[dict[str, Any]] = []
-    for batch in [batches] if isinstance(batches, Mapping) else batches:
+    for batch in _each(batches):
         notes = _plain_notes({name: batch.get(name) for name in _KNOWN})
         tensors = {}
         for column, value in batch.items():
@@ -176,10 +176,13 @@ class RecordingMixin:
             with self.recorder.record(round=number) as block:
                 _add_replies(block, [each for each in carried if each is not None])
                 if self.server_embeddings is not None and result[0] is not None:
-                    batches = self.server_embeddings(server_round, result[0])
-                    for batch in [batches] if isinstance(batches, Mapping) else batches:
+                    for batch in _each(self.server_embeddings(server_round, result[0])):
                         block.add(node=SERVER, **batch)
         return result
+
+
+def _each(batches: Batches) -> Iterable[Mapping[str, Any]]:
+    return [batches] if isinstance(batches, Mapping) else batches
 
 
 _Carried = tuple[int, "ArrayRecord", "ConfigRecord"]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedgfe_store.common.location import Location, own_folder
-from fedgfe_store.errors import NotFoundError
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.storage.commit import Transaction
 from fedgfe_store.storage.compact import compact
@@ -35,12 +34,10 @@ class LocalEngine:
 
     def latest(self, location: Location, place: Place, group: Group, as_of: int | None) -> Snapshot:
         """Return the state that `group` published, seen at `as_of`."""
-        if as_of is not None and not 0 <= as_of <= group.point.commit:
-            raise NotFoundError(
-                f"as_of: expected a commit from 0 to {group.point.commit} of {location}, "
-                f"got {as_of}"
-            )
-        return Snapshot(location, group, as_of, place=place)
+        found = Snapshot(location, group, as_of, place=place)
+        if as_of is not None:
+            found.check_commit(as_of)
+        return found
 
     def begin(self, known: Snapshot, *, timeout: float) -> Transaction:
         """Wait for the store's lock and claim its next commit."""

@@ -116,6 +116,20 @@ class State(ABC):
                 f"open it without as_of to change it"
             )
 
+    def check_commit(self, number: int) -> None:
+        """Refuse a commit that there is not.
+
+        Raises
+        ------
+        NotFoundError
+            If it is one.
+        """
+        if not 0 <= number <= self.point.commit:
+            raise NotFoundError(
+                f"as_of: expected a commit from 0 to {self.point.commit} of {self.path}, "
+                f"got {number}"
+            )
+
     @property
     def schema(self) -> Schema:
         """Schema of the store."""

@@ -19,7 +19,7 @@ from children import in_child
 from figures import Figures
 from operations import SCHEMA, put
 from proxy import Faults, proxied
-from servers import AZURE_ACCOUNT, AZURE_KEY, azure_server, azurite, s3_server
+from servers import AZURE_ACCOUNT, azure_server, azure_variables, azurite, s3_server
 from system_calls import no_flushes
 
 from fedgfe_store import EmbeddingStore
@@ -49,12 +49,7 @@ def _aws(key: str, secret: str, endpoint: str) -> dict[str, str]:
 
 
 def _azure(endpoint: str) -> dict[str, str]:
-    return {
-        "AZURE_STORAGE_ACCOUNT_NAME": AZURE_ACCOUNT,
-        "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY,
-        "AZURE_ALLOW_HTTP": "true",
-        "AZURE_STORAGE_ENDPOINT": f"{endpoint}/{AZURE_ACCOUNT}",
-    }
+    return azure_variables(f"{endpoint}/{AZURE_ACCOUNT}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from conftest import BUCKET, SMALL, fill, values
 from processes import finished, meanwhile, until
-from servers import AZURE_ACCOUNT, AZURE_KEY, azure_server, azurite
+from servers import azure_server, azure_variables, azurite
 from shared_writers import check, killed, race
 
 from fedgfe_store import EmbeddingStore
@@ -37,10 +37,8 @@ def azure_url(monkeypatch):
     if azurite() is None:
         pytest.skip("Azurite is not installed (make test-long does it where npm is)")
     with azure_server(BUCKET) as endpoint:
-        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", AZURE_ACCOUNT)
-        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", AZURE_KEY)
-        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", endpoint)
-        monkeypatch.setenv("AZURE_ALLOW_HTTP", "true")
+        for name, value in azure_variables(endpoint).items():
+            monkeypatch.setenv(name, value)
         yield f"az://{BUCKET}/shared.zarr"
 
 

@@ -42,7 +42,7 @@ def compact(transaction: SharedTransaction) -> tuple[Compaction, SharedSnapshot]
         # Where others have deleted some of them meanwhile, their copies are nobody's.
         dropped = np.flatnonzero(~np.isin(moved, rows))
         small = _small(snapshot)
-        if not (len(rows) or small or _dead_shards(snapshot)):
+        if not (len(rows) or small or _dead_shards(snapshot, unreferred(snapshot))):
             return Compaction(0, 0, before, before), snapshot
         if not (len(rows) or small or _died_since(snapshot)):
             break
@@ -184,13 +184,11 @@ def _marks(
     return transaction.put(table, "marks", columns)
 
 
-def _dead_shards(snapshot: SharedSnapshot) -> list[str]:
-    """Return the shards without a live record that commits have referred to."""
+def _dead_shards(snapshot: SharedSnapshot, names: Sequence[str]) -> list[str]:
+    """Return those of the unreferred files `names` that are shards of commits."""
     runs = [run for facts in snapshot.facts.values() for run in facts.granules]
     committed = {number for first, n in runs for number in range(first, first + n)}
-    return [
-        name for name in unreferred(snapshot) if granule_of(name.rpartition("/")[2]) in committed
-    ]
+    return [name for name in names if granule_of(name.rpartition("/")[2]) in committed]
 
 
 def _died_since(snapshot: SharedSnapshot) -> bool:
@@ -201,7 +199,8 @@ def _died_since(snapshot: SharedSnapshot) -> bool:
 
 def _remove(snapshot: SharedSnapshot) -> int:
     """Remove what nobody needs any more; return how many shards."""
-    dead = set(_dead_shards(snapshot))
+    names = unreferred(snapshot)
+    dead = set(_dead_shards(snapshot, names))
     hours = writing.LIFETIME / 3600
     expired = {f"{TABLE}/{name}" for name in snapshot.session.log.expired(hours)}
     old: set[str] = set()
@@ -209,7 +208,7 @@ def _remove(snapshot: SharedSnapshot) -> int:
         ages = snapshot.place.ages(folder)
         old |= {f"{folder}/{name}" for name, age in ages.items() if age >= writing.LIFETIME}
     freed = 0
-    for name in unreferred(snapshot):
+    for name in names:
         is_key_file = name.startswith(f"{TABLE}/")
         if name in dead or (name in old and (not is_key_file or name in expired)):
             snapshot.place.remove(name)

@@ -17,6 +17,7 @@ from fedgfe_store.storage.state import State
 from fedgfe_store.storage.writing import Change, committed
 
 try:
+    import deltalake  # noqa: F401
     import pyarrow  # noqa: F401
 except ImportError:
     raise SchemaMismatchError(

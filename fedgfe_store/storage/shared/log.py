@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction, Transaction
 
 from fedgfe_store.common.location import Address, Location
 from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
@@ -18,15 +21,6 @@ from fedgfe_store.schema import Schema
 from fedgfe_store.storage.place import Place, RemoteError
 from fedgfe_store.storage.shared.facts import BOUNDED, Facts, KeyFile
 from fedgfe_store.storage.shared.key_table import PARTITIONS, TABLE, table_schema
-
-try:
-    from deltalake import CommitProperties, DeltaTable
-    from deltalake.exceptions import CommitFailedError, TableNotFoundError
-    from deltalake.transaction import AddAction, RemoveAction, Transaction
-except ImportError:
-    raise SchemaMismatchError(
-        "a shared store needs the extra cloud: pip install 'fedgfe-store[cloud]'"
-    ) from None
 
 _CHECKPOINT_COMMITS = 50
 """Commits between two checkpoints of the log: a reader asks for each commit since the last one."""

@@ -12,7 +12,7 @@ import xxhash
 from fedgfe_store.common import threads
 from fedgfe_store.common.filters import NUMBERS
 from fedgfe_store.common.location import Address, Location
-from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
+from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
 from fedgfe_store.storage.metadata import CommitPoint, Group
 from fedgfe_store.storage.place import Place
 from fedgfe_store.storage.shared.facts import Facts, KeyFile, classes_in_order
@@ -99,14 +99,6 @@ class SharedSnapshot(State):
         if isinstance(self.path, Address) and self.path.url.startswith("http"):
             raise SchemaMismatchError(f"{self.path} can be read only: it is on a web server")
         self.check_latest()
-
-    def check_commit(self, number: int) -> None:
-        """Refuse a commit that there is not."""
-        if not 0 <= number <= self.point.commit:
-            raise NotFoundError(
-                f"as_of: expected a commit from 0 to {self.point.commit} of {self.path}, "
-                f"got {number}"
-            )
 
     @cached_property
     def facts(self) -> Mapping[int, Facts]:
