@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .options import (
     folder_option,
     image_folder,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .main import Context
 
 
-@click.command("gallery")
+@click.command("gallery", cls=Command)
 @folder_option("input")
 @click.option(
     "--output",

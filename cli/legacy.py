@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .codes import SOME_FAILED, ends_other_processes
-from .log import verbose_option
 from .progress import progress
 from .tables import counted, size
 
@@ -39,7 +38,6 @@ _OPTIONS = [
         help="The same for the files of a folder. The store is DIR/embeddings.zarr unless given.",
     ),
     click.option("--pattern", metavar="GLOB", help="Which files of --checkpoint-dir [*.pt]."),
-    verbose_option,
 ]
 
 

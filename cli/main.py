@@ -14,7 +14,8 @@ from fedgfe_store import __version__
 from fedgfe_store.common.location import Location
 from fedgfe_store.errors import FedgfeStoreError
 
-from .log import show_notes
+from .command import in_options
+from .log import be_verbose, show_notes
 from .say import print_on_any_terminal
 from .store_path import StorePath
 from .threads import share_processors
@@ -36,7 +37,7 @@ _COMMANDS = {
     "fidelity": ("fidelity", "command", "Measure how far images are from others: KID, FID."),
     "history": ("changes", "history", "Show what each commit did."),
     "delete": ("changes", "delete", "Delete records."),
-    "verify": ("changes", "verify", "Check every record and file; repair."),
+    "verify": ("verify", "command", "Check every record and file; repair."),
     "compact": ("changes", "compact", "Give space back."),
     "backup": ("changes", "backup", "Bring a copy of the store to another folder."),
     "upgrade": ("changes", "upgrade", "Bring a store of an old format to the newest."),
@@ -45,6 +46,14 @@ _COMMANDS = {
     "quality": ("quality", "command", "Show how close embeddings are to a reference."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
+}
+
+_SECTIONS = {
+    "Stores": "init import encode info query history",
+    "Images": "generate sweep status slurm sheet gallery",
+    "Findings": "score fidelity stats quality",
+    "Care": "export merge delete verify compact backup upgrade",
+    "First steps and old scripts": "demo adopt",
 }
 
 
@@ -71,8 +80,9 @@ class _LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in _COMMANDS.items()])
+        for heading, names in _SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, _COMMANDS[name][2]) for name in names.split()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -80,8 +90,10 @@ class _LazyGroup(click.Group):
         except (FedgfeStoreError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
-            notes = getattr(error, "__notes__", [])
-            click.echo("\n".join([f"error: {error}", *notes]), err=True)
+            lines = [f"error: {error}", *getattr(error, "__notes__", [])]
+            name = ctx.invoked_subcommand
+            command = self.get_command(ctx, name) if name else None
+            click.echo(in_options("\n".join(lines), command), err=True)
             ctx.exit(1)
 
 
@@ -99,8 +111,10 @@ class _LazyGroup(click.Group):
     show_default=True,
     help="The embedding store: a folder, or a URL to read from; also $FEDGFE_STORE.",
 )
+@click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
+@click.option("--verbose", "-v", is_flag=True, help="Log on stderr what is done, with times.")
 @click.pass_context
-def group(ctx: click.Context, store: Location) -> None:
+def group(ctx: click.Context, store: Location, quiet: bool, verbose: bool) -> None:
     """Keep embeddings of federated training in one store, and render images from it.
 
     \b
@@ -113,6 +127,9 @@ def group(ctx: click.Context, store: Location) -> None:
     given = ctx.get_parameter_source("store") is not click.core.ParameterSource.DEFAULT
     ctx.obj = Context(store, store_given=given)
     show_notes(ctx)
+    be_verbose(ctx, ctx.command.params[0], verbose)
+    if quiet:  # as if it stood behind the command
+        ctx.default_map = {name: {"quiet": True} for name in _COMMANDS}
 
 
 class Context:
@@ -120,6 +137,10 @@ class Context:
 
     def __init__(self, store: Location, *, store_given: bool) -> None:
         self.store, self.store_given = store, store_given
+
+    def name(self, store: Location) -> None:
+        """Take `store`, which was named behind the command."""
+        self.store, self.store_given = store, True
 
 
 def main() -> None:
