@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from fedgfe_store.records import KEY_COLUMNS, SERVER, RecordKey
 GROUPS = ("node", "round", "split", "class", "index", "image")
 """What a pattern may find in a name; a key and the number of the record's image."""
 
-BLANK = {"node": "", "round": 0, "split": "", "class_name": "", "index": 0}
+BLANK: Mapping[str, Any] = {"node": "", "round": 0, "split": "", "class_name": "", "index": 0}
 """What stands in a key for what a name does not tell."""
 
 _NUMBERS = ("round", "index", "image")
@@ -109,7 +109,7 @@ class PictureNames:
             known["class_name"] = known.pop("class")
         number = known.pop("image", 0)
         lacking = tuple(name for name in KEY_COLUMNS if name not in known)
-        return Told(RecordKey(**(BLANK | known)), number, lacking)
+        return Told(RecordKey(**{**BLANK, **known}), number, lacking)
 
     def _class_in(self, tail: str) -> str:
         ends = [name for name in self.classes if tail == name or tail.endswith(f"_{name}")]

@@ -17,7 +17,7 @@ from fedgfe_store.images.foreign import BLANK, PictureNames
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.images.status import natural_rank
 from fedgfe_store.names import key_json
-from fedgfe_store.records import KEY_COLUMNS
+from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,10 +149,11 @@ def selected_images(selection: Selection, folder: Path, *, patterns: Iterable[st
     classes = sorted(set(selection.others().column("class_name").tolist()))
     records = ImageFolder.scan(folder, others=PictureNames.of(patterns, classes)).records
     known = [each for each in records.values() if isinstance(each, ImageRecord)]
-    selected = {(): set(selection.keys())}
-    for lacking in {image.lacking for image in known} - {()}:
-        blank: dict[str, Any] = {name: BLANK[name] for name in lacking}
-        selected[lacking] = {replace(key, **blank) for key in selected[()]}
+    keys = selection.keys()
+    selected: dict[tuple[str, ...], set[RecordKey]] = {}
+    for lacking in {image.lacking for image in known}:
+        blank = {name: BLANK[name] for name in lacking}
+        selected[lacking] = {replace(key, **blank) if blank else key for key in keys}
     images = [image for image in known if image.key in selected[image.lacking]]
     if not images:
         raise NotFoundError(f"no picture in {folder} of the {len(selection)} records selected")
