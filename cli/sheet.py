@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedgfe_store.images.folder import ImageFolder
     from fedgfe_store.images.record import ImageRecord
 
-    from .main import Context
+    from .finding import Context
 
 AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
 
@@ -148,7 +148,7 @@ def _selected(obj: Context, scanned: Sequence[ImageFolder], filters: Filters) ->
     from fedgfe_store.images.folder import key_values
     from fedgfe_store.records import KEY_COLUMNS
 
-    store = store_in_reach(obj.store)
+    store = store_in_reach(obj)
     if not filters:
         return [image for folder in scanned for image in folder.select(store=store)]
     known = [image for folder in scanned for image in folder.select()]
