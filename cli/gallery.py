@@ -23,7 +23,7 @@ from .progress import progress
 from .tables import counted, size
 
 if TYPE_CHECKING:
-    from .main import Context
+    from .finding import Context
 
 
 @click.command("gallery")
@@ -59,7 +59,7 @@ def command(
 
     obj: Context = ctx.obj
     folder = input_dir or image_folder(obj.store)
-    store = store_in_reach(obj.store)
+    store = store_in_reach(obj)
     images = scan_images(folder, picture_names(patterns, store))
     with progress(len(images.names), "pictures", quiet=quiet) as advance:
         gallery = make_gallery(images, output, store=store, progress=advance)

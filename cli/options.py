@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
 
+    from .finding import Context
+
 
 def own_device(device: str | None) -> str | None:
     """Give a process of torchrun or srun its own GPU, where none is named by number."""
@@ -314,13 +316,13 @@ def image_folder(store: Location) -> Path:
         raise
 
 
-def store_in_reach(path: Location) -> EmbeddingStore | None:
+def store_in_reach(obj: Context) -> EmbeddingStore | None:
     """Open the store that pictures are compared with; where there is none they are not."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import FedgfeStoreError, NotFoundError
 
     try:
-        return EmbeddingStore.open(path)
+        return EmbeddingStore.open(obj.store)
     except NotFoundError:
         return None
     except FedgfeStoreError as error:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from fedgfe_store.images.scoring import Scores
 
-    from .main import Context
+    from .finding import Context
 
 _GROUPS = {
     "node": "node",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedgfe_store.images.record import ImageRecord
     from fedgfe_store.store import EmbeddingStore
 
-    from .main import Context
+    from .finding import Context
 
 AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
 
@@ -105,7 +105,7 @@ def command(
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
-    store = store_in_reach(obj.store)
+    store = store_in_reach(obj)
     names = picture_names(patterns, store)
     folders = input_dirs or [image_folder(obj.store)]
     scanned = [each for folder in folders for each in _scanned(folder, names)]
