@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from fedgfe_store.common.location import Location
 
@@ -38,20 +39,24 @@ STORE = "fedgfe_store.store"
 """Where a context keeps the store that was named behind the command."""
 
 
-def _set_store(ctx: click.Context, param: click.Parameter, value: Location | None) -> None:
+def _name_store(ctx: click.Context, param: click.Parameter, value: Location | None) -> None:
     if value is None:
         return
     ctx.meta[STORE] = value
-    if ctx.obj is not None:  # there is none while the shell asks how a word goes on
-        ctx.obj.name(value)
+    if ctx.obj is None:  # the shell asks how a word goes on
+        return
+    typed = ctx.find_root().get_parameter_source("store") is ParameterSource.COMMANDLINE
+    if typed and ctx.obj.given != value:
+        raise click.UsageError(f"--store: expected one, got {ctx.obj.given} and {value}")
+    ctx.obj.given = value
 
 
 _STORE = click.Option(
     ["--store"],
     type=StorePath(),
     expose_value=False,
-    callback=_set_store,
-    help="The embedding store, as before the command.",
+    callback=_name_store,
+    help="The embedding store, here or before the command.",
 )
 _VERBOSE = click.Option(
     ["--verbose", "-v"],

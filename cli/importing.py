@@ -11,6 +11,7 @@ import click
 from .answer import answers
 from .codes import SOME_FAILED
 from .command import Command
+from .finding import tell_of_copies
 from .options import quiet_option, wait_option
 from .progress import progress
 from .tables import counted, print_table, size
@@ -18,7 +19,7 @@ from .tables import counted, print_table, size
 if TYPE_CHECKING:
     from fedgfe_store.checkpoints import FileReport, ImportReport
 
-    from .main import Context
+    from .finding import Context
 
 _MOST_SHOWN = 6
 _MOST_NAMED = 3
@@ -107,6 +108,7 @@ def command(
         not_read=count - len(report.files),
     )
     show_report(report, dry_run=options["dry_run"])
+    tell_of_copies(obj.store, report)
     if len(report.files) < count:
         click.echo(f"stopped: {counted(count - len(report.files), 'file')} not read", err=True)
     if report.failed or report.incomplete:

@@ -15,6 +15,7 @@ from fedgfe_store.common.location import Location
 from fedgfe_store.errors import FedgfeStoreError
 
 from .command import in_options
+from .finding import Context
 from .log import be_verbose, show_notes
 from .say import print_on_any_terminal
 from .store_path import StorePath
@@ -107,14 +108,13 @@ class _LazyGroup(click.Group):
     "--store",
     type=StorePath(),
     envvar="FEDGFE_STORE",
-    default="embeddings.zarr",
-    show_default=True,
-    help="The embedding store: a folder, or a URL to read from; also $FEDGFE_STORE.",
+    help="The embedding store: a folder, or one that holds it, or a URL to read from; also "
+    "$FEDGFE_STORE [embeddings.zarr, else the one among checkpoints/].",
 )
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
 @click.option("--verbose", "-v", is_flag=True, help="Log on stderr what is done, with times.")
 @click.pass_context
-def group(ctx: click.Context, store: Location, quiet: bool, verbose: bool) -> None:
+def group(ctx: click.Context, store: Location | None, quiet: bool, verbose: bool) -> None:
     """Keep embeddings of federated training in one store, and render images from it.
 
     \b
@@ -124,23 +124,11 @@ def group(ctx: click.Context, store: Location, quiet: bool, verbose: bool) -> No
     fedgfe-store generate --round 5
     """
     print_on_any_terminal()
-    given = ctx.get_parameter_source("store") is not click.core.ParameterSource.DEFAULT
-    ctx.obj = Context(store, store_given=given)
+    ctx.obj = Context(store)
     show_notes(ctx)
     be_verbose(ctx, ctx.command.params[0], verbose)
     if quiet:  # as if it stood behind the command
         ctx.default_map = {name: {"quiet": True} for name in _COMMANDS}
-
-
-class Context:
-    """What every command is given: where the store is, and whether the user named it."""
-
-    def __init__(self, store: Location, *, store_given: bool) -> None:
-        self.store, self.store_given = store, store_given
-
-    def name(self, store: Location) -> None:
-        """Take `store`, which was named behind the command."""
-        self.store, self.store_given = store, True
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedgfe_store.storage.engine import Verification
     from fedgfe_store.store import EmbeddingStore
 
-    from .main import Context
+    from .finding import Context
 
 DAMAGED = 3
 """Exit code when something is damaged."""

@@ -103,8 +103,7 @@ def test_the_store_may_be_named_behind_the_command(store, monkeypatch, tmp_path)
     assert before.exit_code == behind.exit_code == 0
     assert before.output == behind.output
     assert "server" in behind.output
-    # The one that is nearer to the word wins.
-    assert run("--store", "no.zarr", "query", "--store", store.path).exit_code == 0
+    assert run("--store", "no.zarr", "query", "--store", store.path).exit_code == 2
 
 
 def test_quiet_and_verbose_may_stand_before_the_command(store):
