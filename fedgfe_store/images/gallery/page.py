@@ -19,6 +19,8 @@ from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.records import RecordKey
 
 _EXACT_IN_BROWSERS = 2**53
+# One script in the page: its parts see one another's names, in the order in which they run.
+_SCRIPTS = ("facts", "search", "filters", "grid", "viewer", "compare", "main")
 
 
 def render_page(
@@ -43,7 +45,7 @@ def render_page(
     """
     content = page_data(images)
     content |= {"title": title, "pictures": image_url, "thumbnails": thumbnail_url}
-    script = _asset("page.js")
+    script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
         title=title,
@@ -139,5 +141,11 @@ def _exact(value: Any) -> Any:
     return str(value) if isinstance(value, float) and value - value != 0 else value
 
 
+def _script() -> str:
+    parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
+
+
 def _asset(name: str) -> str:
-    return files("fedgfe_store.images.gallery").joinpath(name).read_text(encoding="utf-8")
+    folder = files("fedgfe_store.images.gallery").joinpath("assets")
+    return folder.joinpath(name).read_text(encoding="utf-8")
