@@ -48,5 +48,5 @@ def _factor(vectors: NDArray[np.floating], mean: NDArray[np.float64]) -> NDArray
     rows = np.empty((0, width))
     for start in range(0, len(vectors), _BLOCK):
         centred = vectors[start : start + _BLOCK] - mean
-        rows = np.linalg.qr(np.concatenate([rows, centred]), mode="r")
+        rows = np.asarray(np.linalg.qr(np.concatenate([rows, centred]), mode="r"))
     return rows
