@@ -10,8 +10,11 @@ import click
 from .codes import SOME_FAILED
 from .options import (
     folder_option,
+    foreign_line,
     image_folder,
     outdated_line,
+    pattern_option,
+    picture_names,
     print_left_out,
     quiet_option,
     store_in_reach,
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from fedgfe_store.images.gallery import Points
     from fedgfe_store.store import EmbeddingStore
 
-    from .main import Context
+    from .finding import Context
 
 
 @click.command("gallery")
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="The page [gallery.html in the folder].",
 )
+@pattern_option
 @click.option(
     "--map",
     "method",
@@ -50,6 +54,7 @@ def command(
     /,
     input_dir: Path | None,
     output: Path | None,
+    patterns: tuple[str, ...],
     method: str | None,
     column: str | None,
     quiet: bool,
@@ -58,9 +63,10 @@ def command(
 
     The page is one file that works offline, with thumbnails in a folder beside it. Run again, it
     takes in what is new; only thumbnails that are missing or out of date are made. Pictures whose
-    record is deleted or has another embedding now are marked, where the store is in reach. With
-    --map there is a point for each, whose picture is shown when it is pointed at (pca and tsne need
-    the extra analysis, umap the extra map).
+    record is deleted or has another embedding now are marked, where the store is in reach, and so
+    are those of other programs, such as of FedGFE's training. With --map there is a point for each,
+    whose picture is shown when it is pointed at (pca and tsne need the extra analysis, umap the
+    extra map).
 
     \b
     fedgfe-store gallery
@@ -74,8 +80,8 @@ def command(
         raise click.UsageError("--column goes with --map")
     obj: Context = ctx.obj
     folder = input_dir or image_folder(obj.store)
-    store = store_in_reach(obj.store)
-    images = scan_images(folder)
+    store = store_in_reach(obj)
+    images = scan_images(folder, picture_names(patterns, store))
     points = None
     if method is not None:
         # Not `store`, which is none where it cannot be read.
@@ -88,6 +94,8 @@ def command(
     click.echo(f"{shown} in {gallery.page}, {nbytes}; {made} made")
     if points is not None:
         click.echo(f"map: {points.title}")
+    if gallery.foreign:
+        click.echo(foreign_line(gallery.foreign))
     if gallery.outdated:
         click.echo(outdated_line(gallery.outdated))
     if "damaged" in gallery.left_out.values():

@@ -21,7 +21,7 @@ from .progress import progress
 from .tables import print_data
 
 if TYPE_CHECKING:
-    from .main import Context
+    from .finding import Context
 
 _COLOURS = {"class": "class_name", "node": "node", "round": "round", "split": "split"}
 

@@ -90,7 +90,7 @@ def page_data(images: Iterable[ImageRecord], points: Points | None = None) -> di
         ``file``, ``index``, ``sample`` (see `sample_numbers`), ``image``, ``mark`` and each of
         ``own`` have one value for each image, latest round first; ``node``, ``round``,
         ``split``, ``class`` and ``shared`` a place in the lists of the same names under
-        ``values``. Without a mark on any image there is no ``mark``, and without a map no ``map``
+        ``values``. Without a remark on any image there is no ``mark``, and without a map no ``map``
         (see `Points.data`). Whole numbers that JavaScript would round are text.
     """
     keys = {"node": str, "round": int, "split": str, "class": str}
@@ -119,7 +119,7 @@ def page_data(images: Iterable[ImageRecord], points: Points | None = None) -> di
         "index": [_exact(p.key.index) for p in shown],
         "sample": [_exact(number) for number in samples],
         "image": [_exact(p.number) for p in shown],
-        **({"mark": [p.mark for p in shown]} if any(p.mark for p in shown) else {}),
+        **({"mark": [p.remark for p in shown]} if any(p.remark for p in shown) else {}),
         **({"map": points.data([p.key for p in shown])} if points is not None else {}),
         "own": {
             name: [_exact(facts.get(name)) for facts in own]
