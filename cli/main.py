@@ -45,6 +45,7 @@ _COMMANDS = {
     "merge": ("changes", "merge", "Bring other stores' records into one."),
     "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
     "quality": ("quality", "command", "Show how close embeddings are to a reference."),
+    "map": ("map", "command", "Lay records out so that those alike lie together."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
 }
