@@ -53,7 +53,7 @@ _COMMANDS = {
 _SECTIONS = {
     "Stores": "init import encode info query history",
     "Images": "generate sweep status slurm sheet gallery",
-    "Findings": "score fidelity stats quality",
+    "Findings": "score fidelity stats quality map",
     "Care": "export merge delete verify compact backup upgrade",
     "First steps and old scripts": "demo adopt",
 }
