@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
     from .main import Context
 
-AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
+AXES = KEYS | {
+    name: name for name in ("derived", "frame", "model", "steps", "guidance", "seed", "folder")
+}
 
 
 @click.command("sheet")
@@ -45,13 +47,13 @@ AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "fo
 @click.option(
     "--rows",
     type=KeyList(AXES),
-    default="class",
-    show_default=True,
-    help="What a row is: node, round, split, class, index, model, steps, guidance, seed, folder, "
-    "or several: class,index.",
+    help="What a row is: node, round, split, class, index, derived, model, steps, guidance, seed, "
+    "folder, or several: class,index [class; of walks derived].",
 )
 @click.option(
-    "--columns", type=KeyList(AXES), default="round", show_default=True, help="What a column is."
+    "--columns",
+    type=KeyList(AXES),
+    help="What a column is: one of these, or frame [round; of walks frame].",
 )
 @click.option(
     "--output",
@@ -64,7 +66,9 @@ AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "fo
     help="Width of a picture in pixels [128; with --animate 256].",
 )
 @click.option("--title", help="A line above the sheet [what its pictures have in common].")
-@click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
+@click.option(
+    "--animate", is_flag=True, help="One sample over the rounds, or a walk, as GIF or WebP."
+)
 @quiet_option
 @click.pass_obj
 def command(
@@ -72,15 +76,15 @@ def command(
     /,
     filters: Filters,
     input_dirs: tuple[Path, ...],
-    rows: list[str],
-    columns: list[str],
+    rows: list[str] | None,
+    columns: list[str] | None,
     output: Path | None,
     thumbnail: int | None,
     title: str | None,
     animate: bool,
     quiet: bool,
 ) -> None:
-    """Draw contact sheets of rendered images, or one sample over the rounds.
+    """Draw contact sheets of rendered images, or one sample over the rounds, or a walk.
 
     Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
     larger than 4096 pixels goes into several files. Pictures whose record is deleted or has another
@@ -92,6 +96,7 @@ def command(
     fedgfe-store sheet --input-dir sweep --rows steps --columns guidance --class dog
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
+    from fedgfe_store.derived_keys import WalkKey
     from fedgfe_store.images import sheet as sheets
     from fedgfe_store.images.arrange import arrange
 
@@ -101,10 +106,14 @@ def command(
         each for folder in input_dirs or [image_folder(obj.store)] for each in _scanned(folder)
     ]
     images = _selected(obj, scanned, filters)
+    walks = columns == ["frame"] or all(isinstance(image.key, WalkKey) for image in images)
+    rows = rows or (["derived"] if walks else ["class_name"])
+    columns = columns or (["frame"] if walks else ["round"])
     if animate:
-        shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
-        rounds = ", ".join(str(image.key.round) for image in shown)
-        click.echo(f"{output}: {shown[0].key.class_name}, rounds {rounds}")
+        over: Literal["round", "frame"] = "frame" if columns == ["frame"] else "round"
+        shown = sheets.animate(images, output, over=over, thumbnail=thumbnail or 256)
+        told = [str(image.frame if walks else image.key.shown("round")) for image in shown]
+        click.echo(f"{output}: {shown[0].key.shown('class_name')}, {over}s {', '.join(told)}")
         _tell_outdated(shown)
         return
     sheet = arrange(images, rows=rows, columns=columns)
