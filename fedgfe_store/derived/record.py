@@ -154,7 +154,7 @@ class Derived(ABC):
         DataFrame
             The key columns, None where sources differ in one; ``file_id``; ``sources``, the number
             of records that it is made of; ``derived``, what it is in words; and a
-            ``<tensor>_digest`` for each tensor column.
+            ``<tensor>_digest`` for each tensor column, 16 hex digits.
         """
         import pandas as pd
 
@@ -164,7 +164,8 @@ class Derived(ABC):
         }
         columns |= {"file_id": self.file_ids, "sources": self.counts}
         columns["derived"] = [str(key) for key in keys]
-        columns |= {f"{name}_digest": self.digests(name) for name in self.schema.columns}
+        for name in self.schema.columns:
+            columns[f"{name}_digest"] = [f"{d:016x}" for d in self.digests(name).tolist()]
         return pd.DataFrame(columns)
 
 

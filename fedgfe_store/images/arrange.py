@@ -69,7 +69,7 @@ class Sheet:
         facts = _facts(image, self.differing)
         rest = {name: value for name, value in facts.items() if name not in told}
         rest = {name: value for name, value in rest.items() if not _says_nothing(name, value)}
-        return ", ".join(filter(None, [label_of(rest.values(), rest), image.mark]))
+        return ", ".join(filter(None, [label_of(rest.values(), rest), image.remark]))
 
 
 def arrange(

@@ -213,7 +213,7 @@ def draw_frame(
     draw = ImageDraw.Draw(image)
     label.write(draw, (_GAP, _GAP), title, _INK)
     _paste(image, thumbnail, (_GAP, top), (size, size))
-    line_below = ", ".join(filter(None, [said, record.mark]))
+    line_below = ", ".join(filter(None, [said, record.remark]))
     label.write(draw, (_GAP, top + size + _GAP), line_below, _RED if record.mark else _INK)
     line = image.height - _GAP - 1
     draw.line((_GAP, line, _GAP + size - 1, line), _LINE, 3)

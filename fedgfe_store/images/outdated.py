@@ -60,7 +60,7 @@ class Records:
             ``"record deleted"`` or ``"embedding changed"``; empty where it shows a record as
             the store has it.
         """
-        if not self._comparable(image.shared):
+        if image.is_foreign or not self._comparable(image.shared):
             return ""
         made_from = image.own.get("digests")
         if not isinstance(image.key, RecordKey):

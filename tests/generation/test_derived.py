@@ -180,7 +180,7 @@ def test_images_of_derived_records_say_their_recipe(
         },
         "frame": 1,
     }
-    straight = {}
+    straight: dict[str, np.ndarray] = {}
     for column in ("t5", "clip"):
         ends = [numpys_mean(store, column, round=20, class_name=name) for name in ("dog", "cat")]
         straight[column] = np.mean(ends, axis=0, dtype=np.float64).astype(np.float32)

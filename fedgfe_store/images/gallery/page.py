@@ -20,6 +20,8 @@ from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.records import RecordKey
 
 _EXACT_IN_BROWSERS = 2**53
+# One script in the page: its parts see one another's names, in the order in which they run.
+_SCRIPTS = ("facts", "search", "filters", "grid", "viewer", "compare", "main")
 
 
 def render_page(
@@ -44,7 +46,7 @@ def render_page(
     """
     content = page_data(images)
     content |= {"title": title, "pictures": image_url, "thumbnails": thumbnail_url}
-    script = _asset("page.js")
+    script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
         title=title,
@@ -79,7 +81,7 @@ def page_data(images: Iterable[ImageRecord]) -> dict[str, Any]:
         ``file``, ``index``, ``sample`` (see `sample_numbers`), ``image``, ``mark`` and each of
         ``own`` have one value for each image, latest round first; ``node``, ``round``,
         ``split``, ``class`` and ``shared`` a place in the lists of the same names under
-        ``values``. Without a mark on any image there is no ``mark``. Whole numbers that
+        ``values``. Without a remark on any image there is no ``mark``. Whole numbers that
         JavaScript would round are text.
     """
     keys = {"node": str, "round": int, "split": str, "class": str}
@@ -110,7 +112,7 @@ def page_data(images: Iterable[ImageRecord]) -> dict[str, Any]:
         "index": [_exact(_place(p)) for p in shown],
         "sample": [_exact(number) for number in samples],
         "image": [_exact(p.number) for p in shown],
-        **({"mark": [p.mark for p in shown]} if any(p.mark for p in shown) else {}),
+        **({"mark": [p.remark for p in shown]} if any(p.remark for p in shown) else {}),
         "own": {
             name: [_exact(facts.get(name)) for facts in own]
             for name in dict.fromkeys(name for facts in own for name in facts)
@@ -158,5 +160,11 @@ def _exact(value: Any) -> Any:
     return str(value) if isinstance(value, float) and value - value != 0 else value
 
 
+def _script() -> str:
+    parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
+
+
 def _asset(name: str) -> str:
-    return files("fedgfe_store.images.gallery").joinpath(name).read_text(encoding="utf-8")
+    folder = files("fedgfe_store.images.gallery").joinpath("assets")
+    return folder.joinpath(name).read_text(encoding="utf-8")

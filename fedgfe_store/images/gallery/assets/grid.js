@@ -1,0 +1,105 @@
+/* Grid: only the rows in sight are in the document. */
+
+const cells = new Map();
+let columns = 1, cellWidth = CELL, rowHeight = CELL;
+
+function clearCells() {
+  $("cells").replaceChildren();
+  cells.clear();
+}
+
+function layout() {
+  const width = $("cells").clientWidth;
+  const least = partner ? 2 * CELL : CELL;
+  const before = [columns, cellWidth, rowHeight].join();
+  columns = Math.max(1, Math.floor((width + GAP) / (least + GAP)));
+  cellWidth = (width - GAP * (columns - 1)) / columns;
+  rowHeight = Math.round(partner ? (cellWidth - 2) / 2 : cellWidth) + CAPTION + GAP;
+  if (before !== [columns, cellWidth, rowHeight].join()) clearCells();
+  $("cells").style.height = `${Math.max(0, Math.ceil(items.length / columns) * rowHeight - GAP)}px`;
+  draw();
+}
+
+function draw() {
+  const grid = $("grid");
+  const first = Math.max(0, Math.floor(grid.scrollTop / rowHeight) - OVERSCAN) * columns;
+  const rows = Math.ceil(grid.clientHeight / rowHeight) + 2 * OVERSCAN;
+  const end = Math.min(items.length, first + rows * columns);
+  for (const [at, cell] of cells) {
+    if (at < first || at >= end) { cell.remove(); cells.delete(at); }
+  }
+  for (let at = first; at < end; at++) {
+    if (!cells.has(at)) {
+      const cell = makeCell(at);
+      cells.set(at, cell);
+      $("cells").append(cell);
+    }
+  }
+  markActive();
+}
+
+function badge(i) {
+  return markOf(i) ? [element("span", { className: "badge" }, markOf(i))] : [];
+}
+
+function thumbnail(i) {
+  const image = element("img", { loading: "lazy", decoding: "async", alt: "" });
+  image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth < 100));
+  image.src = thumbnailUrl(i);
+  return element("span", {}, image, ...badge(i));
+}
+
+function makeCell(at) {
+  const i = items[at];
+  const other = partner && partner.get(i);
+  const frames = element("div", { className: "frames" }, thumbnail(i));
+  const name = element("p", {}, value("class", i));
+  const where = partner ? sampleName(i) : `${sampleName(i)}, r${value("round", i)}`;
+  const cell = element("div", { className: "cell", id: `cell-${at}`, role: "option" }, frames, name,
+    element("p", {}, where));
+  if (partner) frames.append(thumbnail(other));
+  const shown = partner ? `rounds ${value("round", i)} and ${value("round", other)}` : roundName(i);
+  const marks = [i, other].filter((each) => each !== null).map(markOf).filter(Boolean);
+  const told = [shown, ...new Set(marks)];
+  cell.setAttribute("aria-label", `${value("class", i)}, ${sampleName(i)}, ${told.join(", ")}`);
+  cell.setAttribute("aria-setsize", items.length);
+  cell.setAttribute("aria-posinset", at + 1);
+  cell.title = `${value("class", i)}\n${sampleName(i)}\n${told.join("\n")}`;
+  cell.style.left = `${(at % columns) * (cellWidth + GAP)}px`;
+  cell.style.top = `${Math.floor(at / columns) * rowHeight}px`;
+  cell.style.width = `${cellWidth}px`;
+  cell.dataset.at = at;
+  return cell;
+}
+
+function markActive() {
+  for (const [at, cell] of cells) {
+    cell.classList.toggle("active", at === active);
+    cell.setAttribute("aria-selected", at === active);
+  }
+  if (cells.has(active)) $("grid").setAttribute("aria-activedescendant", `cell-${active}`);
+  else $("grid").removeAttribute("aria-activedescendant");
+}
+
+function activate(at) {
+  active = Math.max(0, Math.min(items.length - 1, at));
+  const grid = $("grid"), top = Math.floor(active / columns) * rowHeight;
+  const inset = parseFloat(getComputedStyle(grid).paddingTop);
+  if (top < grid.scrollTop) grid.scrollTop = top;
+  else if (top + rowHeight + inset > grid.scrollTop + grid.clientHeight) {
+    grid.scrollTop = top + rowHeight + inset - grid.clientHeight;
+  }
+  draw();
+}
+
+function gridKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const page = Math.max(1, Math.floor($("grid").clientHeight / rowHeight)) * columns;
+  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns,
+    PageUp: -page, PageDown: page, Home: -items.length, End: items.length };
+  if (event.key in steps) activate(active + steps[event.key]);
+  else if ((event.key === "Enter" || event.key === " ") && items.length) open(active);
+  else return;
+  $("grid").classList.add("keyed");
+  event.preventDefault();
+}
