@@ -183,7 +183,7 @@ def test_images_of_derived_records_say_their_recipe(
     straight: dict[str, np.ndarray] = {}
     for column in ("t5", "clip"):
         ends = [numpys_mean(store, column, round=20, class_name=name) for name in ("dog", "cat")]
-        straight[column] = np.mean(ends, axis=0, dtype=np.float64).astype(np.float32)
+        straight[column] = np.asarray(np.mean(ends, axis=0, dtype=np.float64), np.float32)
     drawn = colour(folder / image_name(frames.keys()[1]))
     assert drawn == checksum(straight["t5"], straight["clip"], seed_of(0, dog.keys()[0]))
 
