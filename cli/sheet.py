@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from .command import Command
 from .option_types import KEYS, KeyList
 from .options import (
     Filters,
@@ -39,7 +40,7 @@ AXES = KEYS | {
 }
 
 
-@click.command("sheet")
+@click.command("sheet", cls=Command)
 @filter_options
 @click.option(
     "--input-dir",

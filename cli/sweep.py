@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .codes import SOME_FAILED, STOPPED
+from .command import Command
 from .derived_options import Asked, derived_options
 from .generate import place, print_plan, print_result, remark, stopping
 from .option_types import NumberList, Numbers
@@ -24,7 +25,7 @@ from .request_options import request_options
 from .say import say
 
 
-@click.command("sweep")
+@click.command("sweep", cls=Command)
 @filter_options
 @derived_options
 @as_of_option
