@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .answer import answers
 from .codes import SOME_FAILED
+from .command import Command
 from .options import Filters, as_of_option, filter_options, quiet_option
 from .progress import progress
 from .tables import counted, print_table, size
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from .finding import Context
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
 @quiet_option
+@answers
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -45,6 +48,7 @@ def command(
     as_of: int | None,
     output_dir: Path,
     quiet: bool,
+    answer: dict[str, Any],
     **options: Any,
 ) -> None:
     """Write records as FedGFE .pt checkpoints, one file per node and round.
@@ -68,6 +72,7 @@ def command(
         files = export_checkpoints(
             selection, output_dir, on_file=lambda file: advance(1), **options
         )
+    answer.update(store=selection.location, commit=selection.commit, folder=output_dir, files=files)
     _show(files, output_dir)
     failed = sum(file.error is not None for file in files)
     if failed:

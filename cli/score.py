@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .measures import CLASSIFIED, classified, draw, grouping, print_measures
 from .option_types import KeyList
 from .options import (
@@ -18,8 +19,10 @@ from .options import (
     device_option,
     filter_options,
     folder_option,
+    foreign_line,
     format_option,
     own_device,
+    pattern_option,
     plot_option,
     print_left_out,
     quiet_option,
@@ -51,7 +54,7 @@ _TITLES = {
 }
 
 
-@click.command("score")
+@click.command("score", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -95,6 +98,7 @@ _TITLES = {
     show_default=True,
     help="Images per call of the model.",
 )
+@pattern_option
 @device_option
 @format_option("csv and json give one group per line.")
 @click.option(
@@ -118,6 +122,7 @@ def command(
     measure: str,
     by: list[str] | None,
     batch_size: int,
+    patterns: tuple[str, ...],
     device: str | None,
     form: str,
     output: Path | None,
@@ -146,7 +151,7 @@ def command(
     check_log(log, keys, measure)
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
-    found = selected_images(selection, input_dir or default_folder(selection))
+    found = selected_images(selection, input_dir or default_folder(selection), patterns=patterns)
     with progress(len(found.images), "pictures", quiet=quiet) as advance:
         scores = score_pictures(
             found,
@@ -158,6 +163,9 @@ def command(
             progress=advance,
         )
     print_left_out(scores.left_out)
+    foreign = sum(image.is_foreign for image in found.images)
+    if foreign:
+        click.echo(foreign_line(foreign), err=True)
     if len(scores.prompts) < 2:
         (only,) = scores.prompts
         click.echo(

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .command import Command
 from .option_types import KEYS, KeyList
 from .options import (
     Filters,
     filter_options,
+    foreign_line,
     image_folder,
     outdated_line,
+    pattern_option,
+    picture_names,
     quiet_option,
     store_in_reach,
 )
@@ -27,14 +31,16 @@ if TYPE_CHECKING:
     from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.arrange import Sheet
     from fedgfe_store.images.folder import ImageFolder
+    from fedgfe_store.images.foreign import PictureNames
     from fedgfe_store.images.record import ImageRecord
+    from fedgfe_store.store import EmbeddingStore
 
     from .finding import Context
 
 AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
 
 
-@click.command("sheet")
+@click.command("sheet", cls=Command)
 @filter_options
 @click.option(
     "--input-dir",
@@ -68,6 +74,7 @@ AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "fo
 @click.option("--title", help="A line above the sheet [what its pictures have in common].")
 @click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
 @log_option
+@pattern_option
 @quiet_option
 @click.pass_obj
 def command(
@@ -82,13 +89,15 @@ def command(
     title: str | None,
     animate: bool,
     log: Tracker | None,
+    patterns: tuple[str, ...],
     quiet: bool,
 ) -> None:
     """Draw contact sheets of rendered images, or one sample over the rounds.
 
     Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
     larger than 4096 pixels goes into several files. Pictures whose record is deleted or has another
-    embedding now are marked, where the store is in reach.
+    embedding now are marked, where the store is in reach, and so are those of other programs,
+    such as of FedGFE's training.
 
     \b
     fedgfe-store sheet --node server --split test
@@ -103,10 +112,11 @@ def command(
     if log is not None:
         _check_log(log, output, animate=animate)
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
-    scanned = [
-        each for folder in input_dirs or [image_folder(obj.store)] for each in _scanned(folder)
-    ]
-    images = _selected(obj, scanned, filters)
+    store = store_in_reach(obj)
+    names = picture_names(patterns, store)
+    folders = input_dirs or [image_folder(obj.store)]
+    scanned = [each for folder in folders for each in _scanned(folder, names)]
+    images = _selected(obj, store, scanned, filters)
     if animate:
         shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
         rounds = ", ".join(str(image.key.round) for image in shown)
@@ -142,32 +152,40 @@ def _check_log(log: Tracker, output: Path, *, animate: bool) -> None:
 
 
 def _tell_outdated(images: Iterable[ImageRecord]) -> None:
-    marks = Counter(image.mark for image in images if image.mark)
+    shown = list(images)
+    foreign = sum(image.is_foreign for image in shown)
+    if foreign:
+        click.echo(foreign_line(foreign))
+    marks = Counter(image.mark for image in shown if image.mark)
     if marks:
         click.echo(outdated_line(marks))
 
 
-def _scanned(folder: Path) -> list[ImageFolder]:
+def _scanned(folder: Path, names: PictureNames) -> list[ImageFolder]:
     """List a folder, or those inside it where it holds no image itself, as that of a sweep."""
     from fedgfe_store.common.words import numbers_first
     from fedgfe_store.images.folder import ImageFolder
 
-    found = ImageFolder.scan(folder)
+    found = ImageFolder.scan(folder, others=names)
     if found.names or not folder.is_dir():
         return [found]
-    inner = [ImageFolder.scan(each) for each in folder.iterdir() if each.is_dir()]
+    inner = [ImageFolder.scan(each, others=names) for each in folder.iterdir() if each.is_dir()]
     held = [each for each in inner if each.names]
     return sorted(held, key=lambda each: numbers_first(each.path.name)) or [found]
 
 
-def _selected(obj: Context, scanned: Sequence[ImageFolder], filters: Filters) -> list[ImageRecord]:
+def _selected(
+    obj: Context,
+    store: EmbeddingStore | None,
+    scanned: Sequence[ImageFolder],
+    filters: Filters,
+) -> list[ImageRecord]:
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.common.lookup import said
     from fedgfe_store.errors import NotFoundError
     from fedgfe_store.images.folder import key_values
     from fedgfe_store.records import KEY_COLUMNS
 
-    store = store_in_reach(obj)
     if not filters:
         return [image for folder in scanned for image in folder.select(store=store)]
     known = [image for folder in scanned for image in folder.select()]

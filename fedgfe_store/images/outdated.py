@@ -54,7 +54,7 @@ class Records:
             ``"record deleted"`` or ``"embedding changed"``; empty where it shows a record as
             the store has it.
         """
-        if not self._comparable(image.shared):
+        if image.is_foreign or not self._comparable(image.shared):
             return ""
         own = self._digests.get(image.key)
         if own is None:

@@ -12,7 +12,9 @@ from urllib.parse import quote
 
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.images.folder import ImageFolder, side_by_side
+from fedgfe_store.images.foreign import PictureNames
 from fedgfe_store.images.gallery.page import render_page
+from fedgfe_store.images.gallery.points import Points
 from fedgfe_store.images.gallery.thumbnails import thumbnail_name, update_thumbnail
 from fedgfe_store.images.outdated import marked
 from fedgfe_store.images.png import UNREADABLE
@@ -44,6 +46,8 @@ class Gallery:
         Why a file is not shown, by its name.
     outdated : mapping
         Number of images that are marked, by what the mark says.
+    foreign : int
+        Images of other programs.
     """
 
     page: Path
@@ -52,15 +56,18 @@ class Gallery:
     made: int
     left_out: Mapping[str, str]
     outdated: Mapping[str, int]
+    foreign: int = 0
 
 
-def scan_images(folder: Path) -> ImageFolder:
+def scan_images(folder: Path, others: PictureNames | None = None) -> ImageFolder:
     """List a folder that a gallery is to be made of.
 
     Parameters
     ----------
     folder : Path
         Folder of the images.
+    others : PictureNames, optional
+        How other programs name their images, by default as FedGFE does.
 
     Raises
     ------
@@ -69,7 +76,7 @@ def scan_images(folder: Path) -> ImageFolder:
     """
     if not folder.is_dir():
         raise NotFoundError(f"no folder of pictures at {folder}")
-    images = ImageFolder.scan(folder)
+    images = ImageFolder.scan(folder, others=others)
     if not images.names:
         raise NotFoundError(f"no pictures in {folder}: expected PNG files that generate made")
     return images
@@ -80,12 +87,13 @@ def make_gallery(
     output: Path | None = None,
     *,
     store: EmbeddingStore | None = None,
+    points: Points | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Gallery:
     """Make one static page of a folder's images; it works from the disk, without a network.
 
     Facts come from the folder's manifests and, where those say nothing of an image, from the
-    image itself.
+    image itself; of images of other programs, their names.
 
     Parameters
     ----------
@@ -96,6 +104,8 @@ def make_gallery(
         ``thumbnails`` where it is in the folder, else in a folder named after the page.
     store : EmbeddingStore, optional
         Mark the images of its records that are out of date.
+    points : Points, optional
+        Show the images on this map, too.
     progress : callable, optional
         Called with 1 for each file that is looked at.
 
@@ -133,11 +143,13 @@ def make_gallery(
         title=os.fsencode(folder.resolve().name).decode("utf-8", "replace"),
         image_url=_folder_url(folder, page.parent),
         thumbnail_url=_folder_url(thumbnails, page.parent),
+        points=points,
     )
     write_file(page, text.encode("utf-8"))
     marks = Counter(record.mark for record in records if record.mark)
     made = sum(was_made for _, was_made in shown)
-    return Gallery(page, thumbnails, len(shown), made, left_out, marks)
+    foreign = sum(record.is_foreign for record in records)
+    return Gallery(page, thumbnails, len(shown), made, left_out, marks, foreign)
 
 
 class _Preparing:

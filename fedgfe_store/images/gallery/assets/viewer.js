@@ -24,7 +24,7 @@ function facts(i) {
   put("Record", "index", data.index[i]);
   put("Record", "image", data.image[i]);
   put("Picture", "file", fileName(i));
-  put("Picture", "out of date", markOf(i));
+  put("Picture", markOf(i) === "of another program" ? "made" : "out of date", markOf(i));
   for (const [name, column] of Object.entries(data.own)) {
     const as = SHOWN_AS[name], text = column[i];
     const shown = as && text !== null ? as(String(text)) : text;
