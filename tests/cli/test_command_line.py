@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import SMALL, fill
 
 from fedgfe_store import EmbeddingStore
-from fedgfe_store.cli.command import in_options
+from fedgfe_store.cli.command import Command, in_options
 from fedgfe_store.cli.main import _COMMANDS, _SECTIONS, group
 from fedgfe_store.images.png import write_png
 from fedgfe_store.names import image_name, key_json
@@ -50,6 +50,10 @@ def test_every_command_stands_once_in_the_help_of_the_program():
     assert sorted(listed) == sorted(_COMMANDS)
     said = run("--help").output
     assert all(f"\n  {name} " in said for name in listed)
+
+
+def test_every_command_is_of_the_kind_that_shares_options():
+    assert {type(command(name)) for name in _COMMANDS} == {Command}
 
 
 @pytest.mark.parametrize("name", _COMMANDS)
@@ -89,6 +93,7 @@ def test_a_misspelt_value_names_the_nearest_in_every_command_with_filters(name, 
         "export": ["--output-dir", tmp_path / "out"],
         "sweep": ["--steps", "1,2"],
         "sheet": ["--input-dir", tmp_path],
+        "map": ["--method", "pca", "--format", "csv"],
     }
     result = run("--store", store.path, name, *needed.get(name, []), "--class", "dgo")
     assert result.exit_code == 1, result.output
