@@ -128,7 +128,9 @@ def command(
     if animate:
         over: Literal["round", "frame"] = "frame" if columns == ["frame"] else "round"
         shown = sheets.animate(images, output, over=over, thumbnail=thumbnail or 256)
-        told = [str(image.frame if walks else image.key.shown("round")) for image in shown]
+        told = [
+            str(image.frame if over == "frame" else image.key.shown("round")) for image in shown
+        ]
         click.echo(f"{output}: {shown[0].key.shown('class_name')}, {over}s {', '.join(told)}")
         _tell_outdated(shown)
         return
@@ -145,7 +147,8 @@ def command(
     for line in _told(sheet, len(images), files):
         click.echo(line)
     if log is not None:
-        log_sheet(log, files, max(image.key.round for image in sheet.cells.values()))
+        rounds = (image.key.value("round") for image in sheet.cells.values())
+        log_sheet(log, files, max((n for n in rounds if isinstance(n, int)), default=0))
     _tell_outdated(sheet.cells.values())
 
 
