@@ -109,6 +109,33 @@ class Selection(Rows):
         kept: np.ndarray = rows[np.sort(groups.head(n).index.to_numpy())]
         return kept
 
+    def where(self, condition: str) -> Self:
+        """Return the records that meet a condition in SQL, of the columns of `records`.
+
+        Parameters
+        ----------
+        condition : str
+            What would stand behind ``WHERE`` in DuckDB: ``"round % 5 = 0 AND audio_path LIKE
+            '%.wav'"``. Names of nodes are text. ``timestamp`` is in UTC, and `extra` NULL where it
+            is empty: ``(extra->>'$.label') = 'x'``. The table ``records`` is these records, for a
+            subquery; files, network and variables are out of reach.
+
+        Returns
+        -------
+        Selection
+            Those records, in their order. What is known of all of them is read, no tensor.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If it is no condition of these columns; says what DuckDB does.
+        NotFoundError
+            If DuckDB is not installed (extra ``sql``).
+        """
+        from fedgfe_store.readers.sql import positions
+
+        return self.take(positions(self, condition))
+
     def by_node_and_round(self) -> dict[tuple[str, int], np.ndarray]:
         """Return the positions of the records, int64 ``[n]``, of each node and round."""
         import pandas as pd
