@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +23,8 @@ _SHUT = {
     "autoload_known_extensions": "false",
     "lock_configuration": "true",
 }
+# Besides the error what it takes to be meant; of functions it would list every one.
+_MOST_LINES = 2
 _POSITION = "position_among_records"
 
 
@@ -53,5 +55,6 @@ def _plain(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _said(error: Exception) -> str:
     """Return what DuckDB says in one line, without the condition that it repeats."""
-    lines: list[Any] = str(error).partition("\nLINE ")[0].splitlines()
-    return "; ".join(line.strip() for line in lines if line.strip())
+    lines = str(error).partition("\nLINE ")[0].splitlines()
+    told = [line.strip() for line in lines if line.strip()]
+    return "; ".join(told[:_MOST_LINES])
