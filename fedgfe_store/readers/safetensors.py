@@ -88,9 +88,9 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _bytes(values: np.ndarray, kind: str) -> memoryview:
+def _bytes(values: np.ndarray, kind: str) -> Any:
     if kind == "BF16":
         # What is rounded already has nothing in its lower half.
         values = values.view(np.uint32) >> 16
         values = values.astype("<u2")
-    return memoryview(np.ascontiguousarray(values)).cast("B")
+    return np.ascontiguousarray(values).data
