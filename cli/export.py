@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .answer import answers
 from .codes import SOME_FAILED
+from .command import Command
 from .options import Filters, as_of_option, filter_options, quiet_option
 from .progress import progress
 from .tables import counted, print_table, size
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 _NAMED: dict[str, list[str] | None] = {"all": None, "none": []}
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -32,8 +34,8 @@ _NAMED: dict[str, list[str] | None] = {"all": None, "none": []}
     help="Folder of the files.",
 )
 @click.option(
-    "--format",
-    "form",
+    "--to",
+    "kind",
     type=click.Choice(["pt", "parquet", "safetensors"]),
     default="pt",
     show_default=True,
@@ -54,6 +56,7 @@ _NAMED: dict[str, list[str] | None] = {"all": None, "none": []}
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
 @quiet_option
+@answers
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -61,11 +64,12 @@ def command(
     filters: Filters,
     as_of: int | None,
     output_dir: Path,
-    form: str,
+    kind: str,
     tensors: str | None,
     layout: Layout | None,
     overwrite: bool,
     quiet: bool,
+    answer: dict[str, Any],
 ) -> None:
     """Write records as .pt checkpoints, Parquet or safetensors, a file for each node and round.
 
@@ -76,30 +80,31 @@ def command(
     \b
     fedgfe-store export --round 5 --output-dir checkpoints/round_5
     fedgfe-store export --node server --layout upstream --output-dir checkpoints/server
-    fedgfe-store export --format parquet --tensors clip --output-dir parquet
+    fedgfe-store export --to parquet --tensors clip --output-dir parquet
 
     Exit code: 0 all files written, 3 some failed, 1 all failed.
     """
     from fedgfe_store import EmbeddingStore
 
-    if form == "pt" and tensors is not None:
-        raise click.UsageError("--tensors is of --format parquet and safetensors")
-    if form != "pt" and layout is not None:
-        raise click.UsageError("--layout is of --format pt")
+    if kind == "pt" and tensors is not None:
+        raise click.UsageError("--tensors is of --to parquet and safetensors")
+    if kind != "pt" and layout is not None:
+        raise click.UsageError("--layout is of --to pt")
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     count = len(selection.by_node_and_round())
     with progress(count, "files", quiet=quiet) as advance:
         options: Any = {"overwrite": overwrite, "on_file": lambda file: advance(1)}
-        if form == "pt":
+        if kind == "pt":
             from fedgfe_store.checkpoints import export_checkpoints
 
             files = export_checkpoints(selection, output_dir, layout=layout or "guide", **options)
         else:
-            names = tensors or ("all" if form == "safetensors" else "none")
+            names = tensors or ("all" if kind == "safetensors" else "none")
             options["tensors"] = _NAMED.get(names, [name.strip() for name in names.split(",")])
-            write = selection.to_parquet if form == "parquet" else selection.to_safetensors
+            write = selection.to_parquet if kind == "parquet" else selection.to_safetensors
             files = write(output_dir, **options)
+    answer.update(store=selection.location, commit=selection.commit, folder=output_dir, files=files)
     _show(files, output_dir)
     failed = sum(file.error is not None for file in files)
     if failed:

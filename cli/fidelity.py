@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .option_types import KeyList, KeyValue
 from .options import (
     Filters,
@@ -39,7 +40,7 @@ _TITLES = {
 }
 
 
-@click.command("fidelity")
+@click.command("fidelity", cls=Command)
 @filter_options
 @as_of_option
 @click.option(

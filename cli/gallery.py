@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .options import (
     folder_option,
     foreign_line,
@@ -23,10 +24,14 @@ from .progress import progress
 from .tables import counted, size
 
 if TYPE_CHECKING:
+    from fedgfe_store.images.folder import ImageFolder
+    from fedgfe_store.images.gallery import Points
+    from fedgfe_store.store import EmbeddingStore
+
     from .finding import Context
 
 
-@click.command("gallery")
+@click.command("gallery", cls=Command)
 @folder_option("input")
 @click.option(
     "--output",
@@ -34,6 +39,15 @@ if TYPE_CHECKING:
     help="The page [gallery.html in the folder].",
 )
 @pattern_option
+@click.option(
+    "--map",
+    "method",
+    type=click.Choice(["pca", "umap", "tsne"]),
+    help="Show the pictures on a map of their embeddings, too; needs the store.",
+)
+@click.option(
+    "--column", help="With --map: tensor column [the first of embeddings: t5; clip for sd]."
+)
 @quiet_option
 @click.pass_context
 def command(
@@ -42,6 +56,8 @@ def command(
     input_dir: Path | None,
     output: Path | None,
     patterns: tuple[str, ...],
+    method: str | None,
+    column: str | None,
     quiet: bool,
 ) -> None:
     """Make a page to look through the images: filters, provenance, rounds side by side.
@@ -49,27 +65,57 @@ def command(
     The page is one file that works offline, with thumbnails in a folder beside it. Run again, it
     takes in what is new; only thumbnails that are missing or out of date are made. Pictures whose
     record is deleted or has another embedding now are marked, where the store is in reach, and so
-    are those of other programs, such as of FedGFE's training.
+    are those of other programs, such as of FedGFE's training. With --map there is a point for each,
+    whose picture is shown when it is pointed at (pca and tsne need the extra analysis, umap the
+    extra map).
 
     \b
     fedgfe-store gallery
     fedgfe-store gallery --input-dir output_images/another --output another.html
+    fedgfe-store gallery --map umap --column clip
     """
+    from fedgfe_store import EmbeddingStore
     from fedgfe_store.images.gallery import make_gallery, scan_images
 
+    if column is not None and method is None:
+        raise click.UsageError("--column goes with --map")
     obj: Context = ctx.obj
     folder = input_dir or image_folder(obj.store)
     store = store_in_reach(obj)
     images = scan_images(folder, picture_names(patterns, store))
+    points = None
+    if method is not None:
+        # Not `store`, which is none where it cannot be read.
+        points = _points(images, EmbeddingStore.open(obj.store), method, column, quiet=quiet)
     with progress(len(images.names), "pictures", quiet=quiet) as advance:
-        gallery = make_gallery(images, output, store=store, progress=advance)
+        gallery = make_gallery(images, output, store=store, points=points, progress=advance)
     print_left_out(gallery.left_out)
     shown, nbytes = counted(gallery.pictures, "picture"), size(gallery.page.stat().st_size)
     made = counted(gallery.made, "thumbnail")
     click.echo(f"{shown} in {gallery.page}, {nbytes}; {made} made")
+    if points is not None:
+        click.echo(f"map: {points.title}")
     if gallery.foreign:
         click.echo(foreign_line(gallery.foreign))
     if gallery.outdated:
         click.echo(outdated_line(gallery.outdated))
     if "damaged" in gallery.left_out.values():
         ctx.exit(SOME_FAILED)
+
+
+def _points(
+    images: ImageFolder, store: EmbeddingStore, method: str, column: str | None, *, quiet: bool
+) -> Points:
+    """Lay out the records that have a picture."""
+    from fedgfe_store.analysis.maps import MOST, map_records
+    from fedgfe_store.images.gallery import Points
+    from fedgfe_store.images.record import ImageRecord
+    from fedgfe_store.records import RecordKey
+
+    pictured = {each.key for each in images.records.values() if isinstance(each, ImageRecord)}
+    selection = store.select()
+    selection = selection.take([n for n, key in enumerate(selection.keys()) if key in pictured])
+    with progress(2 * min(len(selection), MOST), "records", quiet=quiet) as advance:
+        found = map_records(selection, method, column=column, progress=advance)
+    rows = found.frame.itertuples(index=False, name=None)
+    return Points(found.title, {RecordKey(*row[:-2]): row[-2:] for row in rows})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .command import Command
 from .measures import CLASSIFIED, classified, draw, grouping, print_measures
 from .option_types import KeyList, KeyValue
 from .options import (
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _FORMS = {"cosine": "{:.4f}", "mse": "{:.4g}", "frechet": "{:.4g}", "diversity": "{:.4f}"}
 
 
-@click.command("quality")
+@click.command("quality", cls=Command)
 @filter_options
 @as_of_option
 @click.option(

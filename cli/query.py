@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .command import Command
 from .options import Filters, as_of_option, filter_options, format_option
 from .tables import counted, print_data, print_table
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_filename")
 
 
-@click.command("query")
+@click.command("query", cls=Command)
 @filter_options
 @as_of_option
 @format_option("json gives one record per line; json and csv have every column.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .measures import CLASSIFIED, classified, draw, grouping, print_measures
 from .option_types import KeyList
 from .options import (
@@ -51,7 +52,7 @@ _TITLES = {
 }
 
 
-@click.command("score")
+@click.command("score", cls=Command)
 @filter_options
 @as_of_option
 @click.option(

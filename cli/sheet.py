@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .command import Command
 from .option_types import KEYS, KeyList
 from .options import (
     Filters,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
 
 
-@click.command("sheet")
+@click.command("sheet", cls=Command)
 @filter_options
 @click.option(
     "--input-dir",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .command import Command
 from .option_types import KeyList
 from .options import (
     Filters,
@@ -43,7 +44,7 @@ _DIGITS = {"drift": 5, "to_server": 5}
 _SMALLEST, _LARGEST = -5, 8
 
 
-@click.command("stats")
+@click.command("stats", cls=Command)
 @filter_options
 @as_of_option
 @click.option(

@@ -11,7 +11,6 @@ from PIL import Image
 
 from fedgfe_store.common.words import names
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.images import classification
 from fedgfe_store.images.folder import ImageFolder, side_by_side
 from fedgfe_store.images.foreign import BLANK, PictureNames
 from fedgfe_store.images.record import ImageRecord
@@ -105,18 +104,6 @@ class Scores:
         if len(self.prompts) < 2:
             table["agreement"] = float("nan")
         return table.sort_values(list(by), key=natural_rank, ignore_index=True)
-
-    def averages(self, by: Sequence[str] = ()) -> pd.DataFrame:
-        """Measure each group over its classes, see `classification.averages`."""
-        return classification.averages(self.frame, by)
-
-    def by_class(self, by: Sequence[str] = ()) -> pd.DataFrame:
-        """Measure each class of each group, see `classification.by_class`."""
-        return classification.by_class(self.frame, by)
-
-    def confusion(self, by: Sequence[str] = ()) -> pd.DataFrame:
-        """Count which class was found in images of which, see `classification.confusion`."""
-        return classification.confusion(self.frame, by)
 
 
 def selected_images(selection: Selection, folder: Path, *, patterns: Iterable[str] = ()) -> Found:

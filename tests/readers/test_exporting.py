@@ -195,19 +195,19 @@ def test_the_command_writes_them(store, tmp_path):
         ]
         return CliRunner().invoke(group, [*command, *arguments])
 
-    told = run("--format", "parquet", "--tensors", "clip")
+    told = run("--to", "parquet", "--tensors", "clip")
     assert told.exit_code == 0, told.output
     assert "2 files" in told.stdout
     table = pq.read_table(tmp_path / "out" / "server_embeddings_r1.parquet")
     assert "clip" in table.column_names
     assert "t5" not in table.column_names
-    assert run("--format", "safetensors", "--node", "0").exit_code == 0
+    assert run("--to", "safetensors", "--node", "0").exit_code == 0
     tensors = safetensors.torch.load_file(tmp_path / "out" / "node_0_embeddings_r1.safetensors")
     assert {name: tuple(t.shape[1:]) for name, t in tensors.items()} == SMALL.columns
     for wrong, words in (
-        (["--tensors", "clip"], "--tensors is of --format parquet"),
-        (["--format", "parquet", "--layout", "guide"], "--layout is of --format pt"),
-        (["--format", "parquet", "--tensors", "t6"], "expected one of t5, clip, got 't6'"),
+        (["--tensors", "clip"], "--tensors is of --to parquet"),
+        (["--to", "parquet", "--layout", "guide"], "--layout is of --to pt"),
+        (["--to", "parquet", "--tensors", "t6"], "expected one of t5, clip, got 't6'"),
     ):
         told = run(*wrong)
         assert told.exit_code in (1, 2)

@@ -14,6 +14,7 @@ from fedgfe_store.errors import NotFoundError
 from fedgfe_store.images.folder import ImageFolder, side_by_side
 from fedgfe_store.images.foreign import PictureNames
 from fedgfe_store.images.gallery.page import render_page
+from fedgfe_store.images.gallery.points import Points
 from fedgfe_store.images.gallery.thumbnails import thumbnail_name, update_thumbnail
 from fedgfe_store.images.outdated import marked
 from fedgfe_store.images.png import UNREADABLE
@@ -86,6 +87,7 @@ def make_gallery(
     output: Path | None = None,
     *,
     store: EmbeddingStore | None = None,
+    points: Points | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Gallery:
     """Make one static page of a folder's images; it works from the disk, without a network.
@@ -102,6 +104,8 @@ def make_gallery(
         ``thumbnails`` where it is in the folder, else in a folder named after the page.
     store : EmbeddingStore, optional
         Mark the images of its records that are out of date.
+    points : Points, optional
+        Show the images on this map, too.
     progress : callable, optional
         Called with 1 for each file that is looked at.
 
@@ -139,6 +143,7 @@ def make_gallery(
         title=os.fsencode(folder.resolve().name).decode("utf-8", "replace"),
         image_url=_folder_url(folder, page.parent),
         thumbnail_url=_folder_url(thumbnails, page.parent),
+        points=points,
     )
     write_file(page, text.encode("utf-8"))
     marks = Counter(record.mark for record in records if record.mark)

@@ -14,17 +14,23 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined, Template
 
 from fedgfe_store.common.words import numbers_first
+from fedgfe_store.images.gallery.points import Points
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.records import RecordKey
 
 _EXACT_IN_BROWSERS = 2**53
 # One script in the page: its parts see one another's names, in the order in which they run.
-_SCRIPTS = ("facts", "search", "filters", "grid", "viewer", "compare", "main")
+_SCRIPTS = ("facts", "search", "filters", "grid", "viewer", "compare", "map", "main")
 
 
 def render_page(
-    images: Sequence[ImageRecord], *, title: str, image_url: str, thumbnail_url: str
+    images: Sequence[ImageRecord],
+    *,
+    title: str,
+    image_url: str,
+    thumbnail_url: str,
+    points: Points | None = None,
 ) -> str:
     """Write the page of some images.
 
@@ -37,19 +43,21 @@ def render_page(
     image_url, thumbnail_url : str
         What stands before the images' and the thumbnails' names: empty, or a folder that ends
         with ``/``.
+    points : Points, optional
+        A map to show the images on, too.
 
     Returns
     -------
     str
         HTML that needs nothing but the images and the thumbnails.
     """
-    content = page_data(images)
+    content = page_data(images, points)
     content |= {"title": title, "pictures": image_url, "thumbnails": thumbnail_url}
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
         title=title,
-        style=_asset("page.css"),
+        style=_asset("page.css") + _asset("map.css"),
         script=script,
         script_hash=f"sha256-{digest}",
         data=content,
@@ -66,13 +74,15 @@ def _template() -> Template:
     return environment.from_string(_asset("page.html"))
 
 
-def page_data(images: Iterable[ImageRecord]) -> dict[str, Any]:
+def page_data(images: Iterable[ImageRecord], points: Points | None = None) -> dict[str, Any]:
     """Give the facts of images by columns, what they share only once.
 
     Parameters
     ----------
     images : iterable of ImageRecord
         In any order.
+    points : Points, optional
+        A map to show them on.
 
     Returns
     -------
@@ -80,8 +90,8 @@ def page_data(images: Iterable[ImageRecord]) -> dict[str, Any]:
         ``file``, ``index``, ``sample`` (see `sample_numbers`), ``image``, ``mark`` and each of
         ``own`` have one value for each image, latest round first; ``node``, ``round``,
         ``split``, ``class`` and ``shared`` a place in the lists of the same names under
-        ``values``. Without a remark on any image there is no ``mark``. Whole numbers that
-        JavaScript would round are text.
+        ``values``. Without a remark on any image there is no ``mark``, and without a map no ``map``
+        (see `Points.data`). Whole numbers that JavaScript would round are text.
     """
     keys = {"node": str, "round": int, "split": str, "class": str}
     shown = sorted(images, key=_order)
@@ -110,6 +120,7 @@ def page_data(images: Iterable[ImageRecord]) -> dict[str, Any]:
         "sample": [_exact(number) for number in samples],
         "image": [_exact(p.number) for p in shown],
         **({"mark": [p.remark for p in shown]} if any(p.remark for p in shown) else {}),
+        **({"map": points.data([p.key for p in shown])} if points is not None else {}),
         "own": {
             name: [_exact(facts.get(name)) for facts in own]
             for name in dict.fromkeys(name for facts in own for name in facts)

@@ -21,6 +21,7 @@ function refresh() {
   $("grid").scrollTop = 0;
   clearCells();
   layout();
+  if (map) map.update();
 }
 
 function showCounts(counts) {
@@ -48,7 +49,7 @@ function clearFilters() {
   $("search").value = "";
   search();
   refresh();
-  $("grid").focus();
+  pictures().focus();
 }
 
 function buildFilters() {
@@ -73,7 +74,7 @@ function buildFilters() {
   }
   const keys = element("dl", { className: "keys", "aria-label": "Keys" });
   for (const [key, use] of [["/", "search"], ["← ↑ ↓ →", "move"], ["Enter", "open"],
-    ["C", "compare rounds"], ["Esc", "close, clear the search"]]) {
+    ["C", "compare rounds"], ...(map ? [["M", "map"]] : []), ["Esc", "close, clear the search"]]) {
     keys.append(element("dt", {}, key), element("dd", {}, use));
   }
   side.append(keys);

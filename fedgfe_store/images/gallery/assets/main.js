@@ -7,12 +7,13 @@ function pageKey(event) {
     $("search").focus();
     $("search").select();
   } else if (event.key.toLowerCase() === "c" && !typing && !$("compare").disabled) $("compare").click();
+  else if (event.key.toLowerCase() === "m" && !typing && map) map.toggle.click();
   else if (event.key === "Escape" && event.target === $("search")) {
     $("search").value = "";
     search();
     refresh();
-    $("grid").focus();
-  } else if (event.key === "Enter" && event.target === $("search")) $("grid").focus();
+    pictures().focus();
+  } else if (event.key === "Enter" && event.target === $("search")) pictures().focus();
   else return;
   event.preventDefault();
 }
@@ -40,7 +41,7 @@ $("viewer").addEventListener("keydown", viewerKey);
 $("viewer").addEventListener("close", () => {
   $("stage").replaceChildren();
   // The event comes a little later: whoever pressed "/" meanwhile is in the search already.
-  if (document.activeElement !== $("search")) $("grid").focus();
+  if (document.activeElement !== $("search")) pictures().focus();
 });
 $("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
 $("previous").addEventListener("click", () => show(active - 1));
@@ -49,4 +50,4 @@ $("close").addEventListener("click", () => $("viewer").close());
 document.addEventListener("keydown", pageKey);
 new ResizeObserver(layout).observe($("grid"));
 refresh();
-$("grid").focus({ focusVisible: false });
+pictures().focus({ focusVisible: false });
