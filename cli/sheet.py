@@ -25,8 +25,10 @@ from .options import (
 )
 from .progress import progress
 from .tables import counted
+from .tracking import log_option, log_sheet
 
 if TYPE_CHECKING:
+    from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.arrange import Sheet
     from fedgfe_store.images.folder import ImageFolder
     from fedgfe_store.images.foreign import PictureNames
@@ -71,6 +73,7 @@ AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "fo
 )
 @click.option("--title", help="A line above the sheet [what its pictures have in common].")
 @click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
+@log_option
 @pattern_option
 @quiet_option
 @click.pass_obj
@@ -85,6 +88,7 @@ def command(
     thumbnail: int | None,
     title: str | None,
     animate: bool,
+    log: Tracker | None,
     patterns: tuple[str, ...],
     quiet: bool,
 ) -> None:
@@ -105,6 +109,8 @@ def command(
     from fedgfe_store.images.arrange import arrange
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
+    if log is not None:
+        _check_log(log, output, animate=animate)
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
     store = store_in_reach(obj)
     names = picture_names(patterns, store)
@@ -129,7 +135,20 @@ def command(
         )
     for line in _told(sheet, len(images), files):
         click.echo(line)
+    if log is not None:
+        log_sheet(log, files, max(image.key.round for image in sheet.cells.values()))
     _tell_outdated(sheet.cells.values())
+
+
+def _check_log(log: Tracker, output: Path, *, animate: bool) -> None:
+    """Refuse what a tracker could not show."""
+    if animate:
+        raise click.UsageError("--log takes sheets, not animations")
+    if output.suffix.lower() == ".pdf":
+        raise click.UsageError(
+            f"--log takes pictures: expected an --output such as sheet.png, got {output}"
+        )
+    log.check()
 
 
 def _tell_outdated(images: Iterable[ImageRecord]) -> None:
