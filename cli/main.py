@@ -26,7 +26,7 @@ _COMMANDS = {
     "import": ("importing", "command", "Import FedGFE .pt checkpoints."),
     "encode": ("encode", "command", "Encode prompts about classes, to compare with."),
     "adopt": ("adopt", "command", "Let the old script's job scripts call this command."),
-    "export": ("export", "command", "Write records as FedGFE .pt checkpoints."),
+    "export": ("export", "command", "Write records as .pt checkpoints, Parquet or safetensors."),
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),
     "generate": ("generate", "command", "Render images from embeddings."),
