@@ -10,7 +10,7 @@ export TIMEFORMAT := took %0R s, %0U + %0S s of the processors
 # One process of tests a core, of which each runs whole files: a file's tests share what they make.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo notebook test test-long test-fast test-gpu test-pythons soak lint bench bench-quick clean
+.PHONY: demo notebook docs test test-long test-fast test-gpu test-pythons soak lint bench bench-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedgfe-store demo
@@ -21,6 +21,10 @@ notebook: $(VENV)/installed-notebooks | demo/contact_sheet.png
 # The last file that the demo writes.
 demo/contact_sheet.png: | $(VENV)/installed
 	$(BIN)/fedgfe-store demo
+
+# The site, in build/site; a link or an anchor that leads nowhere ends it.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: lint test-gpu
 	time $(BIN)/python -m pytest $(PARALLEL) -m "not long"
@@ -86,6 +90,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/installed-long: $(VENV)/installed-dev
 	$(PIP) --editable '.[ray]'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37 || true
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 $(VENV)/installed-notebooks: $(VENV)/installed
