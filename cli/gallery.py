@@ -9,13 +9,15 @@ import click
 
 from .codes import SOME_FAILED
 from .options import (
-    folder_option,
+    Filters,
+    filter_options,
     image_folder,
     outdated_line,
     print_left_out,
     quiet_option,
     store_in_reach,
 )
+from .pictures import folders_option, selected
 from .progress import progress
 from .tables import counted, size
 
@@ -24,18 +26,24 @@ if TYPE_CHECKING:
 
 
 @click.command("gallery")
-@folder_option("input")
+@filter_options
+@folders_option
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The page [gallery.html in the folder].",
+    help="The page [gallery.html in the folder; of several, in the one that they are in].",
 )
 @quiet_option
 @click.pass_context
 def command(
-    ctx: click.Context, /, input_dir: Path | None, output: Path | None, quiet: bool
+    ctx: click.Context,
+    /,
+    filters: Filters,
+    input_dirs: tuple[Path, ...],
+    output: Path | None,
+    quiet: bool,
 ) -> None:
-    """Make a page to look through the images: filters, provenance, rounds side by side.
+    """Make a page to look through the images: filters, provenance, two of anything side by side.
 
     The page is one file that works offline, with thumbnails in a folder beside it. Run again, it
     takes in what is new; only thumbnails that are missing or out of date are made. Pictures whose
@@ -43,16 +51,18 @@ def command(
 
     \b
     fedgfe-store gallery
-    fedgfe-store gallery --input-dir output_images/another --output another.html
+    fedgfe-store gallery --round 5,20 --class dog --output dogs.html
+    fedgfe-store gallery --input-dir output_images/demo --input-dir output_images/another
     """
     from fedgfe_store.images.gallery import make_gallery, scan_images
 
     obj: Context = ctx.obj
-    folder = input_dir or image_folder(obj.store)
+    folders = scan_images(input_dirs or [image_folder(obj.store)])
+    images = selected(obj.store, folders, filters) if filters else None
+    count = sum(len(each.names) for each in folders) if images is None else len(images)
     store = store_in_reach(obj.store)
-    images = scan_images(folder)
-    with progress(len(images.names), "pictures", quiet=quiet) as advance:
-        gallery = make_gallery(images, output, store=store, progress=advance)
+    with progress(count, "pictures", quiet=quiet) as advance:
+        gallery = make_gallery(folders, output, images=images, store=store, progress=advance)
     print_left_out(gallery.left_out)
     shown, nbytes = counted(gallery.pictures, "picture"), size(gallery.page.stat().st_size)
     made = counted(gallery.made, "thumbnail")

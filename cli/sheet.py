@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from fedgfe_store.images.axes import SETTINGS
 
 from .option_types import KEYS, KeyList
 from .options import (
@@ -19,36 +20,28 @@ from .options import (
     quiet_option,
     store_in_reach,
 )
+from .pictures import folders_option, selected
 from .progress import progress
 from .tables import counted
 
 if TYPE_CHECKING:
     from fedgfe_store.images.arrange import Sheet
-    from fedgfe_store.images.folder import ImageFolder
     from fedgfe_store.images.record import ImageRecord
 
     from .main import Context
 
-AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
+AXES = KEYS | {name: name for name in SETTINGS}
 
 
 @click.command("sheet")
 @filter_options
-@click.option(
-    "--input-dir",
-    "--input_dir",
-    "input_dirs",
-    type=click.Path(file_okay=False, path_type=Path),
-    multiple=True,
-    help="Folder of the images, or of a sweep [output_images/<experiment>]; repeat it for several.",
-)
+@folders_option
 @click.option(
     "--rows",
     type=KeyList(AXES),
     default="class",
     show_default=True,
-    help="What a row is: node, round, split, class, index, model, steps, guidance, seed, folder, "
-    "or several: class,index.",
+    help=f"What a row is: {', '.join(AXES)}, or several: class,index.",
 )
 @click.option(
     "--columns", type=KeyList(AXES), default="round", show_default=True, help="What a column is."
@@ -94,13 +87,12 @@ def command(
     """
     from fedgfe_store.images import sheet as sheets
     from fedgfe_store.images.arrange import arrange
+    from fedgfe_store.images.folders import scan_folders
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
-    scanned = [
-        each for folder in input_dirs or [image_folder(obj.store)] for each in _scanned(folder)
-    ]
-    images = _selected(obj, scanned, filters)
+    scanned = scan_folders(input_dirs or [image_folder(obj.store)])
+    images = selected(obj.store, scanned, filters, store_in_reach(obj.store))
     if animate:
         shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
         rounds = ", ".join(str(image.key.round) for image in shown)
@@ -126,48 +118,6 @@ def _tell_outdated(images: Iterable[ImageRecord]) -> None:
     marks = Counter(image.mark for image in images if image.mark)
     if marks:
         click.echo(outdated_line(marks))
-
-
-def _scanned(folder: Path) -> list[ImageFolder]:
-    """List a folder, or those inside it where it holds no image itself, as that of a sweep."""
-    from fedgfe_store.common.words import numbers_first
-    from fedgfe_store.images.folder import ImageFolder
-
-    found = ImageFolder.scan(folder)
-    if found.names or not folder.is_dir():
-        return [found]
-    inner = [ImageFolder.scan(each) for each in folder.iterdir() if each.is_dir()]
-    held = [each for each in inner if each.names]
-    return sorted(held, key=lambda each: numbers_first(each.path.name)) or [found]
-
-
-def _selected(obj: Context, scanned: Sequence[ImageFolder], filters: Filters) -> list[ImageRecord]:
-    from fedgfe_store import EmbeddingStore
-    from fedgfe_store.common.lookup import said
-    from fedgfe_store.errors import NotFoundError
-    from fedgfe_store.images.folder import key_values
-    from fedgfe_store.records import KEY_COLUMNS
-
-    store = store_in_reach(obj.store)
-    if not filters:
-        return [image for folder in scanned for image in folder.select(store=store)]
-    known = [image for folder in scanned for image in folder.select()]
-    samples = {name: v for name, v in filters.typed.items() if name not in KEY_COLUMNS}
-    keys = replace(filters, typed={n: v for n, v in filters.typed.items() if n not in samples})
-    where = ", ".join(str(folder.path) for folder in scanned)
-    wanted = keys.looked_up(lambda name: key_values(known, name), where)
-    images = [image for folder in scanned for image in folder.select(store=store, **wanted)]
-    if not samples:
-        return images
-    selection = replace(filters, typed=samples, per_class=None).select(
-        EmbeddingStore.open(obj.store)
-    )
-    named = set(selection.keys())
-    kept = [image for image in images if image.key in named]
-    if not kept:
-        asked = "; ".join(said(values) for values in samples.values())
-        raise NotFoundError(f"no picture in {where} is of {asked}")
-    return kept
 
 
 def _told(sheet: Sheet, found: int, files: list[Path]) -> list[str]:
