@@ -86,9 +86,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-# Ray takes 240 MB and half a minute, Azurite as much; without npm its tests are skipped.
+# Ray and UMAP's numba take 240 MB each and half a minute, Azurite as much; without npm its tests are skipped.
 $(VENV)/installed-long: $(VENV)/installed-dev
-	$(PIP) --editable '.[ray]'
+	$(PIP) --editable '.[map,ray]'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37 || true
 	touch $@
 

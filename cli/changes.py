@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedgfe_store.storage.engine import Verification
     from fedgfe_store.store import EmbeddingStore
 
-    from .main import Context
+    from .finding import Context
 
 DAMAGED = 3
 """Exit code of ``verify`` when something is damaged."""
@@ -283,12 +283,12 @@ def merge(
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.storage.engines import check_target
 
-    check_target(obj.store)
+    check_target(obj.target)
     for path in sources:
-        if _is_same(path, obj.store):
+        if _is_same(path, obj.target):
             raise click.UsageError(f"cannot merge {path} into itself")
     opened = [EmbeddingStore.open(path) for path in sources]
-    target = _target(obj.store, opened, timeout)
+    target = _target(obj.target, opened, timeout)
     rows: list[list[object]] = []
     try:
         with progress(sum(map(len, opened)), "records", quiet=quiet) as advance:

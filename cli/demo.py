@@ -45,11 +45,11 @@ def command(ctx: click.Context, /, output_dir: Path, quiet: bool) -> None:
     cd demo && fedgfe-store generate --round 5
     """
     from . import generate, importing, stores
-    from .main import Context
+    from .finding import Context
 
     output_dir.mkdir(parents=True, exist_ok=True)
     with chdir(output_dir):
-        ctx.obj = Context(_STORE, store_given=True)
+        ctx.obj = Context(_STORE)
         _train(quiet)
         _step("fedgfe-store info", quiet)
         ctx.invoke(stores.info)

@@ -16,7 +16,7 @@ from .tables import counted, print_table
 if TYPE_CHECKING:
     from fedgfe_store.text import EncodingPlan, EncodingReport, Reference
 
-    from .main import Context
+    from .finding import Context
 
 
 @click.command("encode")

@@ -15,7 +15,7 @@ from .tables import counted, print_table, size
 if TYPE_CHECKING:
     from fedgfe_store.checkpoints import ExportedFile
 
-    from .main import Context
+    from .finding import Context
 
 
 @click.command("export")

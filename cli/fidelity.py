@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from fedgfe_store.images.fidelity import Fidelity
 
-    from .main import Context
+    from .finding import Context
 
 _TITLES = {
     "kid": "KID: kernel distance, unbiased",

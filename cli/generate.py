@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fedgfe_store.generation.run import GenerationReport
     from fedgfe_store.generation.stopping import Stop
 
-    from .main import Context
+    from .finding import Context
 
 _SHOWN_FAILURES = 20
 _DEFAULT = click.core.ParameterSource.DEFAULT

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .codes import SOME_FAILED
+from .finding import tell_of_copies
 from .options import quiet_option, wait_option
 from .progress import progress
 from .tables import counted, print_table, size
@@ -16,7 +17,7 @@ from .tables import counted, print_table, size
 if TYPE_CHECKING:
     from fedgfe_store.checkpoints import FileReport, ImportReport
 
-    from .main import Context
+    from .finding import Context
 
 _MOST_SHOWN = 6
 _MOST_NAMED = 3
@@ -91,6 +92,7 @@ def command(
             obj.store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
         )
     show_report(report, dry_run=options["dry_run"])
+    tell_of_copies(obj.store, report)
     if len(report.files) < count:
         click.echo(f"stopped: {counted(count - len(report.files), 'file')} not read", err=True)
     if report.failed or report.incomplete:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .codes import SOME_FAILED, ends_other_processes
+from .finding import tell_of_copies
 from .log import verbose_option
 from .progress import progress
 from .tables import counted, size
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from fedgfe_store.checkpoints import FileReport, Sources
     from fedgfe_store.selection import Selection
 
-    from .main import Context
+    from .finding import Context
     from .options import Filters
 
 _MOST_SHOWN = 4
@@ -162,6 +163,7 @@ def _import_new(path: Path, sources: Sources, *, quiet: bool) -> Sequence[FileRe
         report = import_checkpoints(path, files, new_only=True, on_file=lambda file: advance(1))
     if not all(file.known for file in report.files):
         show_report(report, quiet=quiet)
+        tell_of_copies(path, report)
     if report.failed:
         click.echo("note: records of files that failed are left out", err=True)
     return report.failed

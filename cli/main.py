@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from fedgfe_store import __version__
 from fedgfe_store.common.location import Location
 from fedgfe_store.errors import FedgfeStoreError
 
+from .finding import Context
 from .log import show_notes
 from .say import print_on_any_terminal
 from .store_path import StorePath
@@ -43,6 +45,7 @@ _COMMANDS = {
     "merge": ("changes", "merge", "Bring other stores' records into one."),
     "stats": ("stats", "command", "Show spread, drift and distances of embeddings."),
     "quality": ("quality", "command", "Show how close embeddings are to a reference."),
+    "map": ("map", "command", "Lay records out so that those alike lie together."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
 }
@@ -59,6 +62,8 @@ class _LazyGroup(click.Group):
             return None
         module, attribute, _ = _COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(f"fedgfe_store.cli.{module}"), attribute)
+        if not any(param.name == "store" for param in command.params):
+            command.params.append(_store_option())
         return command
 
     def resolve_command(
@@ -85,6 +90,27 @@ class _LazyGroup(click.Group):
             ctx.exit(1)
 
 
+def _store_option() -> click.Option:
+    """Return ``--store`` behind a command, where it means the same as before it."""
+    return click.Option(
+        ["--store"],
+        type=StorePath(),
+        expose_value=False,
+        callback=_name_store,
+        help="The embedding store, here or before the command.",
+    )
+
+
+def _name_store(ctx: click.Context, param: click.Parameter, value: Location | None) -> None:
+    if value is None:
+        return
+    before: Location | None = ctx.obj.given
+    typed = ctx.find_root().get_parameter_source("store") is ParameterSource.COMMANDLINE
+    if typed and before != value:
+        raise click.UsageError(f"--store: expected one, got {before} and {value}")
+    ctx.obj.given = value
+
+
 @click.group(
     "fedgfe-store",
     cls=_LazyGroup,
@@ -95,12 +121,12 @@ class _LazyGroup(click.Group):
     "--store",
     type=StorePath(),
     envvar="FEDGFE_STORE",
-    default="embeddings.zarr",
-    show_default=True,
-    help="The embedding store: a folder, or a URL to read from; also $FEDGFE_STORE.",
+    help="The embedding store: a folder, or one that holds it, or a URL to read from; also "
+    "$FEDGFE_STORE [embeddings.zarr, else the one among checkpoints/].",
 )
+@click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
 @click.pass_context
-def group(ctx: click.Context, store: Location) -> None:
+def group(ctx: click.Context, store: Location | None, quiet: bool) -> None:
     """Keep embeddings of federated training in one store, and render images from it.
 
     \b
@@ -110,16 +136,10 @@ def group(ctx: click.Context, store: Location) -> None:
     fedgfe-store generate --round 5
     """
     print_on_any_terminal()
-    given = ctx.get_parameter_source("store") is not click.core.ParameterSource.DEFAULT
-    ctx.obj = Context(store, store_given=given)
+    ctx.obj = Context(store)
+    if quiet:  # as if it stood behind the command
+        ctx.default_map = {name: {"quiet": True} for name in _COMMANDS}
     show_notes(ctx)
-
-
-class Context:
-    """What every command is given: where the store is, and whether the user named it."""
-
-    def __init__(self, store: Location, *, store_given: bool) -> None:
-        self.store, self.store_given = store, store_given
 
 
 def main() -> None:

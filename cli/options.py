@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from click.decorators import FC
 
     from fedgfe_store.common.location import Location
+    from fedgfe_store.images.foreign import PictureNames
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
+
+    from .finding import Context
 
 
 def own_device(device: str | None) -> str | None:
@@ -275,6 +278,14 @@ def plot_option(text: str) -> Callable[[FC], FC]:
     )
 
 
+pattern_option = click.option(
+    "--pattern",
+    "patterns",
+    multiple=True,
+    metavar="REGEX",
+    help="Names of another program's pictures, with groups of node, round, split, class, index and "
+    r"image: (?P<class>.+)_(?P<round>\d+); repeat it for several.",
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
 
 
@@ -305,18 +316,31 @@ def image_folder(store: Location) -> Path:
         raise
 
 
-def store_in_reach(path: Location) -> EmbeddingStore | None:
+def store_in_reach(obj: Context) -> EmbeddingStore | None:
     """Open the store that pictures are compared with; where there is none they are not."""
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.errors import FedgfeStoreError, NotFoundError
 
     try:
-        return EmbeddingStore.open(path)
+        return EmbeddingStore.open(obj.store)
     except NotFoundError:
         return None
     except FedgfeStoreError as error:
         click.echo(f"note: the pictures are not compared with the store: {error}", err=True)
         return None
+
+
+def picture_names(patterns: Sequence[str], store: EmbeddingStore | None) -> PictureNames:
+    """Return how other programs name their pictures; `store` tells the classes in the names."""
+    from fedgfe_store.images.foreign import PictureNames
+
+    known = [] if store is None else set(store.select().column("class_name").tolist())
+    return PictureNames.of(patterns, known)
+
+
+def foreign_line(number: int) -> str:
+    """Say how many pictures another program made."""
+    return f"of another program: {counted(number, 'picture')}, by their names"
 
 
 def outdated_line(marks: Mapping[str, int]) -> str:

@@ -23,7 +23,7 @@ from .progress import progress
 from .tables import counted, print_data
 
 if TYPE_CHECKING:
-    from .main import Context
+    from .finding import Context
 
 _FORMS = {"cosine": "{:.4f}", "mse": "{:.4g}", "frechet": "{:.4g}", "diversity": "{:.4f}"}
 

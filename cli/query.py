@@ -12,7 +12,7 @@ from .tables import counted, print_data, print_table
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
 
-    from .main import Context
+    from .finding import Context
 
 _SHOWN = ("node", "round", "split", "class_name", "index", "sample_id", "image_filename")
 

@@ -18,8 +18,10 @@ from .options import (
     device_option,
     filter_options,
     folder_option,
+    foreign_line,
     format_option,
     own_device,
+    pattern_option,
     plot_option,
     print_left_out,
     quiet_option,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from fedgfe_store.images.scoring import Scores
 
-    from .main import Context
+    from .finding import Context
 
 _GROUPS = {
     "node": "node",
@@ -93,6 +95,7 @@ _TITLES = {
     show_default=True,
     help="Images per call of the model.",
 )
+@pattern_option
 @device_option
 @format_option("csv and json give one group per line.")
 @click.option(
@@ -115,6 +118,7 @@ def command(
     measure: str,
     by: list[str] | None,
     batch_size: int,
+    patterns: tuple[str, ...],
     device: str | None,
     form: str,
     output: Path | None,
@@ -141,7 +145,7 @@ def command(
     keys = grouping(measure, by, plot, ["node", "round", "class_name"])
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
-    found = selected_images(selection, input_dir or default_folder(selection))
+    found = selected_images(selection, input_dir or default_folder(selection), patterns=patterns)
     with progress(len(found.images), "pictures", quiet=quiet) as advance:
         scores = score_pictures(
             found,
@@ -153,6 +157,9 @@ def command(
             progress=advance,
         )
     print_left_out(scores.left_out)
+    foreign = sum(image.is_foreign for image in found.images)
+    if foreign:
+        click.echo(foreign_line(foreign), err=True)
     if len(scores.prompts) < 2:
         (only,) = scores.prompts
         click.echo(

@@ -15,8 +15,11 @@ from .option_types import KEYS, KeyList
 from .options import (
     Filters,
     filter_options,
+    foreign_line,
     image_folder,
     outdated_line,
+    pattern_option,
+    picture_names,
     quiet_option,
     store_in_reach,
 )
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from fedgfe_store.images.arrange import Sheet
     from fedgfe_store.images.record import ImageRecord
 
-    from .main import Context
+    from .finding import Context
 
 AXES = KEYS | {name: name for name in SETTINGS}
 
@@ -58,6 +61,7 @@ AXES = KEYS | {name: name for name in SETTINGS}
 )
 @click.option("--title", help="A line above the sheet [what its pictures have in common].")
 @click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
+@pattern_option
 @quiet_option
 @click.pass_obj
 def command(
@@ -71,13 +75,15 @@ def command(
     thumbnail: int | None,
     title: str | None,
     animate: bool,
+    patterns: tuple[str, ...],
     quiet: bool,
 ) -> None:
     """Draw contact sheets of rendered images, or one sample over the rounds.
 
     Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
     larger than 4096 pixels goes into several files. Pictures whose record is deleted or has another
-    embedding now are marked, where the store is in reach.
+    embedding now are marked, where the store is in reach, and so are those of other programs,
+    such as of FedGFE's training.
 
     \b
     fedgfe-store sheet --node server --split test
@@ -91,8 +97,10 @@ def command(
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
-    scanned = scan_folders(input_dirs or [image_folder(obj.store)])
-    images = selected(obj.store, scanned, filters, store_in_reach(obj.store))
+    store = store_in_reach(obj)
+    folders = input_dirs or [image_folder(obj.store)]
+    scanned = scan_folders(folders, picture_names(patterns, store))
+    images = selected(obj.store, scanned, filters, store)
     if animate:
         shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
         rounds = ", ".join(str(image.key.round) for image in shown)
@@ -115,7 +123,11 @@ def command(
 
 
 def _tell_outdated(images: Iterable[ImageRecord]) -> None:
-    marks = Counter(image.mark for image in images if image.mark)
+    shown = list(images)
+    foreign = sum(image.is_foreign for image in shown)
+    if foreign:
+        click.echo(foreign_line(foreign))
+    marks = Counter(image.mark for image in shown if image.mark)
     if marks:
         click.echo(outdated_line(marks))
 

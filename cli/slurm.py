@@ -15,7 +15,7 @@ from fedgfe_store.common.location import Location
 from .options import Filters
 
 if TYPE_CHECKING:
-    from .main import Context
+    from .finding import Context
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _LONG_OPTION = re.compile(r"--[a-z][a-z-]*(=.*)?")

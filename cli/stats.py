@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fedgfe_store.selection import Selection
 
-    from .main import Context
+    from .finding import Context
 
 _MEANINGS = {
     "norm": "mean length of the records' vectors",

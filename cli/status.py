@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedgfe_store.images.status import ImageStatus
     from fedgfe_store.selection import Selection
 
-    from .main import Context
+    from .finding import Context
 
 _COUNTS = ("done", "missing", "stale", "failed", "all")
 _GROUPS = {"node": "node", "round": "round", "split": "split", "class": "class_name"}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedgfe_store.schema import TensorColumn
     from fedgfe_store.store import EmbeddingStore
 
-    from .main import Context
+    from .finding import Context
 
 _TENSOR = re.compile(
     r"(?P<name>[^=]+)=(?P<shape>\d{1,10}([x,]\d{1,10})*)(?P<words>(:[a-z0-9]+)*)", re.ASCII
@@ -96,7 +96,7 @@ def init(
         schema = Schema.flux(tokens or 17, clip=clip, precision=precision, metadata=metadata)
     else:
         schema = Schema.sd(tokens or 77, precision=precision, metadata=metadata)
-    store = EmbeddingStore.create(obj.store, schema, shared=shared)
+    store = EmbeddingStore.create(obj.target, schema, shared=shared)
     click.echo(f"made {store.location} ({schema.describe()}, {schema.precision})")
 
 

@@ -101,9 +101,10 @@ class Rows(ABC):
         DataFrame
             Columns ``node``, ``round``, ``split``, ``class_name``, ``index``, ``sample_id``,
             ``image_filename``, ``audio_path``, ``timestamp`` (UTC), ``extra`` (JSON), a
-            ``<tensor>_digest`` for each tensor column and ``recorded_in``, the commit that
-            first wrote the record; ``has_<tensor>`` for each optional column, and
-            ``length_<tensor>`` for each ragged one. The frame's own index counts from 0.
+            ``<tensor>_digest`` for each tensor column (16 hex digits, as in images and in the
+            gallery) and ``recorded_in``, the commit that first wrote the record;
+            ``has_<tensor>`` for each optional column, and ``length_<tensor>`` for each ragged
+            one. The frame's own index counts from 0.
         """
         import pandas as pd
 
@@ -114,6 +115,9 @@ class Rows(ABC):
         # For its check that keys and notes belong together; what it read is kept for below.
         self._snapshot.notes(self.rows)
         frame = pd.DataFrame({name: self._column(name, self.rows) for name in names})
+        for name in self.schema.columns:
+            # 64 bits as a number are rounded by JavaScript, and refused by what knows signed ones.
+            frame[f"{name}_digest"] = _hex(frame[f"{name}_digest"].to_numpy())
         frame["timestamp"] = pd.to_datetime(frame["timestamp"], unit="ms", utc=True)
         return frame
 
@@ -273,6 +277,12 @@ class Rows(ABC):
             self._snapshot.notes(part.rows)  # for its check, as in `records`
             tensors = {name: part.read(name) for name in self.schema.columns}
             yield RecordBatch(part.known_columns(), tensors)
+
+
+def _hex(digests: np.ndarray) -> np.ndarray:
+    """Return digests, uint64 ``[n]``, as texts of 16 hex digits."""
+    text = digests.astype(">u8").tobytes().hex()
+    return np.array([text[at : at + 16] for at in range(0, len(text), 16)], object)
 
 
 def _check_memory(out: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:

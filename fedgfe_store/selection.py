@@ -129,9 +129,11 @@ class Selection(Rows):
         Returns
         -------
         Dataset
-            Tensor columns along ``record``; the keys are a MultiIndex on it, so that
-            ``.sel(round=5, class_name="dog")`` works. Tensors are read, and checked, when their
-            values are used. ``length_<name>`` and ``has_<name>`` are coordinates of the records.
+            Tensor columns along ``record``; the keys index it, so that ``.sel(round=5,
+            class_name="dog")`` works, see `RecordIndex`, and are coordinates to group by.
+            Tensors are read, and checked, when their values are used. ``length_<name>`` and
+            ``has_<name>`` are coordinates of the records. ``to_netcdf`` and ``to_zarr`` take
+            it; with `chunks` so much at a time.
         """
         from fedgfe_store.readers.xarray import to_dataset
 

@@ -94,6 +94,6 @@ def _without(dataset: xr.Dataset, names: str | Iterable[str] | None) -> xr.Datas
         raise SchemaMismatchError(
             f"drop_variables: expected a name, or several, got {names!r}"
         ) from None
-    if dropped & {"record", *KEY_COLUMNS}:
-        dataset = dataset.reset_index("record")
+    if dropped & {*KEY_COLUMNS}:
+        dataset = dataset.drop_indexes(list(KEY_COLUMNS))
     return dataset.drop_vars(dropped, errors="ignore")

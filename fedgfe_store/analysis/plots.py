@@ -1,4 +1,4 @@
-"""Pictures of tables: measures over rounds, and which class is taken for which."""
+"""Pictures of tables: measures over rounds, which class is taken for which, and maps of records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from fedgfe_store.analysis.centroids import Group
 from fedgfe_store.common.extra import extra
-from fedgfe_store.common.words import shortened
+from fedgfe_store.common.words import numbers_first, shortened
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 
 if TYPE_CHECKING:
@@ -202,6 +202,56 @@ def plot_confusion(table: pd.DataFrame, file: Path, *, title: str = "") -> None:
         )
     axes.set_title(f"{title}\nper cent of a class' images".lstrip(), loc="left",
                    fontsize=_FONT + 1, parse_math=False)  # fmt: skip
+    _save(figure, file)
+
+
+def plot_map(frame: pd.DataFrame, by: str, file: Path, *, title: str = "") -> None:
+    """Draw a map of records, those of each value of a key in a colour of their own.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        ``x``, ``y`` and the key column `by` of each record, as `map_records` gives.
+    by : str
+        The key column; rounds go from light to dark.
+    file : Path
+        Where the picture goes; its ending tells the kind (png, pdf, svg).
+    title : str
+        A line above the picture.
+
+    Raises
+    ------
+    NotFoundError
+        If matplotlib or scikit-learn is not installed, or there is no folder for `file`.
+    SchemaMismatchError
+        If `file` is of no known kind, or there are more values than can be told apart.
+    """
+    check_plot(file)
+    values = sorted(frame[by].unique(), key=lambda value: numbers_first(str(value)))
+    if len(values) > _MOST_LINES and by != "round":
+        raise SchemaMismatchError(
+            f"a map has room for {_MOST_LINES} colours, got {len(values)} values of {by}: take "
+            f"fewer with filters, or colour by something else"
+        )
+    figure = _figure(_WIDTH, _WIDTH)
+    axes = figure.add_axes((0, 0, 1, 1))
+    shades = extra("matplotlib", "a plot").colormaps["viridis_r"]
+    # A legend of a hundred rounds would be longer than the picture.
+    named = set(values[:: -(-len(values) // _MOST_LINES)])
+    for place, value in enumerate(values):
+        mine = frame[frame[by] == value]
+        colour = shades(0.1 + 0.9 * place / max(1, len(values) - 1))
+        look = {"color": colour} if by == "round" else {
+            "color": f"C{place % 10}", "marker": "osv"[place // 10 % 3]}  # fmt: skip
+        label = _label((value,), [by]) if by != "round" else f"round {value}"
+        axes.scatter(mine["x"], mine["y"], s=14, linewidths=0, alpha=0.75,
+                     label=label if value in named else None, **look)  # fmt: skip
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, loc="left", fontsize=_FONT + 2, parse_math=False)
+    key = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=_FONT, frameon=False)
+    for text in key.get_texts():
+        text.set_parse_math(False)
     _save(figure, file)
 
 

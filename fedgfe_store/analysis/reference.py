@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,8 @@ from fedgfe_store.analysis.scan import (
     with_values,
 )
 from fedgfe_store.common.extra import extra
+from fedgfe_store.common.frechet import frechet
+from fedgfe_store.common.sample import drawn
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.images.status import natural_rank
 from fedgfe_store.records import KEY_COLUMNS, check_keys
@@ -145,6 +147,8 @@ class _Reference:
     features: Features
     vectors: Vectors
     classes: np.ndarray
+    # Distances to the fifth neighbour by classes: many groups are of the same ones.
+    known_radii: dict[frozenset[str], Vectors] = field(default_factory=dict)
 
     @classmethod
     def read(cls, reference: Selection, column: str | None, tokens: Tokens) -> _Reference:
@@ -163,6 +167,16 @@ class _Reference:
         nearest = np.argmax(_unit(vectors) @ self.directions.T, axis=1)
         return np.asarray(self.classes[nearest])
 
+    def _radii(self, classes: np.ndarray, others: Vectors) -> Vectors:
+        """Return how far the fifth neighbour is of each of `others`, the records of `classes`."""
+        names = frozenset(classes)
+        if names not in self.known_radii:
+            module = extra("sklearn.neighbors", "precision and coverage")
+            neighbours = module.NearestNeighbors(n_neighbors=NEIGHBOURS + 1).fit(others)
+            # The nearest is the record itself.
+            self.known_radii[names] = neighbours.kneighbors(others)[0][:, -1]
+        return self.known_radii[names]
+
     def measure(self, vectors: Vectors, classes: np.ndarray) -> dict[str, float]:
         """Return the `MEASURES` of a group."""
         known = np.isin(classes, self.classes)
@@ -175,8 +189,9 @@ class _Reference:
             found["cosine"] = float(np.einsum("ij,ij->i", _unit(own), _unit(wanted)).mean())
             found["mse"] = float(np.square(own - wanted).mean())
             others = self.vectors[np.isin(self.classes, classes)]
-            found["frechet"] = _frechet(vectors, others)
-            found |= _surroundings(vectors, others)
+            found["frechet"] = frechet(vectors, others)
+            if len(others) > NEIGHBOURS:
+                found |= _surroundings(vectors, others, self._radii(classes, others))
         if len(set(self.classes)) > 1:
             found["nearest"] = float((self.closest(vectors) == classes).mean())
         if len(vectors) > 1:
@@ -220,9 +235,7 @@ def _groups(selection: Selection, by: Sequence[str]) -> Iterator[tuple[tuple[Any
 
 def _read(selection: Selection, features: Features) -> tuple[Vectors, np.ndarray]:
     """Return the vectors and classes of the records, or of as many as are looked at."""
-    if len(selection) > MOST:
-        chosen = np.random.default_rng(0).choice(len(selection), MOST, replace=False)
-        selection = selection.take(np.sort(chosen))
+    selection = selection.take(drawn(len(selection), MOST))
     vectors = np.empty((len(selection), features.width))
     for positions, part in read_vectors(selection, features):
         vectors[positions] = part
@@ -234,22 +247,6 @@ def _unit(vectors: Vectors) -> Vectors:
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
-def _frechet(first: Vectors, second: Vectors) -> float:
-    """Return the squared Frechet distance of normal distributions fitted to two sets of vectors.
-
-    The trace of the root of the covariances' product is the sum of the singular values of what the
-    centred sets have in common, ``[n, m]``: no covariance of thousands by thousands is formed.
-    """
-    n, m = len(first), len(second)
-    if min(n, m) < 2:
-        return float("nan")
-    apart = np.square(first.mean(axis=0) - second.mean(axis=0)).sum()
-    first, second = first - first.mean(axis=0), second - second.mean(axis=0)
-    common = np.linalg.svd(first @ second.T, compute_uv=False).sum()
-    spread = np.square(first).sum() / (n - 1) + np.square(second).sum() / (m - 1)
-    return max(0.0, float(apart + spread - 2 * common / np.sqrt((n - 1) * (m - 1))))
-
-
 def _diversity(vectors: Vectors) -> float:
     """Return the mean cosine distance over all pairs, from the length of the sum of directions."""
     n = len(vectors)
@@ -257,17 +254,10 @@ def _diversity(vectors: Vectors) -> float:
     return float(1 - (together - n) / (n * (n - 1)))
 
 
-def _surroundings(vectors: Vectors, others: Vectors) -> dict[str, float]:
+def _surroundings(vectors: Vectors, others: Vectors, radii: Vectors) -> dict[str, float]:
     """Return precision and coverage: who lies within the distance to a record's fifth neighbour."""
-    if len(others) <= NEIGHBOURS:
-        return {}
-    module = extra("sklearn.neighbors", "precision and coverage")
-    neighbours = module.NearestNeighbors(n_neighbors=NEIGHBOURS + 1).fit(others)
-    radii = neighbours.kneighbors(others)[0][:, -1]  # the nearest is the record itself
-    distances = extra("sklearn.metrics", "precision and coverage").pairwise_distances(
-        vectors, others
-    )
-    within = distances <= radii
+    metrics = extra("sklearn.metrics", "precision and coverage")
+    within = metrics.pairwise_distances(vectors, others) <= radii
     return {
         "precision": float(within.any(axis=1).mean()),
         "coverage": float(within.any(axis=0).mean()),

@@ -67,7 +67,7 @@ class Sheet:
         told = {*self.by_row, *self.by_column, *self.common}
         facts = _facts(image, self.differing, self.labels)
         rest = {name: value for name, value in facts.items() if name not in told}
-        return ", ".join(filter(None, [label_of(rest.values(), rest), image.mark]))
+        return ", ".join(filter(None, [label_of(rest.values(), rest), image.remark]))
 
 
 def arrange(

@@ -209,7 +209,7 @@ def draw_frame(record: ImageRecord, title: str, rounds: Sequence[int], size: int
     draw = ImageDraw.Draw(image)
     label.write(draw, (_GAP, _GAP), title, _INK)
     _paste(image, thumbnail, (_GAP, top), (size, size))
-    said = ", ".join(filter(None, [f"round {record.key.round}", record.mark]))
+    said = ", ".join(filter(None, [f"round {record.key.round}", record.remark]))
     label.write(draw, (_GAP, top + size + _GAP), said, _RED if record.mark else _INK)
     line = image.height - _GAP - 1
     done = (rounds.index(record.key.round) + 1) / len(rounds)

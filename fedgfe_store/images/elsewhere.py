@@ -131,8 +131,7 @@ class Partners:
 
     @cached_property
     def _digests(self) -> list[str]:
-        column = self.selection.records[f"{self._elsewhere.column}_digest"]
-        return [f"{int(digest):016x}" for digest in column]
+        return list(self.selection.records[f"{self._elsewhere.column}_digest"])
 
     def check(self, keys: Sequence[RecordKey]) -> None:
         """Refuse records that have none, or several.

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedgfe_store.common.extra import extra
+from fedgfe_store.common.frechet import frechet
+from fedgfe_store.common.sample import drawn
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images.folder import side_by_side
 from fedgfe_store.images.scoring import Found, opened
@@ -106,29 +108,6 @@ def kid(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(blocks))
 
 
-def frechet(first: np.ndarray, second: np.ndarray) -> float:
-    """Return torchmetrics' Frechet distance of two sets of features; NaN where one has under two.
-
-    Parameters
-    ----------
-    first, second : ndarray, shape [n, features] and [m, features]
-        Features of pictures.
-    """
-    import torch
-
-    if min(len(first), len(second)) < 2:
-        return float("nan")
-    identity = torch.nn.Identity()
-    identity.num_features = first.shape[1]
-    metrics = extra("torchmetrics.image.fid", "the Frechet distance", "metrics")
-    metric = metrics.FrechetInceptionDistance(identity)
-    for features, real in ((second, True), (first, False)):
-        for start in range(0, len(features), BLOCK):
-            block = features[start : start + BLOCK].astype(np.float64)
-            metric.update(torch.from_numpy(block), real=real)
-    return max(0.0, float(metric.compute()))
-
-
 def pictures_below(folder: Path) -> list[Path]:
     """Return the picture files in a folder and those inside it, by name.
 
@@ -216,9 +195,7 @@ class _Embedded:
     def some(self, rows: np.ndarray) -> np.ndarray:
         """Return features of `rows`, or of as many as are compared."""
         rows = rows[self.there[rows]]
-        if len(rows) > MOST:
-            rows = np.sort(np.random.default_rng(0).choice(rows, MOST, replace=False))
-        return np.asarray(self.values[rows])
+        return np.asarray(self.values[rows[drawn(len(rows), MOST)]])
 
 
 class _Embedder:

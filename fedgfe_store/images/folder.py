@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from fedgfe_store.common.filters import NUMBERS, is_wanted, wanted_values
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images.compare import is_of
+from fedgfe_store.images.foreign import PictureNames
 from fedgfe_store.images.manifest import latest
 from fedgfe_store.images.outdated import marked
 from fedgfe_store.images.png import FileState, inspect_image, png_names
@@ -87,14 +89,23 @@ class ImageFolder:
         Names of its PNG files, sorted.
     brief : collection of RecordKey
         Records of whose manifest lines neither ``own`` nor ``shared`` is kept.
+    others : PictureNames
+        How other programs name the images that `record` tells of.
     """
 
     path: Path
     names: Sequence[str]
     brief: Collection[RecordKey] = frozenset()
+    others: PictureNames = PictureNames()  # noqa: RUF009
 
     @classmethod
-    def scan(cls, path: Path, *, brief: Collection[RecordKey] = frozenset()) -> Self:
+    def scan(
+        cls,
+        path: Path,
+        *,
+        brief: Collection[RecordKey] = frozenset(),
+        others: PictureNames | None = None,
+    ) -> Self:
         """List a folder.
 
         Parameters
@@ -103,8 +114,10 @@ class ImageFolder:
             The folder; without one there are no files.
         brief : collection of RecordKey
             Records of whose manifest lines only key and number are wanted, to save memory.
+        others : PictureNames, optional
+            How other programs name their images, by default as FedGFE does.
         """
-        return cls(path, png_names(path), brief)
+        return cls(path, png_names(path), brief, others or PictureNames())
 
     @cached_property
     def present(self) -> frozenset[str]:
@@ -139,6 +152,8 @@ class ImageFolder:
     def record(self, name: str) -> ImageRecord | str:
         """Tell of a file what the manifests say, else what it says itself; threads may call it.
 
+        Of a sound image of another program its name counts.
+
         Returns
         -------
         ImageRecord or str
@@ -147,11 +162,23 @@ class ImageFolder:
         line = self.lines.get(name)
         if line is not None and line.error is None and line.record is not None:
             return line.record
-        return self.inspect(name)
+        state, facts = inspect_image(self.path / name)
+        told = self.others.read(name) if state == "foreign" else None
+        if told is None:
+            return self._said(name, state, facts)
+        try:
+            with Image.open(self.path / name, formats=["PNG"]) as image:
+                return ImageRecord.of_another_program(self.path, name, told, image.size)
+        except FileNotFoundError:  # removed meanwhile
+            return "damaged"
 
     def inspect(self, name: str) -> ImageRecord | str:
-        """Tell of a file what it says itself, as `record` does."""
-        state, facts = inspect_image(self.path / name)
+        """Tell of a file what it says itself: images of other programs are none of ours."""
+        return self._said(name, *inspect_image(self.path / name))
+
+    def _said(
+        self, name: str, state: FileState, facts: Mapping[str, Any] | None
+    ) -> ImageRecord | str:
         if state == "damaged":
             return "damaged"
         record = self._read({**(facts or {}), "file": name}, {})
@@ -227,7 +254,8 @@ class ImageFolder:
         found = [image for image in known if image.size is not None]
         if not found:
             raise NotFoundError(
-                f"no pictures of ours in {self.path}: expected PNG files of generate"
+                f"no pictures of ours in {self.path}: expected PNG files of generate, or such "
+                f"names as --pattern reads"
             )
         return found
 

@@ -8,25 +8,28 @@ from pathlib import Path
 
 from fedgfe_store.common.words import natural_order
 from fedgfe_store.images.folder import ImageFolder
+from fedgfe_store.images.foreign import PictureNames
 
 
-def scan_folders(paths: Iterable[Path]) -> list[ImageFolder]:
+def scan_folders(paths: Iterable[Path], others: PictureNames | None = None) -> list[ImageFolder]:
     """List folders of images; one without any stands for those inside it, as that of a sweep does.
 
     Parameters
     ----------
     paths : iterable of Path
         The folders; one that is named twice is listed once.
+    others : PictureNames, optional
+        How other programs name their images, by default as FedGFE does.
     """
-    found = {each.path.resolve(): each for path in paths for each in _scanned(path)}
+    found = {each.path.resolve(): each for path in paths for each in _scanned(path, others)}
     return list(found.values())
 
 
-def _scanned(path: Path) -> list[ImageFolder]:
-    own = ImageFolder.scan(path)
+def _scanned(path: Path, others: PictureNames | None) -> list[ImageFolder]:
+    own = ImageFolder.scan(path, others=others)
     if own.names or not path.is_dir():
         return [own]
-    inner = [ImageFolder.scan(each) for each in path.iterdir() if each.is_dir()]
+    inner = [ImageFolder.scan(each, others=others) for each in path.iterdir() if each.is_dir()]
     held = [each for each in inner if each.names]
     return sorted(held, key=lambda each: natural_order(each.path.name)) or [own]
 

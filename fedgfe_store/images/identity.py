@@ -92,7 +92,7 @@ def record_digests(
     """
     frame = selection.records
     names = [name for name in columns if f"{name}_digest" in frame]
-    digests = [[f"{int(d):016x}" for d in frame[f"{name}_digest"]] for name in names]
+    digests = [frame[f"{name}_digest"].tolist() for name in names]
     rows = range(len(frame))
     found = [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]
     for name, others in (partners or {}).items():

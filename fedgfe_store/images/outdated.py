@@ -56,7 +56,7 @@ class Records:
             ``"record deleted"`` or ``"embedding changed"``; empty where it shows a record as
             the store has it.
         """
-        if not self._comparable(image.shared, image.folder):
+        if image.is_foreign or not self._comparable(image.shared, image.folder):
             return ""
         own = self._digests.get(image.key)
         if own is None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
+from fedgfe_store.images.foreign import Told
 from fedgfe_store.names import read_key
 from fedgfe_store.records import RecordKey
+
+FOREIGN = "of another program"
+"""What is told of images that this package did not make."""
 
 # What is another in each image; all else of a provenance is one text that many share.
 _OWN = ("file_id", "seed", "digests", "created", "seconds", "bytes")
@@ -39,6 +43,10 @@ class ImageRecord:
         All else of its provenance, as JSON: the same for many images.
     mark : str
         Why it is out of date, as `Records.mark` says; empty until it is compared with a store.
+    is_foreign : bool
+        Whether another program made it; only its name tells of a record.
+    lacking : tuple of str
+        Key columns that are not known of it, in whose place `foreign.BLANK` stands.
     """
 
     folder: Path
@@ -48,6 +56,8 @@ class ImageRecord:
     own: Mapping[str, Any] = field(default_factory=dict)
     shared: str = "{}"
     mark: str = ""
+    is_foreign: bool = False
+    lacking: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -87,6 +97,13 @@ class ImageRecord:
         # Thousands of images then hold one text.
         return cls(folder, facts["file"], key, number, own, texts.setdefault(text, text))
 
+    @classmethod
+    def of_another_program(cls, folder: Path, name: str, told: Told, size: tuple[int, int]) -> Self:
+        """Make a record of what the name of another program's image tells."""
+        shared = json.dumps({"settings": {"width": size[0], "height": size[1]}})
+        record = cls(folder, name, told.key, told.number, shared=shared)
+        return replace(record, is_foreign=True, lacking=told.lacking)
+
     @property
     def file(self) -> Path:
         """The file."""
@@ -96,6 +113,11 @@ class ImageRecord:
     def file_id(self) -> str:
         """What identifies its sample; empty where that is not known."""
         return str(self.own.get("file_id") or "")
+
+    @property
+    def remark(self) -> str:
+        """What people are told beside it: that another program made it, or its `mark`."""
+        return FOREIGN if self.is_foreign else self.mark
 
     def setting(self, name: str) -> Any:
         """Return one of the settings that it was made with; None where that is not known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,12 @@ from PIL import Image
 
 from fedgfe_store.common.words import names
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.images import classification
 from fedgfe_store.images.folder import ImageFolder, side_by_side
+from fedgfe_store.images.foreign import BLANK, PictureNames
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.images.status import natural_rank
 from fedgfe_store.names import key_json
-from fedgfe_store.records import KEY_COLUMNS
+from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,23 +105,12 @@ class Scores:
             table["agreement"] = float("nan")
         return table.sort_values(list(by), key=natural_rank, ignore_index=True)
 
-    def averages(self, by: Sequence[str] = ()) -> pd.DataFrame:
-        """Measure each group over its classes, see `classification.averages`."""
-        return classification.averages(self.frame, by)
 
-    def by_class(self, by: Sequence[str] = ()) -> pd.DataFrame:
-        """Measure each class of each group, see `classification.by_class`."""
-        return classification.by_class(self.frame, by)
-
-    def confusion(self, by: Sequence[str] = ()) -> pd.DataFrame:
-        """Count which class was found in images of which, see `classification.confusion`."""
-        return classification.confusion(self.frame, by)
-
-
-def selected_images(selection: Selection, folder: Path) -> Found:
+def selected_images(selection: Selection, folder: Path, *, patterns: Iterable[str] = ()) -> Found:
     """Find the images of a selection, by the folder's manifests or their own provenance.
 
-    Whether an image is up to date is not looked at; `image_status` tells.
+    Whether an image is up to date is not looked at; `image_status` tells. An image of another
+    program is one of the selection where all that its name tells of a record is that of one.
 
     Parameters
     ----------
@@ -129,6 +118,8 @@ def selected_images(selection: Selection, folder: Path) -> Found:
         The records; their tensors are not read.
     folder : Path
         Folder of the images.
+    patterns : iterable of str
+        How other programs name their images, besides FedGFE; see `PictureNames.of`.
 
     Returns
     -------
@@ -142,14 +133,18 @@ def selected_images(selection: Selection, folder: Path) -> Found:
     """
     if not folder.is_dir():
         raise NotFoundError(f"no folder of pictures at {folder}")
-    records = ImageFolder.scan(folder).records
-    selected = set(selection.keys())
+    classes = sorted(set(selection.others().column("class_name").tolist()))
+    records = ImageFolder.scan(folder, others=PictureNames.of(patterns, classes)).records
     known = [each for each in records.values() if isinstance(each, ImageRecord)]
-    images = [image for image in known if image.key in selected]
+    keys = selection.keys()
+    selected: dict[tuple[str, ...], set[RecordKey]] = {}
+    for lacking in {image.lacking for image in known}:
+        blank = {name: BLANK[name] for name in lacking}
+        selected[lacking] = {replace(key, **blank) if blank else key for key in keys}
+    images = [image for image in known if image.key in selected[image.lacking]]
     if not images:
         raise NotFoundError(f"no picture in {folder} of the {len(selection)} records selected")
     left_out = {name: why for name, why in records.items() if isinstance(why, str)}
-    classes = sorted(set(selection.others().column("class_name").tolist()))
     return Found(images, classes, left_out)
 
 

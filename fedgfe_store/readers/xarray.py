@@ -15,6 +15,7 @@ from fedgfe_store.common.column_names import check_axes
 from fedgfe_store.common.extra import extra
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.readers.record_index import RecordIndex
 from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
@@ -92,11 +93,11 @@ def to_dataset(selection: Rows, chunks: int | Mapping[str, int] | None = None) -
         )
         for t in selection.schema.tensors
     }
-    index = pd.MultiIndex.from_frame(frame[list(KEY_COLUMNS)])
+    index = RecordIndex({name: frame[name].to_numpy() for name in KEY_COLUMNS})
     notes = frame.drop(columns=list(KEY_COLUMNS))
     # numpy's times, which xarray holds, know no zone; ours are UTC.
     notes["timestamp"] = notes["timestamp"].dt.tz_localize(None)
-    coords = xr.Coordinates.from_pandas_multiindex(index, "record").assign(
+    coords = xr.Coordinates.from_xindex(index).assign(
         {name: xr.Variable("record", notes[name], encoding=preferred) for name in notes}
     )
     metadata = selection.schema.metadata

@@ -19,10 +19,11 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
+from fedgfe_store.common.frechet import frechet
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images import features as features_module
 from fedgfe_store.images.features import load_features
-from fedgfe_store.images.fidelity import fidelity, frechet, kid, pictures_below
+from fedgfe_store.images.fidelity import fidelity, kid, pictures_below
 from fedgfe_store.images.scoring import selected_images
 
 SIZE = 16
@@ -96,6 +97,9 @@ def test_distances_are_those_of_the_formulas():
     assert frechet(first, second) == pytest.approx(
         gaussians(first.astype(np.float64), wide), rel=1e-6
     )
+    long, few = normal(2_300, 2), normal(4, 3)
+    assert frechet(long, few) == pytest.approx(gaussians(long.astype(np.float64), few), rel=1e-6)
+    assert np.isnan(frechet(long, few[:1]))
     value, error = kid(first, second)
     whole = mmd(first.astype(np.float64), wide[:400])
     assert abs(value - whole) < 4 * error

@@ -35,7 +35,7 @@ def make(store: EmbeddingStore, folder: Path, /, *, listed: bool = True, **chang
             provenance = {
                 "key": key_json(key),
                 "image": 0,
-                "digests": {c: f"{int(row[f'{c}_digest']):016x}" for c in ("t5", "clip")},
+                "digests": {c: row[f"{c}_digest"] for c in ("t5", "clip")},
                 "settings": settings_json(SETTINGS),
                 "fingerprint": fingerprint(SETTINGS),
                 "commit": store.commit,

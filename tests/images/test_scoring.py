@@ -25,7 +25,7 @@ from transformers import CLIPModel, CLIPProcessor
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.images.classification import averages
+from fedgfe_store.images.classification import averages, by_class, confusion
 from fedgfe_store.images.scoring import Scores, class_prompts, score_pictures, selected_images
 from fedgfe_store.names import image_name
 
@@ -175,11 +175,11 @@ def counted_by_hand(true: list[str], found: list[str]) -> dict[str, tuple[float,
 
 def test_measures_over_classes_are_those_of_counting(store, folder, clip):
     scores = score(store, folder, clip)
-    averages = scores.averages(["node", "round"])
-    assert averages[["node", "round"]].to_numpy().tolist() == [
+    table = averages(scores.frame, ["node", "round"])
+    assert table[["node", "round"]].to_numpy().tolist() == [
         [node, round] for node in ("0", "10") for round in (1, 2)
     ]
-    for row in averages.itertuples():
+    for row in table.itertuples():
         of_group = (scores.frame["node"] == row.node) & (scores.frame["round"] == row.round)
         true = scores.frame[of_group]["class_name"].tolist()
         found = scores.frame[of_group]["closest"].tolist()
@@ -199,19 +199,19 @@ def test_measures_of_classes_and_confusions_are_those_of_counting(store, folder,
     scores = score(store, folder, clip)
     true, found = scores.frame["class_name"].tolist(), scores.frame["closest"].tolist()
     by_hand = counted_by_hand(true, found)
-    table = scores.by_class().set_index("class_name")
+    table = by_class(scores.frame, []).set_index("class_name")
     assert set(table.index) == set(by_hand)
     for name, measures in by_hand.items():
         given = [table.at[name, column] for column in ("precision", "recall", "f1")]
         assert given == pytest.approx(list(measures))
         counts = [table.at[name, column] for column in ("pictures", "found")]
         assert counts == [true.count(name), found.count(name)]
-    confusion = scores.confusion()
+    pairs_found = confusion(scores.frame, [])
     pairs = list(zip(true, found, strict=True))
-    assert {(c, f): n for c, f, n in confusion.to_numpy().tolist()} == {
+    assert {(c, f): n for c, f, n in pairs_found.to_numpy().tolist()} == {
         pair: pairs.count(pair) for pair in pairs
     }
-    by_round = scores.confusion(["round"])
+    by_round = confusion(scores.frame, ["round"])
     assert by_round["pictures"].sum() == len(pairs)
     assert set(by_round["round"]) == {1, 2}
 
@@ -329,7 +329,7 @@ def test_the_command_shows_what_papers_report(store, folder, clip, tmp_path):
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["macro_f1"] for row in rows] == pytest.approx(
-        scores.averages(["round"])["macro_f1"].tolist()
+        averages(scores.frame, ["round"])["macro_f1"].tolist()
     )
     plot, square = tmp_path / "plot.png", tmp_path / "square.png"
     done = run(store, folder, clip, "--measure", "averages", "--plot", str(plot))
@@ -341,7 +341,7 @@ def test_the_command_shows_what_papers_report(store, folder, clip, tmp_path):
         with Image.open(file) as image:
             assert len(image.convert("RGB").getcolors(2**24) or ()) > 5
     done = run(store, folder, clip, "--measure", "classes", "--by", "node", "--format", "csv")
-    assert len(pd.read_csv(io.StringIO(done.stdout))) == len(scores.by_class(["node"]))
+    assert len(pd.read_csv(io.StringIO(done.stdout))) == len(by_class(scores.frame, ["node"]))
     done = run(store, folder, clip, "--measure", "averages", "--by", "class")
     assert done.exit_code == 2
     assert "--measure classes" in done.stderr

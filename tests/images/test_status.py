@@ -59,7 +59,7 @@ class Folder:
             provenance = {
                 "key": key_json(key),
                 "image": image,
-                "digests": {c: f"{int(frame[f'{c}_digest'][position]):016x}" for c in columns},
+                "digests": {c: frame[f"{c}_digest"][position] for c in columns},
                 "settings": settings_json(made_with),
                 "fingerprint": fingerprint(made_with),
                 **changes,

@@ -1,5 +1,6 @@
 """A folder of generated images as one static page: filters, provenance, rounds side by side."""
 
 from fedgfe_store.images.gallery.making import Gallery, make_gallery, scan_images
+from fedgfe_store.images.gallery.points import Points
 
-__all__ = ["Gallery", "make_gallery", "scan_images"]
+__all__ = ["Gallery", "Points", "make_gallery", "scan_images"]

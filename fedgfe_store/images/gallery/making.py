@@ -13,7 +13,9 @@ from urllib.parse import quote
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.images.folder import ImageFolder, side_by_side
 from fedgfe_store.images.folders import folder_labels, scan_folders
+from fedgfe_store.images.foreign import PictureNames
 from fedgfe_store.images.gallery.page import ShownFolder, render_page
+from fedgfe_store.images.gallery.points import Points
 from fedgfe_store.images.gallery.thumbnails import thumbnail_name, update_thumbnail
 from fedgfe_store.images.outdated import marked
 from fedgfe_store.images.png import UNREADABLE
@@ -46,6 +48,8 @@ class Gallery:
         Why a file is not shown, by its name, with its folder's where there are several.
     outdated : mapping
         Number of images that are marked, by what the mark says.
+    foreign : int
+        Images of other programs.
     """
 
     page: Path
@@ -54,22 +58,27 @@ class Gallery:
     made: int
     left_out: Mapping[str, str]
     outdated: Mapping[str, int]
+    foreign: int = 0
 
 
-def scan_images(folders: Path | Iterable[Path]) -> list[ImageFolder]:
+def scan_images(
+    folders: Path | Iterable[Path], others: PictureNames | None = None
+) -> list[ImageFolder]:
     """List the folders that a gallery is to be made of.
 
     Parameters
     ----------
     folders : Path or iterable of Path
         Folders of images, or of a sweep.
+    others : PictureNames, optional
+        How other programs name their images, by default as FedGFE does.
 
     Raises
     ------
     NotFoundError
         If there is no such folder, or no image in it.
     """
-    found = scan_folders([folders] if isinstance(folders, Path) else folders)
+    found = scan_folders([folders] if isinstance(folders, Path) else folders, others)
     for images in found:
         if not images.path.is_dir():
             raise NotFoundError(f"no folder of pictures at {images.path}")
@@ -86,12 +95,13 @@ def make_gallery(
     *,
     images: Sequence[ImageRecord] | None = None,
     store: EmbeddingStore | None = None,
+    points: Points | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Gallery:
     """Make one static page of images; it works from the disk, without a network.
 
     Facts come from the folders' manifests and, where those say nothing of an image, from the
-    image itself.
+    image itself; of images of other programs, their names.
 
     Parameters
     ----------
@@ -105,6 +115,8 @@ def make_gallery(
         Show these ones of the folders only.
     store : EmbeddingStore, optional
         Mark the images of its records that are out of date.
+    points : Points, optional
+        Show the images on this map, too.
     progress : callable, optional
         Called with 1 for each file that is looked at.
 
@@ -159,11 +171,13 @@ def make_gallery(
             )
             for path, label in labels.items()
         ],
+        points=points,
     )
     write_file(page, text.encode("utf-8"))
     marks = Counter(record.mark for record in records if record.mark)
     made = sum(was_made for _, was_made in shown)
-    return Gallery(page, thumbnails, len(shown), made, left_out, marks)
+    foreign = sum(record.is_foreign for record in records)
+    return Gallery(page, thumbnails, len(shown), made, left_out, marks, foreign)
 
 
 class _Preparing:

@@ -15,8 +15,9 @@ from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from fedgfe_store.common.words import natural_order, numbers_first
+from fedgfe_store.common.words import numbers_first
 from fedgfe_store.images.arrange import differing_settings, plain_setting, setting_order
+from fedgfe_store.images.gallery.points import Points
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.records import RecordKey
@@ -25,7 +26,7 @@ from fedgfe_store.records import RecordKey
 _ALWAYS = ("node", "round", "split", "class")
 _EXACT_IN_BROWSERS = 2**53
 # One script in the page: its parts see one another's names, in the order in which they run.
-_SCRIPTS = ("facts", "search", "filters", "compare", "grid", "viewer", "address", "main")
+_SCRIPTS = (*("facts", "search", "filters", "compare", "grid", "viewer", "map", "address", "main"),)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class ShownFolder:
 
 
 def render_page(
-    images: Sequence[ImageRecord], *, title: str, folders: Sequence[ShownFolder]
+    images: Sequence[ImageRecord],
+    *,
+    title: str,
+    folders: Sequence[ShownFolder],
+    points: Points | None = None,
 ) -> str:
     """Write the page of some images.
 
@@ -62,24 +67,25 @@ def render_page(
         Its heading.
     folders : sequence of ShownFolder
         Where they are.
+    points : Points, optional
+        A map to show the images on, too.
 
     Returns
     -------
     str
         HTML that needs nothing but the images and the thumbnails.
     """
-    ordered = sorted(folders, key=lambda each: natural_order(each.label))
-    content = page_data(images, {each.path: each.label for each in ordered})
+    content = page_data(images, {each.path: each.label for each in folders}, points)
     content |= {
         "title": title,
-        "pictures": [each.images for each in ordered],
-        "thumbnails": [each.thumbnails for each in ordered],
+        "pictures": [each.images for each in folders],
+        "thumbnails": [each.thumbnails for each in folders],
     }
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
         title=title,
-        style=_asset("page.css"),
+        style=_asset("page.css") + _asset("map.css"),
         script=script,
         script_hash=f"sha256-{digest}",
         data=content,
@@ -96,7 +102,9 @@ def _template() -> Template:
     return environment.from_string(_asset("page.html"))
 
 
-def page_data(images: Iterable[ImageRecord], labels: Mapping[Path, str]) -> dict[str, Any]:
+def page_data(
+    images: Iterable[ImageRecord], labels: Mapping[Path, str], points: Points | None = None
+) -> dict[str, Any]:
     """Give the facts of images by columns, what they share only once.
 
     Parameters
@@ -105,6 +113,8 @@ def page_data(images: Iterable[ImageRecord], labels: Mapping[Path, str]) -> dict
         In any order.
     labels : mapping
         What each folder is called, in the order in which they are shown.
+    points : Points, optional
+        A map to show them on.
 
     Returns
     -------
@@ -113,8 +123,9 @@ def page_data(images: Iterable[ImageRecord], labels: Mapping[Path, str]) -> dict
         number, settings and folder where images differ in them. Of each of these, and of
         ``shared``, an image has a place in the list of the same name under ``values``; of
         ``file``, ``index``, ``sample`` (see `sample_numbers`), ``mark`` and each of ``own`` a
-        value. Latest rounds come first. Without a mark on any image there is no ``mark``. Whole
-        numbers that JavaScript would round are text.
+        value. Latest rounds come first. Without a remark on any image there is no ``mark``, and
+        without a map no ``map`` (see `Points.data`). Whole numbers that JavaScript would round
+        are text.
     """
     shown = sorted(images, key=lambda image: _order(image, list(labels)))
     settings = differing_settings(shown)
@@ -150,7 +161,8 @@ def page_data(images: Iterable[ImageRecord], labels: Mapping[Path, str]) -> dict
         "file": [quote(os.fsencode(p.name), safe="") for p in shown],
         "index": [_exact(p.key.index) for p in shown],
         "sample": [_exact(number) for number in samples],
-        **({"mark": [p.mark for p in shown]} if any(p.mark for p in shown) else {}),
+        **({"mark": [p.remark for p in shown]} if any(p.remark for p in shown) else {}),
+        **({"map": points.data([p.key for p in shown])} if points is not None else {}),
         "own": {
             name: [_exact(facts.get(name)) for facts in own]
             for name in dict.fromkeys(name for facts in own for name in facts)

@@ -1,6 +1,6 @@
 /* What is shown is in the page's address: it can be reloaded, gone back to, kept and shared. */
 
-const ADDRESSED = [filterAddress, searchAddress, compareAddress];
+const ADDRESSED = [filterAddress, searchAddress, compareAddress, ...(map ? [map.address] : [])];
 const SETTLED = 250;  // milliseconds: browsers refuse an address that changes with every key
 let waiting = null;   // address that is put into the present entry once typing pauses
 let timer = 0;

@@ -25,6 +25,7 @@ function refresh() {
   $("grid").scrollTop = 0;
   clearCells();
   layout();
+  if (map) map.update();
 }
 
 function showCounts(counts, facets) {
@@ -55,7 +56,7 @@ function clearFilters() {
   search();
   refresh();
   step();
-  $("grid").focus();
+  pictures().focus();
 }
 
 function buildFacet(facet) {
@@ -82,7 +83,7 @@ function buildFilters() {
   side.append(...FACETS.map(buildFacet));
   const keys = element("dl", { className: "keys", "aria-label": "Keys" });
   for (const [key, use] of [["/", "search"], ["← ↑ ↓ →", "move"], ["Enter", "open"],
-    ["C", "compare"], ["Esc", "close, clear the search"]]) {
+    ["C", "compare"], ...(map ? [["M", "map"]] : []), ["Esc", "close, clear the search"]]) {
     keys.append(element("dt", {}, key), element("dd", {}, use));
   }
   side.append(keys);

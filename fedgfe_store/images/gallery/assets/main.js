@@ -17,11 +17,12 @@ function pageKey(event) {
     $("search").focus();
     $("search").select();
   } else if (event.key.toLowerCase() === "c" && !typing && !$("compare").disabled) $("compare").click();
+  else if (event.key.toLowerCase() === "m" && !typing && map) map.toggle.click();
   else if (event.key === "Escape" && event.target === $("search")) {
     $("search").value = "";
     searched();
-    $("grid").focus();
-  } else if (event.key === "Enter" && event.target === $("search")) $("grid").focus();
+    pictures().focus();
+  } else if (event.key === "Enter" && event.target === $("search")) pictures().focus();
   else return;
   event.preventDefault();
 }
@@ -42,5 +43,5 @@ $("cells").addEventListener("click", (event) => {
 });
 document.addEventListener("keydown", pageKey);
 new ResizeObserver(layout).observe($("grid"));
-$("grid").focus({ focusVisible: false });
+pictures().focus({ focusVisible: false });
 follow(true);

@@ -25,7 +25,7 @@ function facts(i) {
   put("Record", "image", value("image", i));
   put("Picture", "file", fileName(i));
   if (FACETS.includes("folder")) put("Picture", "folder", value("folder", i));
-  put("Picture", "out of date", markOf(i));
+  put("Picture", markOf(i) === "of another program" ? "made" : "out of date", markOf(i));
   for (const [name, column] of Object.entries(data.own)) {
     const as = SHOWN_AS[name], text = column[i];
     const shown = as && text !== null ? as(String(text)) : text;
@@ -133,7 +133,7 @@ function closed() {
   opened = null;
   $("stage").replaceChildren();
   // The event comes a little later: whoever pressed "/" meanwhile is in the search already.
-  if (document.activeElement !== $("search")) $("grid").focus();
+  if (document.activeElement !== $("search")) pictures().focus();
   if (!byHand) return;
   settle();
   if (history.state?.opened) history.back();
