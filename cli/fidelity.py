@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .option_types import KeyList, KeyValue
 from .options import (
     Filters,
@@ -25,10 +26,12 @@ from .options import (
 )
 from .progress import progress
 from .tables import print_data, print_table
+from .tracking import check_log, log_option, log_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.fidelity import Fidelity
 
     from .finding import Context
@@ -39,7 +42,7 @@ _TITLES = {
 }
 
 
-@click.command("fidelity")
+@click.command("fidelity", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -80,6 +83,7 @@ _TITLES = {
 @device_option
 @format_option("csv and json give one group per line, with all digits.")
 @plot_option("Draw it over the rounds: png, pdf or svg.")
+@log_option
 @quiet_option
 @click.pass_context
 def command(
@@ -96,6 +100,7 @@ def command(
     device: str | None,
     form: str,
     plot: Path | None,
+    log: Tracker | None,
     quiet: bool,
 ) -> None:
     """Measure how far images are from real ones, or from those of a node or round.
@@ -119,6 +124,7 @@ def command(
         raise click.UsageError("expected one of --real and --to")
     if plot is not None:
         check_plot(plot, by)
+    check_log(log, by)
     pictures = None if real is None else pictures_below(real)
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
@@ -144,6 +150,7 @@ def command(
         click.echo(f"note: {note}", err=True)
     if plot is not None:
         _draw(measured, by, plot, form)
+    log_table(log, "fidelity", measured.frame, by, of=selection, form=form)
     if "damaged" in measured.left_out.values():
         ctx.exit(SOME_FAILED)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .options import (
     Filters,
     filter_options,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from .finding import Context
 
 
-@click.command("gallery")
+@click.command("gallery", cls=Command)
 @filter_options
 @folders_option
 @click.option(

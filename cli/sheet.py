@@ -11,6 +11,7 @@ import click
 
 from fedgfe_store.images.axes import SETTINGS
 
+from .command import Command
 from .option_types import KEYS, KeyList
 from .options import (
     Filters,
@@ -26,8 +27,10 @@ from .options import (
 from .pictures import folders_option, selected
 from .progress import progress
 from .tables import counted
+from .tracking import log_option, log_sheet
 
 if TYPE_CHECKING:
+    from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.arrange import Sheet
     from fedgfe_store.images.record import ImageRecord
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 AXES = KEYS | {name: name for name in SETTINGS}
 
 
-@click.command("sheet")
+@click.command("sheet", cls=Command)
 @filter_options
 @folders_option
 @click.option(
@@ -61,6 +64,7 @@ AXES = KEYS | {name: name for name in SETTINGS}
 )
 @click.option("--title", help="A line above the sheet [what its pictures have in common].")
 @click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
+@log_option
 @pattern_option
 @quiet_option
 @click.pass_obj
@@ -75,6 +79,7 @@ def command(
     thumbnail: int | None,
     title: str | None,
     animate: bool,
+    log: Tracker | None,
     patterns: tuple[str, ...],
     quiet: bool,
 ) -> None:
@@ -96,6 +101,8 @@ def command(
     from fedgfe_store.images.folders import scan_folders
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
+    if log is not None:
+        _check_log(log, output, animate=animate)
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
     store = store_in_reach(obj)
     folders = input_dirs or [image_folder(obj.store)]
@@ -119,7 +126,20 @@ def command(
         )
     for line in _told(sheet, len(images), files):
         click.echo(line)
+    if log is not None:
+        log_sheet(log, files, max(image.key.round for image in sheet.cells.values()))
     _tell_outdated(sheet.cells.values())
+
+
+def _check_log(log: Tracker, output: Path, *, animate: bool) -> None:
+    """Refuse what a tracker could not show."""
+    if animate:
+        raise click.UsageError("--log takes sheets, not animations")
+    if output.suffix.lower() == ".pdf":
+        raise click.UsageError(
+            f"--log takes pictures: expected an --output such as sheet.png, got {output}"
+        )
+    log.check()
 
 
 def _tell_outdated(images: Iterable[ImageRecord]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .command import Command
 from .option_types import KeyList
 from .options import (
     Filters,
@@ -33,7 +34,7 @@ _GROUPS = {"node": "node", "round": "round", "split": "split", "class": "class_n
 _SHOWN_REASONS = 5
 
 
-@click.command("status")
+@click.command("status", cls=Command)
 @filter_options
 @as_of_option
 @folder_option("output")

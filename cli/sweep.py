@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .codes import SOME_FAILED, STOPPED
+from .command import Command
 from .generate import place, print_plan, print_result, remark, stopping
 from .option_types import NumberList, Numbers
 from .options import (
@@ -23,7 +24,7 @@ from .request_options import request_options
 from .say import say
 
 
-@click.command("sweep")
+@click.command("sweep", cls=Command)
 @filter_options
 @as_of_option
 @folder_option("output")

@@ -145,6 +145,14 @@ class Rows(ABC):
         keys = pd.DataFrame({name: self._column(name, self.rows) for name in columns})
         return keys.groupby(list(columns), sort=True).size()
 
+    def by_node_and_round(self) -> dict[tuple[str, int], np.ndarray]:
+        """Return the positions of the records, int64 ``[n]``, of each node and round."""
+        import pandas as pd
+
+        keys = pd.DataFrame({name: self._column(name, self.rows) for name in ("node", "round")})
+        groups: Any = keys.groupby(["node", "round"], sort=False).indices
+        return {(str(node), int(number)): at for (node, number), at in groups.items()}
+
     def keys(self) -> list[RecordKey]:
         """Return the records' keys."""
         return self._snapshot.keys(self.rows)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from fedgfe_store.common.words import counted
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.parts import places_of
 from fedgfe_store.generation.request import DEFAULTS, Request
@@ -175,10 +176,12 @@ class Plan:
         stale += f", {again} to be made again" if again else ""
         kept = f" ({self.kept} kept as they are)" if self.kept else ""
         waiting = f" ({self.waiting} left for another run)" if self.waiting else ""
+        number = math.ceil(todo / batch_size)
+        batches = "1 batch" if number == 1 else f"{number} batches"
+        images = counted(len(self.items), "image")
         lines = [
-            f"{len(self.items)} images: {counts['done']} done, {counts['missing']} missing"
-            f"{stale}{kept}",
-            f"to render: {todo} in {math.ceil(todo / batch_size)} batches of {batch_size}{waiting}",
+            f"{images}: {counts['done']} done, {counts['missing']} missing{stale}{kept}",
+            f"to render: {todo} in {batches} of {batch_size}{waiting}",
         ]
         if todo:
             lines.append(f"disk: about {_megabytes(self.bytes_expected)}")
@@ -297,7 +300,10 @@ def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
     lines = [f"  {count} files: {reason}" for reason, count in conflicts.most_common(5)]
     if len(conflicts) > 5:
         lines.append(f"  and {len(conflicts) - 5} other differences")
-    advice = "Set on-stale to regenerate or keep, or use another output folder."
+    advice = (
+        "on_stale='regenerate' makes them again, on_stale='keep' leaves them as they are; or use "
+        "another output folder."
+    )
     if any(finding.verdict.of_another for finding in refused):
         advice += " Images of others are replaced with --replace-others only."
     return "\n".join(
