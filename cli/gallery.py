@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,8 @@ from .progress import progress
 from .tables import counted, size
 
 if TYPE_CHECKING:
+    from fedgfe_store.derived_keys import Key
     from fedgfe_store.images.gallery import Points
-    from fedgfe_store.records import RecordKey
     from fedgfe_store.store import EmbeddingStore
 
     from .finding import Context
@@ -114,7 +115,12 @@ def command(
 
 
 def _points(
-    pictured: set[RecordKey], store: EmbeddingStore, method: str, column: str | None, *, quiet: bool
+    pictured: Collection[Key],
+    store: EmbeddingStore,
+    method: str,
+    column: str | None,
+    *,
+    quiet: bool,
 ) -> Points:
     """Lay out the records that have a picture."""
     from fedgfe_store.analysis.maps import MOST, map_records

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from fedgfe_store.images.axes import SETTINGS
+from fedgfe_store.images.axes import OF_DERIVED, SETTINGS
 
 from .command import Command
 from .option_types import KEYS, KeyList
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from .finding import Context
 
-AXES = KEYS | {name: name for name in SETTINGS}
+AXES = KEYS | {name: name for name in (*OF_DERIVED, *SETTINGS)}
 
 
 @click.command("sheet", cls=Command)
@@ -45,12 +45,12 @@ AXES = KEYS | {name: name for name in SETTINGS}
 @click.option(
     "--rows",
     type=KeyList(AXES),
-    default="class",
-    show_default=True,
-    help=f"What a row is: {', '.join(AXES)}, or several: class,index.",
+    help=f"What a row is: {', '.join(AXES)}, or several: class,index [class; of walks derived].",
 )
 @click.option(
-    "--columns", type=KeyList(AXES), default="round", show_default=True, help="What a column is."
+    "--columns",
+    type=KeyList(AXES),
+    help="What a column is: one of these, or frame [round; of walks frame].",
 )
 @click.option(
     "--output",
@@ -63,7 +63,9 @@ AXES = KEYS | {name: name for name in SETTINGS}
     help="Width of a picture in pixels [128; with --animate 256].",
 )
 @click.option("--title", help="A line above the sheet [what its pictures have in common].")
-@click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
+@click.option(
+    "--animate", is_flag=True, help="One sample over the rounds, or a walk, as GIF or WebP."
+)
 @log_option
 @pattern_option
 @quiet_option
@@ -73,8 +75,8 @@ def command(
     /,
     filters: Filters,
     input_dirs: tuple[Path, ...],
-    rows: list[str],
-    columns: list[str],
+    rows: list[str] | None,
+    columns: list[str] | None,
     output: Path | None,
     thumbnail: int | None,
     title: str | None,
@@ -83,7 +85,7 @@ def command(
     patterns: tuple[str, ...],
     quiet: bool,
 ) -> None:
-    """Draw contact sheets of rendered images, or one sample over the rounds.
+    """Draw contact sheets of rendered images, or one sample over the rounds, or a walk.
 
     Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
     larger than 4096 pixels goes into several files. Pictures whose record is deleted or has another
@@ -96,6 +98,7 @@ def command(
     fedgfe-store sheet --input-dir sweep --rows steps --columns guidance --class dog
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
+    from fedgfe_store.derived_keys import WalkKey
     from fedgfe_store.images import sheet as sheets
     from fedgfe_store.images.arrange import arrange
     from fedgfe_store.images.folders import scan_folders
@@ -108,10 +111,16 @@ def command(
     folders = input_dirs or [image_folder(obj.store)]
     scanned = scan_folders(folders, picture_names(patterns, store))
     images = selected(obj.store, scanned, filters, store)
+    walks = columns == ["frame"] or all(isinstance(image.key, WalkKey) for image in images)
+    rows = rows or (["derived"] if walks else ["class_name"])
+    columns = columns or (["frame"] if walks else ["round"])
     if animate:
-        shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
-        rounds = ", ".join(str(image.key.round) for image in shown)
-        click.echo(f"{output}: {shown[0].key.class_name}, rounds {rounds}")
+        over: Literal["round", "frame"] = "frame" if columns == ["frame"] else "round"
+        shown = sheets.animate(images, output, over=over, thumbnail=thumbnail or 256)
+        told = [
+            str(image.frame if over == "frame" else image.key.shown("round")) for image in shown
+        ]
+        click.echo(f"{output}: {shown[0].key.shown('class_name')}, {over}s {', '.join(told)}")
         _tell_outdated(shown)
         return
     sheet = arrange(images, rows=rows, columns=columns)
@@ -127,7 +136,8 @@ def command(
     for line in _told(sheet, len(images), files):
         click.echo(line)
     if log is not None:
-        log_sheet(log, files, max(image.key.round for image in sheet.cells.values()))
+        rounds = (image.key.value("round") for image in sheet.cells.values())
+        log_sheet(log, files, max((n for n in rounds if isinstance(n, int)), default=0))
     _tell_outdated(sheet.cells.values())
 
 

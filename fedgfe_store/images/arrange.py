@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from fedgfe_store.common.words import natural_order, numbers_first
+from fedgfe_store.derived_keys import SEVERAL, WalkKey
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.images.axes import SETTINGS
+from fedgfe_store.images.axes import OF_DERIVED, SETTINGS
 from fedgfe_store.images.folders import folder_labels
 from fedgfe_store.images.labels import label_of
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
-from fedgfe_store.records import KEY_COLUMNS, check_keys
+from fedgfe_store.records import KEY_COLUMNS, RecordKey, check_keys
 
-AXES = (*KEY_COLUMNS, *SETTINGS)
+AXES = (*KEY_COLUMNS, *OF_DERIVED, *SETTINGS)
 """What a row or a column can be."""
 
 Place = tuple[Any, ...]
@@ -67,6 +68,7 @@ class Sheet:
         told = {*self.by_row, *self.by_column, *self.common}
         facts = _facts(image, self.differing, self.labels)
         rest = {name: value for name, value in facts.items() if name not in told}
+        rest = {name: value for name, value in rest.items() if not _says_nothing(name, value)}
         return ", ".join(filter(None, [label_of(rest.values(), rest), image.remark]))
 
 
@@ -81,7 +83,7 @@ def arrange(
     Where several belong in one cell, the same sample is taken for all cells as far as possible:
     that one of the other keys' combinations which fills most of them. Over rounds a sample is
     known by its ``file_id``, where its images name one, and by its index else: `index` then
-    means the one of the first round that has the sample.
+    means the one of the first round that has the sample. With frames only walks are shown.
 
     Parameters
     ----------
@@ -101,14 +103,19 @@ def arrange(
         both = ", ".join(sorted(set(rows) & set(columns)))
         raise SchemaMismatchError(f"expected other keys for columns than for rows, got {both}")
     images = list(images)
+    if "frame" in {*rows, *columns}:
+        images = [image for image in images if isinstance(image.key, WalkKey)]
     if not images:
-        raise SchemaMismatchError("a sheet: expected at least one picture, got none")
+        what = "one picture of a walk" if "frame" in {*rows, *columns} else "one picture"
+        raise SchemaMismatchError(f"a sheet: expected at least {what}, got none")
     labels = folder_labels({image.folder for image in images})
     differing = _differing(images, labels)
     of_settings = tuple(
         dict.fromkeys((*differing, *(n for n in (*rows, *columns) if n in SETTINGS)))
     )
-    others = [n for n in (*KEY_COLUMNS, "image", *differing) if n not in {*rows, *columns}]
+    derived = () if all(isinstance(i.key, RecordKey) for i in images) else OF_DERIVED
+    told = (*KEY_COLUMNS, "image", *derived, *differing)
+    others = [n for n in told if n not in {*rows, *columns}]
     found: dict[tuple[Place, Place], dict[Place, ImageRecord]] = defaultdict(dict)
     for image, number in zip(images, _numbers(images, {*rows, *columns}), strict=True):
         facts = _facts(image, of_settings, labels) | {"index": number}
@@ -131,23 +138,46 @@ def arrange(
     )
 
 
-def _numbers(images: Sequence[ImageRecord], axes: Collection[str]) -> list[int]:
+def _numbers(images: Sequence[ImageRecord], axes: Collection[str]) -> list[str | int]:
     """Give the index of each image, or what is the same for a sample in all rounds."""
-    keys = [image.key for image in images]
     if "round" not in axes:
-        return [key.index for key in keys]
-    file_ids = [image.file_id for image in images]
-    return sample_numbers(keys, file_ids, [str(image.folder) for image in images])
+        return [image.key.shown("index") for image in images]
+    return samples(images, lambda image: image.key.shown("index"))
+
+
+def samples(
+    images: Sequence[ImageRecord], of_derived: Callable[[ImageRecord], str | int]
+) -> list[str | int]:
+    """Give each image the number of its sample, see `sample_numbers`; else what `of_derived` does.
+
+    Parameters
+    ----------
+    images : sequence of ImageRecord
+        Images of one folder or several.
+    of_derived : callable
+        Called with those that are of no record.
+    """
+    known = [(i.key, i.file_id, str(i.folder)) for i in images if isinstance(i.key, RecordKey)]
+    columns = [list(each) for each in zip(*known, strict=True)] or [[], [], []]
+    numbers = iter(sample_numbers(*columns))
+    return [next(numbers) if isinstance(i.key, RecordKey) else of_derived(i) for i in images]
 
 
 def _facts(
     image: ImageRecord, settings: Collection[str], labels: Mapping[Path, str]
 ) -> dict[str, Any]:
-    facts = {name: getattr(image.key, name) for name in KEY_COLUMNS}
+    facts = {name: image.key.shown(name) for name in KEY_COLUMNS}
     known = {
         n: labels[image.folder] if n == "folder" else plain_setting(image, n) for n in settings
     }
-    return facts | {"image": image.number} | known
+    return facts | {"image": image.number} | _of_derived(image) | known
+
+
+def _of_derived(image: ImageRecord) -> dict[str, Any]:
+    """Tell which mean or walk an image is of, and which frame of it; nothing of records."""
+    if isinstance(image.key, RecordKey):
+        return dict.fromkeys(OF_DERIVED, "")
+    return {"derived": image.key.label, "frame": image.frame}
 
 
 def _differing(images: Sequence[ImageRecord], labels: Mapping[Path, str]) -> tuple[str, ...]:
@@ -183,11 +213,11 @@ def setting_order(value: int | float | str) -> tuple[bool, float, list[tuple[boo
 def _order(names: Sequence[str]) -> Callable[[Place], Any]:
     """Return a key for `sorted`: numbers by size and before texts, in keys and in settings."""
     kinds: dict[str, Callable[[Any], Any]] = {
-        "node": numbers_first,
+        **dict.fromkeys(("split", "class_name"), str),
         **dict.fromkeys(SETTINGS, setting_order),
     }
     return lambda place: [
-        kinds[name](value) if name in kinds else value
+        kinds[name](value) if name in kinds else numbers_first(str(value))
         for name, value in zip(names, place, strict=True)
     ]
 
@@ -199,4 +229,10 @@ def _common(
     labels: Mapping[Path, str],
 ) -> dict[str, Any]:
     facts = [_facts(image, settings, labels) for image in images]
-    return {name: facts[0][name] for name in names if len({f[name] for f in facts}) == 1}
+    shown = {name: facts[0][name] for name in names if len({f[name] for f in facts}) == 1}
+    return {name: value for name, value in shown.items() if not _says_nothing(name, value)}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether a fact is only there since other images, or all of a mean's sources, differ in it."""
+    return value == "" if name in OF_DERIVED else name in KEY_COLUMNS and value == SEVERAL

@@ -507,7 +507,7 @@ def test_damaged_records_fail_alone(
         image_name(key) for key in fresh.keys() if key not in damaged
     }
     for failure in report.failed:
-        assert f"class {failure.key.class_name}" in str(failure)
+        assert f"class {failure.key.value('class_name')}" in str(failure)
 
 
 def test_a_compaction_meanwhile_moves_records_and_loses_none(

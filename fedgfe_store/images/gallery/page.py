@@ -16,9 +16,9 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined, Template
 
 from fedgfe_store.common.words import numbers_first
-from fedgfe_store.images.arrange import differing_settings, plain_setting, setting_order
+from fedgfe_store.derived_keys import WalkKey
+from fedgfe_store.images.arrange import differing_settings, plain_setting, samples, setting_order
 from fedgfe_store.images.gallery.points import Points
-from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.records import RecordKey
 
@@ -130,10 +130,10 @@ def page_data(
     shown = sorted(images, key=lambda image: _order(image, list(labels)))
     settings = differing_settings(shown)
     columns: dict[str, list[Any]] = {
-        "node": [p.key.node for p in shown],
-        "round": [p.key.round for p in shown],
-        "split": [p.key.split for p in shown],
-        "class": [p.key.class_name for p in shown],
+        "node": [p.key.shown("node") for p in shown],
+        "round": [p.key.shown("round") for p in shown],
+        "split": [p.key.shown("split") for p in shown],
+        "class": [p.key.shown("class_name") for p in shown],
         "image": [p.number for p in shown],
         **{name: [plain_setting(p, name) for p in shown] for name in settings},
         "folder": [labels[p.folder] for p in shown],
@@ -149,18 +149,15 @@ def page_data(
     facets = [n for n in columns if n in _ALWAYS or (n != "shared" and len(values[n]) > 1)]
     values["shared"] = [_exact(json.loads(text)) for text in values["shared"]]
     values |= {name: [_exact(value) for value in values[name]] for name in ("image", *settings)}
-    own = [_flat(p.own) for p in shown]
-    samples = sample_numbers(
-        [p.key for p in shown], [p.file_id for p in shown], [labels[p.folder] for p in shown]
-    )
+    own = [_flat(_derived(p) | dict(p.own)) for p in shown]
     return {
         "facets": facets,
         "values": values,
         **{name: [places[name][v] for v in column] for name, column in columns.items()},
         # Names that are no UTF-8 have a URL all the same.
         "file": [quote(os.fsencode(p.name), safe="") for p in shown],
-        "index": [_exact(p.key.index) for p in shown],
-        "sample": [_exact(number) for number in samples],
+        "index": [_exact(_place(p)) for p in shown],
+        "sample": [_exact(number) for number in samples(shown, _place)],
         **({"mark": [p.remark for p in shown]} if any(p.remark for p in shown) else {}),
         **({"map": points.data([p.key for p in shown])} if points is not None else {}),
         "own": {
@@ -171,13 +168,30 @@ def page_data(
 
 
 def _order(image: ImageRecord, folders: Sequence[Path]) -> tuple[Any, ...]:
-    key: RecordKey = image.key
-    sample = key.split, key.index, image.number, key.class_name
-    return (-key.round, numbers_first(key.node), *sample, folders.index(image.folder), image.name)
+    key, number = image.key, image.key.value("round")
+    file = folders.index(image.folder), image.name
+    if isinstance(key, RecordKey):
+        sample = key.split, 0, key.index, image.number, key.class_name
+        return (-key.round, numbers_first(key.node), *sample, *file)
+    place = -int(number) if number is not None else 1  # behind all rounds, which are below
+    shown = str(key.shown("node")), str(key.shown("split"))
+    return (place, numbers_first(shown[0]), shown[1], 1, key.rank, image.number, *file)
 
 
 def _value_order(value: str | int) -> tuple[bool, int, str]:
     return numbers_first(str(value))
+
+
+def _place(image: ImageRecord) -> str | int:
+    """Give what tells an image from others of its node, round, split and class."""
+    key = image.key
+    if isinstance(key, RecordKey):
+        return key.index
+    return f"frame {key.frame}" if isinstance(key, WalkKey) else key.label
+
+
+def _derived(image: ImageRecord) -> dict[str, Any]:
+    return {} if isinstance(image.key, RecordKey) else {"derived": str(image.key)}
 
 
 def _flat(own: Mapping[str, Any]) -> dict[str, Any]:
