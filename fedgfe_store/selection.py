@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from ray.data import Dataset
 
+    from fedgfe_store.derived.mean import Means
     from fedgfe_store.readers.exporting import ExportedFile
     from fedgfe_store.readers.torch import Batches
 
@@ -64,12 +65,12 @@ class Selection(Rows):
         """Return all records of `snapshot`, negative embeddings among them."""
         return cls(snapshot, {}, per_class=None, rows=snapshot.rows_matching({}))
 
-    def others(self, **filters: Any) -> Selection:
+    def others(self, *, per_class: int | None = None, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.
 
         The filters are those of `EmbeddingStore.select`.
         """
-        return Selection.of(self._snapshot, filters)
+        return Selection.of(self._snapshot, filters, per_class=per_class)
 
     def __repr__(self) -> str:
         shown = ", ".join(self._description()) or "all records"
@@ -138,6 +139,31 @@ class Selection(Rows):
         from fedgfe_store.readers.sql import positions
 
         return self.take(positions(self, condition))
+
+    def mean(self, by: Sequence[str] = ("round", "class_name")) -> Means:
+        """Return the mean of each group of records, which is computed as it is read.
+
+        Parameters
+        ----------
+        by : sequence of str
+            Key columns: records that agree in all of them form a group.
+
+        Returns
+        -------
+        Means
+            One derived record a group, for `generate` and `walk`, or to `read`. No tensor is read.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If `by` is of no use.
+        """
+        from fedgfe_store.derived.mean import Means
+
+        chosen = dict(self._filters)
+        if self._per_class is not None:
+            chosen["per_class"] = self._per_class
+        return Means.of(self, by, None if self._taken is not None else chosen)
 
     def to_xarray(self, *, chunks: int | Mapping[str, int] | None = None) -> xr.Dataset:
         """Return the selection as a lazy Dataset.

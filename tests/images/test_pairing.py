@@ -92,7 +92,7 @@ def test_rows_by_index_are_the_samples_of_the_first_round(tmp_path: Path) -> Non
 def test_an_animation_is_of_one_file(tmp_path: Path) -> None:
     sample = draw(tmp_path, shuffled())
     shown = animate(ImageFolder.scan(tmp_path).select(class_name="dog"), tmp_path / "dog.gif")
-    assert [picture.key.round for picture in shown] == list(ROUNDS)
+    assert [picture.key.value("round") for picture in shown] == list(ROUNDS)
     assert len({sample[picture.file.name] for picture in shown}) == 1
 
 
@@ -137,7 +137,7 @@ def test_the_page_shows_the_same_files_side_by_side(tmp_path: Path) -> None:
     page_file = make_gallery(tmp_path).page
     with chromium() as browser, empty_page(browser) as watched:
         page = watched.open(page_file)
-        page.get_by_role("button", name="Compare rounds").click()
+        page.get_by_role("button", name="Compare").click()
         expect(page.locator("#status")).to_have_text(f"{FILES * len(CLASSES)} pairs")
         cells = page.locator(".cell").evaluate_all(
             "all => all.map(c => [...c.querySelectorAll('img')].map(i => i.src))"
