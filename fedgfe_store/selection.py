@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fedgfe_store.common.filters import wanted_values
+from fedgfe_store.common.filters import matches, wanted_values
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.readers.verbs import ReadableRows
@@ -53,6 +53,31 @@ class Selection(ReadableRows):
     def whole(cls, snapshot: State) -> Selection:
         """Return all records of `snapshot`, negative embeddings among them."""
         return cls(snapshot, {}, per_class=None, rows=snapshot.rows_matching({}))
+
+    def select(
+        self,
+        *,
+        node: Any = None,
+        round: Any = None,
+        split: Any = None,
+        class_name: Any = None,
+        index: Any = None,
+        sample_id: Any = None,
+        file_id: Any = None,
+        per_class: int | None = None,
+    ) -> Self:
+        """Return those of the records that meet further filters, in their order.
+
+        The filters, and what is raised, are those of `EmbeddingStore.select`.
+        """
+        given = {"node": node, "round": round, "split": split, "class_name": class_name}
+        given |= {"index": index, "sample_id": sample_id, "file_id": file_id}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        narrower = Selection.of(self._snapshot, wanted, per_class=per_class)
+        rows = self.rows
+        for name, values in narrower._filters.items():
+            rows = rows[matches(self._snapshot.column_at(name, rows), values)]
+        return self._with(rows if per_class is None else self._lowest(rows, per_class))
 
     def others(self, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.

@@ -1,4 +1,4 @@
-"""Rows as something else: what a selection can be read as, each reader imported when it is asked for."""
+"""What rows can be read as; each reader is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from fedgfe_store.readers.exporting import ExportedFile
-    from fedgfe_store.readers.torch import Batches
+    from fedgfe_store.readers.torch import Batches, RecordDataset
 
 
 class ReadableRows(Rows):
@@ -141,6 +141,10 @@ class ReadableRows(Rows):
         *,
         dtype: torch.dtype | None = None,
         columns: Sequence[str] | None = None,
+        labels: bool = False,
+        shuffle: bool = False,
+        seed: int | None = None,
+        drop_last: bool = False,
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> Batches:
@@ -155,6 +159,17 @@ class ReadableRows(Rows):
         columns : sequence of str, optional
             Tensor columns, by default all that every record has. A ragged column brings its
             lengths as ``length_<name>``; ``has_<name>`` of an optional one can be named, too.
+        labels : bool
+            Give ``batch["label"]`` too, int64 ``[b]``: the place of a record's class in `classes`.
+        shuffle : bool
+            Give the records in a random order, a permutation of them all. A record is read alone at
+            its own cost, so that nothing is held for that but the order.
+        seed : int, optional
+            Fixes the order: every pass has the same, unless `Batches.set_epoch` asks for another.
+            Without, each pass has one of its own, from torch's generator, so that
+            ``torch.manual_seed`` repeats a run.
+        drop_last : bool
+            Leave out a last batch that is smaller.
         prefetch : int
             Batches read ahead; 0 reads in the caller's thread.
         pin_memory : bool
@@ -173,6 +188,37 @@ class ReadableRows(Rows):
             batch_size,
             dtype=dtype,
             columns=columns,
+            classes=self.classes if labels else None,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
             prefetch=prefetch,
             pin_memory=pin_memory,
+        )
+
+    def to_torch(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        columns: Sequence[str] | None = None,
+        labels: bool = False,
+    ) -> RecordDataset:
+        """Return the selection as a map-style torch Dataset, for a DataLoader with any sampler.
+
+        Parameters
+        ----------
+        dtype, columns, labels
+            As for `batches`.
+
+        Returns
+        -------
+        RecordDataset
+            Record `i` is a dict of tensors by column, ``[*shape]`` each. A DataLoader has a batch
+            read at once, also in workers, forked or spawned; ``DistributedSampler`` shares the
+            records among ranks.
+        """
+        from fedgfe_store.readers.torch import RecordDataset
+
+        return RecordDataset(
+            self, dtype=dtype, columns=columns, classes=self.classes if labels else None
         )
