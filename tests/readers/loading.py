@@ -20,7 +20,9 @@ def main(path: str, how: str) -> None:
     dataset = selection.to_torch(labels=True)
     ranks = []
     for rank in range(2):
-        sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, seed=3)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            dataset, num_replicas=2, rank=rank, seed=3
+        )
         ranks.append(told(DataLoader(dataset, batch_size=4, sampler=sampler, **options)))
     seeded = selection.batches(4, shuffle=True, seed=5, labels=True)
     free = DataLoader(selection.batches(4, shuffle=True, labels=True), batch_size=None, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,12 +125,17 @@ def test_a_dataset_gives_records_by_position(filled):
 
 def test_a_batch_of_a_loader_is_one_read(filled, monkeypatch):
     dataset = filled.select().to_torch(columns=["clip"])
-    asked = []
+    asked: list[int] = []
     read = type(dataset._reader).read
-    monkeypatch.setattr(
-        type(dataset._reader), "read", lambda own, rows: asked.append(len(rows)) or read(own, rows)
+
+    def counted(own, rows):
+        asked.append(len(rows))
+        return read(own, rows)
+
+    monkeypatch.setattr(type(dataset._reader), "read", counted)
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, num_replicas=3, rank=1, shuffle=False
     )
-    sampler = DistributedSampler(dataset, num_replicas=3, rank=1, shuffle=False)
     sizes = [len(batch["clip"]) for batch in DataLoader(dataset, batch_size=5, sampler=sampler)]
     assert asked == sizes == [5, 5, 2]
 
