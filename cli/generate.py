@@ -14,7 +14,8 @@ from fedgfe_store.common.location import Location
 
 from .answer import answers
 from .codes import SOME_FAILED, STOPPED, ends_other_processes
-from .command import Command
+from .command import Command, in_options
+from .derived_options import NAMES, Asked, derived_options, described
 from .legacy import OldFlags, old_flags
 from .options import (
     FILTERS,
@@ -40,11 +41,12 @@ if TYPE_CHECKING:
 
 _SHOWN_FAILURES = 20
 _DEFAULT = click.core.ParameterSource.DEFAULT
-_DECIDED_BY_IMAGE = DECIDED_BY_IMAGE | {*FILTERS, "checkpoint", "checkpoint_dir", "pattern"}
+_DECIDED_BY_IMAGE = DECIDED_BY_IMAGE | {*FILTERS, *NAMES, "checkpoint", "checkpoint_dir", "pattern"}
 
 
 @click.command("generate", cls=Command)
 @filter_options
+@derived_options
 @as_of_option
 @old_flags
 @folder_option("output")
@@ -83,6 +85,7 @@ def command(
     ctx: click.Context,
     /,
     filters: Filters,
+    derived: Asked,
     as_of: int | None,
     old: OldFlags,
     output_dir: Path | None,
@@ -108,6 +111,8 @@ def command(
     fedgfe-store generate --node server --model tiny --output-dir pictures
     fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --output-dir output_images/fine
     fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
+    fedgfe-store generate --round 5 --mean round,class
+    fedgfe-store generate --round 20 --node server --split test --per-class 1 --walk dog:drum
     """
     from fedgfe_store.generation.request import Request
     from fedgfe_store.generation.run import note_stop
@@ -126,7 +131,8 @@ def command(
             if from_image is not None:
                 run = _run_again(ctx, from_image, as_of, output_dir, request, dry_run=dry_run)
             else:
-                selection = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
+                records = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
+                selection = derived.of(records)
                 folder = output_dir or default_folder(selection)
                 try:
                     run = prepare(
@@ -264,8 +270,8 @@ def place(text: str | None, from_image: Path | None) -> dict[str, Any]:
 
 
 def remark(line: str) -> None:
-    """Tell the user something, on stderr."""
-    say(f"note: {line}", err=True)
+    """Tell the user something, on stderr, in the words of the command line."""
+    say(f"note: {in_options(line, click.get_current_context().command)}", err=True)
 
 
 def _planned(run: Run) -> dict[str, Any]:
@@ -300,10 +306,7 @@ def print_plan(run: Run) -> None:
         shown.append(settings.quantization)
     shown += [f"{n} {' '.join(v)}" for n in ("column", "lora") if (v := getattr(settings, n))]
     part = "" if run.request.part.count == 1 else f", part {run.request.part}"
-    say(
-        f"records: {len(run.selection)} of {run.selection.location}, commit "
-        f"{run.selection.commit}{part}"
-    )
+    say(f"{described(run.selection)}{part}")
     where = f"{settings.dtype} on {run.placement.device}"
     say(f"model: {settings.model} ({settings.revision[:12]}), {where}")
     say(f"settings: {', '.join(shown)}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from click.decorators import FC
 
     from fedgfe_store.common.location import Location
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.images.foreign import PictureNames
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
@@ -304,7 +305,7 @@ pattern_option = click.option(
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
 
 
-def default_folder(selection: Selection) -> Path:
+def default_folder(selection: Selection | Derived) -> Path:
     """Return where images go unless told otherwise: ``output_images/<experiment>``."""
     from fedgfe_store.errors import SchemaMismatchError
 

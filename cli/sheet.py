@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
     from .finding import Context
 
-AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
+AXES = KEYS | {
+    name: name for name in ("derived", "frame", "model", "steps", "guidance", "seed", "folder")
+}
 
 
 @click.command("sheet", cls=Command)
@@ -53,13 +55,13 @@ AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "fo
 @click.option(
     "--rows",
     type=KeyList(AXES),
-    default="class",
-    show_default=True,
-    help="What a row is: node, round, split, class, index, model, steps, guidance, seed, folder, "
-    "or several: class,index.",
+    help="What a row is: node, round, split, class, index, derived, model, steps, guidance, seed, "
+    "folder, or several: class,index [class; of walks derived].",
 )
 @click.option(
-    "--columns", type=KeyList(AXES), default="round", show_default=True, help="What a column is."
+    "--columns",
+    type=KeyList(AXES),
+    help="What a column is: one of these, or frame [round; of walks frame].",
 )
 @click.option(
     "--output",
@@ -72,7 +74,9 @@ AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "fo
     help="Width of a picture in pixels [128; with --animate 256].",
 )
 @click.option("--title", help="A line above the sheet [what its pictures have in common].")
-@click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
+@click.option(
+    "--animate", is_flag=True, help="One sample over the rounds, or a walk, as GIF or WebP."
+)
 @log_option
 @pattern_option
 @quiet_option
@@ -82,8 +86,8 @@ def command(
     /,
     filters: Filters,
     input_dirs: tuple[Path, ...],
-    rows: list[str],
-    columns: list[str],
+    rows: list[str] | None,
+    columns: list[str] | None,
     output: Path | None,
     thumbnail: int | None,
     title: str | None,
@@ -92,7 +96,7 @@ def command(
     patterns: tuple[str, ...],
     quiet: bool,
 ) -> None:
-    """Draw contact sheets of rendered images, or one sample over the rounds.
+    """Draw contact sheets of rendered images, or one sample over the rounds, or a walk.
 
     Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
     larger than 4096 pixels goes into several files. Pictures whose record is deleted or has another
@@ -105,6 +109,7 @@ def command(
     fedgfe-store sheet --input-dir sweep --rows steps --columns guidance --class dog
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
+    from fedgfe_store.derived_keys import WalkKey
     from fedgfe_store.images import sheet as sheets
     from fedgfe_store.images.arrange import arrange
 
@@ -117,10 +122,16 @@ def command(
     folders = input_dirs or [image_folder(obj.store)]
     scanned = [each for folder in folders for each in _scanned(folder, names)]
     images = _selected(obj, store, scanned, filters)
+    walks = columns == ["frame"] or all(isinstance(image.key, WalkKey) for image in images)
+    rows = rows or (["derived"] if walks else ["class_name"])
+    columns = columns or (["frame"] if walks else ["round"])
     if animate:
-        shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
-        rounds = ", ".join(str(image.key.round) for image in shown)
-        click.echo(f"{output}: {shown[0].key.class_name}, rounds {rounds}")
+        over: Literal["round", "frame"] = "frame" if columns == ["frame"] else "round"
+        shown = sheets.animate(images, output, over=over, thumbnail=thumbnail or 256)
+        told = [
+            str(image.frame if over == "frame" else image.key.shown("round")) for image in shown
+        ]
+        click.echo(f"{output}: {shown[0].key.shown('class_name')}, {over}s {', '.join(told)}")
         _tell_outdated(shown)
         return
     sheet = arrange(images, rows=rows, columns=columns)
@@ -136,7 +147,8 @@ def command(
     for line in _told(sheet, len(images), files):
         click.echo(line)
     if log is not None:
-        log_sheet(log, files, max(image.key.round for image in sheet.cells.values()))
+        rounds = (image.key.value("round") for image in sheet.cells.values())
+        log_sheet(log, files, max((n for n in rounds if isinstance(n, int)), default=0))
     _tell_outdated(sheet.cells.values())
 
 

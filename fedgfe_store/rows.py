@@ -45,6 +45,10 @@ class Rows(ABC):
     def _with(self, rows: np.ndarray) -> Self:
         """Return the records in these rows."""
 
+    @abstractmethod
+    def others(self, *, per_class: int | None = None, **filters: Any) -> Rows:
+        """Return other records of the same store and commit, by default all."""
+
     @property
     def path(self) -> Path:
         """Folder of the store; SchemaMismatchError where it is read from a URL."""
@@ -184,6 +188,10 @@ class Rows(ABC):
         """
         self._snapshot.fetch(KEY_COLUMNS, self.rows)
         return {name: self._snapshot.column_at(name, self.rows) for name in KEY_COLUMNS}
+
+    def digests(self, column: str) -> np.ndarray:
+        """Return the digest of each record's values in a tensor column, uint64 ``[n]``."""
+        return self._snapshot.column_at(f"{column}_digest", self.rows)
 
     def compacted_away(self) -> np.ndarray:
         """Return which records have lost their tensors to a later compaction, bool ``[n]``.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.readers.verbs import ReadableRows
 from fedgfe_store.records import KEY_COLUMNS, NEGATIVE_SPLIT, TEXT_NODE, TEXT_ROUND
 from fedgfe_store.storage.state import State
+
+if TYPE_CHECKING:
+    from fedgfe_store.derived.mean import Means
 
 
 class Selection(ReadableRows):
@@ -79,12 +82,12 @@ class Selection(ReadableRows):
             rows = rows[matches(self._snapshot.column_at(name, rows), values)]
         return self._with(rows if per_class is None else self._lowest(rows, per_class))
 
-    def others(self, **filters: Any) -> Selection:
+    def others(self, *, per_class: int | None = None, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.
 
         The filters are those of `EmbeddingStore.select`.
         """
-        return Selection.of(self._snapshot, filters)
+        return Selection.of(self._snapshot, filters, per_class=per_class)
 
     def __repr__(self) -> str:
         shown = ", ".join(self._description()) or "all records"
@@ -153,6 +156,31 @@ class Selection(ReadableRows):
         from fedgfe_store.readers.sql import positions
 
         return self.take(positions(self, condition))
+
+    def mean(self, by: Sequence[str] = ("round", "class_name")) -> Means:
+        """Return the mean of each group of records, which is computed as it is read.
+
+        Parameters
+        ----------
+        by : sequence of str
+            Key columns: records that agree in all of them form a group.
+
+        Returns
+        -------
+        Means
+            One derived record a group, for `generate` and `walk`, or to `read`. No tensor is read.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If `by` is of no use.
+        """
+        from fedgfe_store.derived.mean import Means
+
+        chosen = dict(self._filters)
+        if self._per_class is not None:
+            chosen["per_class"] = self._per_class
+        return Means.of(self, by, None if self._taken is not None else chosen)
 
 
 def _without_negatives(snapshot: State, rows: np.ndarray) -> np.ndarray:

@@ -10,9 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+import numpy as np
+
 from fedgfe_store.common.words import counted
+from fedgfe_store.derived.record import Derived
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import ConflictError
-from fedgfe_store.generation.parts import places_of
+from fedgfe_store.generation.parts import Part, places_of
 from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
 from fedgfe_store.images.compare import Comparer, Expected, Status, Verdict
@@ -21,7 +25,6 @@ from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look
 from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.manifest import seconds_per_image
 from fedgfe_store.names import image_name
-from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
@@ -44,7 +47,7 @@ class PlanItem:
     ----------
     position : int
         Position of the record in the selection.
-    key : RecordKey
+    key : RecordKey, MeanKey or WalkKey
         The record.
     number : int
         Which image of the record.
@@ -67,7 +70,7 @@ class PlanItem:
     """
 
     position: int
-    key: RecordKey
+    key: Key
     number: int
     path: Path
     seed: int
@@ -205,7 +208,7 @@ def shortage(size: int, seconds: float, seconds_left: float) -> str | None:
 
 
 def plan_images(
-    selection: Selection,
+    selection: Selection | Derived,
     settings: Settings,
     output_dir: Path,
     request: Request = DEFAULTS,
@@ -220,7 +223,7 @@ def plan_images(
 
     Parameters
     ----------
-    selection : Selection
+    selection : Selection or Derived
         The records.
     settings : Settings
         What the images are made with.
@@ -312,7 +315,7 @@ def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
 
 
 def _list_items(
-    selection: Selection,
+    selection: Selection | Derived,
     settings: Settings,
     folder: Path,
     columns: Collection[str],
@@ -320,8 +323,7 @@ def _list_items(
     partners: Mapping[str, Partners],
 ) -> list[PlanItem]:
     """List the images of the records that a part holds; nothing is made for the others."""
-    keys = selection.key_columns()
-    places = places_of(keys, request.part)
+    places = _own_places(selection, request.part)
     own = selection.take(places)
     files = own.records["file_id"].tolist()
     digests = record_digests(own, columns, partners)
@@ -341,6 +343,13 @@ def _list_items(
         for key, (position, made_from, file_id) in records.items()
         for number in request.numbers
     ]
+
+
+def _own_places(selection: Selection | Derived, part: Part) -> np.ndarray:
+    if isinstance(selection, Derived):
+        held = [place for place, key in enumerate(selection.keys()) if part.holds(key)]
+        return np.array(held, np.int64)
+    return places_of(selection.key_columns(), part)
 
 
 def _megabytes(size: int) -> str:

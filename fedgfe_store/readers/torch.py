@@ -24,6 +24,7 @@ from fedgfe_store.readers.columns import batch_columns
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.rows import Rows
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Batch:
     A ragged column is padded with zeros, and ``length_<name>``, int32 ``[b]``, is beside it.
     """
 
-    selection: Rows
+    selection: Rows | Derived
     tensors: Mapping[str, torch.Tensor]
 
     def __getitem__(self, column: str) -> torch.Tensor:
@@ -96,16 +97,16 @@ class BatchReader:
         if self.classes is not None and LABEL in self.columns:
             raise SchemaMismatchError(f"labels: the store has a tensor column {LABEL} already")
 
-    def read(self, rows: Rows) -> Batch:
+    def read(self, rows: Rows | Derived) -> Batch:
         """Read some records, into memory that no other batch has; raises as `Rows.read`."""
         tensors = {name: self._tensor(rows, name) for name in self.columns}
         if self.classes is not None:
             places = {name: place for place, name in enumerate(self.classes)}
-            found = [places.get(name, -1) for name in rows.column("class_name").tolist()]
+            found = [places.get(key.class_name, -1) for key in rows.keys()]
             tensors[LABEL] = torch.tensor(found, dtype=torch.int64, pin_memory=self.pinned)
         return Batch(rows, tensors)
 
-    def _tensor(self, rows: Rows, name: str) -> torch.Tensor:
+    def _tensor(self, rows: Rows | Derived, name: str) -> torch.Tensor:
         """Decode a column to where it stays; only another data type takes a copy."""
         if not self.pinned:
             tensor = torch.from_numpy(rows.read(name))
