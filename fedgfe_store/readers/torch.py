@@ -20,12 +20,12 @@ from fedgfe_store.common import threads
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.readers.columns import batch_columns
+from fedgfe_store.rows import Rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedgfe_store.derived.record import Derived
-    from fedgfe_store.rows import Rows
 
 T = TypeVar("T")
 
@@ -100,9 +100,9 @@ class BatchReader:
     def read(self, rows: Rows | Derived) -> Batch:
         """Read some records, into memory that no other batch has; raises as `Rows.read`."""
         tensors = {name: self._tensor(rows, name) for name in self.columns}
-        if self.classes is not None:
+        if self.classes is not None and isinstance(rows, Rows):  # means are of several classes
             places = {name: place for place, name in enumerate(self.classes)}
-            found = [places.get(key.class_name, -1) for key in rows.keys()]
+            found = [places.get(name, -1) for name in rows.column("class_name").tolist()]
             tensors[LABEL] = torch.tensor(found, dtype=torch.int64, pin_memory=self.pinned)
         return Batch(rows, tensors)
 
