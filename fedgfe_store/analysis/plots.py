@@ -29,7 +29,7 @@ SUMMARY = {
 SHARES = frozenset(
     {
         *("accuracy", "agreement", "balanced_accuracy", "macro_f1", "f1"),
-        *("nearest", "precision", "coverage"),
+        *("nearest", "precision", "coverage", "tstr", "trts"),
     }
 )
 """Measures from 0 to 1, which are drawn on that scale."""

@@ -28,19 +28,48 @@ _FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Features on the disk, and which of them are there."""
+    """Features of pictures, in a file: of all of them, memory would grow with the folder.
 
-    values: np.ndarray
+    Parameters
+    ----------
+    path : Path
+        float32 ``[pictures, width]``, without a header.
+    width : int
+        Numbers of a picture.
+    there : ndarray of bool, shape [pictures]
+        Which pictures could be read.
+    """
+
+    path: Path
+    width: int
     there: np.ndarray
 
-    def some(self, rows: np.ndarray) -> np.ndarray:
-        """Return features of `rows`, or of as many as are compared."""
+    def compared(self, rows: np.ndarray) -> np.ndarray:
+        """Return which of `rows` are compared: those that are there, or as many as there may be."""
         rows = rows[self.there[rows]]
-        return np.asarray(self.values[rows[drawn(len(rows), MOST)]])
+        return rows[drawn(len(rows), MOST)]
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return the features of `rows`, float32 ``[rows, width]``."""
+        # Mapped for this call only: what was looked at counts as memory as long as it is mapped.
+        values = np.memmap(self.path, np.float32, "r").reshape(-1, self.width)
+        return np.array(values[rows])
 
 
 class Embedder:
-    """Embeds pictures into files of `folder`."""
+    """Embeds pictures into files of `folder`.
+
+    Parameters
+    ----------
+    features : Features
+        What embeds them.
+    folder : Path
+        Where the files go.
+    batch_size : int
+        Pictures in memory and in a call of the model.
+    progress : callable
+        Called with the number of pictures just embedded.
+    """
 
     def __init__(
         self,
@@ -54,29 +83,34 @@ class Embedder:
         self.left_out: dict[str, str] = {}
 
     def embed(self, files: Sequence[Path]) -> Embedded:
-        values: np.ndarray | None = None
-        there = np.zeros(len(files), bool)
-        for start in range(0, len(files), self._batch_size):
-            batch = files[start : start + self._batch_size]
-            images = list(side_by_side(partial(opened, formats=_FORMATS), batch))
-            sound = [place for place, image in enumerate(images) if image is not None]
-            there[start + np.array(sound, int)] = True
-            self.left_out |= {
-                file.name: "damaged"
-                for file, image in zip(batch, images, strict=True)
-                if image is None
-            }
-            if sound:
-                rows = self._features.embed([image for image in images if image is not None])
-                if values is None:
-                    values = self._room(len(files), rows.shape[1])
-                values[start + np.array(sound)] = rows
-            self._progress(len(batch))
-        if values is None:
-            raise NotFoundError(f"none of {len(files)} pictures in {files[0].parent} is sound")
-        return Embedded(values, there)
+        """Embed pictures; those that are damaged are left out and named in `left_out`.
 
-    def _room(self, pictures: int, width: int) -> np.ndarray:
+        Raises
+        ------
+        NotFoundError
+            If none is sound.
+        """
+        there = np.zeros(len(files), bool)
+        width = 0
         file = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)  # noqa: SIM115
         with file:
-            return np.memmap(file, np.float32, "w+", shape=(pictures, width))
+            for start in range(0, len(files), self._batch_size):
+                batch = files[start : start + self._batch_size]
+                images = list(side_by_side(partial(opened, formats=_FORMATS), batch))
+                sound = [place for place, image in enumerate(images) if image is not None]
+                there[start + np.array(sound, int)] = True
+                lost = set(range(len(batch))) - set(sound)
+                self.left_out |= {batch[place].name: "damaged" for place in lost}
+                if sound:
+                    rows = self._features.embed([image for image in images if image is not None])
+                    width = rows.shape[1]
+                    part = np.zeros((len(batch), width), np.float32)
+                    part[sound] = rows
+                    file.seek(start * part.itemsize * width)
+                    file.write(part.tobytes())
+                self._progress(len(batch))
+            # What is damaged at the end has its place, too.
+            file.truncate(len(files) * np.float32().itemsize * width)
+        if not there.any():
+            raise NotFoundError(f"none of {len(files)} pictures in {files[0].parent} is sound")
+        return Embedded(Path(file.name), width, there)

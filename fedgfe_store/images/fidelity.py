@@ -191,8 +191,8 @@ class _Sets:
         real: Embedded | None,
     ) -> None:
         self._images, self._by, self._to = images, by, to
-        self._real = None if real is None else real.some(np.arange(len(real.there)))
-        self.width = images.values.shape[1]
+        self._real = None if real is None else _features(real, np.arange(len(real.there)))
+        self.width = images.width
         columns = {n: np.array([getattr(k, n) for k in keys], object) for n in KEY_COLUMNS}
         is_other = np.full(len(keys), bool(to))
         for name, value in to.items():
@@ -217,7 +217,7 @@ class _Sets:
             yield dict(zip(by, key, strict=True)), np.array(rows)
 
     def _row(self, key: dict[str, Any], rows: np.ndarray, *, is_pooled: bool) -> dict[str, Any]:
-        own, other = self._images.some(rows), self._compared(key)
+        own, other = _features(self._images, rows), self._compared(key)
         value, error = kid(own, other)
         distance = frechet(own, other) if is_pooled else float("nan")
         found = (len(own), len(other), value, error, distance)
@@ -230,7 +230,11 @@ class _Sets:
         for name, value in key.items():
             if name not in self._to and (name, value) != ("node", "all"):
                 rows = rows[[each == value for each in self._columns[name][rows]]]
-        return self._images.some(rows)
+        return _features(self._images, rows)
+
+
+def _features(pictures: Embedded, rows: np.ndarray) -> np.ndarray:
+    return pictures.read(pictures.compared(rows))
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> pd.DataFrame:
