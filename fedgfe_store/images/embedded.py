@@ -1,4 +1,4 @@
-"""Pictures' features, kept on the disk."""
+"""Features of pictures and sounds, kept on the disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from fedgfe_store.common.sample import drawn
 from fedgfe_store.errors import NotFoundError
 from fedgfe_store.images.folder import side_by_side
 from fedgfe_store.images.scoring import opened
-
-if TYPE_CHECKING:
-    from fedgfe_store.images.features import Features
 
 MOST = 10_000
 """Images of a set that are compared: of more, as many are drawn, always the same. Their features of
@@ -28,16 +25,16 @@ _FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Features of pictures, in a file: of all of them, memory would grow with the folder.
+    """Features of files, in one of their own: of all of them, memory would grow with the folder.
 
     Parameters
     ----------
     path : Path
-        float32 ``[pictures, width]``, without a header.
+        float32 ``[files, width]``, without a header.
     width : int
-        Numbers of a picture.
-    there : ndarray of bool, shape [pictures]
-        Which pictures could be read.
+        Numbers of a file.
+    there : ndarray of bool, shape [files]
+        Which files could be read.
     """
 
     path: Path
@@ -57,33 +54,37 @@ class Embedded:
 
 
 class Embedder:
-    """Embeds pictures into files of `folder`.
+    """Embeds files into others in `folder`.
 
     Parameters
     ----------
-    features : Features
-        What embeds them.
+    embed : callable
+        Gives features of what `read` gives of some files, float32 ``[files, width]``.
     folder : Path
-        Where the files go.
+        Where the features go.
     batch_size : int
-        Pictures in memory and in a call of the model.
+        Files in memory and in a call of `embed`.
     progress : callable
-        Called with the number of pictures just embedded.
+        Called with the number of files just embedded.
+    read : callable
+        Reads a file, by default a picture in RGB; None where it is damaged. Threads call it.
     """
 
     def __init__(
         self,
-        features: Features,
+        embed: Callable[[Sequence[Any]], np.ndarray],
         folder: Path,
         batch_size: int,
         progress: Callable[[int], object],
+        read: Callable[[Path], Any] | None = None,
     ) -> None:
-        self._features, self._folder = features, folder
+        self._embed, self._folder = embed, folder
+        self._read = read or partial(opened, formats=_FORMATS)
         self._batch_size, self._progress = batch_size, progress
         self.left_out: dict[str, str] = {}
 
     def embed(self, files: Sequence[Path]) -> Embedded:
-        """Embed pictures; those that are damaged are left out and named in `left_out`.
+        """Embed files; those that are damaged are left out and named in `left_out`.
 
         Raises
         ------
@@ -96,21 +97,21 @@ class Embedder:
         with file:
             for start in range(0, len(files), self._batch_size):
                 batch = files[start : start + self._batch_size]
-                images = list(side_by_side(partial(opened, formats=_FORMATS), batch))
-                sound = [place for place, image in enumerate(images) if image is not None]
-                there[start + np.array(sound, int)] = True
-                lost = set(range(len(batch))) - set(sound)
+                contents = list(side_by_side(self._read, batch))
+                whole = [place for place, each in enumerate(contents) if each is not None]
+                there[start + np.array(whole, int)] = True
+                lost = set(range(len(batch))) - set(whole)
                 self.left_out |= {batch[place].name: "damaged" for place in lost}
-                if sound:
-                    rows = self._features.embed([image for image in images if image is not None])
+                if whole:
+                    rows = self._embed([contents[place] for place in whole])
                     width = rows.shape[1]
                     part = np.zeros((len(batch), width), np.float32)
-                    part[sound] = rows
+                    part[whole] = rows
                     file.seek(start * part.itemsize * width)
                     file.write(part.tobytes())
                 self._progress(len(batch))
             # What is damaged at the end has its place, too.
             file.truncate(len(files) * np.float32().itemsize * width)
         if not there.any():
-            raise NotFoundError(f"none of {len(files)} pictures in {files[0].parent} is sound")
+            raise NotFoundError(f"none of {len(files)} files such as {files[0]} can be read")
         return Embedded(Path(file.name), width, there)

@@ -164,7 +164,7 @@ def fidelity(
         raise SchemaMismatchError(f"expected some of {', '.join(KEY_COLUMNS)}, got {wrong}")
     extra("torchmetrics.image.kid", "KID", "metrics")
     with tempfile.TemporaryDirectory() as folder:
-        embedder = Embedder(features, Path(folder), batch_size, progress)
+        embedder = Embedder(features.embed, Path(folder), batch_size, progress)
         images = embedder.embed([image.file for image in found.images])
         keys = [image.key for image in found.images]
         sets = _Sets(keys, images, by, to or {}, None if real is None else embedder.embed(real))

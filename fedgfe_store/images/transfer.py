@@ -126,7 +126,7 @@ def train_and_test(
         raise NotFoundError(f"no image is of one of the classes {names(set(real.values()))}")
     extra("sklearn", "a classifier")
     with tempfile.TemporaryDirectory() as folder:
-        embedder = Embedder(features, Path(folder), batch_size, progress)
+        embedder = Embedder(features.embed, Path(folder), batch_size, progress)
         own = _Labelled(embedder.embed([image.file for image in images]),
                         np.array([image.key.class_name for image in images], object))  # fmt: skip
         others = _Labelled(embedder.embed(list(real)), np.array(list(real.values()), object))
