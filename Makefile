@@ -86,9 +86,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-# Ray and UMAP's numba take 240 MB each and half a minute, Azurite as much; without npm its tests are skipped.
+# Ray and UMAP's numba take 240 MB each and half a minute, Azurite as much, W&B 60 MB; without npm Azurite's
+# tests are skipped.
 $(VENV)/installed-long: $(VENV)/installed-dev
-	$(PIP) --editable '.[map,ray]'
+	$(PIP) --editable '.[map,ray,wandb]'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37 || true
 	touch $@
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .tables import counted
 
 _SCRIPT = "generate_images_from_checkpoint"
@@ -29,7 +30,7 @@ _ARGUMENTS = re.compile(r"(?:\\\r?\n|[^\n;|&#])*")
 _UNKNOWN = re.compile(r"\$(?:@|\*|\{|\w)")
 
 
-@click.command("adopt")
+@click.command("adopt", cls=Command)
 @click.argument(
     "files",
     nargs=-1,

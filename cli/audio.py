@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .measures import draw, grouping, print_measures
 from .option_types import KeyList
 from .options import (
@@ -26,8 +27,11 @@ from .options import (
 )
 from .progress import progress
 from .tables import counted, print_data
+from .tracking import check_log, log_option, log_table
 
 if TYPE_CHECKING:
+    from fedgfe_store.analysis.trackers import Tracker
+
     from .finding import Context
 
 _FORMS = {"similarity": "{:.3f}"}
@@ -39,7 +43,7 @@ _TITLES = {
 }
 
 
-@click.command("audio")
+@click.command("audio", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -92,6 +96,7 @@ _TITLES = {
 @device_option
 @format_option("csv and json give one group per line, with all digits.")
 @plot_option("Draw it over the rounds: png, pdf or svg.")
+@log_option
 @quiet_option
 @click.pass_context
 def command(
@@ -111,6 +116,7 @@ def command(
     device: str | None,
     form: str,
     plot: Path | None,
+    log: Tracker | None,
     quiet: bool,
 ) -> None:
     """Measure whether images go with the sounds of their records.
@@ -131,6 +137,7 @@ def command(
     from fedgfe_store.images.sound import sound_files
 
     keys = grouping("audio", by, plot, by)
+    check_log(log, keys)
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     found = selected_images(selection, input_dir or default_folder(selection), patterns=patterns)
@@ -158,5 +165,6 @@ def command(
     if plot is not None:
         draw(table, "audio", keys, plot, titles=_TITLES, title=what)
         click.echo(f"plot: {plot}", err=form != "table")
+    log_table(log, "audio", table, keys, of=selection, form=form)
     if {"damaged", MISSING} & set(heard.left_out.values()):
         ctx.exit(SOME_FAILED)

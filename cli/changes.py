@@ -1,4 +1,4 @@
-"""Changing a store and looking after it: ``delete history verify compact merge``."""
+"""Changing a store and looking after it: ``delete history compact merge backup upgrade``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import click
 
 from fedgfe_store.common.location import Location
 
+from .answer import answers
+from .command import Command
 from .options import Filters, filter_options, format_option, quiet_option, wait_option
 from .progress import progress
 from .store_path import StorePath
@@ -19,25 +21,29 @@ if TYPE_CHECKING:
 
     from fedgfe_store.selection import Selection
     from fedgfe_store.storage.append import AppendBatch
-    from fedgfe_store.storage.engine import Verification
     from fedgfe_store.store import EmbeddingStore
 
     from .finding import Context
 
-DAMAGED = 3
-"""Exit code of ``verify`` when something is damaged."""
-
-_SHOWN_LEFTOVERS = 20
 _NUMERIC = ("commit", "added", "deleted", "records", "bytes")
 
 
-@click.command()
+@click.command(cls=Command)
 @filter_options
 @click.option("--dry-run", is_flag=True, help="Count what would be deleted and stop.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @wait_option
+@answers
 @click.pass_obj
-def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout: float) -> None:
+def delete(
+    obj: Context,
+    /,
+    filters: Filters,
+    dry_run: bool,
+    yes: bool,
+    timeout: float,
+    answer: dict[str, Any],
+) -> None:
     """Delete the records that meet every filter, in one commit.
 
     At least one filter is needed. What is deleted stays visible with --as-of until the store is
@@ -59,6 +65,9 @@ def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout:
     filters.check(store, selection)
     records = selection.records[["node", "round"]]
     found = counted(len(records), "record")
+    answer.update(
+        store=store.location, commit=store.commit, dry_run=dry_run, found=len(records), deleted=0
+    )
     if len(records):
         _print_matched(selection, filters)
     if dry_run and len(records):
@@ -71,6 +80,7 @@ def delete(obj: Context, /, filters: Filters, dry_run: bool, yes: bool, timeout:
         question = f"delete {found} ({_whose(records)}) from {store.location}?"
         click.confirm(question, abort=True, err=True)
     deleted = store.delete(timeout=timeout, **wanted)
+    answer.update(commit=store.commit, deleted=deleted, records=len(store))
     if deleted != len(records):
         click.echo(f"note: {found} found at first; another writer came in between", err=True)
     click.echo(
@@ -92,7 +102,7 @@ def _whose(records: pd.DataFrame) -> str:
     return f"nodes {nodes}; rounds {numbers(records['round'].unique().tolist())}"
 
 
-@click.command()
+@click.command(cls=Command)
 @format_option("json gives one commit per line.")
 @click.option(
     "--limit", type=click.IntRange(min=0), help="Only the newest commits [table: 20, else all]."
@@ -145,97 +155,11 @@ def _listed(values: tuple[str | int, ...]) -> str:
     return ",".join(quoted(str(value)) for value in values)
 
 
-@click.command()
-@click.option(
-    "--repair",
-    is_flag=True,
-    help="Mark damaged records as deleted, so that they can come back; undo old releases' damage.",
-)
+@click.command(cls=Command)
 @wait_option
-@quiet_option
-@click.pass_context
-def verify(ctx: click.Context, /, repair: bool, timeout: float, quiet: bool) -> None:
-    """Read every record and check everything else that the store needs.
-
-    Names each damaged record and goes on. With --repair they are marked as deleted, in one
-    commit: importing the same checkpoints again then puts exactly them back.
-
-    \b
-    fedgfe-store verify
-    fedgfe-store verify --repair
-
-    Exit code: 0 sound, 3 something is damaged (whether repaired or not).
-    """
-    from fedgfe_store import EmbeddingStore
-    from fedgfe_store.errors import DamagedDataError
-
-    obj: Context = ctx.obj
-    try:
-        store = EmbeddingStore.open(obj.store)
-    except DamagedDataError as error:
-        click.echo(f"problem: {error}")
-        ctx.exit(DAMAGED)
-    with progress(_expected(store), "records", quiet=quiet) as advance:
-        found = store.verify(repair=repair, timeout=timeout, progress=advance)
-    _print_damage(found)
-    if found.sound:
-        click.echo(f"sound: {_extent(store, found)}")
-        return
-    problems = counted(len(found.problems), "problem")
-    damaged = counted(len(found.damaged), "damaged record")
-    click.echo(f"not sound: {_extent(store, found)}: {damaged}, {problems}")
-    _print_remedy(found, repaired_in=store.commit if repair else None)
-    ctx.exit(DAMAGED)
-
-
-def _expected(store: EmbeddingStore) -> int:
-    from fedgfe_store.errors import DamagedDataError
-
-    try:
-        return len(store)
-    except DamagedDataError:  # verify says so itself, and reads no record then
-        return 0
-
-
-def _extent(store: EmbeddingStore, found: Verification) -> str:
-    return f"{counted(found.records, 'record')} of {store.location}, commit {found.commit}"
-
-
-def _print_damage(found: Verification) -> None:
-    if found.damaged:
-        headers = ("node", "round", "split", "class_name", "index", "reason")
-        rows = [
-            (d.key.node, d.key.round, d.key.split, d.key.class_name, d.key.index, d.reason)
-            for d in found.damaged
-        ]
-        print_table(headers, rows, right=("round", "index"))
-        click.echo()
-    for mended in found.mended:
-        click.echo(f"mended: {mended}")
-    for problem in found.problems:
-        click.echo(f"problem: {problem}")
-    more = len(found.leftovers) - _SHOWN_LEFTOVERS
-    for leftover in found.leftovers[:_SHOWN_LEFTOVERS]:
-        click.echo(f"leftover: {leftover}")
-    if more > 0:
-        click.echo(f"leftover: and {more:,} more")
-
-
-def _print_remedy(found: Verification, *, repaired_in: int | None) -> None:
-    if not found.damaged:
-        return
-    back = "importing the same checkpoints again puts them back"
-    if repaired_in is None:
-        click.echo(f"verify --repair marks the damaged records as deleted; {back}")
-    else:
-        records = counted(len(found.damaged), "record")
-        click.echo(f"repaired: {records} marked as deleted in commit {repaired_in}; {back}")
-
-
-@click.command()
-@wait_option
+@answers
 @click.pass_obj
-def compact(obj: Context, timeout: float) -> None:
+def compact(obj: Context, timeout: float, answer: dict[str, Any]) -> None:
     """Give space back: gather small commits, and free files of deleted records.
 
     Records keep their bits. Older commits (--as-of) lose what was deleted since.
@@ -247,6 +171,7 @@ def compact(obj: Context, timeout: float) -> None:
 
     store = EmbeddingStore.open(obj.store)
     done = store.compact(timeout=timeout)
+    answer.update(store=store.location, commit=store.commit, **vars(done))
     if not done.files_freed:
         click.echo(f"nothing to free: {size(done.bytes_before)} of tensor files")
         return
@@ -257,7 +182,7 @@ def compact(obj: Context, timeout: float) -> None:
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, type=StorePath(), metavar="SRC...")
 @click.option(
     "--if-exists",
@@ -268,9 +193,16 @@ def compact(obj: Context, timeout: float) -> None:
 )
 @wait_option
 @quiet_option
+@answers
 @click.pass_obj
 def merge(
-    obj: Context, /, sources: tuple[Location, ...], if_exists: Any, timeout: float, quiet: bool
+    obj: Context,
+    /,
+    sources: tuple[Location, ...],
+    if_exists: Any,
+    timeout: float,
+    quiet: bool,
+    answer: dict[str, Any],
 ) -> None:
     """Bring the records of other stores into the store, one commit each.
 
@@ -296,8 +228,10 @@ def merge(
                 batch = target.merge(source, if_exists=if_exists, timeout=timeout, progress=advance)
                 rows.append(_merge_row(source, batch))
     finally:  # what was merged before an error stays
+        headers = ("source", "records", "added", "replaced", "unchanged")
+        answer.update(store=target.location, commit=target.commit, records=len(target))
+        answer.update(sources=[dict(zip(headers, row, strict=True)) for row in rows])
         if rows:
-            headers = ("source", "records", "added", "replaced", "unchanged")
             print_table(headers, rows, right=headers[1:])
     click.echo(
         f"\n{target.location} is at commit {target.commit}, with {counted(len(target), 'record')}"
@@ -329,12 +263,15 @@ def _merge_row(source: EmbeddingStore, batch: AppendBatch) -> list[object]:
     return [source.location, len(source), batch.added, batch.replaced, batch.skipped]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("target", type=click.Path(path_type=Path))
 @wait_option
 @quiet_option
+@answers
 @click.pass_obj
-def backup(obj: Context, /, target: Path, timeout: float, quiet: bool) -> None:
+def backup(
+    obj: Context, /, target: Path, timeout: float, quiet: bool, answer: dict[str, Any]
+) -> None:
     """Bring a copy of the store to the folder TARGET, also while training writes.
 
     The copy is a store itself, and sound at any moment. Run again, it brings what is new. On the
@@ -348,6 +285,7 @@ def backup(obj: Context, /, target: Path, timeout: float, quiet: bool) -> None:
     store = EmbeddingStore.open(obj.store)
     with progress(0, "bytes", quiet=quiet) as advance:
         done = store.backup(target, timeout=timeout, progress=advance)
+    answer.update(store=store.location, target=target, **vars(done))
     brought = [
         f"{counted(done.copied, 'file')} copied ({size(done.nbytes)})" if done.copied else "",
         f"{counted(done.linked, 'file')} linked" if done.linked else "",
@@ -357,7 +295,7 @@ def backup(obj: Context, /, target: Path, timeout: float, quiet: bool) -> None:
     click.echo(f"{target}: {counted(done.records, 'record')}, commit {done.commit}; {told}")
 
 
-@click.command()
+@click.command(cls=Command)
 @wait_option
 @click.pass_obj
 def upgrade(obj: Context, /, timeout: float) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .command import Command
 from .options import quiet_option
 from .progress import progress
 from .tables import print_table
@@ -23,7 +24,7 @@ _EXPERIMENT = "demo"
 _SHEET = Path("contact_sheet.png")
 
 
-@click.command("demo")
+@click.command("demo", cls=Command)
 @click.option(
     "--output-dir",
     type=click.Path(file_okay=False, path_type=Path),

@@ -9,6 +9,8 @@ import click
 
 from fedgfe_store.common.location import Location
 
+from .answer import answers
+from .command import Command
 from .options import class_names, device_option, own_device, quiet_option, wait_option
 from .progress import progress
 from .tables import counted, print_table
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from .finding import Context
 
 
-@click.command("encode")
+@click.command("encode", cls=Command)
 @click.option(
     "--prompt",
     "prompts",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="List what would be encoded and stop.")
 @wait_option
 @quiet_option
+@answers
 @click.pass_obj
 def command(
     obj: Context,
@@ -80,6 +83,7 @@ def command(
     timeout: float,
     dry_run: bool,
     quiet: bool,
+    answer: dict[str, Any],
     **options: Any,
 ) -> None:
     """Encode prompts about classes by the model's own text encoders, into the store.
@@ -101,6 +105,9 @@ def command(
     names = _class_names(store, classes)
     options["device"] = own_device(options["device"])
     plan = plan_references(store, prompts, report=_remark, classes=names, **options)
+    answer.update(
+        store=plan.path, model=plan.model.name, references=plan.references, dry_run=dry_run
+    )
     if dry_run or not quiet:
         _print_plan(plan, whole=dry_run)
     if dry_run:
@@ -109,6 +116,7 @@ def command(
         report = encode_references(
             plan, offload=offload, timeout=timeout, report=_remark, progress=advance
         )
+    answer.update(vars(report))
     _print_result(plan, report)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .measures import print_measures
 from .option_types import KeyList, KeyValue
 from .options import (
@@ -27,8 +28,10 @@ from .options import (
 )
 from .progress import progress
 from .tables import print_data, print_table
+from .tracking import check_log, log_option, log_table
 
 if TYPE_CHECKING:
+    from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.fidelity import Fidelity
     from fedgfe_store.images.transfer import Transfer
     from fedgfe_store.selection import Selection
@@ -41,7 +44,7 @@ _TITLES = {
 }
 
 
-@click.command("fidelity")
+@click.command("fidelity", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -90,6 +93,7 @@ _TITLES = {
 @device_option
 @format_option("csv and json give one group per line, with all digits.")
 @plot_option("Draw it over the rounds: png, pdf or svg.")
+@log_option
 @quiet_option
 @click.pass_context
 def command(
@@ -107,6 +111,7 @@ def command(
     device: str | None,
     form: str,
     plot: Path | None,
+    log: Tracker | None,
     quiet: bool,
 ) -> None:
     """Measure how far images are from real ones, or from those of a node or round.
@@ -135,6 +140,7 @@ def command(
         raise click.UsageError("--measure classifier: expected --real, and no class in --by")
     if plot is not None:
         check_plot(plot, by)
+    check_log(log, by)
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     pictures = _real(real, selection if is_classified else None)
@@ -161,6 +167,7 @@ def command(
         click.echo(f"note: {note}", err=True)
     if plot is not None:
         _draw(measured, by, plot, form)
+    log_table(log, "fidelity", measured.frame, by, of=selection, form=form)
     if "damaged" in measured.left_out.values():
         ctx.exit(SOME_FAILED)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .options import (
     folder_option,
     foreign_line,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .finding import Context
 
 
-@click.command("gallery")
+@click.command("gallery", cls=Command)
 @folder_option("input")
 @click.option(
     "--output",

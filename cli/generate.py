@@ -12,7 +12,10 @@ import click
 
 from fedgfe_store.common.location import Location
 
+from .answer import answers
 from .codes import SOME_FAILED, STOPPED, ends_other_processes
+from .command import Command
+from .derived_options import NAMES, Asked, derived_options, described
 from .legacy import OldFlags, old_flags
 from .options import (
     FILTERS,
@@ -26,6 +29,7 @@ from .options import (
 from .progress import progress
 from .request_options import DECIDED_BY_IMAGE, request_options
 from .say import say
+from .tables import counted
 
 if TYPE_CHECKING:
     from fedgfe_store.generation.prepare import Run
@@ -37,11 +41,12 @@ if TYPE_CHECKING:
 
 _SHOWN_FAILURES = 20
 _DEFAULT = click.core.ParameterSource.DEFAULT
-_DECIDED_BY_IMAGE = DECIDED_BY_IMAGE | {*FILTERS, "checkpoint", "checkpoint_dir", "pattern"}
+_DECIDED_BY_IMAGE = DECIDED_BY_IMAGE | {*FILTERS, *NAMES, "checkpoint", "checkpoint_dir", "pattern"}
 
 
-@click.command("generate")
+@click.command("generate", cls=Command)
 @filter_options
+@derived_options
 @as_of_option
 @old_flags
 @folder_option("output")
@@ -74,11 +79,13 @@ _DECIDED_BY_IMAGE = DECIDED_BY_IMAGE | {*FILTERS, "checkpoint", "checkpoint_dir"
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @request_options("on_stale")
 @quiet_option
+@answers
 @click.pass_context
 def command(
     ctx: click.Context,
     /,
     filters: Filters,
+    derived: Asked,
     as_of: int | None,
     old: OldFlags,
     output_dir: Path | None,
@@ -88,6 +95,7 @@ def command(
     workers: int | None,
     dry_run: bool,
     quiet: bool,
+    answer: dict[str, Any],
     **asked: Any,
 ) -> None:
     """Render images from embeddings; run it again to go on where it stopped.
@@ -103,6 +111,8 @@ def command(
     fedgfe-store generate --node server --model tiny --output-dir pictures
     fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --output-dir output_images/fine
     fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
+    fedgfe-store generate --round 5 --mean round,class
+    fedgfe-store generate --round 20 --node server --split test --per-class 1 --walk dog:drum
     """
     from fedgfe_store.generation.request import Request
     from fedgfe_store.generation.run import note_stop
@@ -121,7 +131,8 @@ def command(
             if from_image is not None:
                 run = _run_again(ctx, from_image, as_of, output_dir, request, dry_run=dry_run)
             else:
-                selection = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
+                records = old.select(ctx, filters, as_of, dry_run=dry_run, quiet=quiet)
+                selection = derived.of(records)
                 folder = output_dir or default_folder(selection)
                 try:
                     run = prepare(
@@ -132,6 +143,7 @@ def command(
                         _print_stuck(stop, "planned")
                         ctx.exit(1)
                     raise
+            answer.update(_planned(run), dry_run=dry_run)
             if dry_run or not quiet:
                 print_plan(run)
             shortage = run.plan.shortage(run.batch_size, stop.seconds_left)
@@ -141,6 +153,7 @@ def command(
                 return
         with progress(len(run.plan.todo), "images", quiet=quiet) as advance:
             report = render(run, report=remark, progress=advance, stop=stop)
+    answer.update(_made(report))
     print_result(report)
     if report.stuck:
         _print_stuck(stop, f"finished a batch of {run.batch_size}")
@@ -261,6 +274,25 @@ def remark(line: str) -> None:
     say(f"note: {line}", err=True)
 
 
+def _planned(run: Run) -> dict[str, Any]:
+    return {
+        "store": run.selection.location,
+        "commit": run.selection.commit,
+        "records": len(run.selection),
+        "folder": run.plan.folder,
+        "settings": run.plan.settings,
+        "device": run.placement.device,
+        "batch_size": run.batch_size,
+        "images": run.plan.counts,
+        "to_render": len(run.plan.todo),
+    }
+
+
+def _made(report: GenerationReport) -> dict[str, Any]:
+    names = ("done", "skipped", "elsewhere", "failed", "stopped", "left", "stuck", "seconds")
+    return {name: getattr(report, name) for name in names}
+
+
 def print_plan(run: Run) -> None:
     """Print what a run will do, and with what."""
     plan, settings = run.plan, run.plan.settings
@@ -274,10 +306,7 @@ def print_plan(run: Run) -> None:
         shown.append(settings.quantization)
     shown += [f"{n} {' '.join(v)}" for n in ("column", "lora") if (v := getattr(settings, n))]
     part = "" if run.request.part.count == 1 else f", part {run.request.part}"
-    say(
-        f"records: {len(run.selection)} of {run.selection.location}, commit "
-        f"{run.selection.commit}{part}"
-    )
+    say(f"{described(run.selection)}{part}")
     where = f"{settings.dtype} on {run.placement.device}"
     say(f"model: {settings.model} ({settings.revision[:12]}), {where}")
     say(f"settings: {', '.join(shown)}")
@@ -306,13 +335,14 @@ def print_result(report: GenerationReport) -> None:
             say(f"  and {len(report.failed) - _SHOWN_FAILURES} more", err=True)
     rate = f" in {report.seconds:.1f} s, {report.rate:.2f} images/s" if report.done else ""
     say(
-        f"{report.done} images rendered{rate}, {report.skipped} were there already: "
+        f"{counted(report.done, 'image')} rendered{rate}, {report.skipped} were there already: "
         f"{report.plan.folder}"
     )
     if report.elsewhere:
-        say(f"{report.elsewhere} images are another process's: made meanwhile, or being made")
+        images = counted(report.elsewhere, "image")
+        say(f"another process's: {images} made meanwhile, or being made")
     if report.stopped and report.left:
         more = "" if report.stuck else "; the same command goes on"
-        say(f"stopped by {report.stopped} with {report.left} images left{more}")
+        say(f"stopped by {report.stopped} with {counted(report.left, 'image')} left{more}")
         if not (report.done or report.elsewhere or report.stuck or report.stopped == "SIGINT"):
             say("no image was finished: if none is in the next run, it ends with an error")

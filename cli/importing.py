@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .answer import answers
 from .codes import SOME_FAILED
+from .command import Command
 from .finding import tell_of_copies
 from .options import quiet_option, wait_option
 from .progress import progress
@@ -23,7 +25,7 @@ _MOST_SHOWN = 6
 _MOST_NAMED = 3
 
 
-@click.command("import")
+@click.command("import", cls=Command)
 @click.argument(
     "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH..."
 )
@@ -64,9 +66,16 @@ _MOST_NAMED = 3
 )
 @wait_option
 @quiet_option
+@answers
 @click.pass_context
 def command(
-    ctx: click.Context, /, paths: tuple[Path, ...], pattern: str, quiet: bool, **options: Any
+    ctx: click.Context,
+    /,
+    paths: tuple[Path, ...],
+    pattern: str,
+    quiet: bool,
+    answer: dict[str, Any],
+    **options: Any,
 ) -> None:
     """Import FedGFE .pt checkpoints, files or folders, into the store.
 
@@ -91,6 +100,13 @@ def command(
         report = import_checkpoints(
             obj.store, paths, pattern=pattern, on_file=lambda file: advance(1), **options
         )
+    answer.update(
+        store=report.store_path,
+        dry_run=options["dry_run"],
+        files=report.files,
+        notes=report.notes,
+        not_read=count - len(report.files),
+    )
     show_report(report, dry_run=options["dry_run"])
     tell_of_copies(obj.store, report)
     if len(report.files) < count:

@@ -11,7 +11,6 @@ import click
 
 from .codes import SOME_FAILED, ends_other_processes
 from .finding import tell_of_copies
-from .log import verbose_option
 from .progress import progress
 from .tables import counted, size
 
@@ -40,7 +39,6 @@ _OPTIONS = [
         help="The same for the files of a folder. The store is DIR/embeddings.zarr unless given.",
     ),
     click.option("--pattern", metavar="GLOB", help="Which files of --checkpoint-dir [*.pt]."),
-    verbose_option,
 ]
 
 

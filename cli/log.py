@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import click
 
@@ -32,7 +31,8 @@ def show_notes(ctx: click.Context) -> None:
     ctx.call_on_close(lambda: _log.removeHandler(notes))
 
 
-def _be_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+def be_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Show all that the library logs, until `ctx` is closed, where `value` says so."""
     if not value:
         return
     for handler in _log.handlers:
@@ -41,12 +41,3 @@ def _be_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None
     before = _log.level
     _log.setLevel(logging.DEBUG)
     ctx.call_on_close(lambda: _log.setLevel(before))
-
-
-verbose_option: Any = click.option(
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=_be_verbose,
-    help="Log on stderr what is done, with times.",
-)

@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from fedgfe_store import __version__
 from fedgfe_store.common.location import Location
 from fedgfe_store.errors import FedgfeStoreError
 
+from .command import in_options
 from .finding import Context
-from .log import show_notes
+from .log import be_verbose, show_notes
 from .say import print_on_any_terminal
 from .store_path import StorePath
 from .threads import share_processors
@@ -26,7 +26,7 @@ _COMMANDS = {
     "import": ("importing", "command", "Import FedGFE .pt checkpoints."),
     "encode": ("encode", "command", "Encode prompts about classes, to compare with."),
     "adopt": ("adopt", "command", "Let the old script's job scripts call this command."),
-    "export": ("export", "command", "Write records as FedGFE .pt checkpoints."),
+    "export": ("export", "command", "Write records as .pt checkpoints, Parquet or safetensors."),
     "info": ("stores", "info", "Show what a store holds."),
     "query": ("query", "command", "List records by node, round, split and class."),
     "generate": ("generate", "command", "Render images from embeddings."),
@@ -39,7 +39,7 @@ _COMMANDS = {
     "fidelity": ("fidelity", "command", "Measure how far images are from others: KID, FID."),
     "history": ("changes", "history", "Show what each commit did."),
     "delete": ("changes", "delete", "Delete records."),
-    "verify": ("changes", "verify", "Check every record and file; repair."),
+    "verify": ("verify", "command", "Check every record and file; repair."),
     "compact": ("changes", "compact", "Give space back."),
     "backup": ("changes", "backup", "Bring a copy of the store to another folder."),
     "upgrade": ("changes", "upgrade", "Bring a store of an old format to the newest."),
@@ -49,6 +49,14 @@ _COMMANDS = {
     "map": ("map", "command", "Lay records out so that those alike lie together."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
+}
+
+_SECTIONS = {
+    "Stores": "init import encode info query history",
+    "Images": "generate sweep status slurm sheet gallery",
+    "Findings": "score audio fidelity stats quality map",
+    "Care": "export merge delete verify compact backup upgrade",
+    "First steps and old scripts": "demo adopt",
 }
 
 
@@ -63,8 +71,6 @@ class _LazyGroup(click.Group):
             return None
         module, attribute, _ = _COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(f"fedgfe_store.cli.{module}"), attribute)
-        if not any(param.name == "store" for param in command.params):
-            command.params.append(_store_option())
         return command
 
     def resolve_command(
@@ -77,8 +83,9 @@ class _LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in _COMMANDS.items()])
+        for heading, names in _SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, _COMMANDS[name][2]) for name in names.split()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -86,30 +93,11 @@ class _LazyGroup(click.Group):
         except (FedgfeStoreError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
-            notes = getattr(error, "__notes__", [])
-            click.echo("\n".join([f"error: {error}", *notes]), err=True)
+            lines = [f"error: {error}", *getattr(error, "__notes__", [])]
+            name = ctx.invoked_subcommand
+            command = self.get_command(ctx, name) if name else None
+            click.echo(in_options("\n".join(lines), command), err=True)
             ctx.exit(1)
-
-
-def _store_option() -> click.Option:
-    """Return ``--store`` behind a command, where it means the same as before it."""
-    return click.Option(
-        ["--store"],
-        type=StorePath(),
-        expose_value=False,
-        callback=_name_store,
-        help="The embedding store, here or before the command.",
-    )
-
-
-def _name_store(ctx: click.Context, param: click.Parameter, value: Location | None) -> None:
-    if value is None:
-        return
-    before: Location | None = ctx.obj.given
-    typed = ctx.find_root().get_parameter_source("store") is ParameterSource.COMMANDLINE
-    if typed and before != value:
-        raise click.UsageError(f"--store: expected one, got {before} and {value}")
-    ctx.obj.given = value
 
 
 @click.group(
@@ -126,8 +114,9 @@ def _name_store(ctx: click.Context, param: click.Parameter, value: Location | No
     "$FEDGFE_STORE [embeddings.zarr, else the one among checkpoints/].",
 )
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
+@click.option("--verbose", "-v", is_flag=True, help="Log on stderr what is done, with times.")
 @click.pass_context
-def group(ctx: click.Context, store: Location | None, quiet: bool) -> None:
+def group(ctx: click.Context, store: Location | None, quiet: bool, verbose: bool) -> None:
     """Keep embeddings of federated training in one store, and render images from it.
 
     \b
@@ -138,9 +127,10 @@ def group(ctx: click.Context, store: Location | None, quiet: bool) -> None:
     """
     print_on_any_terminal()
     ctx.obj = Context(store)
+    show_notes(ctx)
+    be_verbose(ctx, ctx.command.params[0], verbose)
     if quiet:  # as if it stood behind the command
         ctx.default_map = {name: {"quiet": True} for name in _COMMANDS}
-    show_notes(ctx)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .command import Command
 from .options import (
     Filters,
     as_of_option,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _COLOURS = {"class": "class_name", "node": "node", "round": "round", "split": "split"}
 
 
-@click.command("map")
+@click.command("map", cls=Command)
 @filter_options
 @as_of_option
 @click.option(

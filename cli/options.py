@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedgfe_store.common.words import counted, printable
+from fedgfe_store.common.words import counted, numbers_first, printable
 
+from .command import STORE
+from .finding import Context
 from .option_types import NUMERIC, NumberList
 
 if TYPE_CHECKING:
@@ -20,11 +22,10 @@ if TYPE_CHECKING:
     from click.decorators import FC
 
     from fedgfe_store.common.location import Location
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.images.foreign import PictureNames
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
-
-    from .finding import Context
 
 
 def own_device(device: str | None) -> str | None:
@@ -39,20 +40,35 @@ def own_device(device: str | None) -> str | None:
     return device
 
 
+def _complete(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
+    """Tell the shell how a filter may go on: by the values that the store has."""
+    from fedgfe_store import EmbeddingStore
+    from fedgfe_store.errors import FedgfeStoreError
+
+    before, comma, last = typed.rpartition(",")
+    named = ctx.meta.get(STORE) or ctx.find_root().params["store"]
+    try:
+        values = EmbeddingStore.open(Context(named).store).select().column(param.name or "")
+    except FedgfeStoreError:
+        return []  # where there is no store the shell has nothing to offer
+    known = sorted(set(map(str, values.tolist())), key=numbers_first)
+    return [f"{before}{comma}{value}" for value in known if value.startswith(last)]
+
+
+def _filter(name: str, text: str, *flags: str) -> Callable[[FC], FC]:
+    kind: dict[str, Any] = {"type": NumberList()} if name in NUMERIC else {"metavar": "NAMES"}
+    flags = (*flags, name) if flags else (f"--{name.replace('_', '-')}", name)
+    return click.option(*flags, multiple=True, shell_complete=_complete, help=text, **kind)
+
+
 _FILTERS = [
-    click.option("--node", multiple=True, metavar="NAMES", help="Nodes: 0-4,server."),
-    click.option("--round", multiple=True, type=NumberList(), help="Rounds: 1,5,10-20."),
-    click.option("--split", multiple=True, metavar="NAMES", help="Splits: train,val,test."),
-    click.option(
-        "--class", "class_name", multiple=True, metavar="NAMES", help="Classes: dog,drum."
-    ),
-    click.option("--index", multiple=True, type=NumberList(), help="Sample numbers: 0-9."),
-    click.option(
-        "--sample-id", "sample_id", multiple=True, metavar="NAMES", help="Sample ids: train_0."
-    ),
-    click.option(
-        "--file-id", "file_id", multiple=True, metavar="NAMES", help="Files, as they were recorded."
-    ),
+    _filter("node", "Nodes: 0-4,server."),
+    _filter("round", "Rounds: 1,5,10-20."),
+    _filter("split", "Splits: train,val,test."),
+    _filter("class_name", "Classes: dog,drum.", "--class"),
+    _filter("index", "Sample numbers: 0-9."),
+    _filter("sample_id", "Sample ids: train_0."),
+    _filter("file_id", "Files, as they were recorded."),
     click.option(
         "--per-class",
         type=click.IntRange(min=1),
@@ -289,7 +305,7 @@ pattern_option = click.option(
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results.")
 
 
-def default_folder(selection: Selection) -> Path:
+def default_folder(selection: Selection | Derived) -> Path:
     """Return where images go unless told otherwise: ``output_images/<experiment>``."""
     from fedgfe_store.errors import SchemaMismatchError
 

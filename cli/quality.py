@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .command import Command
 from .measures import CLASSIFIED, classified, draw, grouping, print_measures
 from .option_types import KeyList, KeyValue
 from .options import (
@@ -21,14 +22,17 @@ from .options import (
 )
 from .progress import progress
 from .tables import counted, print_data
+from .tracking import check_log, log_option, log_table
 
 if TYPE_CHECKING:
+    from fedgfe_store.analysis.trackers import Tracker
+
     from .finding import Context
 
 _FORMS = {"cosine": "{:.4f}", "mse": "{:.4g}", "frechet": "{:.4g}", "diversity": "{:.4f}"}
 
 
-@click.command("quality")
+@click.command("quality", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -56,6 +60,7 @@ _FORMS = {"cosine": "{:.4f}", "mse": "{:.4g}", "frechet": "{:.4g}", "diversity":
 @tokens_option
 @format_option("csv and json give one group per line, with all digits.")
 @plot_option("Draw it: over the rounds, or the confusion as a square; png, pdf or svg.")
+@log_option
 @quiet_option
 @click.pass_obj
 def command(
@@ -70,6 +75,7 @@ def command(
     tokens: Any,
     form: str,
     plot: Path | None,
+    log: Tracker | None,
     quiet: bool,
 ) -> None:
     """Show how close embeddings are to a reference, and which class is nearest.
@@ -88,6 +94,7 @@ def command(
     from fedgfe_store.analysis.reference import MEASURES, nearest_classes, quality
 
     keys = grouping(measure, by, plot, ["node", "round"])
+    check_log(log, keys, measure)
     store = EmbeddingStore.open(obj.store, as_of=as_of)
     wanted: dict[str, Any] = dict([to])
     selection, reference = filters.select(store), store.select(**wanted)
@@ -117,3 +124,4 @@ def command(
         drawn = table.rename(columns={"records": "pictures"}) if measure == "confusion" else table
         draw(drawn, measure, keys, plot, titles=MEASURES, title=f"{where}, beside {beside}")
         click.echo(f"plot: {plot}", err=form != "table")
+    log_table(log, "quality", table, keys, of=selection, form=form)

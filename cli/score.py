@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .codes import SOME_FAILED
+from .command import Command
 from .measures import CLASSIFIED, classified, draw, grouping, print_measures
 from .option_types import KeyList
 from .options import (
@@ -28,10 +29,12 @@ from .options import (
 )
 from .progress import progress
 from .tables import as_text, counted, print_data
+from .tracking import check_log, log_option, log_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.scoring import Scores
 
     from .finding import Context
@@ -51,7 +54,7 @@ _TITLES = {
 }
 
 
-@click.command("score")
+@click.command("score", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -104,6 +107,7 @@ _TITLES = {
     help="Write csv or json to this file instead; csv unless --format says json.",
 )
 @plot_option("Draw it: over the rounds, or the confusion as a square; png, pdf or svg.")
+@log_option
 @quiet_option
 @click.pass_context
 def command(
@@ -123,6 +127,7 @@ def command(
     form: str,
     output: Path | None,
     plot: Path | None,
+    log: Tracker | None,
     quiet: bool,
 ) -> None:
     """Measure with CLIP whether images show their class.
@@ -143,6 +148,7 @@ def command(
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
     keys = grouping(measure, by, plot, ["node", "round", "class_name"])
+    check_log(log, keys, measure)
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     found = selected_images(selection, input_dir or default_folder(selection), patterns=patterns)
@@ -180,6 +186,7 @@ def command(
         title = f"{counted(len(scores.frame), 'picture')} of {selection.location.name}"
         draw(table, measure, keys, plot, titles=_TITLES, title=title)
         click.echo(f"plot: {plot}", err=form != "table")
+    log_table(log, "score", table, keys, of=selection, form=form)
     if "damaged" in scores.left_out.values():
         ctx.exit(SOME_FAILED)
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from .command import Command
 from .option_types import KEYS, KeyList
 from .options import (
     Filters,
@@ -24,8 +25,10 @@ from .options import (
 )
 from .progress import progress
 from .tables import counted
+from .tracking import log_option, log_sheet
 
 if TYPE_CHECKING:
+    from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.arrange import Sheet
     from fedgfe_store.images.folder import ImageFolder
     from fedgfe_store.images.foreign import PictureNames
@@ -34,10 +37,12 @@ if TYPE_CHECKING:
 
     from .finding import Context
 
-AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "folder")}
+AXES = KEYS | {
+    name: name for name in ("derived", "frame", "model", "steps", "guidance", "seed", "folder")
+}
 
 
-@click.command("sheet")
+@click.command("sheet", cls=Command)
 @filter_options
 @click.option(
     "--input-dir",
@@ -50,13 +55,13 @@ AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "fo
 @click.option(
     "--rows",
     type=KeyList(AXES),
-    default="class",
-    show_default=True,
-    help="What a row is: node, round, split, class, index, model, steps, guidance, seed, folder, "
-    "or several: class,index.",
+    help="What a row is: node, round, split, class, index, derived, model, steps, guidance, seed, "
+    "folder, or several: class,index [class; of walks derived].",
 )
 @click.option(
-    "--columns", type=KeyList(AXES), default="round", show_default=True, help="What a column is."
+    "--columns",
+    type=KeyList(AXES),
+    help="What a column is: one of these, or frame [round; of walks frame].",
 )
 @click.option(
     "--output",
@@ -69,7 +74,10 @@ AXES = KEYS | {name: name for name in ("model", "steps", "guidance", "seed", "fo
     help="Width of a picture in pixels [128; with --animate 256].",
 )
 @click.option("--title", help="A line above the sheet [what its pictures have in common].")
-@click.option("--animate", is_flag=True, help="One sample over the rounds, as GIF or WebP.")
+@click.option(
+    "--animate", is_flag=True, help="One sample over the rounds, or a walk, as GIF or WebP."
+)
+@log_option
 @pattern_option
 @quiet_option
 @click.pass_obj
@@ -78,16 +86,17 @@ def command(
     /,
     filters: Filters,
     input_dirs: tuple[Path, ...],
-    rows: list[str],
-    columns: list[str],
+    rows: list[str] | None,
+    columns: list[str] | None,
     output: Path | None,
     thumbnail: int | None,
     title: str | None,
     animate: bool,
+    log: Tracker | None,
     patterns: tuple[str, ...],
     quiet: bool,
 ) -> None:
-    """Draw contact sheets of rendered images, or one sample over the rounds.
+    """Draw contact sheets of rendered images, or one sample over the rounds, or a walk.
 
     Of several pictures for a cell that one is shown whose other keys fill most cells. A sheet
     larger than 4096 pixels goes into several files. Pictures whose record is deleted or has another
@@ -100,20 +109,29 @@ def command(
     fedgfe-store sheet --input-dir sweep --rows steps --columns guidance --class dog
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
+    from fedgfe_store.derived_keys import WalkKey
     from fedgfe_store.images import sheet as sheets
     from fedgfe_store.images.arrange import arrange
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
+    if log is not None:
+        _check_log(log, output, animate=animate)
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
     store = store_in_reach(obj)
     names = picture_names(patterns, store)
     folders = input_dirs or [image_folder(obj.store)]
     scanned = [each for folder in folders for each in _scanned(folder, names)]
     images = _selected(obj, store, scanned, filters)
+    walks = columns == ["frame"] or all(isinstance(image.key, WalkKey) for image in images)
+    rows = rows or (["derived"] if walks else ["class_name"])
+    columns = columns or (["frame"] if walks else ["round"])
     if animate:
-        shown = sheets.animate(images, output, thumbnail=thumbnail or 256)
-        rounds = ", ".join(str(image.key.round) for image in shown)
-        click.echo(f"{output}: {shown[0].key.class_name}, rounds {rounds}")
+        over: Literal["round", "frame"] = "frame" if columns == ["frame"] else "round"
+        shown = sheets.animate(images, output, over=over, thumbnail=thumbnail or 256)
+        told = [
+            str(image.frame if over == "frame" else image.key.shown("round")) for image in shown
+        ]
+        click.echo(f"{output}: {shown[0].key.shown('class_name')}, {over}s {', '.join(told)}")
         _tell_outdated(shown)
         return
     sheet = arrange(images, rows=rows, columns=columns)
@@ -128,7 +146,21 @@ def command(
         )
     for line in _told(sheet, len(images), files):
         click.echo(line)
+    if log is not None:
+        rounds = (image.key.value("round") for image in sheet.cells.values())
+        log_sheet(log, files, max((n for n in rounds if isinstance(n, int)), default=0))
     _tell_outdated(sheet.cells.values())
+
+
+def _check_log(log: Tracker, output: Path, *, animate: bool) -> None:
+    """Refuse what a tracker could not show."""
+    if animate:
+        raise click.UsageError("--log takes sheets, not animations")
+    if output.suffix.lower() == ".pdf":
+        raise click.UsageError(
+            f"--log takes pictures: expected an --output such as sheet.png, got {output}"
+        )
+    log.check()
 
 
 def _tell_outdated(images: Iterable[ImageRecord]) -> None:

@@ -12,6 +12,7 @@ import click
 
 from fedgfe_store.common.location import Location
 
+from .command import Command
 from .options import Filters
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _long_options(ctx: click.Context, param: click.Parameter, values: Sequence[s
     return list(values)
 
 
-@click.command("slurm")
+@click.command("slurm", cls=Command)
 @click.option(
     "--parts",
     "--shards",

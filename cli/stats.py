@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .command import Command
 from .option_types import KeyList
 from .options import (
     Filters,
@@ -21,10 +22,12 @@ from .options import (
 )
 from .progress import progress
 from .tables import counted, print_data, print_table
+from .tracking import check_log, log_option, log_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.selection import Selection
 
     from .finding import Context
@@ -43,7 +46,7 @@ _DIGITS = {"drift": 5, "to_server": 5}
 _SMALLEST, _LARGEST = -5, 8
 
 
-@click.command("stats")
+@click.command("stats", cls=Command)
 @filter_options
 @as_of_option
 @click.option(
@@ -57,6 +60,7 @@ _SMALLEST, _LARGEST = -5, 8
 @tokens_option
 @format_option("json gives one group per line; csv and json have all digits.")
 @plot_option("Draw it over the rounds: png, pdf or svg.")
+@log_option
 @quiet_option
 @click.pass_obj
 def command(
@@ -69,6 +73,7 @@ def command(
     tokens: Any,
     form: str,
     plot: Path | None,
+    log: Tracker | None,
     quiet: bool,
 ) -> None:
     """Show how embeddings spread, drift over rounds, and differ from the server's.
@@ -87,6 +92,7 @@ def command(
 
     if plot is not None:
         check_plot(plot, by)
+    check_log(log, by)
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
     if column is None:
         column = main_column(selection)
@@ -105,6 +111,7 @@ def command(
     if plot is not None:
         plot_summary(table, by, plot, title=where)
         click.echo(f"plot: {plot}", err=form != "table")
+    log_table(log, "stats", table, by, of=selection, form=form)
 
 
 def _vectors(selection: Selection, column: str, tokens: str) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .command import Command
+from .derived_options import Asked, derived_options, described
 from .option_types import KeyList
 from .options import (
     Filters,
@@ -23,6 +25,7 @@ from .tables import counted, numbers, print_data, print_table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.images.status import ImageStatus
     from fedgfe_store.selection import Selection
 
@@ -33,8 +36,9 @@ _GROUPS = {"node": "node", "round": "round", "split": "split", "class": "class_n
 _SHOWN_REASONS = 5
 
 
-@click.command("status")
+@click.command("status", cls=Command)
 @filter_options
+@derived_options
 @as_of_option
 @folder_option("output")
 @click.option(
@@ -67,6 +71,7 @@ _SHOWN_REASONS = 5
 def command(
     obj: Context,
     filters: Filters,
+    derived: Asked,
     as_of: int | None,
     output_dir: Path | None,
     by: list[str] | None,
@@ -92,7 +97,7 @@ def command(
 
     if failed and deleted:
         raise click.UsageError("expected --failed or --deleted, got both")
-    selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
+    selection = derived.of(filters.select(EmbeddingStore.open(obj.store, as_of=as_of)))
     folder = output_dir or default_folder(selection)
     with progress(len(selection), "records") as advance:
         status = image_status(
@@ -104,17 +109,25 @@ def command(
         elif deleted:
             table = _deleted(status)
         else:
-            table = status.counts(by or ["node", "round", "class_name"])
+            table = status.counts(by or _groups(status)[-1])
         print_data(table, form)
         return
     _print_head(selection, status)
-    for groups in [by] if by else [["node", "round"], ["class_name"]]:
+    for groups in [by] if by else _groups(status)[:-1]:
         _print_counts(status, groups)
     _print_stale(status)
     if failed and status.totals["failed"]:
         _print_failures(status)
     _print_deleted(status, listed=deleted)
     _print_rest(status, parts)
+
+
+def _groups(status: ImageStatus) -> list[list[str]]:
+    """Give what images are counted by where nothing is said; last, for data."""
+    if "derived" in status.frame:
+        known = [name for name in _GROUPS.values() if status.frame[name].nunique() > 1]
+        return [["derived", *known]] * 2
+    return [["node", "round"], ["class_name"], ["node", "round", "class_name"]]
 
 
 def _failures(status: ImageStatus) -> pd.DataFrame:
@@ -128,8 +141,7 @@ def _deleted(status: ImageStatus) -> pd.DataFrame:
     from fedgfe_store.records import KEY_COLUMNS
 
     rows = [
-        [*(getattr(image.key, name) for name in KEY_COLUMNS), image.number, image.name]
-        for image in status.deleted
+        [*map(image.key.shown, KEY_COLUMNS), image.number, image.name] for image in status.deleted
     ]
     return pd.DataFrame(rows, columns=[*KEY_COLUMNS, "image", "file"])
 
@@ -147,8 +159,8 @@ def _print_deleted(status: ImageStatus, *, listed: bool) -> None:
     click.echo(f"deleted: {count} in the folder of records that are deleted{more}")
 
 
-def _print_head(selection: Selection, status: ImageStatus) -> None:
-    click.echo(f"records: {len(selection)} of {selection.location}, commit {selection.commit}")
+def _print_head(selection: Selection | Derived, status: ImageStatus) -> None:
+    click.echo(described(selection))
     click.echo(f"folder: {status.folder}")
     if status.images_per_record > 1:
         click.echo(f"images per record: {status.images_per_record}")

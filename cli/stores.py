@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .answer import answers
+from .command import Command
 from .options import as_of_option
 from .tables import names, numbers, print_counts, size
 
@@ -24,7 +26,7 @@ _TENSOR = re.compile(
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--kind",
     default="flux",
@@ -118,10 +120,11 @@ def _column(text: str) -> TensorColumn:
     return TensorColumn(declared["name"], shape, **options)
 
 
-@click.command()
+@click.command(cls=Command)
 @as_of_option
+@answers
 @click.pass_obj
-def info(obj: Context, as_of: int | None) -> None:
+def info(obj: Context, as_of: int | None, answer: dict[str, Any]) -> None:
     """Show what a store holds: schema, size, and records by round and node.
 
     \b
@@ -132,11 +135,33 @@ def info(obj: Context, as_of: int | None) -> None:
 
     store = EmbeddingStore.open(obj.store, as_of=as_of)
     records = store.select().records[["node", "round", "split", "class_name"]]
+    answer.update(_facts(store, records))
     for label, value in _summary(store, records):
         click.echo(f"{label + ':':<13}{value}")
     if len(records):
         click.echo("\nrecords by round and node")
         print_counts(records)
+
+
+def _facts(store: EmbeddingStore, records: pd.DataFrame) -> dict[str, Any]:
+    schema, metadata = store.schema, store.schema.metadata
+    sizes = store.snapshot.place.sizes()
+    counts = records.groupby(["round", "node"]).size().rename("records").reset_index()
+    return {
+        "store": store.location,
+        "experiment": metadata.experiment,
+        "kind": schema.kind,
+        "columns": {column.name: column for column in schema.tensors},
+        "precision": schema.precision,
+        "commit": store.commit,
+        "records": len(records),
+        "bytes": None if sizes is None else sum(sizes.values()),
+        "files": None if sizes is None else len(sizes),
+        "splits": sorted(records["split"].unique()),
+        "classes": sorted(records["class_name"].unique()),
+        "model": metadata.model,
+        "counts": counts.to_dict(orient="records"),
+    }
 
 
 def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, str]]:

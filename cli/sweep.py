@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from .codes import SOME_FAILED, STOPPED
+from .command import Command
+from .derived_options import Asked, derived_options
 from .generate import place, print_plan, print_result, remark, stopping
 from .option_types import NumberList, Numbers
 from .options import (
@@ -23,8 +25,9 @@ from .request_options import request_options
 from .say import say
 
 
-@click.command("sweep")
+@click.command("sweep", cls=Command)
 @filter_options
+@derived_options
 @as_of_option
 @folder_option("output")
 @click.option("--model", multiple=True, help="Hub ids, folders or tiny; repeat it for several.")
@@ -41,6 +44,7 @@ def command(
     ctx: click.Context,
     /,
     filters: Filters,
+    derived: Asked,
     as_of: int | None,
     output_dir: Path | None,
     model: tuple[str, ...],
@@ -76,7 +80,8 @@ def command(
     request = Request(**asked, **own, **alone)
     with stopping(ctx) as stop:
         with stop.interrupting():
-            selection = filters.select(EmbeddingStore.open(ctx.obj.store, as_of=as_of))
+            records = filters.select(EmbeddingStore.open(ctx.obj.store, as_of=as_of))
+            selection = derived.of(records)
             folder = output_dir or default_folder(selection)
             runs = prepare_cells(
                 selection, folder, request, axes=axes, keep_negative=not dry_run, report=remark

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from fedgfe_store.derived.walk import walk
     from fedgfe_store.errors import FedgfeStoreError
     from fedgfe_store.schema import Metadata, Schema
     from fedgfe_store.selection import Selection
     from fedgfe_store.store import EmbeddingStore
 
-__all__ = ["EmbeddingStore", "FedgfeStoreError", "Metadata", "Schema", "Selection"]
+__all__ = ["EmbeddingStore", "FedgfeStoreError", "Metadata", "Schema", "Selection", "walk"]
 
 _HOMES = {
     "EmbeddingStore": "store",
@@ -20,6 +21,7 @@ _HOMES = {
     "Metadata": "schema",
     "Schema": "schema",
     "Selection": "selection",
+    "walk": "derived.walk",
 }
 
 

@@ -7,11 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import xxhash
 
-from fedgfe_store.records import SERVER, RecordKey
+from fedgfe_store.derived_keys import Key, MeanKey, Mode, WalkKey
+from fedgfe_store.records import KEY_COLUMNS, SERVER, RecordKey
 
 STORE_NAME = "embeddings.zarr"
 """The store that lies among the checkpoints of a training."""
@@ -21,6 +22,9 @@ _PLAIN = re.compile(
     r"(?:server|node_[a-z0-9.-]+)_[a-z0-9.-]+_[a-z0-9._-]+_[0-9]+_r[0-9]+(?:_i[0-9]+)?"
 )
 _HASHED = re.compile(r"_h[0-9a-f]{32}\.png$")
+_PLAIN_MEAN = re.compile(r"mean(?:_[a-z0-9.-]+)*")
+# Class names that would be taken for another part of a mean's name.
+_LIKE_ANOTHER = re.compile(r"(?:server|node-|split-|index-|r[0-9]).*|.*_(?:i[0-9]+|h[0-9a-f]{32})")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _PLAIN_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _CHECKPOINT = re.compile(r"(?:node_(?P<node>.+)|server)_embeddings_r(?P<round>\d{1,18})\.pt")
@@ -29,12 +33,12 @@ Origin = tuple[str, int]
 """Node and round."""
 
 
-def image_name(key: RecordKey, number: int = 0) -> str:
-    """Name the image file of a record.
+def image_name(key: Key, number: int = 0) -> str:
+    """Name the image file of a record, or of a derived one.
 
     Parameters
     ----------
-    key : RecordKey
+    key : RecordKey, MeanKey or WalkKey
         The record.
     number : int
         Which image of the record, from 0.
@@ -46,8 +50,14 @@ def image_name(key: RecordKey, number: int = 0) -> str:
         dot for image number 1. A key that cannot be read back from such a name, or has capital
         letters, gets its parts with unsafe characters replaced and a hash of the key at the end,
         so that two keys never share a name, every file system takes it, and one that ignores
-        case or folds Unicode takes no two for one.
+        case or folds Unicode takes no two for one. ``mean_r5_dog.png`` for a mean, and
+        ``walk_dog_drum_r20_h..._03.png`` for a frame of a walk, whose hash is of ends, mode and
+        number of frames: a record's name begins with neither.
     """
+    if not isinstance(key, RecordKey):
+        image = f"_i{number}" if number else ""
+        name = _mean_name(key) if isinstance(key, MeanKey) else _walk_name(key)
+        return f"{name}{image}.png"
     name = _plain_name(key, number)
     parts_are_plain = "_" not in key.node + key.split and _PLAIN.fullmatch(name)
     if parts_are_plain and len(name) <= _MAX_NAME_BYTES - 4:
@@ -55,12 +65,14 @@ def image_name(key: RecordKey, number: int = 0) -> str:
     return f"{_hashed_name(key, number)}.png"
 
 
-def older_name(key: RecordKey, number: int = 0) -> str | None:
+def older_name(key: Key, number: int = 0) -> str | None:
     """Give the name that an image with capital letters had before; None if it is the same.
 
     Files of such names are still found, but only where they say themselves what they show: a
     file system that ignores case may have taken two of them for one.
     """
+    if not isinstance(key, RecordKey):
+        return None
     if not re.search("[A-Z]", key.node + key.split + key.class_name):
         return None
     lower = {n: getattr(key, n).lower() for n in ("node", "split", "class_name")}
@@ -81,6 +93,41 @@ def _hashed_name(key: RecordKey, number: int) -> str:
     # The full digest: a name shared by two records would hide one of them.
     identity = json.dumps([*key_json(key).values(), number]).encode("ascii")
     return f"{readable}_h{xxhash.xxh3_128_hexdigest(identity)}"
+
+
+def _mean_name(key: MeanKey) -> str:
+    """Name a mean by what its records agree in, the class last: it may have anything in it."""
+    parts = [_tagged(column, value) for column, value in key.fixed if column != "class_name"]
+    class_name = key.value("class_name")
+    plain = "_".join(["mean", *parts, *([] if class_name is None else [str(class_name)])])
+    split = str(key.value("split") or "") + str(key.value("node") or "")
+    is_plain = key.others == "{}" and "_" not in split and len(plain) <= _MAX_NAME_BYTES - 12
+    is_alone = class_name is None or not _LIKE_ANOTHER.fullmatch(str(class_name))
+    if is_plain and is_alone and _PLAIN_MEAN.fullmatch(plain):
+        return plain
+    readable = [name_part(str(value), 32) for _, value in key.fixed]
+    return f"{'_'.join(['mean', *readable])}_h{_hash(key_json(key))}"
+
+
+def _walk_name(key: WalkKey) -> str:
+    ends = [key.start.shown(c) for c in key.differing] + [key.end.shown(c) for c in key.differing]
+    number = key.value("round")
+    parts = [name_part(str(each), 24) for each in ends[:6]]
+    parts += [] if number is None else [f"r{number}"]
+    # Without the frame: the frames of a walk then stand side by side, in their order.
+    walk = _hash({**key_json(key), "frame": 0})
+    digits = len(str(key.frames - 1))
+    return f"{'_'.join(['walk', *parts])}_h{walk}_{key.frame:0{digits}}"
+
+
+def _tagged(column: str, value: str | int) -> str:
+    if column == "round":
+        return f"r{value}"
+    return SERVER if (column, value) == ("node", SERVER) else f"{column}-{value}"
+
+
+def _hash(identity: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode("ascii"))
 
 
 def name_part(text: str, most: int | None = None) -> str:
@@ -126,21 +173,53 @@ def _safe_name(node: str, round: int, *, plain: bool = True) -> str:
     return checkpoint_name(node, round)
 
 
-def key_json(key: RecordKey) -> dict[str, Any]:
-    """Give a key as JSON-ready fields, in a fixed order."""
-    return {
-        "node": key.node,
-        "round": key.round,
-        "split": key.split,
-        "class_name": key.class_name,
-        "index": key.index,
-    }
+def key_json(key: Key) -> dict[str, Any]:
+    """Give a key as JSON-ready fields, in a fixed order.
+
+    Of a mean they are ``mean``, what its records agree in, and ``of``, what else chose them; of a
+    frame of a walk ``walk``, with both ends, mode and number of frames, and ``frame``.
+    """
+    if isinstance(key, MeanKey):
+        return {"mean": dict(key.fixed), "of": json.loads(key.others)}
+    if isinstance(key, WalkKey):
+        walk = {"from": key_json(key.start), "to": key_json(key.end), "mode": key.mode}
+        return {"walk": {**walk, "frames": key.frames}, "frame": key.frame}
+    return {name: key.value(name) for name in KEY_COLUMNS}
 
 
-def read_key(fields: Any) -> RecordKey | None:
+def read_key(fields: Any) -> Key | None:
     """Read a key back from what `key_json` gave; None if it is anything else."""
-    kinds = {"node": str, "round": int, "split": str, "class_name": str, "index": int}
-    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
+    if not isinstance(fields, dict):
         return None
-    fits = all(isinstance(fields[name], kind) for name, kind in kinds.items())
+    if fields.keys() == {"mean", "of"}:
+        return _read_mean(fields["mean"], fields["of"])
+    if fields.keys() == {"walk", "frame"}:
+        return _read_walk(fields["walk"], fields["frame"])
+    fits = fields.keys() == _KINDS.keys() and _fit(fields)
     return RecordKey(**fields) if fits else None
+
+
+_KINDS = {"node": str, "round": int, "split": str, "class_name": str, "index": int}
+
+
+def _fit(fields: dict[str, Any]) -> bool:
+    return all(isinstance(value, _KINDS[name]) for name, value in fields.items())
+
+
+def _read_mean(fixed: Any, others: Any) -> MeanKey | None:
+    if not (isinstance(fixed, dict) and isinstance(others, dict) and fixed.keys() <= _KINDS.keys()):
+        return None
+    pairs = tuple((name, fixed[name]) for name in KEY_COLUMNS if name in fixed)
+    return MeanKey(pairs, json.dumps(others, sort_keys=True)) if _fit(fixed) else None
+
+
+def _read_walk(walk: Any, frame: Any) -> WalkKey | None:
+    if not isinstance(walk, dict) or walk.keys() != {"from", "to", "mode", "frames"}:
+        return None
+    start, end, frames = read_key(walk["from"]), read_key(walk["to"]), walk["frames"]
+    numbers = isinstance(frame, int) and isinstance(frames, int) and 0 <= frame < frames >= 2
+    if not numbers or walk["mode"] not in get_args(Mode):
+        return None
+    if not isinstance(start, RecordKey | MeanKey) or not isinstance(end, RecordKey | MeanKey):
+        return None
+    return WalkKey(start, end, walk["mode"], frames, frame)

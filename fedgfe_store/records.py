@@ -57,6 +57,19 @@ class RecordKey:
     class_name: str
     index: int
 
+    def value(self, column: str) -> str | int:
+        """Return the value of a key column."""
+        value: str | int = getattr(self, column)
+        return value
+
+    # What a derived record has other words for, see `derived_keys`.
+    shown = value
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Where it stands among all keys, those of derived records too."""
+        return 0, self.node, self.round, self.split, self.class_name, self.index
+
     def __str__(self) -> str:
         return (
             f"node {self.node}, round {self.round}, split {self.split}, "

@@ -37,6 +37,10 @@ class Rows(ABC):
     def _with(self, rows: np.ndarray) -> Self:
         """Return the records in these rows."""
 
+    @abstractmethod
+    def others(self, *, per_class: int | None = None, **filters: Any) -> Rows:
+        """Return other records of the same store and commit, by default all."""
+
     @property
     def path(self) -> Path:
         """Folder of the store; SchemaMismatchError where it is read from a URL."""
@@ -145,6 +149,14 @@ class Rows(ABC):
         keys = pd.DataFrame({name: self._column(name, self.rows) for name in columns})
         return keys.groupby(list(columns), sort=True).size()
 
+    def by_node_and_round(self) -> dict[tuple[str, int], np.ndarray]:
+        """Return the positions of the records, int64 ``[n]``, of each node and round."""
+        import pandas as pd
+
+        keys = pd.DataFrame({name: self._column(name, self.rows) for name in ("node", "round")})
+        groups: Any = keys.groupby(["node", "round"], sort=False).indices
+        return {(str(node), int(number)): at for (node, number), at in groups.items()}
+
     def keys(self) -> list[RecordKey]:
         """Return the records' keys."""
         return self._snapshot.keys(self.rows)
@@ -156,6 +168,10 @@ class Rows(ABC):
         """
         self._snapshot.fetch(KEY_COLUMNS, self.rows)
         return {name: self._snapshot.column_at(name, self.rows) for name in KEY_COLUMNS}
+
+    def digests(self, column: str) -> np.ndarray:
+        """Return the digest of each record's values in a tensor column, uint64 ``[n]``."""
+        return self._snapshot.column_at(f"{column}_digest", self.rows)
 
     def compacted_away(self) -> np.ndarray:
         """Return which records have lost their tensors to a later compaction, bool ``[n]``.

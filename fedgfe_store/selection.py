@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,10 +17,14 @@ from fedgfe_store.rows import Rows
 from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     import xarray as xr
     from ray.data import Dataset
 
+    from fedgfe_store.derived.mean import Means
+    from fedgfe_store.readers.exporting import ExportedFile
     from fedgfe_store.readers.torch import Batches
 
 
@@ -61,12 +65,12 @@ class Selection(Rows):
         """Return all records of `snapshot`, negative embeddings among them."""
         return cls(snapshot, {}, per_class=None, rows=snapshot.rows_matching({}))
 
-    def others(self, **filters: Any) -> Selection:
+    def others(self, *, per_class: int | None = None, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.
 
         The filters are those of `EmbeddingStore.select`.
         """
-        return Selection.of(self._snapshot, filters)
+        return Selection.of(self._snapshot, filters, per_class=per_class)
 
     def __repr__(self) -> str:
         shown = ", ".join(self._description()) or "all records"
@@ -109,13 +113,57 @@ class Selection(Rows):
         kept: np.ndarray = rows[np.sort(groups.head(n).index.to_numpy())]
         return kept
 
-    def by_node_and_round(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return the positions of the records, int64 ``[n]``, of each node and round."""
-        import pandas as pd
+    def where(self, condition: str) -> Self:
+        """Return the records that meet a condition in SQL, of the columns of `records`.
 
-        keys = pd.DataFrame({name: self._column(name, self.rows) for name in ("node", "round")})
-        groups: Any = keys.groupby(["node", "round"], sort=False).indices
-        return {(str(node), int(number)): at for (node, number), at in groups.items()}
+        Parameters
+        ----------
+        condition : str
+            What would stand behind ``WHERE`` in DuckDB: ``"round % 5 = 0 AND audio_path LIKE
+            '%.wav'"``. Names of nodes are text. ``timestamp`` is in UTC, and `extra` NULL where it
+            is empty: ``(extra->>'$.label') = 'x'``. The table ``records`` is these records, for a
+            subquery; files, network and variables are out of reach.
+
+        Returns
+        -------
+        Selection
+            Those records, in their order. What is known of all of them is read, no tensor.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If it is no condition of these columns; says what DuckDB does.
+        NotFoundError
+            If DuckDB is not installed (extra ``sql``).
+        """
+        from fedgfe_store.readers.sql import positions
+
+        return self.take(positions(self, condition))
+
+    def mean(self, by: Sequence[str] = ("round", "class_name")) -> Means:
+        """Return the mean of each group of records, which is computed as it is read.
+
+        Parameters
+        ----------
+        by : sequence of str
+            Key columns: records that agree in all of them form a group.
+
+        Returns
+        -------
+        Means
+            One derived record a group, for `generate` and `walk`, or to `read`. No tensor is read.
+
+        Raises
+        ------
+        SchemaMismatchError
+            If `by` is of no use.
+        """
+        from fedgfe_store.derived.mean import Means
+
+        chosen = dict(self._filters)
+        if self._per_class is not None:
+            chosen["per_class"] = self._per_class
+        return Means.of(self, by, None if self._taken is not None else chosen)
 
     def to_xarray(self, *, chunks: int | Mapping[str, int] | None = None) -> xr.Dataset:
         """Return the selection as a lazy Dataset.
@@ -163,6 +211,73 @@ class Selection(Rows):
         from fedgfe_store.readers.ray import to_ray
 
         return to_ray(self, columns)
+
+    def to_parquet(
+        self,
+        folder: str | Path,
+        *,
+        tensors: Sequence[str] | None = (),
+        overwrite: bool = False,
+        on_file: Callable[[ExportedFile], object] | None = None,
+    ) -> tuple[ExportedFile, ...]:
+        """Write the records as Parquet, a file for each node and round.
+
+        What DuckDB, polars, pandas and Hugging Face's ``load_dataset("parquet",
+        data_dir=folder)`` read. Memory for one row group is needed, some 64 MB.
+
+        Parameters
+        ----------
+        folder : path-like
+            Where the files go; made if it is not there.
+        tensors : sequence of str, optional
+            Tensor columns that are written too, None for all, as float32 lists of fixed sizes, one
+            in another; of a ragged column the records' own lengths. NULL where there is none.
+        overwrite : bool
+            Replace files that are there already.
+        on_file : callable, optional
+            Called with each file's report when it is done.
+
+        Returns
+        -------
+        tuple of ExportedFile
+            By round and node. Each file takes its place in one step; one with a damaged record
+            is reported and not written.
+
+        Raises
+        ------
+        ConflictError
+            If files are there already, without `overwrite`.
+        SchemaMismatchError
+            If there is no such column.
+        NotFoundError
+            If pyarrow is not installed (extra ``parquet``).
+        """
+        from fedgfe_store.readers.parquet import to_parquet
+
+        return to_parquet(self, folder, tensors, overwrite=overwrite, on_file=on_file)
+
+    def to_safetensors(
+        self,
+        folder: str | Path,
+        *,
+        tensors: Sequence[str] | None = None,
+        overwrite: bool = False,
+        on_file: Callable[[ExportedFile], object] | None = None,
+    ) -> tuple[ExportedFile, ...]:
+        """Write tensors as safetensors, a file for each node and round.
+
+        Parameters
+        ----------
+        tensors : sequence of str, optional
+            Tensor columns, by default all: stacks ``[n, *shape]`` as `read` gives them, in
+            bfloat16 where the store rounds to it. ``has_<name>`` and ``length_<name>`` are
+            beside them. The file's metadata has the columns of `records` as JSON in ``records``.
+        folder, overwrite, on_file
+            As for `to_parquet`, and so are result and errors.
+        """
+        from fedgfe_store.readers.safetensors import to_safetensors
+
+        return to_safetensors(self, folder, tensors, overwrite=overwrite, on_file=on_file)
 
     def batches(
         self,

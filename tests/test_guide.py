@@ -322,7 +322,7 @@ def test_two_gpus_and_then_the_rest(fedgfe, layout):
         assert run(COMMANDS[name][0]).exit_code == 0
     assert pictures(fedgfe) == {NAMED: named(ALL - {("server", 1)})}
     result = run(COMMANDS["all of a folder"][0])
-    assert "1 images rendered" in result.output
+    assert "1 image rendered" in result.output
     assert ("1 file, " in result.output) == (layout == "files")
     assert pictures(fedgfe) == {NAMED: named(ALL)}
 
@@ -365,7 +365,7 @@ def test_verbose_output_into_a_log(fedgfe):
     assert log == done.stdout
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO checkpoint\.pt: node 3, round 7: "
                      r"1 new records", log, re.MULTILINE)  # fmt: skip
-    assert "1 images rendered" in log
+    assert "1 image rendered" in log
     assert pictures(fedgfe) == {NAMED: named({("3", 7)})}
 
 

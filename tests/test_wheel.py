@@ -130,7 +130,7 @@ def test_it_renders_with_the_model_that_it_brings(installed, tmp_path):
         "images",
     ]
     said = output_of(installed / "fedgfe-store", *words, folder=tmp_path)
-    assert "1 images rendered" in said
+    assert "1 image rendered" in said
     assert len(list((tmp_path / "images").glob("*.png"))) == 1
 
 

@@ -10,7 +10,7 @@ for records. ``exporting`` goes the other way.
 
 from fedgfe_store.checkpoints.entries import Skipped
 from fedgfe_store.checkpoints.experiments import experiment_name, schema_of
-from fedgfe_store.checkpoints.exporting import ExportedFile, export_checkpoints
+from fedgfe_store.checkpoints.exporting import export_checkpoints
 from fedgfe_store.checkpoints.importing import import_checkpoints
 from fedgfe_store.checkpoints.listing import find_checkpoints
 from fedgfe_store.checkpoints.reading import Checkpoint, Entry, read_checkpoint
@@ -18,6 +18,7 @@ from fedgfe_store.checkpoints.report import FileReport, ImportReport
 from fedgfe_store.checkpoints.request import ImportRequest
 from fedgfe_store.checkpoints.sources import Sources, find_new, select_records
 from fedgfe_store.checkpoints.text_cache import read_text_cache
+from fedgfe_store.readers.exporting import ExportedFile
 
 __all__ = [
     "Checkpoint",

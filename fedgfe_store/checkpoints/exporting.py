@@ -4,62 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
 
 from fedgfe_store.checkpoints.columns import DECLARED, declared
 from fedgfe_store.common.plain import Unusable
-from fedgfe_store.common.words import numbers_first
-from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
-from fedgfe_store.names import Origin, checkpoint_names, image_name
+from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.names import Origin, image_name
+from fedgfe_store.readers.exporting import ExportedFile, export
 from fedgfe_store.records import SERVER, RecordBatch
 from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.selection import Selection
 from fedgfe_store.shapes import column_of
-from fedgfe_store.storage import files
 
 Layout = Literal["guide", "upstream"]
 _NAMED = ("sample_id", "audio_path")
 _NOTES = (*_NAMED, "file_id", "image_filename")
 _TAKEN = {"split", "index", "class_name", "node_id", "image_path", "image_filename"}
 _TAKEN |= {"sample_metadata"}
-
-
-@dataclass(frozen=True)
-class ExportedFile:
-    """What became of one file.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    node : str
-        Its node.
-    round : int
-        Its round.
-    records : int
-        Records in it.
-    bytes : int
-        Size of the file; 0 where it was not written.
-    notes : tuple of str
-        What its layout has no place for.
-    error : str or None
-        Why it was not written.
-    """
-
-    path: Path
-    node: str
-    round: int
-    records: int
-    bytes: int = 0
-    notes: tuple[str, ...] = ()
-    error: str | None = None
 
 
 def export_checkpoints(
@@ -111,22 +78,13 @@ def export_checkpoints(
         expected = ", ".join(get_args(Layout))
         raise SchemaMismatchError(f"layout: expected one of {expected}, got {layout!r}")
     _check_places(selection)
-    folder = Path(folder)
-    groups = _groups(selection)
-    paths = {origin: folder / name for origin, name in checkpoint_names(groups).items()}
-    there = [path for path in paths.values() if path.exists()]
-    if there and not overwrite:
-        raise ConflictError(
-            f"{folder}: {len(there)} of {len(paths)} files are there already, such as "
-            f"{there[0].name}; overwrite them, or use another folder"
-        )
-    files.make_folders(folder.absolute())
-    written = []
-    for (node, round), part in groups.items():
-        written.append(_export(part, paths[node, round], node, round, layout))
-        if on_file is not None:
-            on_file(written[-1])
-    return tuple(written)
+
+    def write(part: Selection, origin: Origin, file: BinaryIO) -> list[str]:
+        notes: list[str] = []
+        torch.save(_content(part, origin, layout, notes), file)
+        return notes
+
+    return export(selection, Path(folder), ".pt", write, overwrite=overwrite, on_file=on_file)
 
 
 def _check_places(selection: Selection) -> None:
@@ -169,30 +127,17 @@ def _reads_back(schema: Schema, column: TensorColumn) -> bool:
     return right and (schema.kind == "flux" or (len(column.shape) == 2 and column.name == "clip"))
 
 
-def _groups(selection: Selection) -> dict[Origin, Selection]:
-    """Divide `selection` by round and node, in natural order, each in the store's order."""
-    groups = selection.by_node_and_round()
-    order = sorted(groups, key=lambda group: (group[1], numbers_first(group[0])))
-    return {group: selection.take(groups[group]) for group in order}
-
-
-def _export(part: Selection, path: Path, node: str, round: int, layout: Layout) -> ExportedFile:
+def _content(part: Selection, origin: Origin, layout: Layout, notes: list[str]) -> dict[str, Any]:
+    node, number = origin
     stacked = layout == "upstream" and node == SERVER and _is_plain(part.schema)
-    notes: list[str] = []
-    try:
-        entries = _stacks(part, notes) if stacked else _samples(part, batch_axis=layout == "guide")
-        content = {
-            "node_id": int(node) if _is_number(node) else node,
-            "round": round,
-            "timestamp": _moment(part),
-            "embeddings": list(entries),
-            "metadata": _metadata(part, stacked=stacked),
-        }
-    except DamagedDataError as error:
-        return ExportedFile(path, node, round, len(part), error=str(error))
-    with files.replacing(path) as file:
-        torch.save(content, file)
-    return ExportedFile(path, node, round, len(part), path.stat().st_size, tuple(notes))
+    entries = _stacks(part, notes) if stacked else _samples(part, batch_axis=layout == "guide")
+    return {
+        "node_id": int(node) if _is_number(node) else node,
+        "round": number,
+        "timestamp": _moment(part),
+        "embeddings": list(entries),
+        "metadata": _metadata(part, stacked=stacked),
+    }
 
 
 def _is_number(node: str) -> bool:

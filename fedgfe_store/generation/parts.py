@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Self
 
 import xxhash
 
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.names import key_json
+from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from fedgfe_store.records import RecordKey
 
 _PARTS = re.compile(r"([0-9]+)/([0-9]+)")
 
@@ -58,7 +59,7 @@ class Part:
             raise _no_part(text)
         return cls(int(found[1]), int(found[2]))
 
-    def holds(self, key: RecordKey) -> bool:
+    def holds(self, key: Key) -> bool:
         """Tell whether a record, with all its images, belongs to this part.
 
         It depends on the key alone: not on the other records, nor on what is done.
@@ -73,14 +74,16 @@ WHOLE = Part(0, 1)
 """The one part of a run that is not split."""
 
 
-def part_of(key: RecordKey, count: int) -> int:
+def part_of(key: Key, count: int) -> int:
     """Give the index of the part of `count` that a record belongs to, the same for ever."""
     # By a hash of the key, not by place: a part keeps its records when others come or are deleted.
+    if not isinstance(key, RecordKey):
+        return _digest(json.dumps(key_json(key), sort_keys=True)) % count
     node, split, name = (json.dumps(text) for text in (key.node, key.split, key.class_name))
     return _hash(node, key.round, split, name, key.index) % count
 
 
-def parts_of(keys: Iterable[RecordKey], count: int) -> list[int]:
+def parts_of(keys: Iterable[Key], count: int) -> list[int]:
     """Give the indices of the parts of `count` that any of the records belongs to."""
     return sorted({part_of(key, count) for key in keys})
 
@@ -124,7 +127,11 @@ def _hash(node: str, round_: int, split: str, name: str, index: int) -> int:
     canonical = (
         f'{{"class_name":{name},"index":{index},"node":{node},"round":{round_},"split":{split}}}'
     )
-    return xxhash.xxh3_64_intdigest(canonical.encode("ascii"))
+    return _digest(canonical)
+
+
+def _digest(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode("ascii"))
 
 
 def _no_part(text: str) -> SchemaMismatchError:

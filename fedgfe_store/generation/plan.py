@@ -10,8 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+import numpy as np
+
+from fedgfe_store.common.words import counted
+from fedgfe_store.derived.record import Derived
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import ConflictError
-from fedgfe_store.generation.parts import places_of
+from fedgfe_store.generation.parts import Part, places_of
 from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
 from fedgfe_store.images.compare import Comparer, Expected, Status, Verdict
@@ -20,7 +25,6 @@ from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look
 from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.manifest import seconds_per_image
 from fedgfe_store.names import image_name
-from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
@@ -43,7 +47,7 @@ class PlanItem:
     ----------
     position : int
         Position of the record in the selection.
-    key : RecordKey
+    key : RecordKey, MeanKey or WalkKey
         The record.
     number : int
         Which image of the record.
@@ -66,7 +70,7 @@ class PlanItem:
     """
 
     position: int
-    key: RecordKey
+    key: Key
     number: int
     path: Path
     seed: int
@@ -175,10 +179,12 @@ class Plan:
         stale += f", {again} to be made again" if again else ""
         kept = f" ({self.kept} kept as they are)" if self.kept else ""
         waiting = f" ({self.waiting} left for another run)" if self.waiting else ""
+        number = math.ceil(todo / batch_size)
+        batches = "1 batch" if number == 1 else f"{number} batches"
+        images = counted(len(self.items), "image")
         lines = [
-            f"{len(self.items)} images: {counts['done']} done, {counts['missing']} missing"
-            f"{stale}{kept}",
-            f"to render: {todo} in {math.ceil(todo / batch_size)} batches of {batch_size}{waiting}",
+            f"{images}: {counts['done']} done, {counts['missing']} missing{stale}{kept}",
+            f"to render: {todo} in {batches} of {batch_size}{waiting}",
         ]
         if todo:
             lines.append(f"disk: about {_megabytes(self.bytes_expected)}")
@@ -202,7 +208,7 @@ def shortage(size: int, seconds: float, seconds_left: float) -> str | None:
 
 
 def plan_images(
-    selection: Selection,
+    selection: Selection | Derived,
     settings: Settings,
     output_dir: Path,
     request: Request = DEFAULTS,
@@ -217,7 +223,7 @@ def plan_images(
 
     Parameters
     ----------
-    selection : Selection
+    selection : Selection or Derived
         The records.
     settings : Settings
         What the images are made with.
@@ -297,7 +303,10 @@ def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
     lines = [f"  {count} files: {reason}" for reason, count in conflicts.most_common(5)]
     if len(conflicts) > 5:
         lines.append(f"  and {len(conflicts) - 5} other differences")
-    advice = "Set on-stale to regenerate or keep, or use another output folder."
+    advice = (
+        "on_stale='regenerate' makes them again, on_stale='keep' leaves them as they are; or use "
+        "another output folder."
+    )
     if any(finding.verdict.of_another for finding in refused):
         advice += " Images of others are replaced with --replace-others only."
     return "\n".join(
@@ -306,7 +315,7 @@ def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
 
 
 def _list_items(
-    selection: Selection,
+    selection: Selection | Derived,
     settings: Settings,
     folder: Path,
     columns: Collection[str],
@@ -314,8 +323,7 @@ def _list_items(
     partners: Mapping[str, Partners],
 ) -> list[PlanItem]:
     """List the images of the records that a part holds; nothing is made for the others."""
-    keys = selection.key_columns()
-    places = places_of(keys, request.part)
+    places = _own_places(selection, request.part)
     own = selection.take(places)
     files = own.records["file_id"].tolist()
     digests = record_digests(own, columns, partners)
@@ -335,6 +343,13 @@ def _list_items(
         for key, (position, made_from, file_id) in records.items()
         for number in request.numbers
     ]
+
+
+def _own_places(selection: Selection | Derived, part: Part) -> np.ndarray:
+    if isinstance(selection, Derived):
+        held = [place for place, key in enumerate(selection.keys()) if part.holds(key)]
+        return np.array(held, np.int64)
+    return places_of(selection.key_columns(), part)
 
 
 def _megabytes(size: int) -> str:

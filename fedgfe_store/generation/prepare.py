@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
+from fedgfe_store.derived.record import Derived
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.generation.placing import batch_beside, load_of, place, place_in
 from fedgfe_store.generation.plan import Plan, plan_images
@@ -26,6 +27,7 @@ from fedgfe_store.models.model import Model
 from fedgfe_store.models.pipeline import ImagePipeline
 from fedgfe_store.models.placement import Offload, Placement, possible_offloads
 from fedgfe_store.models.quantization import check_quantization
+from fedgfe_store.records import RecordKey
 from fedgfe_store.schema import Schema
 from fedgfe_store.text.negative import Negative, find_negative
 
@@ -43,7 +45,7 @@ class Run:
 
     Parameters
     ----------
-    selection : Selection
+    selection : Selection or Derived
         The records.
     request : Request
         What was asked.
@@ -63,7 +65,7 @@ class Run:
         Other records that some of the store's columns are from, by column.
     """
 
-    selection: Selection
+    selection: Selection | Derived
     request: Request
     plan: Plan
     model: Model
@@ -106,7 +108,7 @@ class Run:
 
 
 def prepare(
-    selection: Selection,
+    selection: Selection | Derived,
     output_dir: str | Path,
     request: Request = DEFAULTS,
     *,
@@ -118,7 +120,7 @@ def prepare(
 
     Parameters
     ----------
-    selection : Selection
+    selection : Selection or Derived
         The records.
     output_dir : str or Path
         Folder of the images.
@@ -166,9 +168,17 @@ def prepare(
     settings = replace(settings, noise=request.noise or _noise_of(folder))
     elsewhere = _choose_elsewhere(request.column, model, columns)
     settings = replace(settings, column=tuple(map(str, elsewhere)))
+    if elsewhere and isinstance(selection, Derived):
+        raise SchemaMismatchError(
+            f"column: expected records, of whose class and index there are others, got "
+            f"{selection.describe()}"
+        )
     partners = partners_of(selection, elsewhere)
     for each in partners.values():
-        each.check(selection.keys())
+        each.check([key for key in selection.keys() if isinstance(key, RecordKey)])
+    if isinstance(selection, Derived):
+        for name in columns.values():
+            selection.check(name)
     tokens = _tokens(model, schema, columns)
     if pipeline is not None:  # its weights have their place
         batch_size = request.batch_size or batch_beside(model, settings, tokens, placement.device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgfe_store.common.extra import extra
+from fedgfe_store.derived.record import Derived
 from fedgfe_store.generation import prepare as preparing
 from fedgfe_store.generation import run as here
 from fedgfe_store.generation.crew import Foreman, Rendered, Worker, prepared
@@ -32,7 +33,7 @@ _LOOKS_EVERY = 0.5
 
 
 def prepare(
-    selection: Selection,
+    selection: Selection | Derived,
     output_dir: str | Path,
     request: Request = DEFAULTS,
     *,

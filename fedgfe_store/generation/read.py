@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from fedgfe_store.errors import DamagedDataError, NotFoundError
+from fedgfe_store.derived.again import derive
+from fedgfe_store.derived.record import Derived
+from fedgfe_store.derived_keys import Key
+from fedgfe_store.errors import DamagedDataError, FedgfeStoreError, NotFoundError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.plan import PlanItem, look_again
 from fedgfe_store.generation.prepare import Run
 from fedgfe_store.images.identity import record_digests
 from fedgfe_store.readers.torch import BatchReader, prefetch
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
+from fedgfe_store.rows import Rows
+from fedgfe_store.selection import Selection
 from fedgfe_store.store import EmbeddingStore
-
-if TYPE_CHECKING:
-    from fedgfe_store.selection import Selection
 
 # One is ready when the device asks, one is being read: an image is claimed as it is read, so more
 # would only keep it from other processes.
@@ -154,7 +156,7 @@ class _Wanted:
     """A record to read: its position among others, its key, and its digests as planned."""
 
     position: int
-    key: RecordKey
+    key: Key
     digests: dict[str, str]
 
 
@@ -204,7 +206,7 @@ def _with_lengths(run: Run, names: list[str]) -> list[str]:
 
 
 def _read(
-    selection: Selection, wanted: Sequence[_Wanted], columns: Sequence[str]
+    selection: Rows | Derived, wanted: Sequence[_Wanted], columns: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """Read a record once, and repeat its rows for each of its images."""
     reader = BatchReader(columns)
@@ -213,16 +215,20 @@ def _read(
         [record.position for record in wanted], return_index=True, return_inverse=True
     )
     try:
-        batch = reader.read(selection.take(positions))
+        tensors = dict(reader.read(selection.take(positions)).tensors)
     except NotFoundError as error:  # a compaction has moved the records meanwhile
-        batch = reader.read(_found_again(selection, [wanted[i] for i in first], str(error)))
+        parts = _found_again(selection, [wanted[i] for i in first], str(error))
+        again = [reader.read(part).tensors for part in parts]
+        tensors = {name: torch.cat([each[name] for each in again]) for name in columns}
     if np.array_equal(of_item, np.arange(len(positions))):  # an image each: spare a second copy
-        return dict(batch.tensors)
+        return tensors
     # By numpy: torch would start threads for it beside those that denoise.
-    return {name: torch.from_numpy(t.numpy()[of_item]) for name, t in batch.tensors.items()}
+    return {name: torch.from_numpy(t.numpy()[of_item]) for name, t in tensors.items()}
 
 
-def _found_again(selection: Selection, wanted: Sequence[_Wanted], reason: str) -> Selection:
+def _found_again(
+    selection: Rows | Derived, wanted: Sequence[_Wanted], reason: str
+) -> Sequence[Rows | Derived]:
     """Find records in the store as it is now, if they are still what was planned.
 
     Raises
@@ -230,18 +236,42 @@ def _found_again(selection: Selection, wanted: Sequence[_Wanted], reason: str) -
     DamagedDataError
         If one was deleted or replaced.
     """
+    store = EmbeddingStore.open(selection.location)
     # Positions count in the commit that was planned from; keys are what other commits share.
-    known: dict[str, Any] = {n: {getattr(each.key, n) for each in wanted} for n in KEY_COLUMNS}
-    fresh = EmbeddingStore.open(selection.location).select(**known)
+    parts: list[Rows | Derived] = [*_records_again(store, wanted, reason)]
+    parts += _derived_again(store, wanted, reason)
+    found = [digests for part in parts for digests in record_digests(part, wanted[0].digests)]
+    for each, digests in zip(wanted, found, strict=True):
+        if digests != each.digests:
+            raise DamagedDataError(f"{reason}; {each.key} has been replaced since")
+    return parts
+
+
+def _records_again(
+    store: EmbeddingStore, wanted: Sequence[_Wanted], reason: str
+) -> Iterator[Selection]:
+    keys = [each.key for each in wanted if isinstance(each.key, RecordKey)]
+    if not keys:
+        return
+    known: dict[str, Any] = {n: {key.value(n) for key in keys} for n in KEY_COLUMNS}
+    fresh = store.select(**known)
     positions = {key: position for position, key in enumerate(fresh.keys())}
-    gone = [str(each.key) for each in wanted if each.key not in positions]
+    gone = [str(key) for key in keys if key not in positions]
     if gone:
         raise DamagedDataError(f"{reason}; {gone[0]} has been deleted since")
-    part = fresh.take([positions[each.key] for each in wanted])
-    for each, found in zip(wanted, record_digests(part, wanted[0].digests), strict=True):
-        if found != each.digests:
-            raise DamagedDataError(f"{reason}; {each.key} has been replaced since")
-    return part
+    yield fresh.take([positions[key] for key in keys])
+
+
+def _derived_again(
+    store: EmbeddingStore, wanted: Sequence[_Wanted], reason: str
+) -> Iterator[Derived]:
+    for each in wanted:
+        if isinstance(each.key, RecordKey):
+            continue
+        try:
+            yield derive(store.select(), each.key)
+        except FedgfeStoreError as error:
+            raise DamagedDataError(f"{reason}; {error}") from None
 
 
 def _pooled(sequence: torch.Tensor, pool: str) -> torch.Tensor:

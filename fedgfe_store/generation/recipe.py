@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from fedgfe_store.common.location import Address, Location, location
+from fedgfe_store.derived.again import derive
+from fedgfe_store.derived.record import Derived
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import (
     ConflictError,
     FedgfeStoreError,
@@ -22,7 +25,7 @@ from fedgfe_store.images.elsewhere import elsewhere_of, partners_of
 from fedgfe_store.images.identity import record_digests
 from fedgfe_store.images.png import inspect_image
 from fedgfe_store.names import read_key
-from fedgfe_store.records import RecordKey
+from fedgfe_store.records import KEY_COLUMNS, RecordKey
 from fedgfe_store.store import EmbeddingStore
 
 if TYPE_CHECKING:
@@ -53,8 +56,8 @@ class Recipe:
     ----------
     path : Path
         The image.
-    key : RecordKey
-        Its record.
+    key : RecordKey, MeanKey or WalkKey
+        Its record, or what was derived from some.
     number : int
         Which image of the record.
     provenance : mapping
@@ -62,7 +65,7 @@ class Recipe:
     """
 
     path: Path
-    key: RecordKey
+    key: Key
     number: int
     provenance: Mapping[str, Any]
 
@@ -143,7 +146,7 @@ class Recipe:
 
     def find(
         self, stores: Sequence[Location], *, report: Report, as_of: int | None = None
-    ) -> Selection:
+    ) -> Selection | Derived:
         """Find the record in the first store that has what the image was made from.
 
         Parameters
@@ -176,7 +179,7 @@ class Recipe:
             "\n".join([f"{self.path} cannot be made again from any store:", *map(str, errors)])
         )
 
-    def select(self, store: EmbeddingStore, *, report: Report) -> Selection:
+    def select(self, store: EmbeddingStore, *, report: Report) -> Selection | Derived:
         """Find the record, as of the commit that it was made from if it has changed since.
 
         Raises
@@ -187,32 +190,33 @@ class Recipe:
             If its embedding has changed and the old one cannot be reached.
         """
         selection = self._record_of(store)
-        if len(selection) and self._is_of(selection):
+        if selection is not None and self._is_of(selection):
             return selection
         commit = self.provenance["commit"]
         if commit < store.commit:
             before = self._record_of(EmbeddingStore.open(store.location, as_of=commit))
-            if len(before) and self._is_of(before):
+            if before is not None and self._is_of(before):
                 report(f"the record has changed since commit {commit}: using it as of then")
                 return before
-        if not len(selection):
+        if selection is None:
             raise NotFoundError(f"{store.location}: expected a record {self.key}, got none")
         raise ConflictError(
             f"{self.path}: expected the embedding that it was made from, got another one in "
             f"{store.location} for {self.key}"
         )
 
-    def _record_of(self, store: EmbeddingStore) -> Selection:
+    def _record_of(self, store: EmbeddingStore) -> Selection | Derived | None:
         key = self.key
-        return store.select(
-            node=key.node,
-            round=key.round,
-            split=key.split,
-            class_name=key.class_name,
-            index=key.index,
-        )
+        if isinstance(key, RecordKey):
+            named: dict[str, Any] = {name: key.value(name) for name in KEY_COLUMNS}
+            found = store.select(**named)
+            return found if len(found) else None
+        try:
+            return derive(store.select(), key)
+        except NotFoundError:
+            return None
 
-    def _is_of(self, selection: Selection) -> bool:
+    def _is_of(self, selection: Selection | Derived) -> bool:
         digests: dict[str, str] = self.provenance["digests"]
         partners = partners_of(selection, elsewhere_of(self.provenance["settings"]))
         return record_digests(selection, digests, partners)[0] == digests

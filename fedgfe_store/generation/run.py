@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from fedgfe_store.derived.record import Derived
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.denoise import Renderer
@@ -81,7 +82,7 @@ class GenerationReport:
 
 
 def generate(
-    selection: Selection,
+    selection: Selection | Derived,
     output_dir: str | Path,
     request: Request = DEFAULTS,
     *,
@@ -97,8 +98,8 @@ def generate(
 
     Parameters
     ----------
-    selection : Selection
-        The records.
+    selection : Selection or Derived
+        The records, or means and walks of some.
     output_dir : str or Path
         Folder of the images.
     request : Request

@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import xxhash
 
+from fedgfe_store.derived_keys import Key, MeanKey, WalkKey
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.request import Noise
 from fedgfe_store.images.compare import UNNAMED_NOISE
-from fedgfe_store.records import RecordKey
 
 # Settings that came later, and what images without them were made with.
 _LATER: dict[str, Any] = {"noise": UNNAMED_NOISE, "column": [], "lora": [], "family": None}
@@ -88,18 +88,19 @@ def fingerprint(settings: Settings) -> str:
     return xxhash.xxh3_128_hexdigest(canonical.encode())
 
 
-def seed_of(base_seed: int, key: RecordKey, number: int = 0, file_id: str = "") -> int:
+def seed_of(base_seed: int, key: Key, number: int = 0, file_id: str = "") -> int:
     """Derive an image's seed from its record.
 
     The round is left out, so that the same sample has the same noise in every round and rounds
     can be compared. A `file_id` takes the place of the index, which is another sample in each
-    round where a loader shuffles.
+    round where a loader shuffles. All frames of a walk have the noise of its start, and a mean has
+    that of what its records agree in.
 
     Parameters
     ----------
     base_seed : int
         Seed of the whole run.
-    key : RecordKey
+    key : RecordKey, MeanKey or WalkKey
         The record.
     number : int
         Which image of the record, from 0.
@@ -111,6 +112,12 @@ def seed_of(base_seed: int, key: RecordKey, number: int = 0, file_id: str = "") 
     int
         From 0 to 2**63 - 1, the same in every process, order and version.
     """
-    sample = file_id or key.index
-    parts = [base_seed, key.node, key.split, key.class_name, sample, number]
+    if isinstance(key, WalkKey):
+        return seed_of(base_seed, key.start, number, file_id)
+    if isinstance(key, MeanKey):
+        fixed = [list(pair) for pair in key.fixed if pair[0] != "round"]
+        parts = [base_seed, "mean", fixed, number]
+    else:
+        sample = file_id or key.index
+        parts = [base_seed, key.node, key.split, key.class_name, sample, number]
     return xxhash.xxh3_64_intdigest(json.dumps(parts).encode()) & (2**63 - 1)

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedgfe_store.derived.record import Derived
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.prepare import Report, Run, log_remark, prepare
 from fedgfe_store.generation.request import DEFAULTS, Request
@@ -73,7 +74,7 @@ def _said(value: Any) -> str:
 
 
 def prepare_cells(
-    selection: Selection,
+    selection: Selection | Derived,
     folder: str | Path,
     request: Request = DEFAULTS,
     *,

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.images.manifest import Manifest
 from fedgfe_store.images.png import write_png
 from fedgfe_store.models.placement import Picture
-from fedgfe_store.records import RecordKey
 
 # Pillow lets go of the GIL while it compresses: one thread's work hides behind the device's, and a
 # second hides a disk that is slow to sync.
@@ -32,7 +32,7 @@ Fetch: TypeAlias = "Callable[[], Picture | None]"
 class Failure:
     """An image that was not made, and why."""
 
-    key: RecordKey
+    key: Key
     number: int
     reason: str
 

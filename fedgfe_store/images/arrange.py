@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedgfe_store.common.words import numbers_first
+from fedgfe_store.derived_keys import SEVERAL, WalkKey
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.images.labels import label_of
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
-from fedgfe_store.records import KEY_COLUMNS, check_keys
+from fedgfe_store.records import KEY_COLUMNS, RecordKey, check_keys
 
 SETTINGS = ("model", "steps", "guidance", "seed", "folder")
 """What a row or column can be besides key columns: what tells images of several folders apart."""
 
-AXES = (*KEY_COLUMNS, *SETTINGS)
+OF_DERIVED = ("derived", "frame")
+"""What a row or column can be of derived records: which mean or walk, and which frame of it."""
+
+AXES = (*KEY_COLUMNS, *OF_DERIVED, *SETTINGS)
 
 Place = tuple[Any, ...]
 """The values of a row's or a column's key columns."""
@@ -64,6 +68,7 @@ class Sheet:
         told = {*self.by_row, *self.by_column, *self.common}
         facts = _facts(image, self.differing)
         rest = {name: value for name, value in facts.items() if name not in told}
+        rest = {name: value for name, value in rest.items() if not _says_nothing(name, value)}
         return ", ".join(filter(None, [label_of(rest.values(), rest), image.remark]))
 
 
@@ -78,7 +83,7 @@ def arrange(
     Where several belong in one cell, the same sample is taken for all cells as far as possible:
     that one of the other keys' combinations which fills most of them. Over rounds a sample is
     known by its ``file_id``, where its images name one, and by its index else: `index` then
-    means the one of the first round that has the sample.
+    means the one of the first round that has the sample. With frames only walks are shown.
 
     Parameters
     ----------
@@ -98,13 +103,18 @@ def arrange(
         both = ", ".join(sorted(set(rows) & set(columns)))
         raise SchemaMismatchError(f"expected other keys for columns than for rows, got {both}")
     images = list(images)
+    if "frame" in {*rows, *columns}:
+        images = [image for image in images if isinstance(image.key, WalkKey)]
     if not images:
-        raise SchemaMismatchError("a sheet: expected at least one picture, got none")
+        what = "one picture of a walk" if "frame" in {*rows, *columns} else "one picture"
+        raise SchemaMismatchError(f"a sheet: expected at least {what}, got none")
     differing = _differing(images)
     of_settings = tuple(
         dict.fromkeys((*differing, *(n for n in (*rows, *columns) if n in SETTINGS)))
     )
-    others = [n for n in (*KEY_COLUMNS, "image", *differing) if n not in {*rows, *columns}]
+    derived = () if all(isinstance(i.key, RecordKey) for i in images) else OF_DERIVED
+    told = (*KEY_COLUMNS, "image", *derived, *differing)
+    others = [n for n in told if n not in {*rows, *columns}]
     found: dict[tuple[Place, Place], dict[Place, ImageRecord]] = defaultdict(dict)
     for image, number in zip(images, _numbers(images, {*rows, *columns}), strict=True):
         facts = _facts(image, of_settings) | {"index": number}
@@ -126,18 +136,29 @@ def arrange(
     )
 
 
-def _numbers(images: Sequence[ImageRecord], axes: Collection[str]) -> list[int]:
+def _numbers(images: Sequence[ImageRecord], axes: Collection[str]) -> list[str | int]:
     """Give the index of each image, or what is the same for a sample in all rounds."""
-    keys = [image.key for image in images]
     if "round" not in axes:
-        return [key.index for key in keys]
-    return sample_numbers(keys, [image.file_id for image in images])
+        return [image.key.shown("index") for image in images]
+    known = [(i.key, i.file_id) for i in images if isinstance(i.key, RecordKey)]
+    numbers = iter(sample_numbers([key for key, _ in known], [file_id for _, file_id in known]))
+    return [
+        next(numbers) if isinstance(image.key, RecordKey) else image.key.shown("index")
+        for image in images
+    ]
 
 
 def _facts(image: ImageRecord, settings: Iterable[str]) -> dict[str, Any]:
-    facts = {name: getattr(image.key, name) for name in KEY_COLUMNS}
+    facts = {name: image.key.shown(name) for name in KEY_COLUMNS}
     known = {name: _setting(image, name) for name in settings}
-    return facts | {"image": image.number} | known
+    return facts | {"image": image.number} | _of_derived(image) | known
+
+
+def _of_derived(image: ImageRecord) -> dict[str, Any]:
+    """Tell which mean or walk an image is of, and which frame of it; nothing of records."""
+    if isinstance(image.key, RecordKey):
+        return dict.fromkeys(OF_DERIVED, "")
+    return {"derived": image.key.label, "frame": image.frame}
 
 
 def _differing(images: Sequence[ImageRecord]) -> tuple[str, ...]:
@@ -162,7 +183,7 @@ def _setting(image: ImageRecord, name: str) -> Any:
 def _order(names: Sequence[str]) -> Callable[[Place], Any]:
     """Return a key for `sorted`: numbers by size and before texts, in keys and in settings."""
     return lambda place: [
-        numbers_first(str(value)) if name == "node" or name in SETTINGS else value
+        value if name in ("split", "class_name") else numbers_first(str(value))
         for name, value in zip(names, place, strict=True)
     ]
 
@@ -171,4 +192,10 @@ def _common(
     names: list[str], images: Iterable[ImageRecord], settings: Iterable[str]
 ) -> dict[str, Any]:
     facts = [_facts(image, settings) for image in images]
-    return {name: facts[0][name] for name in names if len({f[name] for f in facts}) == 1}
+    shown = {name: facts[0][name] for name in names if len({f[name] for f in facts}) == 1}
+    return {name: value for name, value in shown.items() if not _says_nothing(name, value)}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether a fact is only there since other images, or all of a mean's sources, differ in it."""
+    return value == "" if name in OF_DERIVED else name in KEY_COLUMNS and value == SEVERAL

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.png import FileState
 from fedgfe_store.names import key_json
-from fedgfe_store.records import RecordKey
 
 Status = Literal["done", "missing", "stale"]
 
@@ -35,7 +35,7 @@ class Expected:
 
     Parameters
     ----------
-    key : RecordKey
+    key : RecordKey, MeanKey or WalkKey
         The record that it is to show.
     number : int
         Which image of the record.
@@ -43,7 +43,7 @@ class Expected:
         Digests of the record's tensors that it depends on, as images keep them.
     """
 
-    key: RecordKey
+    key: Key
     number: int
     digests: Mapping[str, str]
 
@@ -125,7 +125,7 @@ class Comparer:
         return _conflict(conflict) if conflict else Verdict("done")
 
 
-def is_of(provenance: Mapping[str, Any], key: RecordKey, number: int) -> bool:
+def is_of(provenance: Mapping[str, Any], key: Key, number: int) -> bool:
     """Whether an image says that it is that one of that record."""
     return (provenance.get("key"), provenance.get("image")) == (key_json(key), number)
 

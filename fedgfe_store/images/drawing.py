@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -180,17 +180,21 @@ def _mark(
     style.small.write(draw, place, word, colour, anchor="mm")
 
 
-def draw_frame(record: ImageRecord, title: str, rounds: Sequence[int], size: int) -> Image.Image:
-    """Draw one round of an animation: the sample's name, its image, and where the round lies.
+def draw_frame(
+    record: ImageRecord, title: str, said: str, *, done: float, size: int
+) -> Image.Image:
+    """Draw one frame of an animation: what it is of, its image, and where it lies.
 
     Parameters
     ----------
     record : ImageRecord
         What is shown.
     title : str
-        The sample in words.
-    rounds : sequence of int
-        All rounds of the animation, in order.
+        What all frames share, in words.
+    said : str
+        Which one it is, such as ``round 5``.
+    done : float
+        How much of the animation has been seen with it, up to 1.
     size : int
         Width and height of the image in pixels.
 
@@ -209,10 +213,9 @@ def draw_frame(record: ImageRecord, title: str, rounds: Sequence[int], size: int
     draw = ImageDraw.Draw(image)
     label.write(draw, (_GAP, _GAP), title, _INK)
     _paste(image, thumbnail, (_GAP, top), (size, size))
-    said = ", ".join(filter(None, [f"round {record.key.round}", record.remark]))
-    label.write(draw, (_GAP, top + size + _GAP), said, _RED if record.mark else _INK)
+    line_below = ", ".join(filter(None, [said, record.remark]))
+    label.write(draw, (_GAP, top + size + _GAP), line_below, _RED if record.mark else _INK)
     line = image.height - _GAP - 1
-    done = (rounds.index(record.key.round) + 1) / len(rounds)
     draw.line((_GAP, line, _GAP + size - 1, line), _LINE, 3)
     draw.line((_GAP, line, _GAP + round(done * (size - 1)), line), _INK, 3)
     return image

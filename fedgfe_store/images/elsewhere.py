@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import FedgfeStoreError, NotFoundError, SchemaMismatchError
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT, RecordKey
 
 if TYPE_CHECKING:
-    from fedgfe_store.selection import Selection
+    from fedgfe_store.derived.record import Derived
+    from fedgfe_store.rows import Rows
 
 _KEYS = ("node", "round", "split", "index")
 _NUMBERS = ("round", "index")
@@ -105,7 +107,7 @@ class Partners:
         Records of the same store and commit.
     """
 
-    def __init__(self, elsewhere: Elsewhere, selection: Selection) -> None:
+    def __init__(self, elsewhere: Elsewhere, selection: Rows | Derived) -> None:
         self._elsewhere = elsewhere
         self.selection = selection.others(**elsewhere.filters)
         self.keys = self.selection.keys()
@@ -116,15 +118,17 @@ class Partners:
     def _address(self, key: RecordKey) -> RecordKey:
         return replace(key, index=0) if self._elsewhere.by_class else key
 
-    def _found(self, own: RecordKey) -> list[int]:
+    def _found(self, own: Key) -> list[int]:
+        if not isinstance(own, RecordKey):  # no other record is of its class and index
+            return []
         return self._places.get(self._address(self._elsewhere.key_of(own)), [])
 
-    def place(self, own: RecordKey) -> int | None:
+    def place(self, own: Key) -> int | None:
         """Give the position in `selection` of the one record for `own`; None if there is none."""
         found = self._found(own)
         return found[0] if len(found) == 1 else None
 
-    def digest(self, own: RecordKey) -> str | None:
+    def digest(self, own: Key) -> str | None:
         """Give the digest of what an image of `own` takes, 16 hex digits; None without a record."""
         place = self.place(own)
         return None if place is None else self._digests[place]
@@ -164,7 +168,7 @@ class Partners:
         return wanted.rpartition(", index ")[0] if self._elsewhere.by_class else wanted
 
 
-def partners_of(selection: Selection, elsewhere: Iterable[Elsewhere]) -> dict[str, Partners]:
+def partners_of(selection: Rows | Derived, elsewhere: Iterable[Elsewhere]) -> dict[str, Partners]:
     """Give what the store's columns from elsewhere are from, by column; nothing is checked."""
     known = selection.schema.columns
     return {each.column: Partners(each, selection) for each in elsewhere if each.column in known}

@@ -44,13 +44,15 @@ class Embedded:
     def compared(self, rows: np.ndarray) -> np.ndarray:
         """Return which of `rows` are compared: those that are there, or as many as there may be."""
         rows = rows[self.there[rows]]
-        return rows[drawn(len(rows), MOST)]
+        kept: np.ndarray = rows[drawn(len(rows), MOST)]
+        return kept
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Return the features of `rows`, float32 ``[rows, width]``."""
         # Mapped for this call only: what was looked at counts as memory as long as it is mapped.
         values = np.memmap(self.path, np.float32, "r").reshape(-1, self.width)
-        return np.array(values[rows])
+        found: np.ndarray = np.array(values[rows])
+        return found
 
 
 class Embedder:

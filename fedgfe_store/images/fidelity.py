@@ -12,11 +12,12 @@ import numpy as np
 
 from fedgfe_store.common.extra import extra
 from fedgfe_store.common.frechet import frechet
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images.embedded import MOST, Embedded, Embedder
 from fedgfe_store.images.scoring import Found
 from fedgfe_store.images.status import natural_rank
-from fedgfe_store.records import KEY_COLUMNS, RecordKey
+from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -184,7 +185,7 @@ class _Sets:
 
     def __init__(
         self,
-        keys: Sequence[RecordKey],
+        keys: Sequence[Key],
         images: Embedded,
         by: Sequence[str],
         to: Mapping[str, Any],
@@ -193,7 +194,7 @@ class _Sets:
         self._images, self._by, self._to = images, by, to
         self._real = None if real is None else _features(real, np.arange(len(real.there)))
         self.width = images.width
-        columns = {n: np.array([getattr(k, n) for k in keys], object) for n in KEY_COLUMNS}
+        columns = {n: np.array([k.value(n) for k in keys], object) for n in KEY_COLUMNS}
         is_other = np.full(len(keys), bool(to))
         for name, value in to.items():
             is_other &= np.array([str(each) == str(value) for each in columns[name]])

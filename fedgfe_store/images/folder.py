@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from fedgfe_store.common.filters import NUMBERS, is_wanted, wanted_values
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images.compare import is_of
 from fedgfe_store.images.foreign import PictureNames
@@ -95,7 +96,7 @@ class ImageFolder:
 
     path: Path
     names: Sequence[str]
-    brief: Collection[RecordKey] = frozenset()
+    brief: Collection[Key] = frozenset()
     others: PictureNames = PictureNames()  # noqa: RUF009
 
     @classmethod
@@ -103,7 +104,7 @@ class ImageFolder:
         cls,
         path: Path,
         *,
-        brief: Collection[RecordKey] = frozenset(),
+        brief: Collection[Key] = frozenset(),
         others: PictureNames | None = None,
     ) -> Self:
         """List a folder.
@@ -194,7 +195,7 @@ class ImageFolder:
         _ = self.lines
         return dict(zip(self.names, side_by_side(self.record, self.names), strict=True))
 
-    def look(self, key: RecordKey, number: int) -> FoundImage | None:
+    def look(self, key: Key, number: int) -> FoundImage | None:
         """Look at the file that is to hold an image of a record; threads may call it.
 
         Returns
@@ -252,7 +253,7 @@ class ImageFolder:
         kept = [
             image
             for image in found
-            if all(is_wanted(getattr(image.key, n), values) for n, values in wanted.items())
+            if all(_meets(image.key, n, values) for n, values in wanted.items())
         ]
         if per_class is not None:
             kept = list(_lowest(kept, per_class))
@@ -260,7 +261,7 @@ class ImageFolder:
             raise NotFoundError(
                 f"none of the {len(found):,} pictures in {self.path} meets the filters"
             )
-        return marked(sorted(kept, key=lambda image: (image.key, image.number)), store)
+        return marked(sorted(kept, key=lambda image: (image.key.rank, image.number)), store)
 
     def _shown(self) -> list[ImageRecord]:
         if not self.path.is_dir():
@@ -295,9 +296,15 @@ def file_stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def key_values(images: Iterable[ImageRecord], name: str) -> np.ndarray:
-    """Return the values of a key column of `images`, as those of a store."""
+    """Return the values of a key column of `images`, as those of a store; some may have none."""
     kind = np.int64 if name in NUMBERS else np.dtypes.StringDType()
-    return np.array([getattr(image.key, name) for image in images], kind)
+    values = (image.key.value(name) for image in images)
+    return np.array([value for value in values if value is not None], kind)
+
+
+def _meets(key: Key, name: str, wanted: Sequence[Any]) -> bool:
+    value = key.value(name)
+    return value is not None and is_wanted(value, wanted)
 
 
 def look_at(path: Path) -> FoundImage:
@@ -311,10 +318,13 @@ def _lowest(images: list[ImageRecord], n: int) -> Iterator[ImageRecord]:
     # Of the records, not of the images: one record may have several.
     indices = defaultdict(set)
     for image in images:
-        indices[_group(image)].add(image.key.index)
+        if isinstance(image.key, RecordKey):
+            indices[_group(image.key)].add(image.key.index)
     kept = {group: set(sorted(found)[:n]) for group, found in indices.items()}
-    yield from (image for image in images if image.key.index in kept[_group(image)])
+    for image in images:
+        if not isinstance(image.key, RecordKey) or image.key.index in kept[_group(image.key)]:
+            yield image
 
 
-def _group(image: ImageRecord) -> tuple[str, int, str, str]:
-    return image.key.node, image.key.round, image.key.split, image.key.class_name
+def _group(key: RecordKey) -> tuple[str, int, str, str]:
+    return key.node, key.round, key.split, key.class_name

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fedgfe_store.common.sample import drawn
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images.embedded import Embedded, Embedder
 from fedgfe_store.images.folder import side_by_side
@@ -21,7 +22,6 @@ from fedgfe_store.images.scoring import GROUPS, Found, class_prompts, opened
 from fedgfe_store.images.sound import read_sound
 from fedgfe_store.images.status import natural_rank
 from fedgfe_store.names import key_json
-from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,7 @@ class Heard:
 
 def compare_with_sounds(
     found: Found,
-    files: Mapping[RecordKey, Path],
+    files: Mapping[Key, Path],
     space: Space,
     *,
     batch_size: int = 32,
@@ -167,7 +167,7 @@ def compare_with_sounds(
     ----------
     found : Found
         The images.
-    files : mapping of RecordKey to Path
+    files : mapping of key to Path
         The sound of each record, see `sound_files`; images without one are left out.
     space : Space
         In which they are compared.
@@ -228,7 +228,7 @@ class _Sounds:
     def rows(
         self,
         pairs: Sequence[tuple[ImageRecord, Image.Image]],
-        files: Mapping[RecordKey, Path],
+        files: Mapping[Key, Path],
         space: Space,
     ) -> list[list[Any]]:
         """Return the facts of some images."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 from fedgfe_store.images.manifest import read_manifest
 
 if TYPE_CHECKING:
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.images.elsewhere import Partners
-    from fedgfe_store.selection import Selection
+    from fedgfe_store.rows import Rows
 
 # The latest lines of each manifest name the stores that a folder is shared by.
 _TAIL_BYTES = 256 * 1024
@@ -33,7 +34,7 @@ class Identity:
     store_id: str | None = None
 
     @classmethod
-    def of_store(cls, selection: Selection) -> Self:
+    def of_store(cls, selection: Rows | Derived) -> Self:
         """Give the identity of the store that records are from."""
         return cls(selection.schema.metadata.experiment or None, selection.store_id)
 
@@ -74,7 +75,7 @@ def others_in(folder: Path, own: Identity) -> list[Identity]:
 
 
 def record_digests(
-    selection: Selection,
+    selection: Rows | Derived,
     columns: Collection[str],
     partners: Mapping[str, Partners] | None = None,
 ) -> list[dict[str, str]]:
@@ -82,7 +83,7 @@ def record_digests(
 
     Parameters
     ----------
-    selection : Selection
+    selection : Selection or Derived
         The records; their tensors are not read.
     columns : collection of str
         Tensor columns; those that the store does not have are left out.
@@ -90,10 +91,9 @@ def record_digests(
         Other records that some of the columns are from, by column. Where a record has none, the
         column is left out.
     """
-    frame = selection.records
-    names = [name for name in columns if f"{name}_digest" in frame]
-    digests = [frame[f"{name}_digest"].tolist() for name in names]
-    rows = range(len(frame))
+    names = [name for name in columns if name in selection.schema.columns]
+    digests = [[f"{d:016x}" for d in selection.digests(name).tolist()] for name in names]
+    rows = range(len(selection))
     found = [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]
     for name, others in (partners or {}).items():
         for key, known in zip(selection.keys(), found, strict=True):

@@ -12,8 +12,8 @@ from typing import Any
 from PIL import ImageDraw, ImageFont
 
 _SAID = {
-    **{name: f"{name} {{}}" for name in ("round", "node", "index", "image", "guidance", "seed")},
-    "steps": "steps {}",
+    name: f"{name} {{}}"
+    for name in ("round", "node", "index", "image", "frame", "guidance", "seed", "steps")
 }
 _KEYS = re.compile(r".+?(?:, |$)")
 _WORDS = re.compile(r"[^ _/\\.-]+[ _/\\.-]*|[ _/\\.-]+")

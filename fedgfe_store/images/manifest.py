@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.images.png import png_names, read_provenance
 from fedgfe_store.names import key_json
-from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.files import (
     NOT_THROUGH_LINKS,
     append_line,
@@ -69,14 +69,14 @@ class Manifest:
         with self._lock:
             append_line(self._file, line, self._name)
 
-    def fail(self, file: str, *, key: RecordKey, image: int, error: str) -> None:
+    def fail(self, file: str, *, key: Key, image: int, error: str) -> None:
         """Add the line of an image that could not be made.
 
         Parameters
         ----------
         file : str
             Name that its file would have.
-        key : RecordKey
+        key : RecordKey, MeanKey or WalkKey
             The record.
         image : int
             Which image of the record, from 0.

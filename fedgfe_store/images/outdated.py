@@ -9,9 +9,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedgfe_store.derived.again import derive
+from fedgfe_store.derived.record import Derived
+from fedgfe_store.derived_keys import DerivedKey, MeanKey
+from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images.elsewhere import Partners, elsewhere_of, partners_of
 from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.record import ImageRecord
+from fedgfe_store.records import RecordKey
+from fedgfe_store.rows import Rows
 from fedgfe_store.selection import Selection
 
 if TYPE_CHECKING:
@@ -30,7 +36,7 @@ class Records:
         The records; their tensors are not read.
     """
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: Rows) -> None:
         self._as_of = selection.as_of
         self._place = selection.location.resolve()
         self._identity = Identity.of_store(selection)
@@ -56,15 +62,29 @@ class Records:
         """
         if image.is_foreign or not self._comparable(image.shared):
             return ""
+        made_from = image.own.get("digests")
+        if not isinstance(image.key, RecordKey):
+            return self._mark_derived(image.key, made_from)
         own = self._digests.get(image.key)
         if own is None:
             return DELETED
-        made_from = image.own.get("digests")
         if not isinstance(made_from, dict):
             return ""
         others = self._partners(image.shared)
         now = own | {name: partners.digest(image.key) for name, partners in others.items()}
         return CHANGED if any(now.get(n) != digest for n, digest in made_from.items()) else ""
+
+    def _mark_derived(self, key: DerivedKey, made_from: object) -> str:
+        names = list(made_from) if isinstance(made_from, dict) else []
+        if isinstance(key, MeanKey) and key.filters is None:
+            return ""  # which records those are, only who took them knows
+        try:
+            now = record_digests(derive(self._selection, key), names)[0]
+        except NotFoundError:
+            return DELETED
+        except SchemaMismatchError:
+            return ""
+        return CHANGED if names and now != made_from else ""
 
     def _columns_from_elsewhere(self, shared: str) -> dict[str, Partners]:
         settings = json.loads(shared).get("settings")
@@ -89,7 +109,7 @@ class Records:
 
 
 def mark_outdated(
-    images: Sequence[ImageRecord], store: EmbeddingStore | Selection | None
+    images: Sequence[ImageRecord], store: EmbeddingStore | Selection | Derived | None
 ) -> list[str]:
     """Tell of each image why it is out of date; nothing where there is no store.
 
@@ -97,7 +117,7 @@ def mark_outdated(
     ----------
     images : sequence of ImageRecord
         Images of one folder.
-    store : EmbeddingStore, Selection or None
+    store : EmbeddingStore, Selection, Derived or None
         What they are compared with: all records of the store.
 
     Returns
@@ -108,9 +128,9 @@ def mark_outdated(
     if store is None or not images:
         return [""] * len(images)
     # Reading about the others would cost time that grows with the store, not with the folder.
-    nodes = sorted({image.key.node for image in images})
-    rounds = sorted({image.key.round for image in images})
-    find = store.others if isinstance(store, Selection) else store.select
+    own = [image.key for image in images if isinstance(image.key, RecordKey)]
+    nodes, rounds = sorted({key.node for key in own}), sorted({key.round for key in own})
+    find = store.others if isinstance(store, Selection | Derived) else store.select
     records = Records(find(node=nodes, round=rounds))
     return [records.mark(image) for image in images]
 

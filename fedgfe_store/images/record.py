@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
+from fedgfe_store.derived_keys import Key, WalkKey
 from fedgfe_store.images.foreign import Told
 from fedgfe_store.names import read_key
-from fedgfe_store.records import RecordKey
 
 FOREIGN = "of another program"
 """What is told of images that this package did not make."""
@@ -33,8 +33,8 @@ class ImageRecord:
         Where it is.
     name : str
         Its file's name in there.
-    key : RecordKey
-        The record that it was made from.
+    key : RecordKey, MeanKey or WalkKey
+        What it was made from: a record, or a derived one.
     number : int
         Which image of the record, from 0.
     own : mapping
@@ -51,7 +51,7 @@ class ImageRecord:
 
     folder: Path
     name: str
-    key: RecordKey
+    key: Key
     number: int = 0
     own: Mapping[str, Any] = field(default_factory=dict)
     shared: str = "{}"
@@ -66,7 +66,7 @@ class ImageRecord:
         facts: Mapping[str, Any],
         texts: dict[str, str],
         *,
-        brief: Collection[RecordKey] = frozenset(),
+        brief: Collection[Key] = frozenset(),
     ) -> Self | None:
         """Make a record of a manifest's line, or of an image's provenance and its file's name.
 
@@ -113,6 +113,11 @@ class ImageRecord:
     def file_id(self) -> str:
         """What identifies its sample; empty where that is not known."""
         return str(self.own.get("file_id") or "")
+
+    @property
+    def frame(self) -> int | str:
+        """Which frame of a walk it is, from 0; empty of all else."""
+        return self.key.frame if isinstance(self.key, WalkKey) else ""
 
     @property
     def remark(self) -> str:

@@ -222,7 +222,7 @@ def _compared(found: Found, among: Sequence[str] | None) -> list[str]:
         return list(found.classes)
     if isinstance(among, str):
         raise SchemaMismatchError(f"among: expected a list of classes, got {among!r}")
-    lacking = {image.key.class_name for image in found.images} - set(among)
+    lacking = {str(image.key.value("class_name")) for image in found.images} - set(among)
     if lacking:
         raise SchemaMismatchError(
             f"among: expected the classes of the pictures too, got none of {names(lacking)}"
@@ -275,7 +275,7 @@ def _score(
     similarities = clip.embed_images([image for _, image in sound]) @ texts.T
     rows = []
     for (record, _), values in zip(sound, similarities.tolist(), strict=True):
-        own = record.key.class_name
+        own = str(record.key.value("class_name"))
         closest = classes[max(range(len(classes)), key=values.__getitem__)]
         facts = [record.number, record.name, values[classes.index(own)], closest, closest == own]
         rows.append([*key_json(record.key).values(), *facts])

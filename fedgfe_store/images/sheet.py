@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -25,7 +25,9 @@ KINDS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf")
 MOVING_KINDS = (".gif", ".webp")
 """Endings of the files that an animation can go into."""
 
-_FRAME_MS, _LAST_FRAME_MS = 700, 2000
+# A walk is to look like a motion, rounds are to be told apart.
+_FRAME_MS = {"round": 700, "frame": 150}
+_LAST_FRAME_MS = {"round": 2000, "frame": 1000}
 
 
 def save_sheet(
@@ -125,44 +127,57 @@ def _save(image: Image.Image, file: Path, **options: Any) -> None:
 
 
 def animate(
-    images: Iterable[ImageRecord], file: Path, *, thumbnail: int = 256
+    images: Iterable[ImageRecord],
+    file: Path,
+    *,
+    over: Literal["round", "frame"] = "round",
+    thumbnail: int = 256,
 ) -> list[ImageRecord]:
-    """Write one sample's images over the rounds as an animation.
+    """Write one sample's images over the rounds, or those of a walk, as an animation.
 
     Parameters
     ----------
     images : iterable of ImageRecord
-        As `ImageFolder.select` gives them. Of several samples the one with most rounds is taken.
+        As `ImageFolder.select` gives them. Of several samples or walks that one is taken which has
+        most images.
     file : Path
         A GIF or WebP file.
+    over : {"round", "frame"}
+        What its frames are: rounds of a sample, or frames of a walk.
     thumbnail : int
         Width and height of the image in pixels, 32 to 1024.
 
     Returns
     -------
     list of ImageRecord
-        Those that are shown, by round.
+        Those that are shown, in their order.
 
     Raises
     ------
     SchemaMismatchError
-        If the sample has fewer than two rounds, or an option is of no use.
+        If there are fewer than two images of it, or an option is of no use.
     DamagedDataError
         If an image cannot be read.
     """
     check_output(file, MOVING_KINDS)
     _check_size(thumbnail)
-    sheet = arrange(images, rows=[name for name in KEY_COLUMNS if name != "round"])
-    rounds_of = Counter(row for row, _ in sheet.cells)
-    row = max(sheet.rows, key=rounds_of.__getitem__)
+    sample = [name for name in KEY_COLUMNS if name != "round"]
+    rows = ["derived"] if over == "frame" else sample
+    sheet = arrange(images, rows=rows, columns=[over])
+    frames_of = Counter(row for row, _ in sheet.cells)
+    row = max(sheet.rows, key=frames_of.__getitem__)
     shown = [sheet.cells[row, column] for column in sheet.columns if (row, column) in sheet.cells]
+    places = [column[0] for column in sheet.columns if (row, column) in sheet.cells]
     if len(shown) < 2:
         raise SchemaMismatchError(
-            f"an animation needs pictures of two rounds, got {len(shown)} "
-            f"({label_of(row, sheet.by_row)}, round {shown[0].key.round})"
+            f"an animation needs pictures of two {over}s, got {len(shown)} "
+            f"({label_of(row, sheet.by_row)}, {over} {places[0]})"
         )
-    rounds, title = [image.key.round for image in shown], label_of(row, sheet.by_row)
-    frames = [draw_frame(image, title, rounds, thumbnail) for image in shown]
-    lasting = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
+    title = label_of(row, sheet.by_row)
+    frames = [
+        draw_frame(image, title, f"{over} {place}", done=(n + 1) / len(shown), size=thumbnail)
+        for n, (image, place) in enumerate(zip(shown, places, strict=True))
+    ]
+    lasting = [_FRAME_MS[over]] * (len(frames) - 1) + [_LAST_FRAME_MS[over]]
     _save(frames[0], file, save_all=True, append_images=frames[1:], duration=lasting, loop=0)
     return shown

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedgfe_store.common.extra import extra
-from fedgfe_store.records import RecordKey
+from fedgfe_store.derived_keys import Key
 
 if TYPE_CHECKING:
     from fedgfe_store.selection import Selection
@@ -56,7 +56,7 @@ def read_sound(path: Path, rate: int) -> np.ndarray | None:
     return resampled.astype(np.float32)
 
 
-def sound_files(selection: Selection, folder: Path) -> Mapping[RecordKey, Path]:
+def sound_files(selection: Selection, folder: Path) -> Mapping[Key, Path]:
     """Return where the sounds of records should be; a record that names none is left out.
 
     Parameters
@@ -69,8 +69,11 @@ def sound_files(selection: Selection, folder: Path) -> Mapping[RecordKey, Path]:
     """
     names = selection.column("audio_path").tolist()
     found = {name: _placed(Path(name), folder) for name in dict.fromkeys(names) if name}
-    keys = zip(selection.keys(), names, strict=True)
-    return {key: found[name] for key, name in keys if name}
+    files: dict[Key, Path] = {}
+    for key, name in zip(selection.keys(), names, strict=True):
+        if name:
+            files[key] = found[name]
+    return files
 
 
 def _placed(path: Path, folder: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedgfe_store.common.words import numbers_first
+from fedgfe_store.derived_keys import Key, MeanKey, WalkKey
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.images.compare import Comparer, Expected
 from fedgfe_store.images.elsewhere import elsewhere_of, partners_of
@@ -16,16 +17,17 @@ from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.outdated import DELETED, mark_outdated
 from fedgfe_store.images.png import read_provenance
 from fedgfe_store.images.record import ImageRecord
-from fedgfe_store.names import image_name, key_json
-from fedgfe_store.records import KEY_COLUMNS, RecordKey
+from fedgfe_store.names import image_name
+from fedgfe_store.records import KEY_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.selection import Selection
 
 ImageState = Literal["done", "missing", "stale", "failed"]
-GROUPS = ("node", "round", "split", "class_name")
+GROUPS = ("node", "round", "split", "class_name", "derived")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,8 @@ class ImageStatus:
     ----------
     frame : DataFrame
         A row for each image: ``node``, ``round``, ``split``, ``class_name``, ``index``,
-        ``image`` (its number), ``file``, ``status`` and ``reason``.
+        ``image`` (its number), ``file``, ``status`` and ``reason``. Of derived records the key
+        columns say ``several`` where sources differ, and ``derived`` tells what they are.
     folder : Path
         Where the images are.
     settings : mapping or None
@@ -52,6 +55,8 @@ class ImageStatus:
     settings: Mapping[str, Any] | None
     images_per_record: int
     deleted: tuple[ImageRecord, ...] = ()
+    keys: tuple[Key, ...] = ()
+    """What the images of the frame show, row by row."""
 
     @property
     def totals(self) -> dict[str, int]:
@@ -66,7 +71,7 @@ class ImageStatus:
         Parameters
         ----------
         by : sequence of str
-            Among ``node``, ``round``, ``split`` and ``class_name``.
+            Among ``node``, ``round``, ``split`` and ``class_name``, of derived records ``derived``.
 
         Returns
         -------
@@ -77,10 +82,11 @@ class ImageStatus:
         Raises
         ------
         SchemaMismatchError
-            If a name is none of the four, or given twice.
+            If a name is none of these, or given twice.
         """
-        if not by or not set(by) <= set(GROUPS) or len(set(by)) < len(by):
-            raise SchemaMismatchError(f"by: expected some of {', '.join(GROUPS)}, got {list(by)}")
+        known = [name for name in GROUPS if name in self.frame]
+        if not by or not set(by) <= set(known) or len(set(by)) < len(by):
+            raise SchemaMismatchError(f"by: expected some of {', '.join(known)}, got {list(by)}")
         states = list(get_args(ImageState))
         table = self.frame[list(by)].assign(
             **{state: (self.frame["status"] == state).astype(int) for state in states}, all=1
@@ -89,15 +95,14 @@ class ImageStatus:
         return sums.sort_values(list(by), key=natural_rank, ignore_index=True)
 
     @property
-    def unfinished(self) -> set[RecordKey]:
+    def unfinished(self) -> set[Key]:
         """The records of which any image is not done."""
-        undone = self.frame[self.frame["status"] != "done"]
-        keys = undone[list(KEY_COLUMNS)].drop_duplicates().itertuples(index=False)
-        return {_key(row) for row in keys}
+        undone = (self.frame["status"] != "done").tolist()
+        return {key for key, is_undone in zip(self.keys, undone, strict=True) if is_undone}
 
 
 def image_status(
-    selection: Selection,
+    selection: Selection | Derived,
     folder: Path,
     *,
     images_per_record: int | None = None,
@@ -110,7 +115,7 @@ def image_status(
 
     Parameters
     ----------
-    selection : Selection
+    selection : Selection or Derived
         The records; their tensors are not read.
     folder : Path
         Folder of the images; it need not exist.
@@ -152,7 +157,8 @@ def image_status(
         if progress is not None and done % number == 0:
             progress(1)
     deleted = _deleted(images, unlisted, selection)
-    return ImageStatus(_frame(items, findings), folder, settings or None, number, deleted)
+    shown = tuple(key for key, _ in items)
+    return ImageStatus(_frame(items, findings), folder, settings or None, number, deleted, shown)
 
 
 def _made_with(images: ImageFolder) -> tuple[str, Mapping[str, Any]]:
@@ -185,7 +191,7 @@ def _highest_number(images: ImageFolder, unlisted: Sequence[ImageRecord]) -> int
 
 
 def _deleted(
-    images: ImageFolder, unlisted: Sequence[ImageRecord], selection: Selection
+    images: ImageFolder, unlisted: Sequence[ImageRecord], selection: Selection | Derived
 ) -> tuple[ImageRecord, ...]:
     """Give the images that are there though the store does not have their record any more."""
     listed = [images.lines[name].record for name in images.present & images.lines.keys()]
@@ -200,13 +206,13 @@ class _Checker:
 
     def __init__(
         self,
-        digests: Mapping[RecordKey, dict[str, str]],
+        digests: Mapping[Key, dict[str, str]],
         images: ImageFolder,
         comparer: Comparer,
     ) -> None:
         self._digests, self._images, self._comparer = digests, images, comparer
 
-    def __call__(self, item: tuple[RecordKey, int]) -> tuple[str, str, str]:
+    def __call__(self, item: tuple[Key, int]) -> tuple[str, str, str]:
         key, number = item
         found = self._images.look(key, number)
         if found is None:
@@ -218,7 +224,7 @@ class _Checker:
         verdict = self._comparer.compare(expected, found.state, found.provenance)
         return found.path.name, verdict.status, verdict.reason
 
-    def _expected(self, key: RecordKey, provenance: Mapping[str, Any]) -> dict[str, str]:
+    def _expected(self, key: Key, provenance: Mapping[str, Any]) -> dict[str, str]:
         """Give the digests of the tensors that the image was made from, and of no others."""
         made_from = provenance.get("digests")
         own = self._digests[key]
@@ -227,22 +233,20 @@ class _Checker:
 
 
 def _frame(
-    items: Sequence[tuple[RecordKey, int]], findings: Sequence[tuple[str, str, str]]
+    items: Sequence[tuple[Key, int]], findings: Sequence[tuple[str, str, str]]
 ) -> pd.DataFrame:
     import pandas as pd
 
     columns = [*KEY_COLUMNS, "image", "file", "status", "reason"]
     rows = [
-        [*key_json(key).values(), number, *finding]
+        [*map(key.shown, KEY_COLUMNS), number, *finding]
         for (key, number), finding in zip(items, findings, strict=True)
     ]
-    frame = pd.DataFrame(rows, columns=columns)
-    return frame.astype({"round": "int64", "index": "int64", "image": "int64"})
-
-
-def _key(row: Any) -> RecordKey:
-    node, round_, split, class_name, index = row
-    return RecordKey(str(node), int(round_), str(split), str(class_name), int(index))
+    frame = pd.DataFrame(rows, columns=columns).astype({"image": "int64"})
+    derived = [key.label if isinstance(key, MeanKey | WalkKey) else "" for key, _ in items]
+    if any(derived):
+        return frame.assign(derived=derived)
+    return frame.astype({"round": "int64", "index": "int64"})
 
 
 def natural_rank(column: pd.Series[Any]) -> pd.Series[Any]:

@@ -121,16 +121,17 @@ def train_and_test(
     groups = [name for name in KEY_COLUMNS if name != "class_name"]
     if not set(by) <= set(groups):
         raise SchemaMismatchError(f"by: expected some of {', '.join(groups)}, got {list(by)}")
-    images = [image for image in found.images if image.key.class_name in set(real.values())]
+    known = set(real.values())
+    images = [image for image in found.images if image.key.value("class_name") in known]
     if not images:
-        raise NotFoundError(f"no image is of one of the classes {names(set(real.values()))}")
+        raise NotFoundError(f"no image is of one of the classes {names(known)}")
     extra("sklearn", "a classifier")
     with tempfile.TemporaryDirectory() as folder:
         embedder = Embedder(features.embed, Path(folder), batch_size, progress)
         own = _Labelled(embedder.embed([image.file for image in images]),
-                        np.array([image.key.class_name for image in images], object))  # fmt: skip
+                        np.array([i.key.value("class_name") for i in images], object))  # fmt: skip
         others = _Labelled(embedder.embed(list(real)), np.array(list(real.values()), object))
-        keys = pd.DataFrame([[getattr(i.key, name) for name in by] for i in images], columns=by)
+        keys = pd.DataFrame({name: [i.key.value(name) for i in images] for name in by})
         rows = list(_rows(keys, by, own, others))
     frame = pd.DataFrame(rows, columns=[*by, *_COLUMNS])
     if by:

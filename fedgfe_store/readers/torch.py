@@ -23,6 +23,7 @@ from fedgfe_store.readers.columns import batch_columns
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.rows import Rows
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class Batch:
     A ragged column is padded with zeros, and ``length_<name>``, int32 ``[b]``, is beside it.
     """
 
-    selection: Rows
+    selection: Rows | Derived
     tensors: Mapping[str, torch.Tensor]
 
     def __getitem__(self, column: str) -> torch.Tensor:
@@ -82,11 +83,11 @@ class BatchReader:
     dtype: torch.dtype | None = None
     pinned: bool = False
 
-    def read(self, rows: Rows) -> Batch:
+    def read(self, rows: Rows | Derived) -> Batch:
         """Read some records, into memory that no other batch has; raises as `Rows.read`."""
         return Batch(rows, {name: self._tensor(rows, name) for name in self.columns})
 
-    def _tensor(self, rows: Rows, name: str) -> torch.Tensor:
+    def _tensor(self, rows: Rows | Derived, name: str) -> torch.Tensor:
         """Decode a column to where it stays; only another data type takes a copy."""
         if not self.pinned:
             tensor = torch.from_numpy(rows.read(name))

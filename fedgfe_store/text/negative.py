@@ -15,6 +15,7 @@ from fedgfe_store.text.negative_records import append_record, kept
 from fedgfe_store.text.negative_values import Negative
 
 if TYPE_CHECKING:
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.selection import Selection
 
 __all__ = ["Negative", "find_negative"]
@@ -22,7 +23,7 @@ __all__ = ["Negative", "find_negative"]
 
 def find_negative(
     model: Model,
-    selection: Selection,
+    selection: Selection | Derived,
     columns: Mapping[str, str],
     given: str | None,
     *,
@@ -65,7 +66,7 @@ def find_negative(
 
 
 def _check_shapes(
-    model: Model, negative: Negative, selection: Selection, columns: Mapping[str, str]
+    model: Model, negative: Negative, selection: Selection | Derived, columns: Mapping[str, str]
 ) -> None:
     """Refuse negatives that do not go with the records: pipelines put them side by side."""
     family, schema = model.family, selection.schema
@@ -103,7 +104,7 @@ def _check_shapes(
 
 def _of_prompt(
     model: Model,
-    selection: Selection,
+    selection: Selection | Derived,
     columns: Mapping[str, str],
     prompt: str,
     *,

@@ -19,6 +19,7 @@ from fedgfe_store.text.columns import as_stored
 from fedgfe_store.text.negative_values import Negative, digest_of
 
 if TYPE_CHECKING:
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.selection import Selection
 
 # Of no class: the name says what it is where a list of records shows it.
@@ -30,7 +31,7 @@ _BITS = 31
 
 def kept(
     model: Model,
-    selection: Selection,
+    selection: Selection | Derived,
     columns: Mapping[str, str],
     prompt: str,
     encoder: str | None,
@@ -93,7 +94,7 @@ def _read(
 
 def append_record(
     model: Model,
-    selection: Selection,
+    selection: Selection | Derived,
     columns: Mapping[str, str],
     fresh: Negative,
     prompt: str,

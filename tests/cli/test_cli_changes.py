@@ -357,7 +357,7 @@ def test_as_of_an_unknown_commit(filled, command):
     result = run(filled.path, command, "--as-of", 4)
     assert (result.exit_code, result.output) == (
         1,
-        f"error: as_of: expected a commit from 0 to 3 of {filled.path}, got 4\n",
+        f"error: --as-of: expected a commit from 0 to 3 of {filled.path}, got 4\n",
     )
     assert run(filled.path, command, "--as-of", -1).exit_code == 2
 

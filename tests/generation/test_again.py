@@ -102,7 +102,7 @@ def test_a_picture_is_made_again_from_its_own_metadata(
         group, ["generate", "--from-image", str(elsewhere), "--output-dir", str(folder)]
     )
     assert result.exit_code == 0, result.output
-    assert "1 images rendered" in result.output
+    assert "1 image rendered" in result.output
     np.testing.assert_array_equal(pixels(path), expected)
     again = provenance_of(path)
     for name in ("key", "image", "seed", "digests", "settings", "fingerprint"):
@@ -117,7 +117,7 @@ def test_making_a_picture_again_leaves_the_picture_alone(
     path = min((tmp_path / "out").glob("*.png"))
     before, expected = (path.stat().st_ino, path.read_bytes()), pixels(path)
     code, output = run(store.path, "--from-image", str(path))
-    assert (code, "1 images rendered" in output) == (0, True), output
+    assert (code, "1 image rendered" in output) == (0, True), output
     assert "out of date" not in output
     assert (path.stat().st_ino, path.read_bytes()) == before
     again = tmp_path / "out" / "again" / path.name
@@ -138,8 +138,8 @@ def test_a_picture_is_overwritten_where_that_is_asked_for(
     path = min((tmp_path / "out").glob("*.png"))
     before, expected = path.stat().st_ino, pixels(path)
     code, output = run(store.path, "--from-image", str(path), "--overwrite")
-    assert (code, "1 images rendered" in output) == (0, True), output
-    assert "1 images: 0 done, 0 missing, 1 to be made again\n" in output
+    assert (code, "1 image rendered" in output) == (0, True), output
+    assert "1 image: 0 done, 0 missing, 1 to be made again\n" in output
     assert path.stat().st_ino != before
     assert np.abs(pixels(path).astype(int) - expected).max() <= 1
     code, output = run(store.path, "--overwrite")

@@ -123,7 +123,7 @@ def test_an_image_is_out_of_date_when_the_other_record_changes(
     assert set(stale["class_name"]) == {"dog"}
     assert set(stale["reason"]) == {"embedding changed"}
     images = ImageFolder.scan(tmp_path / "out").select(store=store)
-    marks = {(image.key.class_name, image.mark) for image in images}
+    marks = {(image.key.value("class_name"), image.mark) for image in images}
     assert marks == {("dog", "embedding changed"), ("cat", "")}
     again = make(flux, store, tmp_path / "out", "clip=node:text")
     assert (again.done, again.skipped) == (3, 3)
@@ -241,7 +241,7 @@ def test_a_compaction_meanwhile_moves_the_other_records_too(flux: Path, tmp_path
     assert all("has been deleted since" in failure.reason for failure in made.failed)
     store.refresh()
     for item in [item for item in made.plan.items if item.key not in lost]:
-        same = {"class_name": item.key.class_name, "index": item.key.index}
+        same = {"class_name": item.key.value("class_name"), "index": item.key.value("index")}
         t5 = one(store, "t5", node=0, round=20, **same)
         clip = one(store, "clip", node=0, round=5, **same)
         assert shown(item.path) == checksum(t5, clip, item.seed)

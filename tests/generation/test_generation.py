@@ -507,7 +507,7 @@ def test_damaged_records_fail_alone(
         image_name(key) for key in fresh.keys() if key not in damaged
     }
     for failure in report.failed:
-        assert f"class {failure.key.class_name}" in str(failure)
+        assert f"class {failure.key.value('class_name')}" in str(failure)
 
 
 def test_a_compaction_meanwhile_moves_records_and_loses_none(
@@ -808,7 +808,7 @@ def test_the_command_exits_with_3_when_some_records_fail(
     assert "No space left" in output
     assert "9 images rendered" in output
     code, output = run_command(selection.path, *options, "--output-dir", str(tmp_path / "out"))
-    assert (code, "1 images rendered" in output) == (0, True)
+    assert (code, "1 image rendered" in output) == (0, True)
 
 
 def test_the_folder_is_named_after_the_experiment(

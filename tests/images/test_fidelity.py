@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import fill
+from curves import curves
 from PIL import Image
 from test_gallery import SETTINGS, add
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -224,12 +225,14 @@ def test_the_command(dino, experiment, tmp_path):
     words = ["--store", str(store), "fidelity", "--features", str(dino), "--device", "cpu"]
     words += ["--input-dir", str(images)]
     plot = tmp_path / "plot.png"
-    done = CliRunner().invoke(group, [*words, "--real", str(real), "--plot", str(plot)])
+    drawn = ["--plot", str(plot), "--log", f"tensorboard:{tmp_path / 'runs'}"]
+    done = CliRunner().invoke(group, [*words, "--real", str(real), *drawn])
     assert done.exit_code == 0, done.output
     assert "Frechet distance (dinov2)" in done.stdout
     assert "note: a set has 20 pictures" in done.stderr
     with Image.open(plot) as image:
         assert len(image.convert("RGB").getcolors(2**24) or ()) > 5
+    assert {"fidelity/kid/node_0", "fidelity/frechet/all"} <= curves(tmp_path / "runs").keys()
     done = CliRunner().invoke(group, [*words, "--to", "node=server", "--format", "json"])
     rows = pd.DataFrame([json.loads(line) for line in done.stdout.splitlines()])
     assert rows["node"].tolist() == ["0", "0", "10", "10", "all", "all"]

@@ -99,7 +99,7 @@ def test_they_are_records_beside_ours(folder, store):
     assert records["round_1_node_0_x_dog_train_8.png"] == "damaged"
     found = ImageFolder.scan(folder).select(store=store)
     assert len(found) == 13
-    assert [(i.key.round, i.is_foreign) for i in found if not i.is_foreign] == [(1, False)]
+    assert [(i.key.value("round"), i.is_foreign) for i in found if not i.is_foreign] == [(1, False)]
     foreign = [image for image in found if image.is_foreign]
     assert {(i.size, i.remark, i.mark) for i in foreign} == {((32, 24), "of another program", "")}
     sheet = arrange(foreign, rows=["class_name"], columns=["round"])

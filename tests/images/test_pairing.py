@@ -92,7 +92,7 @@ def test_rows_by_index_are_the_samples_of_the_first_round(tmp_path: Path) -> Non
 def test_an_animation_is_of_one_file(tmp_path: Path) -> None:
     sample = draw(tmp_path, shuffled())
     shown = animate(ImageFolder.scan(tmp_path).select(class_name="dog"), tmp_path / "dog.gif")
-    assert [picture.key.round for picture in shown] == list(ROUNDS)
+    assert [picture.key.value("round") for picture in shown] == list(ROUNDS)
     assert len({sample[picture.file.name] for picture in shown}) == 1
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import fill
+from curves import curves
 from generation_fakes import save_random_clip, save_random_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -332,8 +333,11 @@ def test_the_command_shows_what_papers_report(store, folder, clip, tmp_path):
         averages(scores.frame, ["round"])["macro_f1"].tolist()
     )
     plot, square = tmp_path / "plot.png", tmp_path / "square.png"
-    done = run(store, folder, clip, "--measure", "averages", "--plot", str(plot))
+    drawn = ("--plot", str(plot), "--log", f"tensorboard:{tmp_path / 'runs'}")
+    done = run(store, folder, clip, "--measure", "averages", *drawn)
     assert done.exit_code == 0, done.output
+    found = averages(scores.frame, ["node", "round"]).set_index(["node", "round"])["accuracy"]
+    assert curves(tmp_path / "runs")["score/accuracy/node_0"] == pytest.approx(found["0"].to_dict())
     assert "balanced accuracy" in done.stdout
     done = run(store, folder, clip, "--measure", "confusion", "--plot", str(square))
     assert done.exit_code == 0, done.output

@@ -121,7 +121,12 @@ def test_only_pictures_that_are_there_and_ours_count(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("\n".join([*lines, *extra]))
     Image.new("RGB", (8, 8)).save(tmp_path / "holiday.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    assert [picture.key.index for picture in ImageFolder.scan(tmp_path).select()] == [1, 2, 3, 5]
+    assert [picture.key.value("index") for picture in ImageFolder.scan(tmp_path).select()] == [
+        1,
+        2,
+        3,
+        5,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,9 @@ def test_every_cell_shows_the_same_sample_where_it_can(tmp_path):
     sheet = arrange(ImageFolder.scan(tmp_path).select())
     assert sheet.rows == (("cat",), ("dog",))
     assert sheet.columns == ((1,), (2,), (10,))
-    assert {(p.key.node, p.key.split) for p in sheet.cells.values()} == {("2", "train")}
+    assert {(p.key.value("node"), p.key.value("split")) for p in sheet.cells.values()} == {
+        ("2", "train")
+    }
     assert sheet.title == "node 2, train, index 0"
     assert {sheet.caption(picture) for picture in sheet.cells.values()} == {""}
     assert sheet.missing == 0

@@ -92,8 +92,11 @@ def test_accuracies_are_scikit_learns_of_the_same_features(experiment):
 
     real_values, real_names = read(list(pictures)), list(pictures.values())
     for row in frame.to_dict("records"):
-        own = [i for i in found.images if (i.key.node, i.key.round) == (row["node"], row["round"])]
-        values, names = read([image.file for image in own]), [i.key.class_name for i in own]
+        own = [i for i in found.images if all(i.key.value(n) == row[n] for n in ("node", "round"))]
+        values, names = (
+            read([image.file for image in own]),
+            [i.key.value("class_name") for i in own],
+        )
         taught = model().fit(real_values, real_names)
         assert row["trts"] == pytest.approx(taught.score(values, names))
         if row["classes"] > 1:

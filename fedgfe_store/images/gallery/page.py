@@ -14,6 +14,7 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined, Template
 
 from fedgfe_store.common.words import numbers_first
+from fedgfe_store.derived_keys import WalkKey
 from fedgfe_store.images.gallery.points import Points
 from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
@@ -96,10 +97,10 @@ def page_data(images: Iterable[ImageRecord], points: Points | None = None) -> di
     keys = {"node": str, "round": int, "split": str, "class": str}
     shown = sorted(images, key=_order)
     columns: dict[str, list[Any]] = {
-        "node": [p.key.node for p in shown],
-        "round": [p.key.round for p in shown],
-        "split": [p.key.split for p in shown],
-        "class": [p.key.class_name for p in shown],
+        "node": [p.key.shown("node") for p in shown],
+        "round": [p.key.shown("round") for p in shown],
+        "split": [p.key.shown("split") for p in shown],
+        "class": [p.key.shown("class_name") for p in shown],
         "shared": [p.shared for p in shown],
     }
     values = {
@@ -109,14 +110,16 @@ def page_data(images: Iterable[ImageRecord], points: Points | None = None) -> di
     values["shared"] = list(dict.fromkeys(columns["shared"]))
     places = {name: {v: i for i, v in enumerate(found)} for name, found in values.items()}
     values["shared"] = [_exact(json.loads(text)) for text in values["shared"]]
-    own = [_flat(p.own) for p in shown]
-    samples = sample_numbers([p.key for p in shown], [p.file_id for p in shown])
+    own = [_flat(_derived(p) | dict(p.own)) for p in shown]
+    records = [(p.key, p.file_id) for p in shown if isinstance(p.key, RecordKey)]
+    numbers = iter(sample_numbers([key for key, _ in records], [name for _, name in records]))
+    samples = [next(numbers) if isinstance(p.key, RecordKey) else _place(p) for p in shown]
     return {
         "values": values,
         **{name: [places[name][v] for v in column] for name, column in columns.items()},
         # Names that are no UTF-8 have a URL all the same.
         "file": [quote(os.fsencode(p.name), safe="") for p in shown],
-        "index": [_exact(p.key.index) for p in shown],
+        "index": [_exact(_place(p)) for p in shown],
         "sample": [_exact(number) for number in samples],
         "image": [_exact(p.number) for p in shown],
         **({"mark": [p.remark for p in shown]} if any(p.remark for p in shown) else {}),
@@ -129,9 +132,25 @@ def page_data(images: Iterable[ImageRecord], points: Points | None = None) -> di
 
 
 def _order(image: ImageRecord) -> tuple[Any, ...]:
-    key: RecordKey = image.key
-    sample = key.split, key.index, image.number, key.class_name, image.name
-    return (-key.round, numbers_first(key.node), *sample)
+    key, number = image.key, image.key.value("round")
+    if isinstance(key, RecordKey):
+        sample = key.split, 0, key.index, image.number, key.class_name, image.name
+        return (-key.round, numbers_first(key.node), *sample)
+    place = -int(number) if number is not None else 1  # behind all rounds, which are below
+    shown = str(key.shown("node")), str(key.shown("split"))
+    return (place, numbers_first(shown[0]), shown[1], 1, key.rank, image.number, image.name)
+
+
+def _place(image: ImageRecord) -> str | int:
+    """Give what tells an image from others of its node, round, split and class."""
+    key = image.key
+    if isinstance(key, RecordKey):
+        return key.index
+    return f"frame {key.frame}" if isinstance(key, WalkKey) else key.label
+
+
+def _derived(image: ImageRecord) -> dict[str, Any]:
+    return {} if isinstance(image.key, RecordKey) else {"derived": str(image.key)}
 
 
 def _flat(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedgfe_store.derived_keys import Key
 from fedgfe_store.records import RecordKey
 
 _DIGITS = 4
@@ -26,13 +27,13 @@ class Points:
     title: str
     places: Mapping[RecordKey, tuple[float, float]]
 
-    def data(self, keys: Sequence[RecordKey]) -> dict[str, Any]:
+    def data(self, keys: Sequence[Key]) -> dict[str, Any]:
         """Give what the page draws: ``title``, and ``x`` and ``y`` of each of `keys`.
 
         From 0 to 1 along the longer side, from the left and from the top; none where a record is
-        not on the map.
+        not on the map, as no derived one is.
         """
-        found = [self.places.get(key) for key in keys]
+        found = [self.places.get(key) if isinstance(key, RecordKey) else None for key in keys]
         across, up = ([place[axis] for place in found if place] for axis in (0, 1))
         left, top = min(across, default=0.0), max(up, default=0.0)
         # One scale for both: distances mean the same in both directions.
