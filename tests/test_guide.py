@@ -40,7 +40,7 @@ COMMANDS = {
         """,
         NAMED,
         {("0", 5)},
-        "images rendered",
+        " rendered in ",
     ),
     "all of a folder": (
         r"""
@@ -49,7 +49,7 @@ COMMANDS = {
         """,
         NAMED,
         ALL,
-        "images rendered",
+        " rendered in ",
     ),
     "another output folder": (
         r"""
@@ -59,7 +59,7 @@ COMMANDS = {
         """,
         "output_images/round_5",
         ALL,
-        "images rendered",
+        " rendered in ",
     ),
     "in batches": (
         r"""
@@ -102,7 +102,7 @@ COMMANDS = {
         """,
         NAMED,
         {("0", 1), ("4", 1)} | LATER,
-        "images rendered",
+        " rendered in ",
     ),
     "GPU 1": (
         r"""
@@ -113,7 +113,7 @@ COMMANDS = {
         """,
         NAMED,
         {("5", 1), ("9", 1)},
-        "images rendered",
+        " rendered in ",
     ),
     "out of memory": (
         r"""
