@@ -207,10 +207,10 @@ def test_samples_of_two_folders_and_of_two_nodes_are_the_same_files(watched, tmp
                 facts = {"file": name, "key": record, "image": 0}
                 manifest.append(facts | ({"file_id": file_id} if known else {}))
     page = watched.open(make_gallery(scan_images([tmp_path / "first", tmp_path / "second"])).page)
-    index = re.compile(r"node_(.)_train_dog_(.)_r1$")
+    named = re.compile(r"node_(.)_train_dog_(.)_r1$")
     for by, right in [("folder", "second"), ("node", "1")]:
         page.goto(page.url.split("#")[0] + f"#compare={by}")
-        found = [[index.search(each) for each in pair] for pair in shown_pairs(page)]
+        found = [[named.search(each) for each in pair] for pair in shown_pairs(page)]
         places = [(int(one[2]), int(other[2])) for one, other in found if one and other]
         expected = [(i, order[right].index(f) if known else i) for i, f in enumerate("abc")]
         assert sorted(places) == expected, by
