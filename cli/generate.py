@@ -14,7 +14,7 @@ from fedgfe_store.common.location import Location
 
 from .answer import answers
 from .codes import SOME_FAILED, STOPPED, ends_other_processes
-from .command import Command
+from .command import Command, in_options
 from .derived_options import NAMES, Asked, derived_options, described
 from .legacy import OldFlags, old_flags
 from .options import (
@@ -270,8 +270,8 @@ def place(text: str | None, from_image: Path | None) -> dict[str, Any]:
 
 
 def remark(line: str) -> None:
-    """Tell the user something, on stderr."""
-    say(f"note: {line}", err=True)
+    """Tell the user something, on stderr, in the words of the command line."""
+    say(f"note: {in_options(line, click.get_current_context().command)}", err=True)
 
 
 def _planned(run: Run) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 from typing import Any
 
 import pytest
+from click import Context
 from click.testing import CliRunner
 from places import ROOT
 from printed import near, numbers, words
@@ -16,6 +17,7 @@ from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import _COMMANDS, group
 
 PAGES = ["README.md", "docs/index.md", "docs/commands.md", "docs/from_the_old_script.md"]
+EVERY = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
 WITH_PYTHON = ["README.md", "docs/notebook.md", "docs/training.md", "docs/how-to.md"]
 
 
@@ -72,6 +74,19 @@ def test_the_old_scripts_page_shows_the_same_numbers_by_either_way(folder, capsy
     now = capsys.readouterr().out
     assert before.replace("torch.Size([1, 17, 4096])", "(17, 4096)") == now
     assert "Embeddings: 30" in now
+
+
+def test_commands_that_are_only_shown_could_be_typed():
+    """Of those whose output no page shows, each has options that there are."""
+    text = "\n".join(block for path in EVERY for block in blocks(path, "sh")).replace("\\\n", " ")
+    lines = re.findall(r"(?:^|&& |no-python )(fedgfe-store .*)", text, re.MULTILINE)
+    assert len(lines) > 15
+    for line in lines:
+        _, *typed = shlex.split(re.split(r" [>|#&] ?", line)[0])
+        _, (name, *rest), _ = group.make_parser(Context(group)).parse_args(typed)
+        command = group.get_command(Context(group), name)
+        assert command is not None, line
+        command.make_parser(Context(command)).parse_args(rest)  # raises where there is none
 
 
 def test_every_command_is_documented():

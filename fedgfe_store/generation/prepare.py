@@ -204,6 +204,8 @@ def resolve(
         dtype, remark = choose_dtype(request.dtype, device)
         if remark:
             report(remark)
+        if request.clear_cache_every and device.startswith("cpu"):
+            report("there is no GPU whose cache clear_cache_every could give back")
         placement = Placement(dtype, device, compiled=request.compiled)
     loras = tuple(map(Lora.read, request.lora))
     if pipeline is not None and loras != placement.loras:

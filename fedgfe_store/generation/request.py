@@ -173,8 +173,9 @@ class Request:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise SchemaMismatchError(f"{name}: expected at least 1, got {number}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise SchemaMismatchError(f"guidance: expected a finite number, got {self.guidance}")
+        guidance = self.guidance
+        if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
+            raise SchemaMismatchError(f"guidance: expected a number from 0 up, got {guidance}")
 
     @property
     def numbers(self) -> Sequence[int]:

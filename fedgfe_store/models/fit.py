@@ -142,7 +142,8 @@ def choose_offload(
             f"offload: expected auto, {', '.join(modes[:-1])} or {modes[-1]}, got {wanted!r}"
         )
     if device_type == "cpu":
-        return "none", None if wanted == "none" else f"offload: {wanted} is ignored on the CPU"
+        asked = wanted not in ("auto", "none")
+        return "none", f"offload: {wanted} is ignored on the CPU" if asked else None
     if wanted != "auto":
         return wanted, None  # type: ignore[return-value]
     if free_bytes is None:

@@ -93,6 +93,7 @@ def test_a_misspelt_value_names_the_nearest_in_every_command_with_filters(name, 
         "export": ["--output-dir", tmp_path / "out"],
         "sweep": ["--steps", "1,2"],
         "sheet": ["--input-dir", tmp_path],
+        "gallery": ["--input-dir", tmp_path],
         "map": ["--method", "pca", "--format", "csv"],
     }
     result = run("--store", store.path, name, *needed.get(name, []), "--class", "dgo")

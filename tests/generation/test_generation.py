@@ -729,7 +729,7 @@ def test_a_run_killed_while_it_saves_goes_on_where_it_was(
         ({"width": 0}, r"width: expected a multiple of 8 pixels .*, got 0"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"guidance": float("nan")}, "guidance: expected a finite number, got nan"),
+        ({"guidance": float("nan")}, "guidance: expected a number from 0 up, got nan"),
         ({"pool": "max"}, "pool: expected one of last, first, mean, got 'max'"),
         ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         ({"device": "toaster"}, "device: expected one of this machine, got 'toaster'"),

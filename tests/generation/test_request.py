@@ -53,7 +53,7 @@ def test_options_are_fields(words: list[str], options: dict[str, Any]) -> None:
         ({"on_stale": "ask"}, "on_stale: expected error, regenerate or keep, got 'ask'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch_size": -1}, "batch_size: expected at least 1, got -1"),
-        ({"guidance": float("inf")}, "guidance: expected a finite number, got inf"),
+        ({"guidance": float("inf")}, "guidance: expected a number from 0 up, got inf"),
     ],
 )
 def test_what_no_run_could_do_is_refused(options: dict[str, Any], message: str) -> None:

@@ -146,7 +146,7 @@ def test_a_page_elsewhere_has_thumbnails_of_its_own_and_finds_the_pictures(tmp_p
     gallery = make_gallery(folder, tmp_path / "pages" / "first.html")
     assert gallery.thumbnails == tmp_path / "pages" / "first_thumbnails"
     shown = content(gallery.page)
-    picture = gallery.page.parent / unquote(shown["pictures"] + shown["file"][0])
+    picture = gallery.page.parent / unquote(shown["pictures"][0] + shown["file"][0])
     assert picture.resolve() == (folder / name).resolve()
     assert [p.name for p in folder.iterdir() if p.suffix == ".html"] == []
 
@@ -321,7 +321,7 @@ def test_a_click_shows_the_picture_with_its_provenance(watched, folder):
 @drives_chromium
 def test_two_rounds_are_compared_sample_by_sample(watched, folder):
     page = watched.open(folder / "gallery.html")
-    page.get_by_role("button", name="Compare rounds").click()
+    page.get_by_role("button", name="Compare").click()
     expect(status(page)).to_have_text("120 pairs")
     page.select_option("#left", label="round 3")
     facet(page, "Class", "drum").click()

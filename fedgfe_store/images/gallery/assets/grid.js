@@ -1,6 +1,9 @@
 /* Grid: only the rows in sight are in the document. */
 
+const GAP = 14, CELL = 132, OVERSCAN = 2;
+const CAPTION = SETTINGS.length || FOLDERS_TELL ? 59 : 42;  // three lines, or two
 const cells = new Map();
+let active = 0;  // place in `items` of the picture that keys act on
 let columns = 1, cellWidth = CELL, rowHeight = CELL;
 
 function clearCells() {
@@ -49,22 +52,29 @@ function thumbnail(i) {
   return element("span", {}, image, ...badge(i));
 }
 
+function heading(i, other) {
+  const classes = [i, other].filter((each) => each !== null).map((each) => value("class", each));
+  return [...new Set(classes)].join(" and ");
+}
+
 function makeCell(at) {
   const i = items[at];
   const other = partner && partner.get(i);
   const frames = element("div", { className: "frames" }, thumbnail(i));
-  const name = element("p", {}, value("class", i));
-  const where = partner ? sampleName(i) : `${sampleName(i)}, r${value("round", i)}`;
-  const cell = element("div", { className: "cell", id: `cell-${at}`, role: "option" }, frames, name,
-    element("p", {}, where));
+  const { record, made } = where(i, partner ? usedFacets() : FACETS);
+  // Where there is little room, only what tells pictures apart.
+  const telling = record.filter(([name]) => name === "split" || VARYING.includes(name));
+  const short = telling.map(([name, text]) => name === "round" ? `r${value("round", i)}` : text);
+  const lines = [[heading(i, other)], short, words(made)].filter((line) => line.length);
+  const cell = element("div", { className: "cell", id: `cell-${at}`, role: "option" }, frames,
+    ...lines.map((line) => element("p", {}, line.join(", "))));
   if (partner) frames.append(thumbnail(other));
-  const shown = partner ? `rounds ${value("round", i)} and ${value("round", other)}` : roundName(i);
   const marks = [i, other].filter((each) => each !== null).map(markOf).filter(Boolean);
-  const told = [shown, ...new Set(marks)];
-  cell.setAttribute("aria-label", `${value("class", i)}, ${sampleName(i)}, ${told.join(", ")}`);
+  const both = partner ? [`${saidOf(compared.by, i)} and ${saidOf(compared.by, other)}`] : [];
+  cell.title = [heading(i, other), ...words(record), ...words(made), ...both, ...new Set(marks)]
+    .join("\n");
   cell.setAttribute("aria-setsize", items.length);
   cell.setAttribute("aria-posinset", at + 1);
-  cell.title = `${value("class", i)}\n${sampleName(i)}\n${told.join("\n")}`;
   cell.style.left = `${(at % columns) * (cellWidth + GAP)}px`;
   cell.style.top = `${Math.floor(at / columns) * rowHeight}px`;
   cell.style.width = `${cellWidth}px`;
@@ -98,7 +108,7 @@ function gridKey(event) {
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns,
     PageUp: -page, PageDown: page, Home: -items.length, End: items.length };
   if (event.key in steps) activate(active + steps[event.key]);
-  else if ((event.key === "Enter" || event.key === " ") && items.length) open(active);
+  else if ((event.key === "Enter" || event.key === " ") && items.length) openStep(active);
   else return;
   $("grid").classList.add("keyed");
   event.preventDefault();
