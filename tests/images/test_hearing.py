@@ -12,10 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import SMALL
+from gallery_pages import SETTINGS, add
 from generation_fakes import letters, save_random_clip
 from PIL import Image
 from scipy.io import wavfile
-from test_gallery import SETTINGS, add
 from transformers import (
     ClapConfig,
     ClapFeatureExtractor,

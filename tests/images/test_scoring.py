@@ -17,10 +17,10 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import fill
 from curves import curves
+from gallery_pages import SETTINGS, add
 from generation_fakes import save_random_clip, save_random_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_gallery import SETTINGS, add
 from transformers import CLIPModel, CLIPProcessor
 
 from fedgfe_store import EmbeddingStore

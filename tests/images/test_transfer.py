@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import SMALL, fill
+from gallery_pages import SETTINGS, add
 from PIL import Image
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
-from test_gallery import SETTINGS, add
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from fedgfe_store import EmbeddingStore

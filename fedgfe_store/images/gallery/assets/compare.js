@@ -12,16 +12,24 @@ function common() {
   return rest.filter((name) => name !== compared.by);
 }
 
+/** Whether pictures of one folder can have either value: settings are those of a folder. */
+const isInOneFolder = () => KEYS.includes(compared.by) || compared.by === "image";
+
 /** Filters that make sense while values are compared. */
 const usedFacets = () => compared === null ? FACETS
-  : FACETS.filter((name) => common().includes(name) || (name === "image" && !isCompared("image")));
+  : FACETS.filter((name) => common().includes(name)
+    || (name === "image" && !isCompared("image")) || (name === "folder" && isInOneFolder()));
 
-/** Match pictures of the left and of the right value by what `name` says of them. */
+/** Match pictures of the left and of the right value that have no partner by what `name` says. */
 function match(lefts, rights, name) {
+  const taken = new Set(partner.values());
   const found = new Map();
-  for (const i of rights) if (!found.has(name(i))) found.set(name(i), i);
+  for (const i of rights) {
+    const said = taken.has(i) ? null : name(i);
+    if (said !== null && !found.has(said)) found.set(said, i);
+  }
   for (const i of lefts) {
-    const other = found.get(name(i));
+    const other = partner.has(i) ? undefined : found.get(name(i));
     if (other !== undefined) partner.set(i, other);
   }
 }
@@ -35,17 +43,18 @@ function pair() {
     if (data[by][i] === left) lefts.push(i);
     if (data[by][i] === right) rights.push(i);
   }
-  partner = new Map();
-  if (!["node", "split", "class"].includes(by)) {
-    match(lefts, rights, (i) => `${rest(i)} ${data.sample[i]}`);
-    return;
-  }
-  // Others have other samples: the same file where both have it, else the same place in order.
   const files = data.own.file_id ?? [];
-  match(lefts.filter((i) => files[i]), rights.filter((i) => files[i]), (i) => `${rest(i)} ${files[i]}`);
-  const taken = new Set(partner.values());
-  match(lefts.filter((i) => !partner.has(i)), rights.filter((i) => !taken.has(i)),
-    (i) => `${rest(i)} ${data.index[i]}`);
+  // Other nodes have other samples: the same file where both have it, else the same place in order.
+  const ways = ["node", "split", "class"].includes(by)
+    ? [(i) => files[i] ? `${rest(i)} ${files[i]}` : null, (i) => `${rest(i)} ${data.index[i]}`]
+    : [(i) => `${rest(i)} ${data.sample[i]}`];
+  partner = new Map();
+  if (isInOneFolder()) {
+    for (const way of ways) {
+      match(lefts, rights, (i) => way(i) === null ? null : `${data.folder[i]} ${way(i)}`);
+    }
+  }
+  for (const way of ways) match(lefts, rights, way);
 }
 
 function setCompared(next) {
