@@ -58,7 +58,8 @@ class _Centred:
             return whole
         rows = np.empty((0, width))
         for _, block in whole.blocks():
-            rows = np.asarray(np.linalg.qr(np.concatenate([rows, block]), mode="r"))
+            rows = np.concatenate([rows, block])
+            rows = np.asarray(np.linalg.qr(rows, mode="r"))
         return cls(rows, np.zeros(width))
 
     def blocks(self) -> Iterator[tuple[slice, NDArray[np.float64]]]:
