@@ -114,6 +114,8 @@ def command(
     walks = columns == ["frame"] or all(isinstance(image.key, WalkKey) for image in images)
     rows = rows or (["derived"] if walks else ["class_name"])
     columns = columns or (["frame"] if walks else ["round"])
+    if "frame" not in columns and "derived" not in rows:  # whose frames would be one another's rows
+        images = [image for image in images if not isinstance(image.key, WalkKey)]
     if animate:
         over: Literal["round", "frame"] = "frame" if columns == ["frame"] else "round"
         shown = sheets.animate(images, output, over=over, thumbnail=thumbnail or 256)

@@ -76,11 +76,14 @@ class Provenance:
         Returns
         -------
         dict
-            Key, ``file_id`` where there is one, image number, seed, digests, settings and their
-            fingerprint, the store with its identity and commit, place and library versions; for
-            the PNG's text chunk and the manifest.
+            Key, ``file_id`` where there is one, the number of ``sources`` where it is derived,
+            image number, seed, digests, settings and their fingerprint, the store with its
+            identity and commit, place and library versions; for the PNG's text chunk and the
+            manifest.
         """
-        known = {"file_id": item.file_id} if item.file_id else {}
+        known: dict[str, Any] = {"file_id": item.file_id} if item.file_id else {}
+        if item.sources is not None:
+            known["sources"] = item.sources
         return {
             "key": key_json(item.key),
             **known,

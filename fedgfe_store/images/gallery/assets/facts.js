@@ -32,6 +32,7 @@ const pictureUrl = (i) => data.pictures[data.folder[i]] + data.file[i];
 const thumbnailUrl = (i) =>
   `${data.thumbnails[data.folder[i]]}${data.file[i].replace(/\.png$/, "")}.webp`;
 const markOf = (i) => (data.mark && data.mark[i]) || "";
+const isForeign = (i) => markOf(i) === "of another program";
 
 /** A value in words that say what it is of: "round 5", "server". */
 function said(name, text) {

@@ -48,7 +48,8 @@ function draw() {
 }
 
 function badge(i) {
-  return markOf(i) ? [element("span", { className: "badge" }, markOf(i))] : [];
+  const className = isForeign(i) ? "badge foreign" : "badge";
+  return markOf(i) ? [element("span", { className }, markOf(i))] : [];
 }
 
 function thumbnail(i) {

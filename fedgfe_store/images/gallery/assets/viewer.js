@@ -25,7 +25,8 @@ function facts(i) {
   put("Record", "image", value("image", i));
   put("Picture", "file", fileName(i));
   if (FACETS.includes("folder")) put("Picture", "folder", value("folder", i));
-  put("Picture", markOf(i) === "of another program" ? "made" : "out of date", markOf(i));
+  if (isForeign(i)) put("Picture", "made by", "another program");
+  else put("Picture", "out of date", markOf(i));
   for (const [name, column] of Object.entries(data.own)) {
     const as = SHOWN_AS[name], text = column[i];
     const shown = as && text !== null ? as(String(text)) : text;
