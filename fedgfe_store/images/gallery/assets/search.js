@@ -28,11 +28,17 @@ const columnsOf = (wanted) =>
   Object.entries(data.own).filter(([name]) => wanted(name)).map(([, column]) => column);
 const plainColumns = columnsOf((name) => !CODES.test(name)), codeColumns = columnsOf((name) => CODES.test(name));
 
+const saidValues = [...KEYS, ...(FACETS.includes("folder") ? ["folder"] : [])].map((name) =>
+  [data[name], data.values[name].map((text) => normal(said(name, String(text))))]);
+
 /** What is known of a picture in words. */
 function plainText(i) {
-  return plainTexts[i] ??= normal([...KEYS.map((name) => saidOf(name, i)), data.index[i], fileName(i),
-    markOf(i), FACETS.includes("folder") ? value("folder", i) : "",
-    ...plainColumns.map((column) => column[i] ?? "")].join("\n"));
+  if (plainTexts[i] !== undefined) return plainTexts[i];
+  let own = `${fileName(i)}\n${data.index[i]}\n${markOf(i)}`;
+  for (const column of plainColumns) if (column[i] !== null) own += `\n${column[i]}`;
+  own = normal(own);
+  for (const [places, texts] of saidValues) own += `\n${texts[places[i]]}`;
+  return plainTexts[i] = own;
 }
 
 /** What is known of it as codes, some of which few letters would meet by chance. */
