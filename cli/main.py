@@ -48,12 +48,13 @@ _COMMANDS = {
     "quality": ("quality", "command", "Show how close embeddings are to a reference."),
     "map": ("map", "command", "Lay records out so that those alike lie together."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
+    "preview": ("preview", "command", "Draw a small sheet of a round, quickly."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
 }
 
 _SECTIONS = {
     "Stores": "init import encode info query history",
-    "Images": "generate sweep status slurm sheet gallery",
+    "Images": "generate sweep status slurm preview sheet gallery",
     "Findings": "score audio fidelity stats quality map",
     "Care": "export merge delete verify compact backup upgrade",
     "First steps and old scripts": "demo adopt",
