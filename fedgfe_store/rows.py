@@ -224,6 +224,13 @@ class Rows(ABC):
     # Otherwise Python would go over positions, and make a selection for each.
     __iter__ = None
 
+    def __getitems__(self, positions: Any) -> None:
+        """Say what a DataLoader takes: it would ask for the records here, and not know them."""
+        raise SchemaMismatchError(
+            "expected DataLoader(selection.to_torch(), batch_size=32) or "
+            "DataLoader(selection.batches(32), batch_size=None), got DataLoader(selection)"
+        )
+
     def take(self, positions: Sequence[int] | Sequence[bool] | np.ndarray | slice) -> Self:
         """Return some of the records.
 

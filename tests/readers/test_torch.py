@@ -179,6 +179,8 @@ def test_brackets_take(filled):
         selection["t5"]
     with pytest.raises(TypeError, match="not iterable"):
         iter(selection)
+    with pytest.raises(SchemaMismatchError, match=r"expected DataLoader\(selection\.to_torch"):
+        next(iter(DataLoader(selection, batch_size=4)))
 
 
 def test_select_narrows_in_the_records_order(filled):

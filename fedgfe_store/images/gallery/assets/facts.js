@@ -26,6 +26,7 @@ const plural = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
 const titleOf = (name) => name[0].toUpperCase() + name.slice(1);
 
 function fileName(i) {
+  if (!data.file[i].includes("%")) return data.file[i];
   try { return decodeURIComponent(data.file[i]); } catch { return data.file[i]; }
 }
 const pictureUrl = (i) => data.pictures[data.folder[i]] + data.file[i];

@@ -1,7 +1,6 @@
 /* Grid: only the rows in sight are in the document. */
 
 const GAP = 14, CELL = 132, OVERSCAN = 2;
-const CAPTION = SETTINGS.length || FOLDERS_TELL ? 59 : 42;  // three lines, or two
 const cells = new Map();
 let active = 0;  // place in `items` of the picture that keys act on
 let columns = 1, cellWidth = CELL, rowHeight = CELL;
@@ -11,13 +10,20 @@ function clearCells() {
   cells.clear();
 }
 
+/** Room for the class, the record and, where pictures differ in that, how they were made. */
+function captionHeight() {
+  const facets = usedFacets();
+  const made = facets.some((name) => SETTINGS.includes(name) || (FOLDERS_TELL && name === "folder"));
+  return made ? 59 : 42;
+}
+
 function layout() {
   const width = $("cells").clientWidth;
   const least = partner ? 2 * CELL : CELL;
   const before = [columns, cellWidth, rowHeight].join();
   columns = Math.max(1, Math.floor((width + GAP) / (least + GAP)));
   cellWidth = (width - GAP * (columns - 1)) / columns;
-  rowHeight = Math.round(partner ? (cellWidth - 2) / 2 : cellWidth) + CAPTION + GAP;
+  rowHeight = Math.round(partner ? (cellWidth - 2) / 2 : cellWidth) + captionHeight() + GAP;
   if (before !== [columns, cellWidth, rowHeight].join()) clearCells();
   $("cells").style.height = `${Math.max(0, Math.ceil(items.length / columns) * rowHeight - GAP)}px`;
   draw();

@@ -45,3 +45,4 @@ document.addEventListener("keydown", pageKey);
 new ResizeObserver(layout).observe($("grid"));
 pictures().focus({ focusVisible: false });
 follow(true);
+whenIdle(() => prepareSearch());
