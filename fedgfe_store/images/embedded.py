@@ -51,7 +51,7 @@ class Embedded:
         """Return the features of `rows`, float32 ``[rows, width]``."""
         # Mapped for this call only: what was looked at counts as memory as long as it is mapped.
         values = np.memmap(self.path, np.float32, "r").reshape(-1, self.width)
-        found: np.ndarray = np.array(values[rows])
+        found: np.ndarray = np.asarray(values[rows])
         return found
 
 
