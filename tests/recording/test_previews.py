@@ -75,9 +75,11 @@ def training(tmp_path):
 
 
 def record(recorder: Recorder, round: int, node: str | int | None = 0) -> None:
+    """Record two samples of `node`, or of two nodes as one commit."""
     with recorder.record(node=node, round=round) as batch:
-        more = {"node": ["1", "server"]} if node is None else {}
-        batch.add(split="train", class_name=["dog", "cat"], index=[0, 0], **values(2), **more)
+        own: list[dict[str, Any]] = [{"node": 1}, {"node": "server"}]
+        for each in [{}] if node is not None else own:
+            batch.add(split="train", class_name=["dog", "cat"], index=[0, 0], **values(2), **each)
 
 
 def gone(pid: int) -> bool:
@@ -116,12 +118,17 @@ def test_options_reach_the_command_and_a_card_is_used_only_where_it_is_asked_for
     with training.recorder(preview={**asked, "node": "server", "records": 1}) as recorder:
         record(recorder, 5, 0)  # not the node that is asked for
         record(recorder, 5, "server")
+        recorder.flush()
+        training.until_done(5)
+        until(lambda: gone(training.told(5)["pid"]))
+        record(recorder, 10, None)  # a whole round as one commit
+    assert "--round 10 --node server" in " ".join(training.told(10)["words"])
     said = training.told(5)
     words = " ".join(said["words"])
     assert "--round 5 --node server --records 1 --device cuda:1 --model tiny --steps 2" in words
     assert "--size 64 --log wandb:p" in words
     assert said["cuda"] == "0,1"
-    training.until_done(5)
+    training.until_done(10)
 
 
 def test_training_goes_on_while_a_preview_is_slow(training, caplog):
