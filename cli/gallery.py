@@ -77,7 +77,7 @@ def command(
     \b
     fedgfe-store gallery
     fedgfe-store gallery --round 5,20 --class dog --output dogs.html
-    fedgfe-store gallery --input-dir output_images/demo --input-dir output_images/another
+    fedgfe-store gallery --images output_images/demo --images output_images/another
     fedgfe-store gallery --map umap --column clip
     """
     from fedgfe_store import EmbeddingStore

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import Filters
+from .options import Filters, Renamed
 
 if TYPE_CHECKING:
     from click.decorators import FC
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 
 def folders_option(function: FC) -> FC:
-    """Give a command the option ``--input-dir``, which may be repeated, as `input_dirs`."""
+    """Give a command the option ``--images``, which may be repeated, as `input_dirs`."""
     return click.option(
+        "--images",
         "--input-dir",
         "--input_dir",
         "input_dirs",
+        cls=Renamed,
         type=click.Path(file_okay=False, path_type=Path),
         multiple=True,
         help="Folder of the images, or of a sweep [output_images/<experiment>]; repeat it for "

@@ -95,7 +95,7 @@ def command(
     \b
     fedgfe-store sheet --node server --split test
     fedgfe-store sheet --rows node --class dog --index 0 --output dogs.png
-    fedgfe-store sheet --input-dir sweep --rows steps --columns guidance --class dog
+    fedgfe-store sheet --images sweep --rows steps --columns guidance --class dog
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
     from fedgfe_store.derived_keys import WalkKey

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from fedgfe_store.common.filters import matches, wanted_values
+from fedgfe_store.common.location import Given, location
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.readers.verbs import ReadableRows
 from fedgfe_store.records import KEY_COLUMNS, NEGATIVE_SPLIT, TEXT_NODE, TEXT_ROUND
+from fedgfe_store.storage.append import AppendBatch
+from fedgfe_store.storage.engine import LOCK_TIMEOUT
+from fedgfe_store.storage.engines import create, engine_of, latest
 from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
@@ -156,6 +160,46 @@ class Selection(ReadableRows):
         from fedgfe_store.readers.sql import positions
 
         return self.take(positions(self, condition))
+
+    def to_store(
+        self,
+        path: Given,
+        *,
+        shared: bool = False,
+        timeout: float = LOCK_TIMEOUT,
+        progress: Callable[[int], object] = lambda records: None,
+    ) -> None:
+        """Make a store at `path` of these records, in one commit.
+
+        Tensors are the same to the last bit, and all that is known of the records comes along.
+
+        Parameters
+        ----------
+        path, shared, timeout
+            As for `EmbeddingStore.create`, and what is raised.
+        progress : callable
+            Called with the number of records just copied. One that is here twice comes once.
+
+        Raises
+        ------
+        DamagedDataError
+            If a record is damaged. The new store has no records then.
+        """
+        create(location(path), self.schema, shared=shared, timeout=timeout)
+        empty = latest(location(path))
+        batch = AppendBatch(
+            empty,
+            begin=lambda known: engine_of(empty).begin(known, timeout=timeout),
+            node=None,
+            round=None,
+            if_exists="error",
+            source=f"part of {self.schema.metadata.experiment or self.location.name}",
+            done=lambda state: None,
+        )
+        with batch:
+            for records in self.pieces():
+                batch.add_records(records)
+                progress(len(records))
 
     def mean(self, by: Sequence[str] = ("round", "class_name")) -> Means:
         """Return the mean of each group of records, which is computed as it is read.

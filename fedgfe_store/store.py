@@ -105,38 +105,14 @@ class EmbeddingStore(Upkeep):
         timeout: float = LOCK_TIMEOUT,
         progress: Callable[[int], object] = lambda records: None,
     ) -> EmbeddingStore:
-        """Make a store at `path` of some records of another one, in one commit.
-
-        Tensors are the same to the last bit, and all that is known of the records comes along.
-
-        Parameters
-        ----------
-        path, shared, timeout
-            As for `create`.
-        selection : Selection
-            The records; one that is there twice comes once.
-        progress : callable
-            Called with the number of records just copied.
-
-        Raises
-        ------
-        ConflictError, BusyError
-            As for `create`.
-        DamagedDataError
-            If a record is damaged. The new store has no records then.
-        """
+        """Make a store of some records of another one, see `Selection.to_store`, and open it."""
         if not isinstance(selection, Selection):
             raise SchemaMismatchError(
                 f"create_from: expected a selection, such as store.select(round=5), "
                 f"got {selection!r}"
             )
-        store = cls.create(path, selection.schema, shared=shared, timeout=timeout)
-        origin = f"part of {selection.schema.metadata.experiment or selection.location.name}"
-        with store.append(source=origin, timeout=timeout) as batch:
-            for records in selection.pieces():
-                batch.add_records(records)
-                progress(len(records))
-        return store
+        selection.to_store(path, shared=shared, timeout=timeout, progress=progress)
+        return cls.open(path)
 
     @property
     def schema(self) -> Schema:

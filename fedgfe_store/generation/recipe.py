@@ -256,12 +256,12 @@ class Recipe:
             if item.status == "done":
                 raise ConflictError(
                     f"{item.path} is there already: overwrite it (--overwrite), or give another "
-                    f"folder (--output-dir)"
+                    "folder (--images)"
                 )
             if item.status == "stale" and item.reason != AGAIN and item.path != self.path:
                 raise ConflictError(
                     f"{item.path} is another picture ({item.reason}): give another folder "
-                    f"(--output-dir)"
+                    "(--images)"
                 )
 
 

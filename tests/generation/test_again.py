@@ -174,7 +174,7 @@ def test_making_a_picture_again_leaves_the_picture_alone(
         code, output = run(store.path, "--from-image", str(path), *more)
         assert (code, f"{target} is there already" in output) == (1, True), output
         assert "--overwrite" in output
-        assert "--output-dir" in output
+        assert "--images" in output
         assert (target.stat().st_ino, target.read_bytes()) == before
 
 

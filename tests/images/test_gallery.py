@@ -151,7 +151,7 @@ def test_without_a_store_the_command_says_how_to_name_the_folder(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(group, ["gallery"])
     assert result.exit_code == 1
-    assert "--input-dir names the folder" in result.stderr
+    assert "--images names the folder" in result.stderr
     add(tmp_path / "images", key())
     result = CliRunner().invoke(group, ["gallery", "--input-dir", "images", "--output", "a.html"])
     assert result.exit_code == 0, result.output

@@ -227,5 +227,5 @@ def test_a_damaged_record_makes_no_store_of_some(store, tmp_path):
     fill(store, node=0, round=1)
     (store.path / "t5" / "c.1.0.0").unlink()
     with pytest.raises(DamagedDataError):
-        EmbeddingStore.create_from(tmp_path / "part.zarr", store.select())
+        store.select().to_store(tmp_path / "part.zarr")
     assert len(EmbeddingStore.open(tmp_path / "part.zarr")) == 0
