@@ -87,10 +87,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 # Ray and UMAP's numba take 240 MB each and half a minute, Azurite as much, W&B 60 MB; without npm Azurite's
-# tests are skipped.
+# tests and those with axe-core are skipped.
 $(VENV)/installed-long: $(VENV)/installed-dev
 	$(PIP) --editable '.[map,ray,wandb]'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37 || true
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/axe axe-core@4.14.1 || true
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

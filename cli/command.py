@@ -95,7 +95,11 @@ def in_options(text: str, command: click.Command | None) -> str:
 
     ``if_exists='replace'`` becomes ``--if-exists replace``.
     """
-    flags = {p.name: max(p.opts, key=len) for p in command.params if p.name} if command else {}
+    params = command.params if command else []
+    # The first long name: behind it are older ones.
+    flags = {
+        p.name: next((o for o in p.opts if o[:2] == "--"), p.opts[0]) for p in params if p.name
+    }
 
     def flag(found: re.Match[str]) -> str:
         if found["name"] not in flags:

@@ -72,7 +72,7 @@ def command(ctx: click.Context, /, output_dir: Path, quiet: bool) -> None:
     _step(f"look at {output_dir / _SHEET}, and try:  cd {output_dir}", quiet)
     if not quiet:
         click.echo("fedgfe-store query --class dog --round 10")
-        click.echo("fedgfe-store generate --round 5 --seed 1 --output-dir another")
+        click.echo("fedgfe-store generate --round 5 --seed 1 --images another")
 
 
 def _step(line: str, quiet: bool) -> None:

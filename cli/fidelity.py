@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .codes import SOME_FAILED
 from .command import Command
+from .measures import print_measures
 from .option_types import KeyList, KeyValue
 from .options import (
     Filters,
@@ -29,10 +31,10 @@ from .tables import print_data, print_table
 from .tracking import check_log, log_option, log_table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.fidelity import Fidelity
+    from fedgfe_store.images.transfer import Transfer
+    from fedgfe_store.selection import Selection
 
     from .finding import Context
 
@@ -65,6 +67,14 @@ _TITLES = {
     metavar="KEY=VALUE",
     help="Compare with the images of one node, round or split: node=server, round=1.",
 )
+@click.option(
+    "--measure",
+    type=click.Choice(["distances", "classifier"]),
+    default="distances",
+    show_default=True,
+    help="classifier: accuracy on the pictures of --real, in a subfolder for each class, of a "
+    "classifier trained on each group's images, and the reverse.",
+)
 @folder_option("input")
 @click.option(
     "--by",
@@ -94,6 +104,7 @@ def command(
     model: Path,
     real: Path | None,
     to: tuple[str, int | str] | None,
+    measure: str,
     input_dir: Path | None,
     by: list[str],
     batch_size: int,
@@ -106,53 +117,71 @@ def command(
     """Measure how far images are from real ones, or from those of a node or round.
 
     KID with its standard error for each group, and the Frechet distance of all nodes together: it
-    is FID with the standard Inception weights, and named after its features otherwise. Nothing is
-    downloaded.
+    is FID with the standard Inception weights, and named after its features otherwise. With
+    --measure classifier, what the images teach a classifier. Nothing is downloaded.
 
     \b
     fedgfe-store fidelity --features models/dinov2 --real photos/
+    fedgfe-store fidelity --features models/dinov2 --real photos/ --measure classifier
     fedgfe-store fidelity --features models/dinov2 --to node=server --by node,round
     fedgfe-store fidelity --features weights-inception-2015-12-05-6726825d.pth --real photos/
     """
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.analysis.plots import check_plot
     from fedgfe_store.images.features import load_features
-    from fedgfe_store.images.fidelity import fidelity, pictures_below
+    from fedgfe_store.images.fidelity import Fidelity, fidelity
     from fedgfe_store.images.scoring import selected_images
+    from fedgfe_store.images.transfer import MEASURES, train_and_test
 
     if (real is None) == (to is None):
         raise click.UsageError("expected one of --real and --to")
+    is_classified = measure == "classifier"
+    if is_classified and (real is None or "class_name" in by):
+        raise click.UsageError("--measure classifier: expected --real, and no class in --by")
     if plot is not None:
         check_plot(plot, by)
     check_log(log, by)
-    pictures = None if real is None else pictures_below(real)
     obj: Context = ctx.obj
     selection = filters.select(EmbeddingStore.open(obj.store, as_of=as_of))
+    pictures = _real(real, selection if is_classified else None)
     found = selected_images(selection, input_dir or default_folder(selection))
     features = load_features(model, own_device(device))
-    total = len(found.images) + len(pictures or ())
-    with progress(total, "pictures", quiet=quiet) as advance:
-        measured = fidelity(
-            found,
-            features,
-            real=pictures,
-            to=None if to is None else dict([to]),
-            by=by,
-            batch_size=batch_size,
-            progress=advance,
-        )
+    with progress(len(found.images) + len(pictures), "pictures", quiet=quiet) as advance:
+        options: dict[str, Any] = {"by": by, "batch_size": batch_size, "progress": advance}
+        measured: Fidelity | Transfer
+        if is_classified:
+            measured = train_and_test(found, features, pictures, **options)
+        else:
+            others = None if real is None else list(pictures)
+            keys = None if to is None else dict([to])
+            measured = fidelity(found, features, real=others, to=keys, **options)
     print_left_out(measured.left_out)
-    if form == "table":
+    if form != "table":
+        print_data(measured.frame, form, double_precision=15)
+    elif isinstance(measured, Fidelity):
         _print(measured)
     else:
-        print_data(measured.frame, form, double_precision=15)
-    for note in measured.notes:
+        print_measures(measured.frame, {})
+        click.echo("\n" + "\n".join(MEASURES.values()))
+    for note in measured.notes if isinstance(measured, Fidelity) else ():
         click.echo(f"note: {note}", err=True)
     if plot is not None:
         _draw(measured, by, plot, form)
     log_table(log, "fidelity", measured.frame, by, of=selection, form=form)
     if "damaged" in measured.left_out.values():
         ctx.exit(SOME_FAILED)
+
+
+def _real(folder: Path | None, selection: Selection | None) -> Mapping[Path, str]:
+    """Return the pictures of `folder`, with their classes where they are those of a selection."""
+    from fedgfe_store.images.fidelity import pictures_below
+    from fedgfe_store.images.transfer import real_classes
+
+    if folder is None:
+        return {}
+    if selection is None:
+        return dict.fromkeys(pictures_below(folder), "")
+    return real_classes(folder, sorted(set(selection.others().column("class_name").tolist())))
 
 
 def _print(measured: Fidelity) -> None:
@@ -173,10 +202,13 @@ def _with_error(value: float, error: float) -> str:
     return "-" if isnan(value) else f"{value:.4f} ± {error:.4f}"
 
 
-def _draw(measured: Fidelity, by: list[str], plot: Path, form: str) -> None:
+def _draw(measured: Fidelity | Transfer, by: list[str], plot: Path, form: str) -> None:
     from fedgfe_store.analysis.plots import plot_rounds
+    from fedgfe_store.images.fidelity import Fidelity
+    from fedgfe_store.images.transfer import MEASURES
 
-    frame: pd.DataFrame = measured.frame
-    titles = {name: title.format(measured.name) for name, title in _TITLES.items()}
-    plot_rounds(frame, by, titles, plot)
+    titles: Mapping[str, str] = MEASURES
+    if isinstance(measured, Fidelity):
+        titles = {name: title.format(measured.name) for name, title in _TITLES.items()}
+    plot_rounds(measured.frame, by, titles, plot)
     click.echo(f"plot: {plot}", err=form != "table")

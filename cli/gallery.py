@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import click
 from .codes import SOME_FAILED
 from .command import Command
 from .options import (
-    folder_option,
+    Filters,
+    filter_options,
     foreign_line,
     image_folder,
     outdated_line,
@@ -20,11 +22,12 @@ from .options import (
     quiet_option,
     store_in_reach,
 )
+from .pictures import folders_option, selected
 from .progress import progress
 from .tables import counted, size
 
 if TYPE_CHECKING:
-    from fedgfe_store.images.folder import ImageFolder
+    from fedgfe_store.derived_keys import Key
     from fedgfe_store.images.gallery import Points
     from fedgfe_store.store import EmbeddingStore
 
@@ -32,11 +35,12 @@ if TYPE_CHECKING:
 
 
 @click.command("gallery", cls=Command)
-@folder_option("input")
+@filter_options
+@folders_option
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The page [gallery.html in the folder].",
+    help="The page [gallery.html in the folder; of several, in the one that they are in].",
 )
 @pattern_option
 @click.option(
@@ -53,14 +57,15 @@ if TYPE_CHECKING:
 def command(
     ctx: click.Context,
     /,
-    input_dir: Path | None,
+    filters: Filters,
+    input_dirs: tuple[Path, ...],
     output: Path | None,
     patterns: tuple[str, ...],
     method: str | None,
     column: str | None,
     quiet: bool,
 ) -> None:
-    """Make a page to look through the images: filters, provenance, rounds side by side.
+    """Make a page to look through the images: filters, provenance, two of anything side by side.
 
     The page is one file that works offline, with thumbnails in a folder beside it. Run again, it
     takes in what is new; only thumbnails that are missing or out of date are made. Pictures whose
@@ -71,7 +76,8 @@ def command(
 
     \b
     fedgfe-store gallery
-    fedgfe-store gallery --input-dir output_images/another --output another.html
+    fedgfe-store gallery --round 5,20 --class dog --output dogs.html
+    fedgfe-store gallery --images output_images/demo --images output_images/another
     fedgfe-store gallery --map umap --column clip
     """
     from fedgfe_store import EmbeddingStore
@@ -80,15 +86,20 @@ def command(
     if column is not None and method is None:
         raise click.UsageError("--column goes with --map")
     obj: Context = ctx.obj
-    folder = input_dir or image_folder(obj.store)
     store = store_in_reach(obj)
-    images = scan_images(folder, picture_names(patterns, store))
+    folders = scan_images(input_dirs or [image_folder(obj.store)], picture_names(patterns, store))
+    images = selected(obj.store, folders, filters) if filters else None
+    count = sum(len(each.names) for each in folders) if images is None else len(images)
     points = None
     if method is not None:
+        known = [each for one in folders for each in one.records.values()]
+        pictured = {each.key for each in images or known if not isinstance(each, str)}
         # Not `store`, which is none where it cannot be read.
-        points = _points(images, EmbeddingStore.open(obj.store), method, column, quiet=quiet)
-    with progress(len(images.names), "pictures", quiet=quiet) as advance:
-        gallery = make_gallery(images, output, store=store, points=points, progress=advance)
+        points = _points(pictured, EmbeddingStore.open(obj.store), method, column, quiet=quiet)
+    with progress(count, "pictures", quiet=quiet) as advance:
+        gallery = make_gallery(
+            folders, output, images=images, store=store, points=points, progress=advance
+        )
     print_left_out(gallery.left_out)
     shown, nbytes = counted(gallery.pictures, "picture"), size(gallery.page.stat().st_size)
     made = counted(gallery.made, "thumbnail")
@@ -104,15 +115,18 @@ def command(
 
 
 def _points(
-    images: ImageFolder, store: EmbeddingStore, method: str, column: str | None, *, quiet: bool
+    pictured: Collection[Key],
+    store: EmbeddingStore,
+    method: str,
+    column: str | None,
+    *,
+    quiet: bool,
 ) -> Points:
     """Lay out the records that have a picture."""
     from fedgfe_store.analysis.maps import MOST, map_records
     from fedgfe_store.images.gallery import Points
-    from fedgfe_store.images.record import ImageRecord
     from fedgfe_store.records import RecordKey
 
-    pictured = {each.key for each in images.records.values() if isinstance(each, ImageRecord)}
     selection = store.select()
     selection = selection.take([n for n, key in enumerate(selection.keys()) if key in pictured])
     with progress(2 * min(len(selection), MOST), "records", quiet=quiet) as advance:

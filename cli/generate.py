@@ -60,7 +60,7 @@ _DECIDED_BY_IMAGE = DECIDED_BY_IMAGE | {*FILTERS, *NAMES, "checkpoint", "checkpo
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="With --from-image: in place of the picture itself, or of the one in --output-dir.",
+    help="With --from-image: in place of the picture itself, or of the one in --images.",
 )
 @request_options("part", "on_stale")
 @click.option(
@@ -108,8 +108,8 @@ def command(
     \b
     fedgfe-store generate --round 5
     fedgfe-store generate --round 1,5,10 --class dog --per-class 2 --dry-run
-    fedgfe-store generate --node server --model tiny --output-dir pictures
-    fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --output-dir output_images/fine
+    fedgfe-store generate --node server --model tiny --images pictures
+    fedgfe-store generate --round 5 --steps 50 --guidance 7.5 --images output_images/fine
     fedgfe-store generate --round 5 --diffusion-type sd --images-per-record 4
     fedgfe-store generate --round 5 --mean round,class
     fedgfe-store generate --round 20 --node server --split test --per-class 1 --walk dog:drum

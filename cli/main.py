@@ -35,6 +35,7 @@ _COMMANDS = {
     "slurm": ("slurm", "command", "Print a SLURM script that renders on many GPUs."),
     "gallery": ("gallery", "command", "Make a page to look through the images."),
     "score": ("score", "command", "Measure with CLIP whether images show their class."),
+    "audio": ("audio", "command", "Measure whether images go with their records' sounds."),
     "fidelity": ("fidelity", "command", "Measure how far images are from others: KID, FID."),
     "history": ("changes", "history", "Show what each commit did."),
     "delete": ("changes", "delete", "Delete records."),
@@ -47,13 +48,14 @@ _COMMANDS = {
     "quality": ("quality", "command", "Show how close embeddings are to a reference."),
     "map": ("map", "command", "Lay records out so that those alike lie together."),
     "sheet": ("sheet", "command", "Draw contact sheets, or one sample over the rounds."),
+    "preview": ("preview", "command", "Draw a small sheet of a round, quickly."),
     "demo": ("demo", "command", "Train a small federation and render what it learns."),
 }
 
 _SECTIONS = {
     "Stores": "init import encode info query history",
-    "Images": "generate sweep status slurm sheet gallery",
-    "Findings": "score fidelity stats quality map",
+    "Images": "generate sweep status slurm preview sheet gallery",
+    "Findings": "score audio fidelity stats quality map",
     "Care": "export merge delete verify compact backup upgrade",
     "First steps and old scripts": "demo adopt",
 }

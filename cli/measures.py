@@ -24,7 +24,7 @@ _TITLES = {
     "macro_f1": "macro F1: mean of the classes' F1",
     "f1": "F1 of the class",
 }
-_WHOLE = ("round", "index", "image", "pictures", "records", "found")
+_WHOLE = ("round", "index", "image", "pictures", "others", "records", "found", "classes")
 
 
 def grouping(

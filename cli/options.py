@@ -249,11 +249,26 @@ wait_option = click.option(
 )
 
 
+class Renamed(click.Option):
+    """An option of which help shows the first name only; the older ones work as before."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the first name and the help."""
+        record = super().get_help_record(ctx)
+        return record and (f"{self.opts[0]} {self.make_metavar(ctx)}", record[1])
+
+
 def folder_option(name: str) -> Callable[[FC], FC]:
-    """Return the option ``--NAME-dir`` (and ``--NAME_dir``, as old scripts have it) of images."""
+    """Return the option ``--images``, as the argument ``NAME_dir``.
+
+    It was called ``--NAME-dir``, and ``--NAME_dir`` in old scripts.
+    """
     return click.option(
+        "--images",
         f"--{name}-dir",
         f"--{name}_dir",
+        f"{name}_dir",
+        cls=Renamed,
         type=click.Path(file_okay=False, path_type=Path),
         help="Folder of the images [output_images/<experiment>].",
     )
@@ -315,7 +330,7 @@ def default_folder(selection: Selection | Derived) -> Path:
     if name.is_absolute() or ".." in name.parts or not experiment.isprintable():
         raise SchemaMismatchError(
             f"experiment: expected a name that can be a folder's, got {experiment!r}: name the "
-            f"images' folder with --output-dir (sheet and gallery: --input-dir)"
+            "images' folder with --images"
         )
     return Path("output_images") / name
 
@@ -328,7 +343,7 @@ def image_folder(store: Location) -> Path:
     try:
         return default_folder(EmbeddingStore.open(store).select())
     except NotFoundError as error:
-        error.add_note("without a store, --input-dir names the folder of the images")
+        error.add_note("without a store, --images names the folder of the images")
         raise
 
 

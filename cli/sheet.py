@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+
+from fedgfe_store.images.axes import OF_DERIVED, SETTINGS
 
 from .command import Command
 from .option_types import KEYS, KeyList
@@ -23,6 +24,7 @@ from .options import (
     quiet_option,
     store_in_reach,
 )
+from .pictures import folders_option, selected
 from .progress import progress
 from .tables import counted
 from .tracking import log_option, log_sheet
@@ -30,33 +32,20 @@ from .tracking import log_option, log_sheet
 if TYPE_CHECKING:
     from fedgfe_store.analysis.trackers import Tracker
     from fedgfe_store.images.arrange import Sheet
-    from fedgfe_store.images.folder import ImageFolder
-    from fedgfe_store.images.foreign import PictureNames
     from fedgfe_store.images.record import ImageRecord
-    from fedgfe_store.store import EmbeddingStore
 
     from .finding import Context
 
-AXES = KEYS | {
-    name: name for name in ("derived", "frame", "model", "steps", "guidance", "seed", "folder")
-}
+AXES = KEYS | {name: name for name in (*OF_DERIVED, *SETTINGS)}
 
 
 @click.command("sheet", cls=Command)
 @filter_options
-@click.option(
-    "--input-dir",
-    "--input_dir",
-    "input_dirs",
-    type=click.Path(file_okay=False, path_type=Path),
-    multiple=True,
-    help="Folder of the images, or of a sweep [output_images/<experiment>]; repeat it for several.",
-)
+@folders_option
 @click.option(
     "--rows",
     type=KeyList(AXES),
-    help="What a row is: node, round, split, class, index, derived, model, steps, guidance, seed, "
-    "folder, or several: class,index [class; of walks derived].",
+    help=f"What a row is: {', '.join(AXES)}, or several: class,index [class; of walks derived].",
 )
 @click.option(
     "--columns",
@@ -106,25 +95,27 @@ def command(
     \b
     fedgfe-store sheet --node server --split test
     fedgfe-store sheet --rows node --class dog --index 0 --output dogs.png
-    fedgfe-store sheet --input-dir sweep --rows steps --columns guidance --class dog
+    fedgfe-store sheet --images sweep --rows steps --columns guidance --class dog
     fedgfe-store sheet --animate --class dog --node server --output dog.gif
     """
     from fedgfe_store.derived_keys import WalkKey
     from fedgfe_store.images import sheet as sheets
     from fedgfe_store.images.arrange import arrange
+    from fedgfe_store.images.folders import scan_folders
 
     output = output or Path("sheet.gif" if animate else "sheet.png")
     if log is not None:
         _check_log(log, output, animate=animate)
     sheets.check_output(output, sheets.MOVING_KINDS if animate else sheets.KINDS)
     store = store_in_reach(obj)
-    names = picture_names(patterns, store)
     folders = input_dirs or [image_folder(obj.store)]
-    scanned = [each for folder in folders for each in _scanned(folder, names)]
-    images = _selected(obj, store, scanned, filters)
+    scanned = scan_folders(folders, picture_names(patterns, store))
+    images = selected(obj.store, scanned, filters, store)
     walks = columns == ["frame"] or all(isinstance(image.key, WalkKey) for image in images)
     rows = rows or (["derived"] if walks else ["class_name"])
     columns = columns or (["frame"] if walks else ["round"])
+    if "frame" not in columns and "derived" not in rows:  # whose frames would be one another's rows
+        images = [image for image in images if not isinstance(image.key, WalkKey)]
     if animate:
         over: Literal["round", "frame"] = "frame" if columns == ["frame"] else "round"
         shown = sheets.animate(images, output, over=over, thumbnail=thumbnail or 256)
@@ -171,52 +162,6 @@ def _tell_outdated(images: Iterable[ImageRecord]) -> None:
     marks = Counter(image.mark for image in shown if image.mark)
     if marks:
         click.echo(outdated_line(marks))
-
-
-def _scanned(folder: Path, names: PictureNames) -> list[ImageFolder]:
-    """List a folder, or those inside it where it holds no image itself, as that of a sweep."""
-    from fedgfe_store.common.words import numbers_first
-    from fedgfe_store.images.folder import ImageFolder
-
-    found = ImageFolder.scan(folder, others=names)
-    if found.names or not folder.is_dir():
-        return [found]
-    inner = [ImageFolder.scan(each, others=names) for each in folder.iterdir() if each.is_dir()]
-    held = [each for each in inner if each.names]
-    return sorted(held, key=lambda each: numbers_first(each.path.name)) or [found]
-
-
-def _selected(
-    obj: Context,
-    store: EmbeddingStore | None,
-    scanned: Sequence[ImageFolder],
-    filters: Filters,
-) -> list[ImageRecord]:
-    from fedgfe_store import EmbeddingStore
-    from fedgfe_store.common.lookup import said
-    from fedgfe_store.errors import NotFoundError
-    from fedgfe_store.images.folder import key_values
-    from fedgfe_store.records import KEY_COLUMNS
-
-    if not filters:
-        return [image for folder in scanned for image in folder.select(store=store)]
-    known = [image for folder in scanned for image in folder.select()]
-    samples = {name: v for name, v in filters.typed.items() if name not in KEY_COLUMNS}
-    keys = replace(filters, typed={n: v for n, v in filters.typed.items() if n not in samples})
-    where = ", ".join(str(folder.path) for folder in scanned)
-    wanted = keys.looked_up(lambda name: key_values(known, name), where)
-    images = [image for folder in scanned for image in folder.select(store=store, **wanted)]
-    if not samples:
-        return images
-    selection = replace(filters, typed=samples, per_class=None).select(
-        EmbeddingStore.open(obj.store)
-    )
-    named = set(selection.keys())
-    kept = [image for image in images if image.key in named]
-    if not kept:
-        asked = "; ".join(said(values) for values in samples.values())
-        raise NotFoundError(f"no picture in {where} is of {asked}")
-    return kept
 
 
 def _told(sheet: Sheet, found: int, files: list[Path]) -> list[str]:

@@ -63,8 +63,8 @@ def command(
 
     \b
     fedgfe-store sweep --round 5 --node server --per-class 1 --steps 1,2,4,8 --guidance 1,3.5,9
-    fedgfe-store sweep --round 5 --class dog --seed 0-3 --model tiny --output-dir seeds
-    fedgfe-store sheet --input-dir seeds --columns seed
+    fedgfe-store sweep --round 5 --class dog --seed 0-3 --model tiny --images seeds
+    fedgfe-store sheet --images seeds --columns seed
     """
     from fedgfe_store import EmbeddingStore
     from fedgfe_store.generation.request import Request

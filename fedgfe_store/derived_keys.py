@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from fedgfe_store.common.lookup import noun, said
 from fedgfe_store.records import KEY_COLUMNS, SERVER, RecordKey
 
 Mode = Literal["slerp", "lerp"]
@@ -61,7 +62,7 @@ class MeanKey:
         return "mean"
 
     def __str__(self) -> str:
-        return f"mean of {_said(self.fixed)}{_more(self.others)}"
+        return f"mean of {_said(self.fixed)}{_more(self)}"
 
 
 @dataclass(frozen=True)
@@ -159,5 +160,16 @@ def _noun(column: str, value: str | int | None = None) -> str:
     return f"{column} " if named else ""
 
 
-def _more(others: str) -> str:
-    return "" if others == "{}" else f" of {others}"
+def _more(key: MeanKey) -> str:
+    """Say what else chose the records of a mean."""
+    filters = key.filters
+    if filters is None:
+        return ", of records taken by position"
+    chosen = [(c, v) for c, v in filters.items() if c not in dict(key.fixed)]
+    words = [
+        f"the first {values} of each class"
+        if column == "per_class"
+        else f"{noun(column)} {said(values)}"
+        for column, values in chosen
+    ]
+    return f", of {', '.join(words)}" if words else ""

@@ -11,8 +11,16 @@ import numpy as np
 
 from fedgfe_store.common.filters import position_array
 from fedgfe_store.common.location import Location, own_folder
+from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, RecordKey, check_keys
+from fedgfe_store.records import (
+    KEY_COLUMNS,
+    NOTE_COLUMNS,
+    RecordBatch,
+    RecordKey,
+    are_negatives,
+    check_keys,
+)
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.state import State
 
@@ -70,6 +78,18 @@ class Rows(ABC):
     def as_of(self) -> int | None:
         """The commit that was asked for; None where the store was seen as it is."""
         return self._snapshot.as_of
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Classes of all records of the store at this commit, selected or not, sorted.
+
+        A class's place in it is its number: the same for every selection of the commit.
+        """
+        rows = self._snapshot.rows_matching({})
+        names = ("node", "split", "class_name")
+        self._snapshot.fetch(names, rows)
+        known = {name: self._snapshot.column_at(name, rows) for name in names}
+        return sorted(set(known["class_name"][~are_negatives(known)].tolist()))
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -191,6 +211,25 @@ class Rows(ABC):
                 here &= self._snapshot.column_at(f"has_{tensor.name}", self.rows)
             gone |= here
         return gone
+
+    def __getitem__(self, positions: Any) -> Self:
+        """Return some of the records, as `take` does; a single position is one record."""
+        if isinstance(positions, str):
+            raise SchemaMismatchError(
+                f"expected positions of records, got {positions!r}: read({positions!r}) reads a "
+                f"tensor column, and column({positions!r}) another one"
+            )
+        return self.take([positions] if is_whole(positions) else positions)
+
+    # Otherwise Python would go over positions, and make a selection for each.
+    __iter__ = None
+
+    def __getitems__(self, positions: Any) -> None:
+        """Say what a DataLoader takes: it would ask for the records here, and not know them."""
+        raise SchemaMismatchError(
+            "expected DataLoader(selection.to_torch(), batch_size=32) or "
+            "DataLoader(selection.batches(32), batch_size=None), got DataLoader(selection)"
+        )
 
     def take(self, positions: Sequence[int] | Sequence[bool] | np.ndarray | slice) -> Self:
         """Return some of the records.

@@ -9,26 +9,22 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from fedgfe_store.common.filters import wanted_values
+from fedgfe_store.common.filters import matches, wanted_values
+from fedgfe_store.common.location import Given, location
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import SchemaMismatchError
+from fedgfe_store.readers.verbs import ReadableRows
 from fedgfe_store.records import KEY_COLUMNS, NEGATIVE_SPLIT, TEXT_NODE, TEXT_ROUND
-from fedgfe_store.rows import Rows
+from fedgfe_store.storage.append import AppendBatch
+from fedgfe_store.storage.engine import LOCK_TIMEOUT
+from fedgfe_store.storage.engines import create, engine_of, latest
 from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-    import xarray as xr
-    from ray.data import Dataset
-
     from fedgfe_store.derived.mean import Means
-    from fedgfe_store.readers.exporting import ExportedFile
-    from fedgfe_store.readers.torch import Batches
 
 
-class Selection(Rows):
+class Selection(ReadableRows):
     """Records of a store that filters chose, in a fixed order, as one commit shows them.
 
     Made by `EmbeddingStore.select`. Key columns are read when first needed; tensors only by
@@ -64,6 +60,31 @@ class Selection(Rows):
     def whole(cls, snapshot: State) -> Selection:
         """Return all records of `snapshot`, negative embeddings among them."""
         return cls(snapshot, {}, per_class=None, rows=snapshot.rows_matching({}))
+
+    def select(
+        self,
+        *,
+        node: Any = None,
+        round: Any = None,
+        split: Any = None,
+        class_name: Any = None,
+        index: Any = None,
+        sample_id: Any = None,
+        file_id: Any = None,
+        per_class: int | None = None,
+    ) -> Self:
+        """Return those of the records that meet further filters, in their order.
+
+        The filters, and what is raised, are those of `EmbeddingStore.select`.
+        """
+        given = {"node": node, "round": round, "split": split, "class_name": class_name}
+        given |= {"index": index, "sample_id": sample_id, "file_id": file_id}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        narrower = Selection.of(self._snapshot, wanted, per_class=per_class)
+        rows = self.rows
+        for name, values in narrower._filters.items():
+            rows = rows[matches(self._snapshot.column_at(name, rows), values)]
+        return self._with(rows if per_class is None else self._lowest(rows, per_class))
 
     def others(self, *, per_class: int | None = None, **filters: Any) -> Selection:
         """Return other records of the same store and commit, by default all.
@@ -140,6 +161,46 @@ class Selection(Rows):
 
         return self.take(positions(self, condition))
 
+    def to_store(
+        self,
+        path: Given,
+        *,
+        shared: bool = False,
+        timeout: float = LOCK_TIMEOUT,
+        progress: Callable[[int], object] = lambda records: None,
+    ) -> None:
+        """Make a store at `path` of these records, in one commit.
+
+        Tensors are the same to the last bit, and all that is known of the records comes along.
+
+        Parameters
+        ----------
+        path, shared, timeout
+            As for `EmbeddingStore.create`, and what is raised.
+        progress : callable
+            Called with the number of records just copied. One that is here twice comes once.
+
+        Raises
+        ------
+        DamagedDataError
+            If a record is damaged. The new store has no records then.
+        """
+        create(location(path), self.schema, shared=shared, timeout=timeout)
+        empty = latest(location(path))
+        batch = AppendBatch(
+            empty,
+            begin=lambda known: engine_of(empty).begin(known, timeout=timeout),
+            node=None,
+            round=None,
+            if_exists="error",
+            source=f"part of {self.schema.metadata.experiment or self.location.name}",
+            done=lambda state: None,
+        )
+        with batch:
+            for records in self.pieces():
+                batch.add_records(records)
+                progress(len(records))
+
     def mean(self, by: Sequence[str] = ("round", "class_name")) -> Means:
         """Return the mean of each group of records, which is computed as it is read.
 
@@ -164,162 +225,6 @@ class Selection(Rows):
         if self._per_class is not None:
             chosen["per_class"] = self._per_class
         return Means.of(self, by, None if self._taken is not None else chosen)
-
-    def to_xarray(self, *, chunks: int | Mapping[str, int] | None = None) -> xr.Dataset:
-        """Return the selection as a lazy Dataset.
-
-        Parameters
-        ----------
-        chunks : int or mapping, optional
-            Tensors as dask arrays of so many records a chunk, ``256`` or ``{"record": 256}``;
-            ``{}`` for whole tensor files near 64 MiB. Whoever computes holds several chunks.
-
-        Returns
-        -------
-        Dataset
-            Tensor columns along ``record``; the keys index it, so that ``.sel(round=5,
-            class_name="dog")`` works, see `RecordIndex`, and are coordinates to group by.
-            Tensors are read, and checked, when their values are used. ``length_<name>`` and
-            ``has_<name>`` are coordinates of the records. ``to_netcdf`` and ``to_zarr`` take
-            it; with `chunks` so much at a time.
-        """
-        from fedgfe_store.readers.xarray import to_dataset
-
-        return to_dataset(self, chunks)
-
-    def to_ray(self, *, columns: Sequence[str] | None = None) -> Dataset:
-        """Return the selection as a Ray Data dataset, a row for each record.
-
-        Parameters
-        ----------
-        columns : sequence of str, optional
-            Tensor columns, as for `batches`.
-
-        Returns
-        -------
-        ray.data.Dataset
-            The five key columns and the tensors. Nothing is read before it is used; then Ray's
-            workers, which see the store under the same path, read blocks of some 64 MB.
-
-        Raises
-        ------
-        NotFoundError
-            If Ray is not installed.
-        SchemaMismatchError
-            If there is no such column.
-        """
-        from fedgfe_store.readers.ray import to_ray
-
-        return to_ray(self, columns)
-
-    def to_parquet(
-        self,
-        folder: str | Path,
-        *,
-        tensors: Sequence[str] | None = (),
-        overwrite: bool = False,
-        on_file: Callable[[ExportedFile], object] | None = None,
-    ) -> tuple[ExportedFile, ...]:
-        """Write the records as Parquet, a file for each node and round.
-
-        What DuckDB, polars, pandas and Hugging Face's ``load_dataset("parquet",
-        data_dir=folder)`` read. Memory for one row group is needed, some 64 MB.
-
-        Parameters
-        ----------
-        folder : path-like
-            Where the files go; made if it is not there.
-        tensors : sequence of str, optional
-            Tensor columns that are written too, None for all, as float32 lists of fixed sizes, one
-            in another; of a ragged column the records' own lengths. NULL where there is none.
-        overwrite : bool
-            Replace files that are there already.
-        on_file : callable, optional
-            Called with each file's report when it is done.
-
-        Returns
-        -------
-        tuple of ExportedFile
-            By round and node. Each file takes its place in one step; one with a damaged record
-            is reported and not written.
-
-        Raises
-        ------
-        ConflictError
-            If files are there already, without `overwrite`.
-        SchemaMismatchError
-            If there is no such column.
-        NotFoundError
-            If pyarrow is not installed (extra ``parquet``).
-        """
-        from fedgfe_store.readers.parquet import to_parquet
-
-        return to_parquet(self, folder, tensors, overwrite=overwrite, on_file=on_file)
-
-    def to_safetensors(
-        self,
-        folder: str | Path,
-        *,
-        tensors: Sequence[str] | None = None,
-        overwrite: bool = False,
-        on_file: Callable[[ExportedFile], object] | None = None,
-    ) -> tuple[ExportedFile, ...]:
-        """Write tensors as safetensors, a file for each node and round.
-
-        Parameters
-        ----------
-        tensors : sequence of str, optional
-            Tensor columns, by default all: stacks ``[n, *shape]`` as `read` gives them, in
-            bfloat16 where the store rounds to it. ``has_<name>`` and ``length_<name>`` are
-            beside them. The file's metadata has the columns of `records` as JSON in ``records``.
-        folder, overwrite, on_file
-            As for `to_parquet`, and so are result and errors.
-        """
-        from fedgfe_store.readers.safetensors import to_safetensors
-
-        return to_safetensors(self, folder, tensors, overwrite=overwrite, on_file=on_file)
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        dtype: torch.dtype | None = None,
-        columns: Sequence[str] | None = None,
-        prefetch: int = 2,
-        pin_memory: bool = False,
-    ) -> Batches:
-        """Return the selection as torch batches, read ahead by a thread while iterated.
-
-        Parameters
-        ----------
-        batch_size : int
-            Records per batch; the last one holds what remains.
-        dtype : torch.dtype, optional
-            Data type of the embeddings, by default float32; masks and lengths keep theirs.
-        columns : sequence of str, optional
-            Tensor columns, by default all that every record has. A ragged column brings its
-            lengths as ``length_<name>``; ``has_<name>`` of an optional one can be named, too.
-        prefetch : int
-            Batches read ahead; 0 reads in the caller's thread.
-        pin_memory : bool
-            Decode straight into page-locked memory, which ``batch["t5"].to("cuda",
-            non_blocking=True)`` copies from while the GPU goes on.
-
-        Returns
-        -------
-        Batches
-            A sized iterable of `Batch`, and a torch ``IterableDataset``.
-        """
-        from fedgfe_store.readers.torch import Batches
-
-        return Batches(
-            self,
-            batch_size,
-            dtype=dtype,
-            columns=columns,
-            prefetch=prefetch,
-            pin_memory=pin_memory,
-        )
 
 
 def _without_negatives(snapshot: State, rows: np.ndarray) -> np.ndarray:

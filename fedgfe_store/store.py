@@ -95,6 +95,25 @@ class EmbeddingStore(Upkeep):
             raise SchemaMismatchError(f"as_of: expected the number of a commit, got {as_of!r}")
         return cls(latest(location(path), as_of))
 
+    @classmethod
+    def create_from(
+        cls,
+        path: Given,
+        selection: Selection,
+        *,
+        shared: bool = False,
+        timeout: float = LOCK_TIMEOUT,
+        progress: Callable[[int], object] = lambda records: None,
+    ) -> EmbeddingStore:
+        """Make a store of some records of another one, see `Selection.to_store`, and open it."""
+        if not isinstance(selection, Selection):
+            raise SchemaMismatchError(
+                f"create_from: expected a selection, such as store.select(round=5), "
+                f"got {selection!r}"
+            )
+        selection.to_store(path, shared=shared, timeout=timeout, progress=progress)
+        return cls.open(path)
+
     @property
     def schema(self) -> Schema:
         """What the records look like."""

@@ -40,7 +40,7 @@ COMMANDS = {
         """,
         NAMED,
         {("0", 5)},
-        "images rendered",
+        " rendered in ",
     ),
     "all of a folder": (
         r"""
@@ -49,7 +49,7 @@ COMMANDS = {
         """,
         NAMED,
         ALL,
-        "images rendered",
+        " rendered in ",
     ),
     "another output folder": (
         r"""
@@ -59,7 +59,7 @@ COMMANDS = {
         """,
         "output_images/round_5",
         ALL,
-        "images rendered",
+        " rendered in ",
     ),
     "in batches": (
         r"""
@@ -102,7 +102,7 @@ COMMANDS = {
         """,
         NAMED,
         {("0", 1), ("4", 1)} | LATER,
-        "images rendered",
+        " rendered in ",
     ),
     "GPU 1": (
         r"""
@@ -113,7 +113,7 @@ COMMANDS = {
         """,
         NAMED,
         {("5", 1), ("9", 1)},
-        "images rendered",
+        " rendered in ",
     ),
     "out of memory": (
         r"""
@@ -309,7 +309,8 @@ def test_command(fedgfe, layout, name):
     result = run(command)
     assert result.exit_code == 0, result.output
     assert pictures(fedgfe) == {output: named(origins)}
-    assert f"{len(origins)} images rendered" in result.output
+    noun = "image" if len(origins) == 1 else "images"
+    assert f"{len(origins)} {noun} rendered" in result.output
     assert says in result.output
     stored = EmbeddingStore.open(f"{CHECKPOINTS}/embeddings.zarr").select().keys()
     imported = {(key.node, key.round) for key in stored}
@@ -344,7 +345,7 @@ def test_the_slurm_script(fedgfe, tmp_path):
     program.chmod(0o755)
     printed, (output,) = run_by_word(SBATCH, fedgfe, HOME=str(tmp_path))
     assert printed.endswith("Generation complete!\n")
-    assert "batches of 2" in output
+    assert "1 batch of 2" in output
     assert pictures(fedgfe) == {"output_images/final": named(SLURM)}
 
 

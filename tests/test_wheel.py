@@ -101,10 +101,27 @@ def test_the_tree_makes_the_same_wheel_as_the_sdist(tree, wheel, tmp_path):
     assert contents(tmp_path / wheel.name) == contents(wheel)
 
 
-def test_the_sdist_holds_no_tests(wheel):
+def files_below(folder: Path) -> set[str]:
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return {path.as_posix() for path in paths if not {"build", "__pycache__"} & set(path.parts)}
+
+
+def test_the_sdist_is_the_repository(tree, wheel, tmp_path):
+    """What `make test` and `make docs` need is in it."""
     (file,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(file) as archive:
-        assert not [name for name in archive.getnames() if "tests" in Path(name).parts]
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    lacking = files_below(tree) - files_below(folder)
+    assert {name for name in lacking if not name.startswith(".")} == set()
+    assert (folder / "tests" / "test_wheel.py").is_file()
+
+
+def test_the_wheel_holds_every_module(tree, wheel):
+    """A folder of the package has to be named in setup.cfg."""
+    modules = {f"fedgfe_store/{name}" for name in files_below(tree / "fedgfe_store")}
+    modules |= {f"fedgfe_store/cli/{name}" for name in files_below(tree / "cli")}
+    assert {name for name in modules if name.endswith(".py")} <= set(contents(wheel))
 
 
 def test_the_program_says_its_version(installed, tmp_path):

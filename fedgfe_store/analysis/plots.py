@@ -29,7 +29,8 @@ SUMMARY = {
 SHARES = frozenset(
     {
         *("accuracy", "agreement", "balanced_accuracy", "macro_f1", "f1"),
-        *("nearest", "precision", "coverage"),
+        *("nearest", "precision", "coverage", "tstr", "trts"),
+        *("R@1", "R@5", "R@10"),
     }
 )
 """Measures from 0 to 1, which are drawn on that scale."""

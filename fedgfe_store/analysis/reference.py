@@ -158,14 +158,25 @@ class _Reference:
         return cls(features, *_read(reference, features))
 
     @cached_property
-    def directions(self) -> Vectors:
-        """The vectors as unit vectors."""
-        return _unit(self.vectors)
+    def lengths(self) -> Vectors:
+        """The vectors' lengths; 1 for one that has no direction."""
+        return _lengths(self.vectors)
 
     def closest(self, vectors: Vectors) -> np.ndarray:
         """Return the class of the reference record that is nearest to each of `vectors`."""
-        nearest = np.argmax(_unit(vectors) @ self.directions.T, axis=1)
+        # By how long they are themselves their nearest does not change.
+        nearest = np.argmax(vectors @ self.vectors.T / self.lengths, axis=1)
         return np.asarray(self.classes[nearest])
+
+    def _beside_means(self, vectors: Vectors, classes: np.ndarray, known: int) -> dict[str, float]:
+        """Compare vectors with their class' means, a class at a time; `known` have one."""
+        cosines = squares = 0.0
+        for name in set(classes) & set(self.classes):
+            own, mean = vectors[classes == name], self.vectors[self.classes == name].mean(axis=0)
+            length = np.linalg.norm(mean) or 1.0
+            cosines += float((own @ mean / _lengths(own)).sum() / length)
+            squares += float(np.square(own - mean).sum())
+        return {"cosine": cosines / known, "mse": squares / known / vectors.shape[1]}
 
     def _radii(self, classes: np.ndarray, others: Vectors) -> Vectors:
         """Return how far the fifth neighbour is of each of `others`, the records of `classes`."""
@@ -182,13 +193,9 @@ class _Reference:
         known = np.isin(classes, self.classes)
         found = dict.fromkeys(MEASURES, float("nan"))
         if known.any():
-            means = {name: self.vectors[self.classes == name].mean(axis=0)
-                     for name in set(classes[known])}  # fmt: skip
-            wanted = np.stack([means[name] for name in classes[known]])
-            own = vectors[known]
-            found["cosine"] = float(np.einsum("ij,ij->i", _unit(own), _unit(wanted)).mean())
-            found["mse"] = float(np.square(own - wanted).mean())
-            others = self.vectors[np.isin(self.classes, classes)]
+            found |= self._beside_means(vectors, classes, int(known.sum()))
+            wanted = np.isin(self.classes, classes)
+            others = self.vectors if wanted.all() else self.vectors[wanted]
             found["frechet"] = frechet(vectors, others)
             if len(others) > NEIGHBOURS:
                 found |= _surroundings(vectors, others, self._radii(classes, others))
@@ -242,15 +249,15 @@ def _read(selection: Selection, features: Features) -> tuple[Vectors, np.ndarray
     return vectors, np.array(selection.column("class_name").tolist(), object)
 
 
-def _unit(vectors: Vectors) -> Vectors:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1)
+def _lengths(vectors: Vectors) -> Vectors:
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    return np.where(lengths > 0, lengths, 1.0)
 
 
 def _diversity(vectors: Vectors) -> float:
     """Return the mean cosine distance over all pairs, from the length of the sum of directions."""
     n = len(vectors)
-    together = np.square(_unit(vectors).sum(axis=0)).sum()
+    together = np.square((1 / _lengths(vectors)) @ vectors).sum()
     return float(1 - (together - n) / (n * (n - 1)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,52 @@ def location(given: Given) -> Location:
     if "\0" in str(folder):
         raise SchemaMismatchError(f"path: expected that of a folder, got {str(folder)!r}")
     return folder
+
+
+def seen_from(place: Location, folder: Path) -> str:
+    """Name a place as seen from a folder, so that both can be moved together.
+
+    Parameters
+    ----------
+    place : Path or Address
+        A file or folder; a URL, in which no credentials are, stays as it is.
+    folder : Path
+        Folder of what will name it.
+
+    Returns
+    -------
+    str
+        A relative path with forward slashes, which `found_from` finds again.
+    """
+    if isinstance(place, Address):
+        return place.url
+    try:
+        return Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # on another drive of Windows: no path leads there
+        return place.name
+
+
+def found_from(named: str, folder: Path) -> Location:
+    """Return the place that `named` is as seen from a folder; an absolute path is itself.
+
+    Raises
+    ------
+    SchemaMismatchError
+        If it is neither a path nor the URL of a store.
+    """
+    place = location(named)
+    if isinstance(place, Address):
+        return place
+    return Path(os.path.normpath(folder.resolve() / place))
+
+
+def retold(text: str, folder: Path, places: Iterable[Location]) -> str:
+    """Return a text with absolute paths of some places as they are seen from a folder."""
+    known = {str(p): p for place in places for p in (place, place.resolve())}
+    for name in sorted(known, key=len, reverse=True):
+        if os.path.isabs(name):
+            text = text.replace(name, seen_from(known[name], folder))
+    return text
 
 
 def _address(scheme: str, rest: str, given: object) -> Address:

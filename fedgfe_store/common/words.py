@@ -115,6 +115,11 @@ def numbers_first(name: str) -> tuple[bool, int, str]:
     return (not name.isdecimal(), len(name) if name.isdecimal() else 0, name)
 
 
+def natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """Return the place of a name in a list, numbers in it by size: ``steps-4, steps-16``."""
+    return [numbers_first(part) for part in re.split(r"([0-9]+)", name)]
+
+
 def shortened(text: str, most: int) -> str:
     """Return `text` cut to at most `most` characters, with a mark where something is missing."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Self
 
 import xxhash
 
-from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import SchemaMismatchError
-from fedgfe_store.names import key_json
-from fedgfe_store.records import RecordKey
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from fedgfe_store.derived_keys import Key
 
 _PARTS = re.compile(r"([0-9]+)/([0-9]+)")
 
@@ -76,6 +75,10 @@ WHOLE = Part(0, 1)
 
 def part_of(key: Key, count: int) -> int:
     """Give the index of the part of `count` that a record belongs to, the same for ever."""
+    # The command line's help takes `Part` from here, and must not wait for numpy.
+    from fedgfe_store.names import key_json
+    from fedgfe_store.records import RecordKey
+
     # By a hash of the key, not by place: a part keeps its records when others come or are deleted.
     if not isinstance(key, RecordKey):
         return _digest(json.dumps(key_json(key), sort_keys=True)) % count

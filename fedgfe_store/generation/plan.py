@@ -67,6 +67,8 @@ class PlanItem:
         Which file was there when it was planned, see `file_stamp`.
     file_id : str
         What identifies the record's sample; empty where that is not known.
+    sources : int or None
+        How many records a derived one is made of.
     """
 
     position: int
@@ -80,6 +82,7 @@ class PlanItem:
     keep: bool = False
     seen: tuple[int, ...] | None = None
     file_id: str = ""
+    sources: int | None = None
 
 
 @dataclass(frozen=True)
@@ -326,8 +329,9 @@ def _list_items(
     places = _own_places(selection, request.part)
     own = selection.take(places)
     files = own.records["file_id"].tolist()
+    sources = own.counts if isinstance(own, Derived) else [None] * len(files)
     digests = record_digests(own, columns, partners)
-    facts = zip(places.tolist(), digests, files, strict=True)
+    facts = zip(places.tolist(), digests, files, sources, strict=True)
     records = dict(zip(own.keys(), facts, strict=True))
     by_file = settings.noise == "file_id"
     return [
@@ -339,8 +343,9 @@ def _list_items(
             seed=seed_of(settings.seed, key, number, file_id if by_file else ""),
             digests=made_from,
             file_id=file_id,
+            sources=count,
         )
-        for key, (position, made_from, file_id) in records.items()
+        for key, (position, made_from, file_id, count) in records.items()
         for number in request.numbers
     ]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import fedgfe_store
+from fedgfe_store.common.location import seen_from
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.generation.prepare import Run
 from fedgfe_store.generation.settings import fingerprint, settings_json
@@ -33,9 +35,11 @@ class Provenance:
             packages.append(PACKAGES[settings.quantization])
         if placement.loras:
             packages.append("peft")
-        family = run.model.family
-        declared = {"family": family.source} if family.source else {}
-        loras = {"loras": [lora.to_json() for lora in placement.loras]} if placement.loras else {}
+        # Nothing names a place of this machine: the folder may be moved, shared and published.
+        folder, source = run.plan.folder, run.model.family.source
+        declared = {"family": seen_from(Path(source), folder)} if source else {}
+        applied = [lora.to_json(folder) for lora in placement.loras]
+        loras = {"loras": applied} if applied else {}
         hub_name = run.model.from_hub or settings.model == "tiny"
         self._common = {
             "settings": settings_json(settings),
@@ -43,8 +47,8 @@ class Provenance:
             "diffusion_type": run.model.kind,
             **declared,
             **loras,
-            "model_folder": None if hub_name else str(run.model.folder.resolve()),
-            "store": str(run.selection.location.resolve()),
+            "model_folder": None if hub_name else seen_from(run.model.folder, folder),
+            "store": seen_from(run.selection.location, folder),
             **run.plan.identity.to_json(),
             "commit": run.selection.commit,
             "device": placement.device,
@@ -72,11 +76,14 @@ class Provenance:
         Returns
         -------
         dict
-            Key, ``file_id`` where there is one, image number, seed, digests, settings and their
-            fingerprint, the store with its identity and commit, place and library versions; for
-            the PNG's text chunk and the manifest.
+            Key, ``file_id`` where there is one, the number of ``sources`` where it is derived,
+            image number, seed, digests, settings and their fingerprint, the store with its
+            identity and commit, place and library versions; for the PNG's text chunk and the
+            manifest.
         """
-        known = {"file_id": item.file_id} if item.file_id else {}
+        known: dict[str, Any] = {"file_id": item.file_id} if item.file_id else {}
+        if item.sources is not None:
+            known["sources"] = item.sources
         return {
             "key": key_json(item.key),
             **known,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from fedgfe_store.common.location import Address, Location, location
+from fedgfe_store.common.location import Address, Location, found_from
 from fedgfe_store.derived.again import derive
 from fedgfe_store.derived.record import Derived
 from fedgfe_store.derived_keys import Key
@@ -99,10 +99,10 @@ class Recipe:
     def store(self) -> Location | None:
         """The store that it was made from, if that is still there."""
         named = self.provenance.get("store")
-        if not isinstance(named, str) or not named or "\0" in named:
+        if not isinstance(named, str) or not named:
             return None
         try:
-            place = location(named)
+            place = self._place(named)
         except SchemaMismatchError:
             return None
         return place if isinstance(place, Address) or (place / "zarr.json").is_file() else None
@@ -112,7 +112,7 @@ class Recipe:
         settings = self.provenance["settings"]
         return replace(
             asked,
-            model=asked.model or self.provenance.get("model_folder") or settings["model"],
+            model=asked.model or self._model(),
             diffusion_type=self.provenance.get("diffusion_type"),
             noise=cast("Noise", noise_rule(settings)),
             family=asked.family or self._file("family", settings.get("family")),
@@ -125,20 +125,32 @@ class Recipe:
             **{name: settings[name] for name in _AS_THEY_ARE},
         )
 
+    def _place(self, named: str) -> Location:
+        """Return what it names: a path as seen from its folder; earlier ones name absolute ones."""
+        return found_from(named, self.path.parent)
+
+    def _model(self) -> str:
+        """Give its model: a folder of this machine, else a name that any machine knows."""
+        named = self.provenance.get("model_folder")
+        settings: Mapping[str, Any] = self.provenance["settings"]
+        return str(self._place(named) if isinstance(named, str) else settings["model"])
+
     def _file(self, name: str, needed: object) -> str | None:
         """Give the file that a part of its settings is from."""
         named = self.provenance.get(name)
-        if needed and not isinstance(named, str):
+        if not needed:
+            return None
+        if not isinstance(named, str):
             raise SchemaMismatchError(
                 f"{self.path}: expected its {name} to be named, got {named!r}"
             )
-        return named if needed else None
+        return str(self._place(named))
 
     def _loras(self) -> tuple[str, ...]:
         """Give its LoRA as they are asked for; that they are still the same, `check` sees."""
         loras = self.provenance.get("loras", [])
         try:
-            return tuple(f"{lora['file']}:{float(lora['scale'])}" for lora in loras)
+            return tuple(f"{self._place(lora['file'])}:{float(lora['scale'])}" for lora in loras)
         except (TypeError, KeyError, ValueError):
             raise SchemaMismatchError(
                 f"{self.path}: expected files and scales as its loras, got {loras!r}"
@@ -244,12 +256,12 @@ class Recipe:
             if item.status == "done":
                 raise ConflictError(
                     f"{item.path} is there already: overwrite it (--overwrite), or give another "
-                    f"folder (--output-dir)"
+                    "folder (--images)"
                 )
             if item.status == "stale" and item.reason != AGAIN and item.path != self.path:
                 raise ConflictError(
                     f"{item.path} is another picture ({item.reason}): give another folder "
-                    f"(--output-dir)"
+                    "(--images)"
                 )
 
 

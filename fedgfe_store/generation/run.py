@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from fedgfe_store.common.location import retold
 from fedgfe_store.derived.record import Derived
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
@@ -210,7 +211,9 @@ def render(
 
         def settle(item: PlanItem, error: str | None) -> None:
             if error is not None:
-                _note_failure(lines, item, error, report)
+                places = plan.folder, run.selection.location, run.model.folder
+                told = retold(error, plan.folder, places)
+                _note_failure(lines, item, told, report)
             # After the line, so that who takes the claim next can read why it failed.
             claims.release(item.path.name)
 

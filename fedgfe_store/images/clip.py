@@ -64,6 +64,11 @@ class Clip:
             model, processor = _load(name)
             return cls(model.to(device).eval(), processor, name=name, device=device)
 
+    @property
+    def scale(self) -> float:
+        """What cosines are multiplied by before a softmax makes shares of them."""
+        return float(self._model.logit_scale.detach().exp())
+
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Give unit vectors of texts, float32 ``[texts, feature]`` on the CPU."""

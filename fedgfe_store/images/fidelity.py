@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,10 @@ import numpy as np
 
 from fedgfe_store.common.extra import extra
 from fedgfe_store.common.frechet import frechet
-from fedgfe_store.common.sample import drawn
 from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
-from fedgfe_store.images.folder import side_by_side
-from fedgfe_store.images.scoring import Found, opened
+from fedgfe_store.images.embedded import MOST, Embedded, Embedder
+from fedgfe_store.images.scoring import Found
 from fedgfe_store.images.status import natural_rank
 from fedgfe_store.records import KEY_COLUMNS
 
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
 
     from fedgfe_store.images.features import Features
 
-MOST = 10_000
-"""Images of a set that are compared: of more, as many are drawn, always the same. Their features of
-2,048 numbers are 80 MB, and FID's bias is small from there on."""
 BLOCK = 1_000
 """Images of a block of KID at most, as its authors take them (arXiv 1801.01401)."""
 BLOCKS = 5
@@ -37,7 +32,6 @@ SURE = 2_048
 """Images from which the covariance of Inception's 2,048 features has full rank; with fewer the
 Frechet distance is too large, by more the fewer they are (arXiv 1911.07023)."""
 
-_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 _PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _COLUMNS = ("pictures", "others", "kid", "kid_error", "frechet")
 
@@ -171,7 +165,7 @@ def fidelity(
         raise SchemaMismatchError(f"expected some of {', '.join(KEY_COLUMNS)}, got {wrong}")
     extra("torchmetrics.image.kid", "KID", "metrics")
     with tempfile.TemporaryDirectory() as folder:
-        embedder = _Embedder(features, Path(folder), batch_size, progress)
+        embedder = Embedder(features.embed, Path(folder), batch_size, progress)
         images = embedder.embed([image.file for image in found.images])
         keys = [image.key for image in found.images]
         sets = _Sets(keys, images, by, to or {}, None if real is None else embedder.embed(real))
@@ -186,76 +180,20 @@ def _said(keys: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in keys.items())
 
 
-@dataclass(frozen=True, eq=False)
-class _Embedded:
-    """Features on the disk, and which of them are there."""
-
-    values: np.ndarray
-    there: np.ndarray
-
-    def some(self, rows: np.ndarray) -> np.ndarray:
-        """Return features of `rows`, or of as many as are compared."""
-        rows = rows[self.there[rows]]
-        return np.asarray(self.values[rows[drawn(len(rows), MOST)]])
-
-
-class _Embedder:
-    """Embeds pictures into files of `folder`."""
-
-    def __init__(
-        self,
-        features: Features,
-        folder: Path,
-        batch_size: int,
-        progress: Callable[[int], object],
-    ) -> None:
-        self._features, self._folder = features, folder
-        self._batch_size, self._progress = batch_size, progress
-        self.left_out: dict[str, str] = {}
-
-    def embed(self, files: Sequence[Path]) -> _Embedded:
-        values: np.ndarray | None = None
-        there = np.zeros(len(files), bool)
-        for start in range(0, len(files), self._batch_size):
-            batch = files[start : start + self._batch_size]
-            images = list(side_by_side(partial(opened, formats=_FORMATS), batch))
-            sound = [place for place, image in enumerate(images) if image is not None]
-            there[start + np.array(sound, int)] = True
-            self.left_out |= {
-                file.name: "damaged"
-                for file, image in zip(batch, images, strict=True)
-                if image is None
-            }
-            if sound:
-                rows = self._features.embed([image for image in images if image is not None])
-                if values is None:
-                    values = self._room(len(files), rows.shape[1])
-                values[start + np.array(sound)] = rows
-            self._progress(len(batch))
-        if values is None:
-            raise NotFoundError(f"none of {len(files)} pictures in {files[0].parent} is sound")
-        return _Embedded(values, there)
-
-    def _room(self, pictures: int, width: int) -> np.ndarray:
-        file = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)  # noqa: SIM115
-        with file:
-            return np.memmap(file, np.float32, "w+", shape=(pictures, width))
-
-
 class _Sets:
     """The groups of images, and what each is compared with."""
 
     def __init__(
         self,
         keys: Sequence[Key],
-        images: _Embedded,
+        images: Embedded,
         by: Sequence[str],
         to: Mapping[str, Any],
-        real: _Embedded | None,
+        real: Embedded | None,
     ) -> None:
         self._images, self._by, self._to = images, by, to
-        self._real = None if real is None else real.some(np.arange(len(real.there)))
-        self.width = images.values.shape[1]
+        self._real = None if real is None else _features(real, np.arange(len(real.there)))
+        self.width = images.width
         columns = {n: np.array([k.value(n) for k in keys], object) for n in KEY_COLUMNS}
         is_other = np.full(len(keys), bool(to))
         for name, value in to.items():
@@ -280,7 +218,7 @@ class _Sets:
             yield dict(zip(by, key, strict=True)), np.array(rows)
 
     def _row(self, key: dict[str, Any], rows: np.ndarray, *, is_pooled: bool) -> dict[str, Any]:
-        own, other = self._images.some(rows), self._compared(key)
+        own, other = _features(self._images, rows), self._compared(key)
         value, error = kid(own, other)
         distance = frechet(own, other) if is_pooled else float("nan")
         found = (len(own), len(other), value, error, distance)
@@ -293,7 +231,11 @@ class _Sets:
         for name, value in key.items():
             if name not in self._to and (name, value) != ("node", "all"):
                 rows = rows[[each == value for each in self._columns[name][rows]]]
-        return self._images.some(rows)
+        return _features(self._images, rows)
+
+
+def _features(pictures: Embedded, rows: np.ndarray) -> np.ndarray:
+    return pictures.read(pictures.compared(rows))
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> pd.DataFrame:

@@ -243,25 +243,8 @@ class ImageFolder:
         SchemaMismatchError
             If a filter is of the wrong type.
         """
-        wanted = {name: wanted_values(name, value) for name, value in filters.items()}
-        unknown = [name for name in wanted if name not in KEY_COLUMNS]
-        if unknown:
-            raise SchemaMismatchError(
-                f"expected filters of {', '.join(KEY_COLUMNS)}, got {', '.join(unknown)}"
-            )
-        found = self._shown()
-        kept = [
-            image
-            for image in found
-            if all(_meets(image.key, n, values) for n, values in wanted.items())
-        ]
-        if per_class is not None:
-            kept = list(_lowest(kept, per_class))
-        if not kept:
-            raise NotFoundError(
-                f"none of the {len(found):,} pictures in {self.path} meets the filters"
-            )
-        return marked(sorted(kept, key=lambda image: (image.key.rank, image.number)), store)
+        found = pick(self._shown(), str(self.path), per_class=per_class, **filters)
+        return marked(found, store)
 
     def _shown(self) -> list[ImageRecord]:
         if not self.path.is_dir():
@@ -276,6 +259,45 @@ class ImageFolder:
                 f"names as --pattern reads"
             )
         return found
+
+
+def pick(
+    images: Sequence[ImageRecord], where: str, *, per_class: int | None = None, **filters: Any
+) -> list[ImageRecord]:
+    """Return the images whose records meet every filter, in the order of their keys.
+
+    Parameters
+    ----------
+    images : sequence of ImageRecord
+        Images of one folder or several.
+    where : str
+        What to call where they are.
+    per_class, **filters
+        As for `ImageFolder.select`.
+
+    Raises
+    ------
+    NotFoundError
+        If there is none.
+    SchemaMismatchError
+        If a filter is of the wrong type.
+    """
+    wanted = {name: wanted_values(name, value) for name, value in filters.items()}
+    unknown = [name for name in wanted if name not in KEY_COLUMNS]
+    if unknown:
+        raise SchemaMismatchError(
+            f"expected filters of {', '.join(KEY_COLUMNS)}, got {', '.join(unknown)}"
+        )
+    kept = [
+        image
+        for image in images
+        if all(_meets(image.key, n, values) for n, values in wanted.items())
+    ]
+    if per_class is not None:
+        kept = list(_lowest(kept, per_class))
+    if not kept:
+        raise NotFoundError(f"none of the {len(images):,} pictures in {where} meets the filters")
+    return sorted(kept, key=lambda image: (image.key.rank, image.number))
 
 
 def side_by_side(look: Callable[[_T], _U], things: Iterable[_T]) -> Iterator[_U]:
@@ -314,7 +336,7 @@ def look_at(path: Path) -> FoundImage:
     return FoundImage(path, stamp, *inspect_image(path))
 
 
-def _lowest(images: list[ImageRecord], n: int) -> Iterator[ImageRecord]:
+def _lowest(images: Sequence[ImageRecord], n: int) -> Iterator[ImageRecord]:
     # Of the records, not of the images: one record may have several.
     indices = defaultdict(set)
     for image in images:

@@ -13,7 +13,11 @@ from fedgfe_store.records import KEY_COLUMNS, SERVER, RecordKey
 GROUPS = ("node", "round", "split", "class", "index", "image")
 """What a pattern may find in a name; a key and the number of the record's image."""
 
-BLANK: Mapping[str, Any] = {"node": "", "round": 0, "split": "", "class_name": "", "index": 0}
+UNKNOWN = "unknown"
+BLANK: Mapping[str, Any] = {
+    **dict.fromkeys(("node", "split", "class_name"), UNKNOWN),
+    **dict.fromkeys(("round", "index"), 0),
+}
 """What stands in a key for what a name does not tell."""
 
 _NUMBERS = ("round", "index", "image")

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedgfe_store.common.location import found_from
 from fedgfe_store.derived.again import derive
 from fedgfe_store.derived.record import Derived
 from fedgfe_store.derived_keys import DerivedKey, MeanKey
@@ -43,7 +44,7 @@ class Records:
         digests = record_digests(selection, selection.schema.columns)
         self._digests = dict(zip(selection.keys(), digests, strict=True))
         self._selection = selection
-        self._comparable = lru_cache(maxsize=64)(self._is_of_this_store)
+        self._comparable = lru_cache(maxsize=256)(self._is_of_this_store)
         self._partners = lru_cache(maxsize=64)(self._columns_from_elsewhere)
 
     def mark(self, image: ImageRecord) -> str:
@@ -60,7 +61,7 @@ class Records:
             ``"record deleted"`` or ``"embedding changed"``; empty where it shows a record as
             the store has it.
         """
-        if image.is_foreign or not self._comparable(image.shared):
+        if image.is_foreign or not self._comparable(image.shared, image.folder):
             return ""
         made_from = image.own.get("digests")
         if not isinstance(image.key, RecordKey):
@@ -91,7 +92,7 @@ class Records:
         known = settings if isinstance(settings, dict) else {}
         return partners_of(self._selection, elsewhere_of(known))
 
-    def _is_of_this_store(self, shared: str) -> bool:
+    def _is_of_this_store(self, shared: str, folder: Path) -> bool:
         """Whether images can be of this store, at a commit that this view of it has."""
         facts = json.loads(shared)
         commit, identity = facts.get("commit"), Identity.of_image(facts)
@@ -100,12 +101,16 @@ class Records:
         if self._as_of is not None and isinstance(commit, int) and commit > self._as_of:
             return False
         named = facts.get("store")
-        if identity != Identity() or not isinstance(named, str) or "\0" in named:
+        if identity != Identity() or not isinstance(named, str):
             return True
         # Older images name the store's place only: if another one is there, they are of that.
-        if named == str(self._place):
+        try:
+            place = found_from(named, folder)
+        except SchemaMismatchError:  # no place at all
             return True
-        return "://" not in named and not (Path(named) / "zarr.json").is_file()
+        if place == self._place:
+            return True
+        return isinstance(place, Path) and not (place / "zarr.json").is_file()
 
 
 def mark_outdated(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedgfe_store.records import RecordKey
 
+Entry = tuple[str, RecordKey]
+"""A record, and where it is from."""
 
-def sample_numbers(keys: Sequence[RecordKey], file_ids: Sequence[str]) -> list[int]:
+
+def sample_numbers(
+    keys: Sequence[RecordKey], file_ids: Sequence[str], sources: Sequence[str] | None = None
+) -> list[int]:
     """Give numbers to the samples of each node, split and class alike in all rounds.
 
     A training loader shuffles, so that one index is another sample in each round. A sample that
@@ -22,49 +27,55 @@ def sample_numbers(keys: Sequence[RecordKey], file_ids: Sequence[str]) -> list[i
         Records; one that is given twice has one number.
     file_ids : sequence of str
         What identifies the file that each was made from; empty where that is not known.
+    sources : sequence of str, optional
+        Where each is from, such as its folder: another one's record of the same key may be of
+        another sample.
 
     Returns
     -------
     list of int
         The number of each record: of two rounds' records, those of the same sample have the same.
     """
-    known = {key: file_id for key, file_id in zip(keys, file_ids, strict=True) if file_id}
-    if not known:
+    if not any(file_ids):
         return [key.index for key in keys]
-    groups: dict[tuple[str, str, str], list[RecordKey]] = defaultdict(list)
-    for key in dict.fromkeys(keys):
-        groups[key.node, key.split, key.class_name].append(key)
-    numbers: dict[RecordKey, int] = {}
+    entries = list(zip(sources or [""] * len(keys), keys, strict=True))
+    known = {entry: file_id for entry, file_id in zip(entries, file_ids, strict=True) if file_id}
+    groups: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
+    for source, key in dict.fromkeys(entries):
+        groups[key.node, key.split, key.class_name].append((source, key))
+    numbers: dict[Entry, int] = {}
     for group in groups.values():
         numbers |= _numbered(group, known)
-    return [numbers[key] for key in keys]
+    return [numbers[entry] for entry in entries]
 
 
-def _numbered(group: list[RecordKey], known: dict[RecordKey, str]) -> dict[RecordKey, int]:
+def _numbered(group: list[Entry], known: Mapping[Entry, str]) -> dict[Entry, int]:
     """Give numbers to the records of one node, split and class."""
-    ordered = sorted(group, key=lambda key: (key.round, key.index))
-    fresh = max(key.index for key in group) + 1
+    ordered = sorted(group, key=lambda entry: (entry[1].round, entry[0], entry[1].index))
+    fresh = max(key.index for _, key in group) + 1
     owner: dict[int, tuple[str, int]] = {}
     of_sample: dict[tuple[str, int], int] = {}
-    seen: dict[tuple[int, str], int] = defaultdict(int)
-    numbers: dict[RecordKey, int] = {}
-    for key in ordered:
-        if key not in known:
+    seen: dict[tuple[str, int, str], int] = defaultdict(int)
+    numbers: dict[Entry, int] = {}
+    for entry in ordered:
+        if entry not in known:
             continue
-        place = key.round, known[key]
-        sample = known[key], seen[place]
+        source, key = entry
+        place = source, key.round, known[entry]
+        sample = known[entry], seen[place]
         seen[place] += 1
         if sample not in of_sample:
             number = key.index
             if number in owner:
                 number, fresh = fresh, fresh + 1
             owner[number], of_sample[sample] = sample, number
-        numbers[key] = of_sample[sample]
-    taken = {(key.round, number) for key, number in numbers.items()}
-    for key in ordered:
-        if key not in known:
+        numbers[entry] = of_sample[sample]
+    taken = {(source, key.round, number) for (source, key), number in numbers.items()}
+    for entry in ordered:
+        if entry not in known:
+            source, key = entry
             number = key.index
-            if (key.round, number) in taken:
+            if (source, key.round, number) in taken:
                 number, fresh = fresh, fresh + 1
-            numbers[key] = number
+            numbers[entry] = number
     return numbers

@@ -17,7 +17,7 @@ FOREIGN = "of another program"
 """What is told of images that this package did not make."""
 
 # What is another in each image; all else of a provenance is one text that many share.
-_OWN = ("file_id", "seed", "digests", "created", "seconds", "bytes")
+_OWN = ("file_id", "sources", "seed", "digests", "created", "seconds", "bytes")
 _IDENTITY = ("file", "key", "image")
 # Pixels of a side: what says more is no size but damage, and no sheet is laid out by it.
 _LARGEST = 2**20

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import xxhash
 
+from fedgfe_store.common.location import seen_from
 from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.models.devices import first_line
 from fedgfe_store.models.loading import loading
@@ -77,9 +78,10 @@ class Lora:
         """What tells it from others, whatever its file is called: digest and scale."""
         return f"{self.digest}:{self.scale}"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as images keep it."""
-        return {"file": str(self.path.resolve()), "digest": self.digest, "scale": self.scale}
+    def to_json(self, folder: Path) -> dict[str, Any]:
+        """Return it as the images of a folder keep it."""
+        file = seen_from(self.path, folder)
+        return {"file": file, "digest": self.digest, "scale": self.scale}
 
 
 def _scale(text: str, end: str) -> float:

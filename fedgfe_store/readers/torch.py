@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from fedgfe_store.common import threads
@@ -21,14 +21,17 @@ from fedgfe_store.common.recycled import Recycled
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.readers.columns import batch_columns
+from fedgfe_store.rows import Rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedgfe_store.derived.record import Derived
-    from fedgfe_store.rows import Rows
 
 T = TypeVar("T")
+
+LABEL = "label"
+"""What records' classes are called in batches, as numbers."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class BatchReader:
         Data type of the embeddings, by default float32; masks and lengths keep theirs.
     pinned : bool
         Decode into page-locked memory.
+    classes : sequence of str, optional
+        Give each record's place among them as ``label``, int64; -1 of one of another class.
     memory : mapping of str to Recycled
         Where batches of a column may lie; by default each has new memory.
     """
@@ -86,7 +91,15 @@ class BatchReader:
     columns: Sequence[str]
     dtype: torch.dtype | None = None
     pinned: bool = False
+    classes: Sequence[str] | None = None
     memory: Mapping[str, Recycled] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
+        if self.dtype is not None and not known:
+            raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {self.dtype!r}")
+        if self.classes is not None and LABEL in self.columns:
+            raise SchemaMismatchError(f"labels: the store has a tensor column {LABEL} already")
 
     def recycling(self, most: int) -> BatchReader:
         """Return this reader with memory for `most` batches, which is used again and again."""
@@ -94,7 +107,12 @@ class BatchReader:
 
     def read(self, rows: Rows | Derived) -> Batch:
         """Read some records, into memory that no other batch has; raises as `Rows.read`."""
-        return Batch(rows, {name: self._tensor(rows, name) for name in self.columns})
+        tensors = {name: self._tensor(rows, name) for name in self.columns}
+        if self.classes is not None and isinstance(rows, Rows):  # means are of several classes
+            places = {name: place for place, name in enumerate(self.classes)}
+            found = [places.get(name, -1) for name in rows.column("class_name").tolist()]
+            tensors[LABEL] = torch.tensor(found, dtype=torch.int64, pin_memory=self.pinned)
+        return Batch(rows, tensors)
 
     def _tensor(self, rows: Rows | Derived, name: str) -> torch.Tensor:
         """Decode a column to where it stays; only another data type takes a copy."""
@@ -141,6 +159,10 @@ class Batches(IterableDataset[Batch]):
         *,
         dtype: torch.dtype | None,
         columns: Sequence[str] | None,
+        classes: Sequence[str] | None,
+        shuffle: bool,
+        seed: int | None,
+        drop_last: bool,
         prefetch: int,
         pin_memory: bool,
     ) -> None:
@@ -149,18 +171,36 @@ class Batches(IterableDataset[Batch]):
                 raise SchemaMismatchError(
                     f"{name}: expected a whole number from {least} up, got {number!r}"
                 )
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {dtype!r}")
-        self._reader = BatchReader(batch_columns(selection.schema, columns), dtype, pin_memory)
+        if seed is not None and not (shuffle and is_whole(seed) and 0 <= seed < 2**63):
+            raise SchemaMismatchError(
+                f"seed: expected a whole number from 0 up, and shuffle=True, got {seed!r}"
+            )
+        names = batch_columns(selection.schema, columns)
+        self._reader = BatchReader(names, dtype, pin_memory, classes)
         # Torch would say so only when the first batch is read.
         if pin_memory and not torch.accelerator.is_available():
             raise SchemaMismatchError(
                 "pin_memory: expected a machine with an accelerator that torch can use, got none"
             )
-        self._selection, self._size, self._prefetch = selection, batch_size, prefetch
+        # A numpy integer of few bits would overflow where positions are counted.
+        self._selection, self._size, self._prefetch = (
+            selection,
+            operator.index(batch_size),
+            prefetch,
+        )
+        self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
+        self._epoch = self._passes = 0
 
     def __len__(self) -> int:
-        return math.ceil(len(self._selection) / self._size)
+        whole = len(self._selection) // self._size
+        return whole if self._drop_last else math.ceil(len(self._selection) / self._size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Ask for another order that `seed` fixes, as torch's ``DistributedSampler`` does.
+
+        Workers of a DataLoader that are kept over passes do not learn of it.
+        """
+        self._epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
         # No more than there are: `prefetch` makes a place for each, and people ask for 2**70.
@@ -174,9 +214,54 @@ class Batches(IterableDataset[Batch]):
         # A DataLoader's workers each have the whole dataset, and have to share it among them.
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        # A numpy integer of few bits would overflow where positions are counted.
-        parts = self._selection.parts(operator.index(self._size))
+        selection = self._selection
+        if self._shuffle:
+            selection = selection.take(self._order(worker))
+        parts = islice(selection.parts(self._size), len(self))
         return (rows for _, rows in islice(parts, first, None, step))
+
+    def _order(self, worker: Any) -> np.ndarray:
+        """Return the positions of the records in the order of this pass: alike in all workers."""
+        if self._seed is not None:
+            seed = self._seed + self._epoch
+        elif worker is not None:
+            # Drawn for each pass; workers that are kept over passes count them.
+            seed = worker.seed - worker.id + self._passes
+            self._passes += 1
+        else:
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        return torch.randperm(len(self._selection), generator=generator).numpy()
+
+
+class RecordDataset(Dataset[dict[str, torch.Tensor]]):
+    """Records by their positions, made by `Selection.to_torch`; loaders read several at once."""
+
+    def __init__(
+        self,
+        selection: Rows,
+        *,
+        dtype: torch.dtype | None,
+        columns: Sequence[str] | None,
+        classes: Sequence[str] | None,
+    ) -> None:
+        names = batch_columns(selection.schema, columns)
+        self._reader = BatchReader(names, dtype, classes=classes)
+        # To other processes go the rows, and not what was read of them here.
+        self._selection = selection.take(slice(None))
+
+    def __len__(self) -> int:
+        return len(self._selection)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # Where there is none an IndexError ends a loop over the dataset.
+        return self.__getitems__([range(len(self))[index]])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Read records at once: what a DataLoader asks for."""
+        tensors = self._reader.read(self._selection.take(list(indices))).tensors
+        rows = zip(*(values.unbind() for values in tensors.values()), strict=True)
+        return [dict(zip(tensors, values, strict=True)) for values in rows]
 
 
 @dataclass(frozen=True)

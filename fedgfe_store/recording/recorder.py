@@ -11,6 +11,7 @@ from fedgfe_store.common.words import whole_number
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.recording.block import RoundBatch
 from fedgfe_store.recording.pages import Block, LeftOut, Pool
+from fedgfe_store.recording.preview import Preview, Previews, preview_of
 from fedgfe_store.recording.target import Run, Target
 from fedgfe_store.recording.writer import Missing, OnError, Writer
 from fedgfe_store.schema import Metadata, Precision
@@ -73,6 +74,10 @@ class Recorder:
         Record to a store of an experiment of another name; what has the same keys is replaced.
     images_dir : str, optional
         Folder that ``image_path`` in the records' ``extra`` names, as FedGFE's checkpoints do.
+    preview : Preview or int, optional
+        Have some records of each round rendered by another process while training goes on; a
+        number says how many. Nothing waits for it: while one is being made, that of the next round
+        is left out, and what goes wrong with it is a line in the log. It ends with this process.
     timeout : float
         Seconds that a commit waits for another writer.
 
@@ -107,6 +112,7 @@ class Recorder:
         metadata: Metadata | None = None,
         other_experiment: bool = False,
         images_dir: str | None = None,
+        preview: Preview | int | None = None,
         timeout: float = LOCK_TIMEOUT,
     ) -> None:
         _check_choice("if_exists", if_exists, IfExists)
@@ -125,7 +131,14 @@ class Recorder:
         )
         pool = Pool(whole_number("buffer_bytes", buffer_bytes))
         self._run = Run()
-        self._writer = Writer(target, pool, on_error=on_error, background=background)
+        shown = preview_of(preview)
+        self._writer = Writer(
+            target,
+            pool,
+            on_error=on_error,
+            background=background,
+            previews=None if shown is None else Previews(self.path, shown),
+        )
 
     @property
     def missing(self) -> tuple[Missing, ...]:

@@ -15,6 +15,7 @@ from typing import Literal
 from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError, FedgfeStoreError
 from fedgfe_store.recording.pages import Block, Dropped, LeftOut, Pool, named
+from fedgfe_store.recording.preview import Previews
 from fedgfe_store.recording.target import Target
 
 OnError = Literal["raise", "warn"]
@@ -62,9 +63,20 @@ class Writer:
         Whether problems of the store are raised, see `Recorder`.
     background : bool
         Whether a block may end before it is committed.
+    previews : Previews, optional
+        Told of what is committed.
     """
 
-    def __init__(self, target: Target, pool: Pool, *, on_error: OnError, background: bool) -> None:
+    def __init__(
+        self,
+        target: Target,
+        pool: Pool,
+        *,
+        on_error: OnError,
+        background: bool,
+        previews: Previews | None = None,
+    ) -> None:
+        self._previews = previews
         self.target, self.pool, self.path = target, pool, target.path
         self._on_error, self._background = on_error, background
         self._line = threads.Line("fedgfe-store-recorder", self)
@@ -187,6 +199,7 @@ class Writer:
         for block in list(self._blocks.values()):
             _log.warning("%s: the block of %s never ended: not recorded", self.path, block)
             self.drop(block)
+        self._previews = None  # it would end with the interpreter
         if self._waiting:
             _log.warning("%s: the recorder was not closed: writing what waits", self.path)
         self._close_quietly()
@@ -278,6 +291,8 @@ class Writer:
         if block.left_out:
             left = [str(each) for each in block.left_out]
             _log.warning("%s: left out of %s: %s", self.path, block, _listed(left))
+        if self._previews is not None and block.added + block.replaced:
+            self._previews.begin(block.node, block.round)
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -98,16 +98,63 @@ def test_a_picture_is_made_again_from_its_own_metadata(
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.png") if p != path}
     path.write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(
-        group, ["generate", "--from-image", str(elsewhere), "--output-dir", str(folder)]
-    )
+    # What comes by mail knows no way to its model.
+    again = ["generate", "--model", str(flux), "--from-image", str(elsewhere)]
+    result = CliRunner().invoke(group, [*again, "--output-dir", str(folder)])
     assert result.exit_code == 0, result.output
     assert "1 image rendered" in result.output
     np.testing.assert_array_equal(pixels(path), expected)
-    again = provenance_of(path)
+    made = provenance_of(path)
     for name in ("key", "image", "seed", "digests", "settings", "fingerprint"):
-        assert again[name] == provenance[name]
+        assert made[name] == provenance[name]
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_folder_names_no_place_of_the_machine_and_works_where_it_is_moved(
+    flux: Path, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, folder = tmp_path / "home", tmp_path / "home" / "out"
+    shutil.copytree(store.path, home / "e.zarr")
+    shutil.copytree(flux, home / "models" / "flux")
+    keys = store.select().keys()
+    (folder / image_name(keys[1])).mkdir(parents=True)  # cannot be written
+    size = ["--height", str(SIZE), "--width", str(SIZE), "--steps", "1", "--index", "0-1"]
+    model = ["--model", str(home / "models" / "flux"), "--output-dir", str(folder)]
+    code, output = run(home / "e.zarr", *size, *model)
+    assert (code, "cannot write" in output) == (3, True), output
+    for made in (["gallery"], ["sheet", "--output", str(folder / "sheet.png")]):
+        told = CliRunner().invoke(group, [*made, "--input-dir", str(folder)])
+        assert told.exit_code == 0, told.output
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in written} >= {".png", ".jsonl", ".html", ".webp"}
+    lines = list(read_manifest(folder))
+    assert [line["error"] for line in lines if "error" in line] != []
+    named = {(line["store"], line["model_folder"]) for line in lines if "store" in line}
+    assert named == {("../e.zarr", "../models/flux")}
+    for path in written:
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+
+    moved = tmp_path / "moved"
+    home.rename(moved)
+    path = moved / "out" / image_name(keys[0])
+    monkeypatch.chdir(tmp_path / "moved" / "models")
+    again = ["generate", "--device", "cpu", "--from-image", str(path), "--output-dir", "again"]
+    result = CliRunner().invoke(group, again)
+    assert result.exit_code == 0, result.output
+    assert f"records: 1 of {moved / 'e.zarr'}, commit 1" in result.output
+    difference = pixels(Path("again") / path.name).astype(int) - pixels(path)
+    assert np.abs(difference).max() <= 1
+
+    # Pictures of earlier releases name absolute paths.
+    old = provenance_of(path) | {
+        "store": str(moved / "e.zarr"),
+        "model_folder": str(moved / "models" / "flux"),
+    }
+    mailed = tmp_path / "old.png"
+    write_png(mailed, pixels(path), old)
+    result = CliRunner().invoke(group, [*again[:4], str(mailed), "--output-dir", "old"])
+    assert result.exit_code == 0, result.output
+    assert f"records: 1 of {moved / 'e.zarr'}, commit 1" in result.output
 
 
 def test_making_a_picture_again_leaves_the_picture_alone(
@@ -127,7 +174,7 @@ def test_making_a_picture_again_leaves_the_picture_alone(
         code, output = run(store.path, "--from-image", str(path), *more)
         assert (code, f"{target} is there already" in output) == (1, True), output
         assert "--overwrite" in output
-        assert "--output-dir" in output
+        assert "--images" in output
         assert (target.stat().st_ino, target.read_bytes()) == before
 
 

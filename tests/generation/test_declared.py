@@ -178,7 +178,7 @@ def test_an_image_says_which_declaration_it_is_of_and_is_made_again_by_it(
     (path,) = (tmp_path / "out").glob("*.png")
     made, first = provenance_of(path), pixels(path)
     assert first.shape == (16, 16, 3), "the declaration's size"
-    assert (made["family"], made["diffusion_type"]) == (str(declared), "mine")
+    assert (made["family"], made["diffusion_type"]) == (f"../{declared.name}", "mine")
 
     # A remark in it is nothing to an image; what it declares is.
     declared.write_text(f"# tried on the first data\n{DECLARED}")

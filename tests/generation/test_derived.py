@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import SMALL, fill, values
 from generation_fakes import SIZE, FakePipeline, checksum, load_flux
 from pictures import provenance_of
 from PIL import Image
+from processes import started
 
 from fedgfe_store import EmbeddingStore, Selection, walk
+from fedgfe_store.cli.main import group
 from fedgfe_store.derived.record import Derived
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.generation.parts import Part
 from fedgfe_store.generation.run import GenerationReport, generate
 from fedgfe_store.generation.settings import seed_of
 from fedgfe_store.images.folder import ImageFolder
+from fedgfe_store.images.manifest import read_manifest
 from fedgfe_store.images.status import image_status
 from fedgfe_store.names import image_name
 
@@ -167,6 +175,7 @@ def test_images_of_derived_records_say_their_recipe(
         "mean": {"round": 20, "class_name": "dog"},
         "of": {"node": ["0", "1"]},
     }
+    assert provenance_of(path)["sources"] == 6
     dog, cat = (store.select(round=20, class_name=c).mean(by=["round"]) for c in ("dog", "cat"))
     frames = walk(dog, cat, 3, mode="lerp")
     draw(flux, frames, folder)
@@ -206,3 +215,134 @@ def test_damage_of_a_source_fails_its_derived_images_alone(
     assert made.done == 3
     assert [str(each.key) for each in made.failed] == ["mean of node 0, round 5"]
     assert "t5 of node 0, round 5" in made.failed[0].reason
+
+
+def test_a_compaction_meanwhile_moves_the_sources_and_changes_nothing(
+    flux: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    fill(store, node=7, round=1, n=20)
+
+    class Meanwhile(FakePipeline):
+        def denoise(self, *args: Any, **options: Any) -> torch.Tensor:
+            if not self.batch_sizes:
+                other = EmbeddingStore.open(store.path)
+                other.delete(node=7, index=range(1, 20))
+                assert other.compact().records_moved
+            return super().denoise(*args, **options)
+
+    means = store.select().mean(by=["node", "round", "class_name"])
+    asked = {"batch_size": 1, **ASKED}
+    made = generate(means, tmp_path / "images", pipeline=Meanwhile(flux), **asked)
+    others = {key for key in means.keys() if key.value("node") == "7"}
+    assert {failure.key for failure in made.failed} == others
+    assert all("has been replaced since" in failure.reason for failure in made.failed)
+    assert made.done + len(made.failed) == len(means)
+    draw(
+        flux,
+        EmbeddingStore.open(store.path)
+        .select(node=[0, 1])
+        .mean(by=["node", "round", "class_name"]),
+        tmp_path / "straight",
+    )
+    for path in (tmp_path / "straight").glob("*.png"):
+        assert colour(tmp_path / "images" / path.name) == colour(path)
+
+
+def run(store: EmbeddingStore, *arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(group, ["--store", str(store.path), *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+SIZES = ("--height", SIZE, "--width", SIZE, "--steps", 2, "--device", "cpu")
+WALK = ("--walk", "node=0:1", "--round", 20, "--class", "dog", "--per-class", 1, "--frames", 4)
+ONE = ("--node", "0", "--round", "20", "--index", "0")
+MEAN = ("--mean", "round,class", "--node", "0-1")
+
+
+@pytest.mark.slow
+def test_the_command_line_draws_means_and_walks_and_knows_them_again(
+    flux: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    folder, again = tmp_path / "images", tmp_path / "again"
+    where = ("--output-dir", folder)
+    for asked, count in ((WALK, 4), (MEAN, 4)):
+        draw_them = ("generate", "--model", flux, *SIZES, *asked, *where)
+        code, said = run(store, *draw_them)
+        assert code == 0, said
+        assert f"{count} images rendered" in said
+        assert f"{count} done, 0 missing" in run(store, *draw_them, "--dry-run")[1]
+        assert "nothing is missing" in run(store, "status", *asked, *where)[1]
+    assert "walk node 0 to 1, slerp, 4 frames" in run(store, "status", *WALK, *where)[1]
+    for path in sorted(folder.glob("*.png")):
+        code, said = run(store, "generate", "--from-image", path, "--output-dir", again)
+        assert code == 0, said
+        with Image.open(path) as first, Image.open(again / path.name) as second:
+            assert np.abs(np.asarray(first).astype(int) - np.asarray(second)).max() <= 1
+    replace(store, node=0, round=20, class_name="dog")
+    code, said = run(store, "status", *MEAN, *where)
+    assert "stale: 1 image: embedding changed" in said
+    told = [run(store, "generate", "--from-image", path)[1] for path in folder.glob("mean_*.png")]
+    assert sum("has changed since commit 4: using it as of then" in each for each in told) == 1
+    assert [each for each in told if "1 image rendered" not in each] == []
+    code, line = run(store, "generate", "--from-image", path, "--mean", "round")
+    assert (code, "--from-image decides on --mean itself" in line) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "error"),
+    [
+        (["--walk", "dog:drum"], 1, "expected one record of class dog, got 12; .*--per-class 1"),
+        (["--walk", "dog:emu", *ONE], 1, "of class emu, got 0; there are those of cat, dog"),
+        (["--walk", "round=5:20", "--mean", "class"], 1, "one mean of round 5, got 0"),
+        (["--walk", "dog"], 2, "expected two ends such as dog:drum"),
+        (["--walk", ":dog"], 2, "expected two ends such as dog:drum"),
+        (["--frames", "4"], 2, "--frames goes with --walk"),
+        (["--mode", "lerp"], 2, "--mode goes with --walk"),
+        (["--mean", "colour"], 2, "expected some of node, round"),
+        (["--walk", "dog:cat", "--frames", "1"], 2, "1 is not in the range"),
+        (["--mean", "class", "--column", "t5=round:20"], 1, "column: expected records"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_for_is_one_line(
+    flux: Path, store: EmbeddingStore, tmp_path: Path, asked: list[str], code: int, error: str
+) -> None:
+    where = ("--model", flux, *SIZES, "--output-dir", tmp_path / "images", "--dry-run")
+    found, said = run(store, "generate", *asked, *where)
+    assert found == code, said
+    assert re.search(error, said), said
+
+
+def test_names_with_colons_are_ends_too(flux: Path, tmp_path: Path) -> None:
+    store = EmbeddingStore.create(tmp_path / "s.zarr", SMALL)
+    fill(store, node=0, round=1, classes="a:b b c", n=1)
+    where = ("--model", flux, *SIZES, "--output-dir", tmp_path / "images", "--dry-run")
+    for text, label in (("a:b:c", "a:b to c"), ("b:a:b", "b to a:b"), ("class=c:a:b", "c to a:b")):
+        code, said = run(store, "generate", "--walk", text, *where)
+        assert code == 0, said
+        assert f"walk {label}, slerp, 9 frames" in said
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.kill
+def test_a_killed_walk_goes_on_where_it_was(
+    flux: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    asked = ("generate", "--model", flux, *SIZES, *WALK[:-1], 60, "--batch-size", 2)
+    words = ["--store", store.path, *asked, "--output-dir", folder]
+    program = [sys.executable, "-m", "fedgfe_store", *map(str, words)]
+    with started(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(folder.glob("*.png"))) < 5:
+            time.sleep(0.01)
+        process.kill()
+    left = len(list(folder.glob("*.png")))
+    code, said = run(store, *asked, "--output-dir", folder)
+    assert (code, f"{60 - left} images rendered" in said) == (0, True), said
+    assert run(store, *asked, "--output-dir", tmp_path / "straight")[0] == 0
+    for path in (tmp_path / "straight").glob("*.png"):
+        with Image.open(path) as first, Image.open(folder / path.name) as second:
+            assert np.abs(np.asarray(first).astype(int) - np.asarray(second)).max() <= 1
+    lines = [line["file"] for line in read_manifest(folder)]
+    assert sorted(lines) == sorted(path.name for path in folder.glob("*.png"))

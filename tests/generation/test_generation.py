@@ -368,11 +368,10 @@ def test_the_guides_shapes_generate_as_they_are(tmp_path: Path, remarks: list[st
     fill(store, node=0, round=5, classes="dog", n=2)
     report = generate(store.select(), tmp_path / "out", report=remarks.append, **SETTINGS)
     assert report.done == 2
-    assert [line for line in remarks if "pool" in line] == [
+    assert remarks == [
         "clip is a sequence [77, 768], which has no pooled vector: using pool last of its tokens "
         "(first or mean are the alternatives)"
     ]
-    assert len(remarks) == 2, "the other remark is that the CPU ignores offload"
     changed: dict[str, Any] = {"pool": "mean", "report": remarks.append, **SETTINGS}
     with pytest.raises(ConflictError, match="pool last -> mean"):
         generate(store.select(), tmp_path / "out", **changed)

@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner
 from conftest import fill
 from curves import curves
+from gallery_pages import SETTINGS, add
 from PIL import Image
-from test_gallery import SETTINGS, add
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 

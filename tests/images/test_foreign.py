@@ -48,11 +48,11 @@ def test_names_of_fedgfe_tell_the_record(name, key):
 
 def test_what_a_name_does_not_tell_is_lacking():
     names = PictureNames.of([r"(?P<class>[a-z]+)-(?P<round>\d+)(?:-(?P<image>\d+))?"])
-    blank = RecordKey("", 5, "", "dog", 0)
+    blank = RecordKey("unknown", 5, "unknown", "dog", 0)
     assert told(names, "dog-5.png") == (blank, 0, ("node", "split", "index"))
     assert told(names, "dog-5-2.png") == (blank, 2, ("node", "split", "index"))
     assert told(names, "round_5_node_3_img_dog_7.png") == (
-        RecordKey("3", 5, "", "dog", 7), 0, ("split",)
+        RecordKey("3", 5, "unknown", "dog", 7), 0, ("split",)
     )  # fmt: skip
     for name in ("holiday.png", "dog-five.png", f"dog-{'9' * 30}.png"):
         assert names.read(name) is None

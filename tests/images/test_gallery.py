@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -17,22 +16,20 @@ import pytest
 from browser import Watched, chromium, drives_chromium, empty_page
 from click.testing import CliRunner
 from conftest import fill
+from gallery_pages import SEED, SETTINGS, add, content, facet, fact, files, key, status
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.demo.pictograms import CLASSES
 from fedgfe_store.errors import NotFoundError
-from fedgfe_store.generation.settings import Settings, fingerprint, settings_json
+from fedgfe_store.generation.settings import fingerprint, settings_json
 from fedgfe_store.images.gallery import make_gallery, scan_images
 from fedgfe_store.images.manifest import Manifest
-from fedgfe_store.images.png import write_png
-from fedgfe_store.names import image_name, key_json
+from fedgfe_store.names import key_json
 from fedgfe_store.records import RecordKey
 
-SETTINGS = Settings("tiny", "abc", "float32", steps=2, guidance=3.5, height=8, width=8)
-SEED = 7_212_018_836_994_589_241
 HOSTILE = [
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(2)>",
@@ -40,53 +37,6 @@ HOSTILE = [
     "🐶 \u2028 dog's",
     "%41#?&amp;",
 ]
-
-
-def add(
-    folder: Path,
-    key: RecordKey,
-    *,
-    image: int = 0,
-    colour: int | np.ndarray = 0,
-    listed: bool = True,
-    settings: Settings = SETTINGS,
-    name: str | None = None,
-) -> str:
-    """Make an image as a run would, without one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    provenance = {
-        "key": key_json(key),
-        "image": image,
-        "seed": SEED + key.index,
-        "digests": {"t5": f"{key.round:016x}", "clip": f"{key.index:016x}"},
-        "settings": settings_json(settings),
-        "fingerprint": fingerprint(settings),
-        "commit": 16,
-        "versions": {"diffusers": "0.42.1"},
-    }
-    name = name or image_name(key, image)
-    size = settings.height, settings.width, 3
-    write_png(folder / name, np.full(size, colour, np.uint8), provenance)
-    if listed:
-        with Manifest(folder) as manifest:
-            line = {"file": name, **provenance, "created": "2026-01-22T12:00:00+00:00"}
-            manifest.append(line)
-    return name
-
-
-def key(round: int = 1, class_name: str = "dog", index: int = 0, node: str = "0") -> RecordKey:
-    return RecordKey(node, round, "train", class_name, index)
-
-
-def content(page: Path) -> dict[str, Any]:
-    """Read back what a page says of its pictures."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
-    assert found
-    return json.loads(found[1])
-
-
-def files(page: Path) -> set[str]:
-    return set(map(unquote, content(page)["file"]))
 
 
 def test_pictures_come_from_manifests_and_without_a_line_from_themselves(tmp_path):
@@ -146,7 +96,7 @@ def test_a_page_elsewhere_has_thumbnails_of_its_own_and_finds_the_pictures(tmp_p
     gallery = make_gallery(folder, tmp_path / "pages" / "first.html")
     assert gallery.thumbnails == tmp_path / "pages" / "first_thumbnails"
     shown = content(gallery.page)
-    picture = gallery.page.parent / unquote(shown["pictures"] + shown["file"][0])
+    picture = gallery.page.parent / unquote(shown["pictures"][0] + shown["file"][0])
     assert picture.resolve() == (folder / name).resolve()
     assert [p.name for p in folder.iterdir() if p.suffix == ".html"] == []
 
@@ -201,7 +151,7 @@ def test_without_a_store_the_command_says_how_to_name_the_folder(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(group, ["gallery"])
     assert result.exit_code == 1
-    assert "--input-dir names the folder" in result.stderr
+    assert "--images names the folder" in result.stderr
     add(tmp_path / "images", key())
     result = CliRunner().invoke(group, ["gallery", "--input-dir", "images", "--output", "a.html"])
     assert result.exit_code == 0, result.output
@@ -233,20 +183,6 @@ def watched(browser: Browser) -> Iterator[Watched]:
     assert page.dialogs == []
     assert page.failed == []
     assert [url for url in page.requests if not url.startswith(("file://", "data:"))] == []
-
-
-def status(page: Page) -> Locator:
-    return page.locator("#status")
-
-
-def facet(page: Page, name: str, value: str) -> Locator:
-    section = page.locator(f'#filters section[aria-label="{name}"]')
-    return section.locator(f"button[title={json.dumps(value)}]")
-
-
-def fact(page: Page, name: str) -> Locator:
-    row = page.locator("#facts tr").filter(has=page.get_by_role("rowheader", name=name, exact=True))
-    return row.first.locator("td")
 
 
 def focused(page: Page) -> str:
@@ -321,7 +257,7 @@ def test_a_click_shows_the_picture_with_its_provenance(watched, folder):
 @drives_chromium
 def test_two_rounds_are_compared_sample_by_sample(watched, folder):
     page = watched.open(folder / "gallery.html")
-    page.get_by_role("button", name="Compare rounds").click()
+    page.get_by_role("button", name="Compare").click()
     expect(status(page)).to_have_text("120 pairs")
     page.select_option("#left", label="round 3")
     facet(page, "Class", "drum").click()

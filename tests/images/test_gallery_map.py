@@ -9,8 +9,8 @@ import pytest
 from browser import Watched, chromium, drives_chromium, empty_page
 from click.testing import CliRunner
 from conftest import SMALL, fill
+from gallery_pages import add, content
 from playwright.sync_api import Page, Position, expect
-from test_gallery import add, content
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group

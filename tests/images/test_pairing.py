@@ -137,7 +137,7 @@ def test_the_page_shows_the_same_files_side_by_side(tmp_path: Path) -> None:
     page_file = make_gallery(tmp_path).page
     with chromium() as browser, empty_page(browser) as watched:
         page = watched.open(page_file)
-        page.get_by_role("button", name="Compare rounds").click()
+        page.get_by_role("button", name="Compare").click()
         expect(page.locator("#status")).to_have_text(f"{FILES * len(CLASSES)} pairs")
         cells = page.locator(".cell").evaluate_all(
             "all => all.map(c => [...c.querySelectorAll('img')].map(i => i.src))"

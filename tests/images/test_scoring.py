@@ -17,10 +17,10 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import fill
 from curves import curves
+from gallery_pages import SETTINGS, add
 from generation_fakes import save_random_clip, save_random_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_gallery import SETTINGS, add
 from transformers import CLIPModel, CLIPProcessor
 
 from fedgfe_store import EmbeddingStore
@@ -336,7 +336,7 @@ def test_the_command_shows_what_papers_report(store, folder, clip, tmp_path):
     drawn = ("--plot", str(plot), "--log", f"tensorboard:{tmp_path / 'runs'}")
     done = run(store, folder, clip, "--measure", "averages", *drawn)
     assert done.exit_code == 0, done.output
-    found = scores.averages(["node", "round"]).set_index(["node", "round"])["accuracy"]
+    found = averages(scores.frame, ["node", "round"]).set_index(["node", "round"])["accuracy"]
     assert curves(tmp_path / "runs")["score/accuracy/node_0"] == pytest.approx(found["0"].to_dict())
     assert "balanced accuracy" in done.stdout
     done = run(store, folder, clip, "--measure", "confusion", "--plot", str(square))

@@ -6,17 +6,19 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from conftest import fill, values
+from conftest import SMALL, fill, values
 
+from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
 from fedgfe_store.errors import SchemaMismatchError
 
 pytest.importorskip("duckdb", reason="needs the extra sql")
 
 
-@pytest.fixture
-def filled(store):
-    for node in (0, "server"):
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    store = EmbeddingStore.create(tmp_path_factory.mktemp("s") / "s.zarr", SMALL)
+    for node in ("0", "server"):
         for number in (1, 5, 10):
             fill(store, node=node, round=number)
     with store.append(node="it's", round=7) as batch:

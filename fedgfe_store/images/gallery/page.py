@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -15,22 +17,44 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from fedgfe_store.common.words import numbers_first
 from fedgfe_store.derived_keys import WalkKey
+from fedgfe_store.images.arrange import differing_settings, plain_setting, samples, setting_order
 from fedgfe_store.images.gallery.points import Points
-from fedgfe_store.images.pairing import sample_numbers
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.records import RecordKey
 
+# Shown also where there is one value only.
+_ALWAYS = ("node", "round", "split", "class")
 _EXACT_IN_BROWSERS = 2**53
 # One script in the page: its parts see one another's names, in the order in which they run.
-_SCRIPTS = ("facts", "search", "filters", "grid", "viewer", "compare", "map", "main")
+_SCRIPTS = (*("facts", "search", "filters", "compare", "grid", "viewer", "map", "address", "main"),)
+
+
+@dataclass(frozen=True)
+class ShownFolder:
+    """A folder whose images a page shows.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    label : str
+        What it is called.
+    images, thumbnails : str
+        What stands before the images' and the thumbnails' names in the page: empty, or a folder
+        that ends with ``/``.
+    """
+
+    path: Path
+    label: str
+    images: str
+    thumbnails: str
 
 
 def render_page(
     images: Sequence[ImageRecord],
     *,
     title: str,
-    image_url: str,
-    thumbnail_url: str,
+    folders: Sequence[ShownFolder],
     points: Points | None = None,
 ) -> str:
     """Write the page of some images.
@@ -41,9 +65,8 @@ def render_page(
         What it shows.
     title : str
         Its heading.
-    image_url, thumbnail_url : str
-        What stands before the images' and the thumbnails' names: empty, or a folder that ends
-        with ``/``.
+    folders : sequence of ShownFolder
+        Where they are.
     points : Points, optional
         A map to show the images on, too.
 
@@ -52,8 +75,12 @@ def render_page(
     str
         HTML that needs nothing but the images and the thumbnails.
     """
-    content = page_data(images, points)
-    content |= {"title": title, "pictures": image_url, "thumbnails": thumbnail_url}
+    content = page_data(images, {each.path: each.label for each in folders}, points)
+    content |= {
+        "title": title,
+        "pictures": [each.images for each in folders],
+        "thumbnails": [each.thumbnails for each in folders],
+    }
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
@@ -75,53 +102,62 @@ def _template() -> Template:
     return environment.from_string(_asset("page.html"))
 
 
-def page_data(images: Iterable[ImageRecord], points: Points | None = None) -> dict[str, Any]:
+def page_data(
+    images: Iterable[ImageRecord], labels: Mapping[Path, str], points: Points | None = None
+) -> dict[str, Any]:
     """Give the facts of images by columns, what they share only once.
 
     Parameters
     ----------
     images : iterable of ImageRecord
         In any order.
+    labels : mapping
+        What each folder is called, in the order in which they are shown.
     points : Points, optional
         A map to show them on.
 
     Returns
     -------
     dict
-        ``file``, ``index``, ``sample`` (see `sample_numbers`), ``image``, ``mark`` and each of
-        ``own`` have one value for each image, latest round first; ``node``, ``round``,
-        ``split``, ``class`` and ``shared`` a place in the lists of the same names under
-        ``values``. Without a remark on any image there is no ``mark``, and without a map no ``map``
-        (see `Points.data`). Whole numbers that JavaScript would round are text.
+        ``facets`` names what images can be filtered by: node, round, split and class, and image
+        number, settings and folder where images differ in them. Of each of these, and of
+        ``shared``, an image has a place in the list of the same name under ``values``; of
+        ``file``, ``index``, ``sample`` (see `sample_numbers`), ``mark`` and each of ``own`` a
+        value. Latest rounds come first. Without a remark on any image there is no ``mark``, and
+        without a map no ``map`` (see `Points.data`). Whole numbers that JavaScript would round
+        are text.
     """
-    keys = {"node": str, "round": int, "split": str, "class": str}
-    shown = sorted(images, key=_order)
+    shown = sorted(images, key=lambda image: _order(image, list(labels)))
+    settings = differing_settings(shown)
     columns: dict[str, list[Any]] = {
         "node": [p.key.shown("node") for p in shown],
         "round": [p.key.shown("round") for p in shown],
         "split": [p.key.shown("split") for p in shown],
         "class": [p.key.shown("class_name") for p in shown],
+        "image": [p.number for p in shown],
+        **{name: [plain_setting(p, name) for p in shown] for name in settings},
+        "folder": [labels[p.folder] for p in shown],
         "shared": [p.shared for p in shown],
     }
-    values = {
-        name: sorted(set(columns[name]), key=lambda value: numbers_first(str(value)))
-        for name in keys
+    values: dict[str, list[Any]] = {
+        **{n: sorted(set(columns[n]), key=_value_order) for n in columns},
+        **{n: sorted(set(columns[n]), key=setting_order) for n in settings},
+        "folder": list(labels.values()),
+        "shared": list(dict.fromkeys(columns["shared"])),
     }
-    values["shared"] = list(dict.fromkeys(columns["shared"]))
     places = {name: {v: i for i, v in enumerate(found)} for name, found in values.items()}
+    facets = [n for n in columns if n in _ALWAYS or (n != "shared" and len(values[n]) > 1)]
     values["shared"] = [_exact(json.loads(text)) for text in values["shared"]]
+    values |= {name: [_exact(value) for value in values[name]] for name in ("image", *settings)}
     own = [_flat(_derived(p) | dict(p.own)) for p in shown]
-    records = [(p.key, p.file_id) for p in shown if isinstance(p.key, RecordKey)]
-    numbers = iter(sample_numbers([key for key, _ in records], [name for _, name in records]))
-    samples = [next(numbers) if isinstance(p.key, RecordKey) else _place(p) for p in shown]
     return {
+        "facets": facets,
         "values": values,
         **{name: [places[name][v] for v in column] for name, column in columns.items()},
         # Names that are no UTF-8 have a URL all the same.
         "file": [quote(os.fsencode(p.name), safe="") for p in shown],
         "index": [_exact(_place(p)) for p in shown],
-        "sample": [_exact(number) for number in samples],
-        "image": [_exact(p.number) for p in shown],
+        "sample": [_exact(number) for number in samples(shown, _place)],
         **({"mark": [p.remark for p in shown]} if any(p.remark for p in shown) else {}),
         **({"map": points.data([p.key for p in shown])} if points is not None else {}),
         "own": {
@@ -131,14 +167,19 @@ def page_data(images: Iterable[ImageRecord], points: Points | None = None) -> di
     }
 
 
-def _order(image: ImageRecord) -> tuple[Any, ...]:
+def _order(image: ImageRecord, folders: Sequence[Path]) -> tuple[Any, ...]:
     key, number = image.key, image.key.value("round")
+    file = folders.index(image.folder), image.name
     if isinstance(key, RecordKey):
-        sample = key.split, 0, key.index, image.number, key.class_name, image.name
-        return (-key.round, numbers_first(key.node), *sample)
+        sample = key.split, 0, key.index, image.number, key.class_name
+        return (-key.round, numbers_first(key.node), *sample, *file)
     place = -int(number) if number is not None else 1  # behind all rounds, which are below
     shown = str(key.shown("node")), str(key.shown("split"))
-    return (place, numbers_first(shown[0]), shown[1], 1, key.rank, image.number, image.name)
+    return (place, numbers_first(shown[0]), shown[1], 1, key.rank, image.number, *file)
+
+
+def _value_order(value: str | int) -> tuple[bool, int, str]:
+    return numbers_first(str(value))
 
 
 def _place(image: ImageRecord) -> str | int:

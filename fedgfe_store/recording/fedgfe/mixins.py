@@ -12,6 +12,7 @@ from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.names import STORE_NAME
 from fedgfe_store.recording.fedgfe.entries import EmbeddingBatch, is_empty
 from fedgfe_store.recording.fedgfe.settings import DEFAULT_DIR, RecordingSettings
+from fedgfe_store.recording.preview import Preview
 from fedgfe_store.recording.recorder import Missing, OnError, Recorder, RoundBatch
 from fedgfe_store.recording.target import Run
 from fedgfe_store.schema import Metadata, Precision
@@ -41,6 +42,8 @@ class EmbeddingSource:
         Whether it is meant that the store is of an experiment of another name than
         `embedding_metadata` gives, see `Recorder`; in a configuration
         ``feda2v.embeddings_other_experiment``.
+    embedding_preview : Preview, int or None
+        Have some records of each round rendered while training goes on, see `Recorder`.
     missing_embeddings : tuple of Missing
         Under ``"warn"``: the rounds that could not be recorded, and have not been since. The
         server's has those of all nodes that `EmbeddingServerMixin.save_round_embeddings` records.
@@ -51,6 +54,7 @@ class EmbeddingSource:
     embedding_on_error: OnError = "raise"
     embedding_keep_earlier: bool = False
     embedding_other_experiment: bool = False
+    embedding_preview: Preview | int | None = None
     missing_embeddings: tuple[Missing, ...] = ()
 
     def iter_embeddings(self, split: str) -> Iterable[EmbeddingBatch | Mapping[str, Any]] | None:
@@ -120,6 +124,7 @@ class EmbeddingSource:
             on_error=self.embedding_on_error,
             precision=self.embedding_precision,
             metadata=metadata,
+            preview=self.embedding_preview,
             other_experiment=other or by_folder or self.embedding_other_experiment,
             images_dir=f"{images}/{metadata.experiment}" if metadata.experiment else str(images),
         )

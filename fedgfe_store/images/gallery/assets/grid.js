@@ -1,11 +1,20 @@
 /* Grid: only the rows in sight are in the document. */
 
+const GAP = 14, CELL = 132, OVERSCAN = 2;
 const cells = new Map();
+let active = 0;  // place in `items` of the picture that keys act on
 let columns = 1, cellWidth = CELL, rowHeight = CELL;
 
 function clearCells() {
   $("cells").replaceChildren();
   cells.clear();
+}
+
+/** Room for the class, the record and, where pictures differ in that, how they were made. */
+function captionHeight() {
+  const facets = usedFacets();
+  const made = facets.some((name) => SETTINGS.includes(name) || (FOLDERS_TELL && name === "folder"));
+  return made ? 59 : 42;
 }
 
 function layout() {
@@ -14,7 +23,7 @@ function layout() {
   const before = [columns, cellWidth, rowHeight].join();
   columns = Math.max(1, Math.floor((width + GAP) / (least + GAP)));
   cellWidth = (width - GAP * (columns - 1)) / columns;
-  rowHeight = Math.round(partner ? (cellWidth - 2) / 2 : cellWidth) + CAPTION + GAP;
+  rowHeight = Math.round(partner ? (cellWidth - 2) / 2 : cellWidth) + captionHeight() + GAP;
   if (before !== [columns, cellWidth, rowHeight].join()) clearCells();
   $("cells").style.height = `${Math.max(0, Math.ceil(items.length / columns) * rowHeight - GAP)}px`;
   draw();
@@ -39,7 +48,8 @@ function draw() {
 }
 
 function badge(i) {
-  return markOf(i) ? [element("span", { className: "badge" }, markOf(i))] : [];
+  const className = isForeign(i) ? "badge foreign" : "badge";
+  return markOf(i) ? [element("span", { className }, markOf(i))] : [];
 }
 
 function thumbnail(i) {
@@ -49,22 +59,29 @@ function thumbnail(i) {
   return element("span", {}, image, ...badge(i));
 }
 
+function heading(i, other) {
+  const classes = [i, other].filter((each) => each !== null).map((each) => value("class", each));
+  return [...new Set(classes)].join(" and ");
+}
+
 function makeCell(at) {
   const i = items[at];
   const other = partner && partner.get(i);
   const frames = element("div", { className: "frames" }, thumbnail(i));
-  const name = element("p", {}, value("class", i));
-  const where = partner ? sampleName(i) : `${sampleName(i)}, r${value("round", i)}`;
-  const cell = element("div", { className: "cell", id: `cell-${at}`, role: "option" }, frames, name,
-    element("p", {}, where));
+  const { record, made } = where(i, partner ? usedFacets() : FACETS);
+  // Where there is little room, only what tells pictures apart.
+  const telling = record.filter(([name]) => name === "split" || VARYING.includes(name));
+  const short = telling.map(([name, text]) => name === "round" ? `r${value("round", i)}` : text);
+  const lines = [[heading(i, other)], short, words(made)].filter((line) => line.length);
+  const cell = element("div", { className: "cell", id: `cell-${at}`, role: "option" }, frames,
+    ...lines.map((line) => element("p", {}, line.join(", "))));
   if (partner) frames.append(thumbnail(other));
-  const shown = partner ? `rounds ${value("round", i)} and ${value("round", other)}` : roundName(i);
   const marks = [i, other].filter((each) => each !== null).map(markOf).filter(Boolean);
-  const told = [shown, ...new Set(marks)];
-  cell.setAttribute("aria-label", `${value("class", i)}, ${sampleName(i)}, ${told.join(", ")}`);
+  const both = partner ? [`${saidOf(compared.by, i)} and ${saidOf(compared.by, other)}`] : [];
+  cell.title = [heading(i, other), ...words(record), ...words(made), ...both, ...new Set(marks)]
+    .join("\n");
   cell.setAttribute("aria-setsize", items.length);
   cell.setAttribute("aria-posinset", at + 1);
-  cell.title = `${value("class", i)}\n${sampleName(i)}\n${told.join("\n")}`;
   cell.style.left = `${(at % columns) * (cellWidth + GAP)}px`;
   cell.style.top = `${Math.floor(at / columns) * rowHeight}px`;
   cell.style.width = `${cellWidth}px`;
@@ -98,7 +115,7 @@ function gridKey(event) {
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns,
     PageUp: -page, PageDown: page, Home: -items.length, End: items.length };
   if (event.key in steps) activate(active + steps[event.key]);
-  else if ((event.key === "Enter" || event.key === " ") && items.length) open(active);
+  else if ((event.key === "Enter" || event.key === " ") && items.length) openStep(active);
   else return;
   $("grid").classList.add("keyed");
   event.preventDefault();

@@ -1,5 +1,15 @@
 /* Keys of the whole page, and what begins when it is opened. */
 
+/** Typing is one step of the history, from the first key of a search to its last. */
+function searched() {
+  search();
+  refresh();
+  if (searching) change();
+  else step();
+  searching = true;
+}
+let searching = false;
+
 function pageKey(event) {
   const typing = event.target.matches("input, select");
   if (event.ctrlKey || event.metaKey || event.altKey || $("viewer").open) return;
@@ -10,8 +20,7 @@ function pageKey(event) {
   else if (event.key.toLowerCase() === "m" && !typing && map) map.toggle.click();
   else if (event.key === "Escape" && event.target === $("search")) {
     $("search").value = "";
-    search();
-    refresh();
+    searched();
     pictures().focus();
   } else if (event.key === "Enter" && event.target === $("search")) pictures().focus();
   else return;
@@ -21,33 +30,19 @@ function pageKey(event) {
 $("title").textContent = data.title;
 buildFilters();
 buildCompare();
-$("filters").addEventListener("click", (event) => {
-  const button = event.target.closest("li button");
-  if (!button) return;
-  const set = chosen[button.dataset.facet], place = Number(button.dataset.place);
-  if (!set.delete(place)) set.add(place);
-  refresh();
-});
+buildViewer();
 for (const button of document.querySelectorAll(".clear")) button.addEventListener("click", clearFilters);
-$("search").addEventListener("input", () => { search(); refresh(); });
+$("search").addEventListener("input", searched);
+$("search").addEventListener("blur", () => { searching = false; });
 $("grid").addEventListener("scroll", draw, { passive: true });
 $("grid").addEventListener("keydown", gridKey);
 document.addEventListener("pointerdown", () => $("grid").classList.remove("keyed"));
 $("cells").addEventListener("click", (event) => {
   const cell = event.target.closest(".cell");
-  if (cell) open(Number(cell.dataset.at));
+  if (cell) openStep(Number(cell.dataset.at));
 });
-$("viewer").addEventListener("keydown", viewerKey);
-$("viewer").addEventListener("close", () => {
-  $("stage").replaceChildren();
-  // The event comes a little later: whoever pressed "/" meanwhile is in the search already.
-  if (document.activeElement !== $("search")) pictures().focus();
-});
-$("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
-$("previous").addEventListener("click", () => show(active - 1));
-$("next").addEventListener("click", () => show(active + 1));
-$("close").addEventListener("click", () => $("viewer").close());
 document.addEventListener("keydown", pageKey);
 new ResizeObserver(layout).observe($("grid"));
-refresh();
 pictures().focus({ focusVisible: false });
+follow(true);
+whenIdle(() => prepareSearch());

@@ -15,7 +15,7 @@ function makeMap() {
   let scale = 1, left = 0, top = 0;
 
   const canvas = element("canvas", { "aria-hidden": "true" });
-  const select = element("select", {}, ...KEYS.map((key) => element("option", { value: key }, TITLES[key].toLowerCase())));
+  const select = element("select", {}, ...KEYS.map((key) => element("option", { value: key }, titleOf(key).toLowerCase())));
   const legend = element("ul", { className: "legend" });
   const told = element("p", { className: "told", "aria-live": "polite" });
   const card = element("div", { className: "card", hidden: true });
@@ -28,7 +28,7 @@ function makeMap() {
   const toggle = element("button", { id: "show-map", type: "button", "aria-pressed": "false",
     "aria-keyshortcuts": "m" }, "Map");
 
-  const caption = (i) => `${sampleName(i)}, ${roundName(i)}`;
+  const caption = (i) => words(where(i).record).join(", ");
   const isOn = () => !view.hidden;
   const isThere = (i) => x[i] !== null;
   const at = (i) => [left + x[i] * scale, top + y[i] * scale];
@@ -160,7 +160,7 @@ function makeMap() {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key in STEPS) {
       point(near < 0 ? items.findIndex(isThere) : beside(STEPS[event.key]));
-    } else if ((event.key === "Enter" || event.key === " ") && near >= 0) open(near);
+    } else if ((event.key === "Enter" || event.key === " ") && near >= 0) openStep(near);
     else if (event.key === "Escape" && near >= 0) point(-1);
     else return;
     event.preventDefault();
@@ -172,6 +172,7 @@ function makeMap() {
   }
 
   function turn(on) {
+    if (on === isOn()) return;
     view.hidden = !on;
     $("grid").hidden = on;
     toggle.setAttribute("aria-pressed", on);
@@ -189,11 +190,14 @@ function makeMap() {
   field.addEventListener("pointerdown", () => { shown = near; });
   field.addEventListener("click", (event) => {
     const found = card.contains(event.target) ? near : under(event);
-    if (found >= 0 && found === shown) open(found);
+    if (found >= 0 && found === shown) openStep(found);
     else point(found);
   });
   select.addEventListener("change", paint);
-  toggle.addEventListener("click", () => turn(!isOn()));
+  toggle.addEventListener("click", () => {
+    turn(!isOn());
+    step();
+  });
   $("grid").after(view);
   $("search").before(toggle);
   new ResizeObserver(fit).observe(field);
@@ -202,5 +206,9 @@ function makeMap() {
     if (isOn()) point(items.length && isThere(items[active]) ? active : -1);
   });
 
-  return { isOn, field, toggle, update: () => { point(-1); paint(); } };
+  const address = {
+    read: (params) => turn(params.get("view") === "map"),
+    write: (params) => { if (isOn()) params.set("view", "map"); },
+  };
+  return { isOn, field, toggle, address, update: () => { point(-1); paint(); } };
 }

@@ -20,11 +20,13 @@ function facts(i) {
   const put = (group, name, content) => {
     for (const [key, text] of flat(name, content)) found[group].set(key.replaceAll("_", " "), text);
   };
-  for (const name of FACETS) put("Record", name, value(name, i));
+  for (const name of KEYS) put("Record", name, value(name, i));
   put("Record", "index", data.index[i]);
-  put("Record", "image", data.image[i]);
+  put("Record", "image", value("image", i));
   put("Picture", "file", fileName(i));
-  put("Picture", markOf(i) === "of another program" ? "made" : "out of date", markOf(i));
+  if (FACETS.includes("folder")) put("Picture", "folder", value("folder", i));
+  if (isForeign(i)) put("Picture", "made by", "another program");
+  else put("Picture", "out of date", markOf(i));
   for (const [name, column] of Object.entries(data.own)) {
     const as = SHOWN_AS[name], text = column[i];
     const shown = as && text !== null ? as(String(text)) : text;
@@ -76,7 +78,7 @@ function large(i, alt) {
 }
 
 function wipe(i, other) {
-  const left = roundName(i), right = roundName(other);
+  const left = saidOf(compared.by, i), right = saidOf(compared.by, other);
   const range = element("input", { type: "range", min: 0, max: 100, step: 1, value: 50,
     "aria-label": `Share of ${left}, the rest is ${right}` });
   const frame = element("div", { className: "wipe" }, large(i, left), large(other, right),
@@ -92,14 +94,15 @@ function link(i, text) {
 
 function show(at) {
   activate(at);
-  const i = items[active];
+  const i = opened = items[active];
   const other = partner ? partner.get(i) : null;
   const pictures = partner ? [i, other] : [i];
   $("viewer").classList.toggle("pair", partner !== null);
-  $("stage").replaceChildren(partner ? wipe(i, other) : large(i, `${value("class", i)}, ${roundName(i)}`));
-  $("viewer-title").textContent = value("class", i);
+  const alone = () => large(i, [heading(i, null), ...words(where(i).record)].join(", "));
+  $("stage").replaceChildren(partner ? wipe(i, other) : alone());
+  $("viewer-title").textContent = heading(i, other);
   $("place").textContent = `${number(active + 1)} of ${number(items.length)}`;
-  const links = partner ? pictures.map((p) => link(p, roundName(p))) : [link(i, "Open the file")];
+  const links = partner ? pictures.map((p) => link(p, saidOf(compared.by, p))) : [link(i, "Open the file")];
   $("viewer-links").replaceChildren(...links);
   $("facts").replaceChildren(factTable(pictures));
   $("facts").scrollTop = 0;
@@ -107,16 +110,69 @@ function show(at) {
   $("next").disabled = active === items.length - 1;
 }
 
+let opened = null;  // the picture that is open; null while none is
+
 function open(at) {
   show(at);
   if (!$("viewer").open) $("viewer").showModal();
   $("facts").focus({ focusVisible: false });
 }
 
+/** Go on to another picture: going back from it closes it, rather than show the one before. */
+function turn(to) {
+  show(to);
+  change();
+}
+
+function openStep(at) {
+  open(at);
+  step({ opened: true });
+}
+
+function closed() {
+  const byHand = opened !== null;
+  opened = null;
+  $("stage").replaceChildren();
+  // The event comes a little later: whoever pressed "/" meanwhile is in the search already.
+  if (document.activeElement !== $("search")) pictures().focus();
+  if (!byHand) return;
+  settle();
+  if (history.state?.opened) history.back();
+  else put("replaceState", null, address().url);
+}
+
 function viewerKey(event) {
   const ranged = event.target.type === "range";
-  if (event.key === "ArrowLeft" && !ranged && active > 0) show(active - 1);
-  else if (event.key === "ArrowRight" && !ranged && active < items.length - 1) show(active + 1);
+  if (event.key === "ArrowLeft" && !ranged && active > 0) turn(active - 1);
+  else if (event.key === "ArrowRight" && !ranged && active < items.length - 1) turn(active + 1);
   else return;
   event.preventDefault();
 }
+
+function buildViewer() {
+  const viewer = $("viewer");
+  viewer.addEventListener("keydown", viewerKey);
+  viewer.addEventListener("close", closed);
+  viewer.addEventListener("click", (event) => { if (event.target === viewer) viewer.close(); });
+  $("previous").addEventListener("click", () => turn(active - 1));
+  $("next").addEventListener("click", () => turn(active + 1));
+  $("close").addEventListener("click", () => viewer.close());
+}
+
+// Names of files are those of one folder only.
+const nameOf = (i) => (FACETS.includes("folder") ? `${value("folder", i)}/` : "") + data.file[i];
+
+const viewerAddress = {
+  read(params) {
+    const wanted = params.get("open");
+    const at = wanted === null ? -1 : items.findIndex((i) => nameOf(i) === wanted);
+    if (at >= 0) open(at);
+    else if ($("viewer").open) {
+      opened = null;
+      $("viewer").close();
+    }
+  },
+  write(params) {
+    if (opened !== null) params.set("open", nameOf(opened));
+  },
+};
