@@ -11,8 +11,10 @@ import time
 import zlib
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import xxhash
@@ -22,12 +24,13 @@ from PIL import Image
 from fedgfe_store.storage.claim_files import is_gone
 from fedgfe_store.storage.files import flushed, placing
 
-try:
-    from isal import isal_zlib
-except ImportError:  # a processor that it is not built for
-    isal_zlib = None
+# There is none for a processor that it is not built for.
+isal_zlib: Any = import_module("isal.isal_zlib") if find_spec("isal") else None
 
 FileState = Literal["ours", "foreign", "damaged"]
+
+Stamp: TypeAlias = tuple[int, int, int]
+"""Number, size and time of a file, see `stamp_of`."""
 
 TEXT_KEY = "fedgfe_store"
 """Keyword of the PNG text chunk that holds the provenance."""
@@ -61,7 +64,14 @@ def png_names(folder: Path) -> list[str]:
         return []
 
 
-def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> int:
+def stamp_of(found: os.stat_result) -> Stamp:
+    """Tell one state of a file from another by number, size and time of change."""
+    # The number too: an image that is replaced within a tick of the disk's clock may have the same
+    # size and time, but it is renamed into place and so another file.
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> Stamp:
     """Write an image under its name at once: it is there whole, or not at all.
 
     Parameters
@@ -75,8 +85,8 @@ def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) ->
 
     Returns
     -------
-    int
-        Bytes written.
+    Stamp
+        Which state of the file it is: what `stamp_of` says of it from then on.
 
     Raises
     ------
@@ -86,7 +96,8 @@ def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) ->
     temp = path.parent / f".fedgfe-{writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
     with placing(path, temp), flushed(temp, name=path) as file:
         file.write(png_bytes(pixels, text))
-        return file.tell()
+        file.flush()
+        return stamp_of(os.fstat(file.fileno()))
 
 
 def png_bytes(pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> bytes:
@@ -122,7 +133,7 @@ def deflated(rows: NDArray[np.uint8]) -> bytes:
         return data
     # Repeats of one byte are all that zlib finds at that speed; in differences most are.
     compressor = zlib.compressobj(1, strategy=zlib.Z_RLE)
-    return compressor.compress(rows) + compressor.flush()
+    return compressor.compress(rows.data) + compressor.flush()
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:

@@ -20,6 +20,7 @@ from PIL import Image
 from processes import finished, started
 
 from fedgfe_store.images import png
+from fedgfe_store.images.folder import file_stamp
 from fedgfe_store.images.png import (
     inspect_image,
     read_provenance,
@@ -138,8 +139,7 @@ def test_a_name_is_the_same_in_every_process() -> None:
 
 def test_a_picture_comes_back_with_its_provenance(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    size = write_png(path, PIXELS, PROVENANCE)
-    assert size == path.stat().st_size
+    assert write_png(path, PIXELS, PROVENANCE) == file_stamp(path)
     assert read_provenance(path) == PROVENANCE
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), PIXELS)
