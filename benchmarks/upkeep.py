@@ -3,9 +3,9 @@
     python -m benchmarks.upkeep [--records 400] [--rounds 6] [--turns 3]
 
 Every turn of either side is a process of its own, and the two take turns. Training with the
-recorder is beside the same training that records nothing; importing `.pt` files beside copying these files
-and flushing the copy; `verify` beside reading the store's files. Seconds are medians, of wall and
-of CPU time; memory is the peak beyond what was there when it began.
+recorder is beside the same training that records nothing; importing `.pt` files beside copying
+these files and flushing the copy; `verify` beside reading the store's files. Seconds are medians,
+of wall and of CPU time; memory is the peak beyond what was there when it began.
 """
 
 from __future__ import annotations
