@@ -45,9 +45,7 @@ class Variant:
 
 
 def codec(cname: str, level: int, shuffle: str = "bitshuffle") -> Variant:
-    blosc: dict[str, Any] = layout._BLOSC
-    configuration = {**blosc["configuration"], "cname": cname, "clevel": level}
-    constant = {**blosc, "configuration": {**configuration, "shuffle": shuffle}}
+    constant = {**layout._BLOSC, "cname": cname, "clevel": level, "shuffle": shuffle}
     return Variant(f"{cname} {level}, {shuffle}", {"storage.layout._BLOSC": constant})
 
 

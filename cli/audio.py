@@ -9,8 +9,7 @@ import click
 
 from .codes import SOME_FAILED
 from .command import Command
-from .measures import draw, grouping, print_measures
-from .option_types import KeyList
+from .measures import by_option, draw, grouping, per_call_option, print_measures
 from .options import (
     Filters,
     as_of_option,
@@ -78,20 +77,8 @@ _TITLES = {
     show_default=True,
     help="What is said to CLAP of a class.",
 )
-@click.option(
-    "--by",
-    type=KeyList(),
-    default="node,round",
-    show_default=True,
-    help="What forms a group: any of node, round, split, class, index.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Images or sounds per call of a model.",
-)
+@by_option("node,round")
+@per_call_option
 @pattern_option
 @device_option
 @format_option("csv and json give one group per line, with all digits.")

@@ -11,8 +11,8 @@ import click
 
 from .codes import SOME_FAILED
 from .command import Command
-from .measures import print_measures
-from .option_types import KeyList, KeyValue
+from .measures import by_option, per_call_option, print_measures
+from .option_types import KeyValue
 from .options import (
     Filters,
     as_of_option,
@@ -76,20 +76,8 @@ _TITLES = {
     "classifier trained on each group's images, and the reverse.",
 )
 @folder_option("input")
-@click.option(
-    "--by",
-    type=KeyList(),
-    default="node,round",
-    show_default=True,
-    help="What forms a group: any of node, round, split, class, index.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Pictures per call of the model.",
-)
+@by_option("node,round")
+@per_call_option
 @device_option
 @format_option("csv and json give one group per line, with all digits.")
 @plot_option("Draw it over the rounds: png, pdf or svg.")

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from .option_types import KeyList
 from .tables import print_table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from click.decorators import FC
+
+
+def by_option(default: str) -> Callable[[FC], FC]:
+    """Return the option ``--by`` of commands that group by keys."""
+    return click.option(
+        "--by",
+        type=KeyList(),
+        default=default,
+        show_default=True,
+        help="What forms a group: any of node, round, split, class, index.",
+    )
+
+
+per_call_option = click.option(
+    "--batch-size",
+    "--batch_size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Images or sounds per call of the model.",
+)
 
 CLASSIFIED = ("averages", "classes", "confusion")
 """Values of ``--measure`` that need the class of each record and the one that was found."""

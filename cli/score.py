@@ -9,7 +9,7 @@ import click
 
 from .codes import SOME_FAILED
 from .command import Command
-from .measures import CLASSIFIED, classified, draw, grouping, print_measures
+from .measures import CLASSIFIED, classified, draw, grouping, per_call_option, print_measures
 from .option_types import KeyList
 from .options import (
     Filters,
@@ -90,14 +90,7 @@ _TITLES = {
     help="Some of node,round,split,class,index,image; all six give each picture a row "
     "[similarity: node,round,class; averages: node,round; classes and confusion: all together].",
 )
-@click.option(
-    "--batch-size",
-    "--batch_size",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Images per call of the model.",
-)
+@per_call_option
 @pattern_option
 @device_option
 @format_option("csv and json give one group per line.")

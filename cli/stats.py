@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .command import Command
-from .option_types import KeyList
+from .measures import by_option
 from .options import (
     Filters,
     as_of_option,
@@ -49,13 +49,7 @@ _SMALLEST, _LARGEST = -5, 8
 @click.command("stats", cls=Command)
 @filter_options
 @as_of_option
-@click.option(
-    "--by",
-    type=KeyList(),
-    default="round,class",
-    show_default=True,
-    help="What forms a group: any of node, round, split, class, index.",
-)
+@by_option("round,class")
 @column_option
 @tokens_option
 @format_option("json gives one group per line; csv and json have all digits.")

@@ -25,6 +25,12 @@ _TENSOR = re.compile(
     r"(?P<name>[^=]+)=(?P<shape>\d{1,10}([x,]\d{1,10})*)(?P<words>(:[a-z0-9]+)*)", re.ASCII
 )
 
+_PACKINGS = {
+    "bitshuffle": "lz4 after sorting bits: smallest",
+    "shuffle": "lz4 after sorting bytes: larger and faster",
+    "none": "as they are: largest, and read fastest",
+}
+
 
 @click.command(cls=Command)
 @click.option(
@@ -53,6 +59,13 @@ _TENSOR = re.compile(
     show_default=True,
     help="bfloat16 takes 0.4 of the space; pictures of a bfloat16 model stay the same.",
 )
+@click.option(
+    "--compression",
+    type=click.Choice(["bitshuffle", "shuffle", "none"]),
+    default="bitshuffle",
+    show_default=True,
+    help="How values are packed: smallest; faster; not at all, which is read fastest.",
+)
 @click.option("--experiment", help="Name of the experiment, for the folder of images.")
 @click.option("--model", help="Image model that generate uses by default.")
 @click.option(
@@ -68,6 +81,7 @@ def init(
     tokens: int | None,
     clip_sequence: bool,
     precision: Any,
+    compression: Any,
     experiment: str | None,
     model: str | None,
     shared: bool,
@@ -77,6 +91,7 @@ def init(
     \b
     fedgfe-store init --tokens 17 --precision bfloat16
     fedgfe-store --store sd.zarr init --kind sd
+    fedgfe-store --store fast.zarr init --compression none
     fedgfe-store --store s3://bucket/embeddings.zarr init --shared
     fedgfe-store init --kind custom --tensor prompt_embeds=512x2304:ragged \\
       --tensor prompt_attention_mask=512:bool
@@ -88,16 +103,17 @@ def init(
     if tokens and tensors:
         raise click.UsageError("--tokens goes without --tensor, which has shapes")
     metadata = Metadata(experiment=experiment, diffusion_type=kind, model=model)
+    how = {"precision": precision, "compression": compression, "metadata": metadata}
     if tensors:
         columns = map(_column, tensors)
-        schema = Schema.of(kind, *columns, precision=precision, metadata=metadata)
+        schema = Schema.of(kind, *columns, **how)
     elif kind not in ("flux", "sd"):
         raise click.UsageError(f"--kind {kind} needs its columns: --tensor NAME=SHAPE")
     elif kind == "flux":
         clip = (77, 768) if clip_sequence else (768,)
-        schema = Schema.flux(tokens or 17, clip=clip, precision=precision, metadata=metadata)
+        schema = Schema.flux(tokens or 17, clip=clip, **how)
     else:
-        schema = Schema.sd(tokens or 77, precision=precision, metadata=metadata)
+        schema = Schema.sd(tokens or 77, **how)
     store = EmbeddingStore.create(obj.target, schema, shared=shared)
     click.echo(f"made {store.location} ({schema.describe()}, {schema.precision})")
 
@@ -153,6 +169,7 @@ def _facts(store: EmbeddingStore, records: pd.DataFrame) -> dict[str, Any]:
         "kind": schema.kind,
         "columns": {column.name: column for column in schema.tensors},
         "precision": schema.precision,
+        "compression": _packing(store),
         "commit": store.commit,
         "records": len(records),
         "bytes": None if sizes is None else sum(sizes.values()),
@@ -164,9 +181,16 @@ def _facts(store: EmbeddingStore, records: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def _packing(store: EmbeddingStore) -> str:
+    """Return how values lie in the files, which is asked of these and not of what was wanted."""
+    kinds = {files.compression for files in store.snapshot.tensor_files.values()}
+    return ", ".join(sorted(kinds))
+
+
 def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, str]]:
     schema, metadata = store.schema, store.schema.metadata
     sizes = store.snapshot.place.sizes()
+    packing = _packing(store)
     plain = all(column.dtype == "float32" for column in schema.tensors)
     uncompressed = "of float32" if plain else "in memory"
     history = store.history()
@@ -176,6 +200,7 @@ def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, st
         ("experiment", metadata.experiment or "-"),
         ("kind", schema.describe()),
         ("precision", schema.precision),
+        ("compression", f"{packing} ({_PACKINGS[packing]})" if packing in _PACKINGS else packing),
         ("commit", f"{store.commit}{last}"),
         ("records", f"{len(records):,}"),
         ("on disk", f"{_usage(sizes)}"

@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from fedgfe_store.common.column_names import check_axes, check_columns, check_new_columns
 from fedgfe_store.common.tensor_column import LARGEST_CHUNK, ColumnDtype, TensorColumn
 from fedgfe_store.common.words import is_utf8, shown
 from fedgfe_store.errors import SchemaMismatchError
 
-__all__ = ["LARGEST_CHUNK", "ColumnDtype", "Kind", "Metadata", "Precision", "Schema"]
-__all__ += ["TensorColumn"]
+__all__ = ["LARGEST_CHUNK", "ColumnDtype", "Compression", "Kind", "Metadata", "Precision"]
+__all__ += ["Schema", "TensorColumn"]
 
 Kind = str
 """Name of a conditioning: ``"flux"``, ``"sd"``, ``"sdxl"``, ``"custom"`` or any other."""
 Precision = Literal["float32", "bfloat16"]
+Compression = Literal["bitshuffle", "shuffle", "none"]
+"""What becomes of values on their way to the disk: lz4 after sorting their bits, which is smallest,
+or their bytes, or nothing at all, which is read fastest."""
 
 FORMAT_VERSION = 2
 """What new stores are written in; version 1 is read, and written on unchanged."""
@@ -78,6 +81,10 @@ class Schema:
         Records per tensor file.
     metadata : Metadata
         What is known of the experiment.
+    compression : {"bitshuffle", "shuffle", "none"}
+        How values are packed. ``"bitshuffle"``, lz4 after sorting bits, is smallest. ``"none"``
+        takes 1.15 times the space of exact values and is read fastest; ``"shuffle"``, lz4 after
+        sorting bytes, lies between. What is chosen holds for all that is appended.
 
     Raises
     ------
@@ -90,6 +97,7 @@ class Schema:
     precision: Precision = "float32"
     granule: int = 32
     metadata: Metadata = field(default_factory=Metadata)
+    compression: Compression = "bitshuffle"
     _stored: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +109,11 @@ class Schema:
         if self.precision not in ("float32", "bfloat16"):
             raise SchemaMismatchError(
                 f"precision: expected 'float32' or 'bfloat16', got {shown(self.precision)}"
+            )
+        if self.compression not in get_args(Compression):
+            raise SchemaMismatchError(
+                f"compression: expected {', '.join(get_args(Compression))}, "
+                f"got {shown(self.compression)}"
             )
         if type(self.granule) is not int or not 1 <= self.granule <= 16384:
             raise SchemaMismatchError(
@@ -137,6 +150,7 @@ class Schema:
         precision: Precision = "float32",
         granule: int | None = None,
         metadata: Metadata | None = None,
+        compression: Compression = "bitshuffle",
     ) -> Self:
         """Return the schema of FLUX conditioning: a T5 sequence and a CLIP vector per record.
 
@@ -155,9 +169,12 @@ class Schema:
             Records per tensor file; by default from the size of a record.
         metadata : Metadata, optional
             What is known of the experiment.
+        compression : {"bitshuffle", "shuffle", "none"}
+            How values are packed, see `Schema`.
         """
         t5 = TensorColumn("t5", (tokens, width), ("token", "t5_feature"))
-        return cls._of("flux", (t5, _clip_column(clip)), audio, precision, granule, metadata)
+        columns = (t5, _clip_column(clip))
+        return cls._of("flux", columns, audio, precision, granule, metadata, compression)
 
     @classmethod
     def sd(
@@ -169,13 +186,14 @@ class Schema:
         precision: Precision = "float32",
         granule: int | None = None,
         metadata: Metadata | None = None,
+        compression: Compression = "bitshuffle",
     ) -> Self:
         """Return the schema of Stable Diffusion conditioning: a sequence ``[tokens, width]``.
 
         The parameters are those of `Schema.flux`.
         """
         clip = _clip_column((tokens, width))
-        return cls._of("sd", (clip,), audio, precision, granule, metadata)
+        return cls._of("sd", (clip,), audio, precision, granule, metadata, compression)
 
     @classmethod
     def of(
@@ -186,6 +204,7 @@ class Schema:
         precision: Precision = "float32",
         granule: int | None = None,
         metadata: Metadata | None = None,
+        compression: Compression = "bitshuffle",
         **shapes: tuple[int, ...],
     ) -> Self:
         """Return the schema of any columns, such as those named by a pipeline's arguments.
@@ -196,7 +215,7 @@ class Schema:
             Name of the conditioning, see `Schema`.
         *tensors : TensorColumn
             Columns of which more is to be said than a shape.
-        precision, granule, metadata
+        precision, granule, metadata, compression
             As for `Schema.flux`.
         **shapes : tuple of int
             Shapes of columns of embeddings, by name.
@@ -211,7 +230,7 @@ class Schema:
         for column in columns:
             if not isinstance(column, TensorColumn):
                 raise SchemaMismatchError(f"tensors: expected a TensorColumn, got {shown(column)}")
-        return cls._of(kind, columns, None, precision, granule, metadata)
+        return cls._of(kind, columns, None, precision, granule, metadata, compression)
 
     @classmethod
     def _of(
@@ -222,6 +241,7 @@ class Schema:
         precision: Precision,
         granule: int | None,
         metadata: Metadata | None,
+        compression: Compression,
     ) -> Self:
         if audio is not None:
             dims = ("audio_token", "audio_feature")
@@ -231,7 +251,7 @@ class Schema:
                 column.check()
             large = len(tensors) < 3 and sum(t.nbytes for t in tensors) > _LARGE_RECORD_BYTES
             granule = 16 if large else 32
-        return cls(kind, tensors, precision, granule, metadata or Metadata())
+        return cls(kind, tensors, precision, granule, metadata or Metadata(), compression)
 
     @property
     def columns(self) -> dict[str, tuple[int, ...]]:
@@ -255,8 +275,14 @@ class Schema:
             "kinds": self.kind not in ("flux", "sd"),
             "dtypes": any(column.dtype != "float32" for column in self.tensors),
             "ragged": any(column.ragged for column in self.tensors),
+            "compression": self.compression != "bitshuffle",
         }
         return tuple(name for name, is_needed in needed.items() if is_needed)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is of flux or sd, every column of embeddings of one length."""
+        return not {"kinds", "dtypes", "ragged"} & {*self.features}
 
     def column(self, name: str) -> TensorColumn:
         """Return the tensor column called `name`.
@@ -310,13 +336,16 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         """Return the schema as it stands in a store's attributes."""
-        return {
+        said = {
             "kind": self.kind,
             "tensors": {t.name: t.to_json() for t in self.tensors},
             "precision": self.precision,
             "granule": self.granule,
             "metadata": {**asdict(self.metadata), "classes": list(self.metadata.classes)},
         }
+        # Stores of releases that had no choice do not say it, and their bytes stay as they are.
+        chosen = {} if self.compression == "bitshuffle" else {"compression": self.compression}
+        return said | chosen
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -333,7 +362,9 @@ class Schema:
         )
         known = _dict(data["metadata"])
         metadata = Metadata(**{**known, "classes": tuple(_list(known["classes"]))})
-        return cls(data["kind"], tensors, data["precision"], data["granule"], metadata, True)
+        compression = data.get("compression", "bitshuffle")
+        about = (data["kind"], tensors, data["precision"], data["granule"], metadata)
+        return cls(*about, compression, True)
 
     def describe(self) -> str:
         """Return kind and shapes in one line, for messages."""

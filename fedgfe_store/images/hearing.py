@@ -18,7 +18,7 @@ from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 from fedgfe_store.images.embedded import Embedded, Embedder
 from fedgfe_store.images.folder import side_by_side
 from fedgfe_store.images.record import ImageRecord
-from fedgfe_store.images.scoring import GROUPS, Found, class_prompts, opened
+from fedgfe_store.images.scoring import GROUPS, Found, check_groups, class_prompts, opened
 from fedgfe_store.images.sound import read_sound
 from fedgfe_store.images.status import natural_rank
 from fedgfe_store.names import key_json
@@ -137,8 +137,7 @@ class Heard:
         SchemaMismatchError
             If a name is none of the six, or given twice.
         """
-        if not by or not set(by) <= set(GROUPS) or len(set(by)) < len(by):
-            raise SchemaMismatchError(f"by: expected some of {', '.join(GROUPS)}, got {list(by)}")
+        check_groups(by)
         rank, ties = self.frame["rank"], self.frame["ties"]
         recalls = {f"R@{k}": ((k + 1 - rank) / (ties + 1)).clip(0, 1) for k in FIRST}
         frame = self.frame.assign(**recalls)

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 GROUPS = (*KEY_COLUMNS, "image")
 """What scores can be grouped by; all of them together leave each image by itself."""
 
+
+def check_groups(by: Sequence[str]) -> None:
+    """Refuse keys that form no groups of images."""
+    if not by or not set(by) <= set(GROUPS) or len(set(by)) < len(by):
+        raise SchemaMismatchError(f"by: expected some of {', '.join(GROUPS)}, got {list(by)}")
+
+
 PROMPT = "a photo of a {class}"
 
 
@@ -93,8 +100,7 @@ class Scores:
         SchemaMismatchError
             If a name is none of the six, or given twice.
         """
-        if not by or not set(by) <= set(GROUPS) or len(set(by)) < len(by):
-            raise SchemaMismatchError(f"by: expected some of {', '.join(GROUPS)}, got {list(by)}")
+        check_groups(by)
         table = self.frame.groupby(list(by), as_index=False).agg(
             pictures=("file", "size"),
             similarity=("similarity", "mean"),

@@ -6,7 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from fedgfe_store.common import threads
+from fedgfe_store.common.recycled import Recycled
 from fedgfe_store.common.words import is_whole
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.readers.columns import batch_columns
@@ -83,12 +84,15 @@ class BatchReader:
         Decode into page-locked memory.
     classes : sequence of str, optional
         Give each record's place among them as ``label``, int64; -1 of one of another class.
+    memory : mapping of str to Recycled
+        Where batches of a column may lie; by default each has new memory.
     """
 
     columns: Sequence[str]
     dtype: torch.dtype | None = None
     pinned: bool = False
     classes: Sequence[str] | None = None
+    memory: Mapping[str, Recycled] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
@@ -96,6 +100,10 @@ class BatchReader:
             raise SchemaMismatchError(f"dtype: expected such as torch.bfloat16, got {self.dtype!r}")
         if self.classes is not None and LABEL in self.columns:
             raise SchemaMismatchError(f"labels: the store has a tensor column {LABEL} already")
+
+    def recycling(self, most: int) -> BatchReader:
+        """Return this reader with memory for `most` batches, which is used again and again."""
+        return replace(self, memory={name: Recycled(most) for name in self.columns})
 
     def read(self, rows: Rows | Derived) -> Batch:
         """Read some records, into memory that no other batch has; raises as `Rows.read`."""
@@ -109,7 +117,7 @@ class BatchReader:
     def _tensor(self, rows: Rows | Derived, name: str) -> torch.Tensor:
         """Decode a column to where it stays; only another data type takes a copy."""
         if not self.pinned:
-            tensor = torch.from_numpy(rows.read(name))
+            tensor = torch.from_numpy(self._array(rows, name))
             return tensor.to(self.dtype) if self._converts(tensor.dtype) else tensor
         known = {t.name: (t.shape, t.dtype) for t in rows.schema.tensors}
         mark: tuple[tuple[int, ...], str] = ((), "bool" if name.startswith("has_") else "int32")
@@ -124,6 +132,13 @@ class BatchReader:
         else:
             pinned.copy_(torch.from_numpy(rows.read(name)))
         return pinned
+
+    def _array(self, rows: Rows | Derived, name: str) -> np.ndarray:
+        if name not in self.memory or name not in rows.schema.columns:
+            return rows.read(name)
+        column = rows.schema.column(name)
+        out = self.memory[name].empty((len(rows), *column.shape), column.dtype)
+        return rows.read(name, out=out)
 
     def _converts(self, stored: torch.dtype) -> bool:
         """Whether values come as another data type: embeddings do, masks and lengths do not."""
@@ -189,7 +204,10 @@ class Batches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         # No more than there are: `prefetch` makes a place for each, and people ask for 2**70.
-        return prefetch(map(self._reader.read, self._parts()), min(self._prefetch, len(self)))
+        depth = min(self._prefetch, len(self))
+        # Those that wait, the one being read, and the consumer's last and next.
+        reader = self._reader.recycling(depth + 3)
+        return prefetch(map(reader.read, self._parts()), depth)
 
     def _parts(self) -> Iterator[Rows]:
         """Give the records of each batch that is to be read here: nothing of them is read."""

@@ -123,7 +123,7 @@ class Target:
     ) -> tuple[Schema, dict[str, torch.Tensor], dict[str, np.ndarray]]:
         """Return the schema, that of the first records if the store is new, columns and lengths."""
         schema = self.schema
-        if schema is not None and schema.features:
+        if schema is not None and not schema.is_plain:
             named, lengths, given = _by_name(given, schema)
         else:
             named, lengths = {}, {}

@@ -5,19 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from fedgfe_store.common import threads
+from fedgfe_store.storage import checksums
 from fedgfe_store.storage.checksums import UnreadableError
-from fedgfe_store.storage.shard_files import OpenFile, TensorFiles
+from fedgfe_store.storage.shard_files import BROKEN, NOWHERE, OpenFile, TensorFiles
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
 """Bytes of values between which a thread reads on before it takes the next piece."""
 _PIECES = 2
 """Pieces for each thread, so that none is left waiting for the last one."""
+_RUN_BYTES, _RUN_RECORDS = 2**21, 400
+"""Most that one call reads of a file that is not compressed: records are digested while they are
+in the processor's cache, and a system takes 1,024 pieces of memory."""
 _FETCHED = 2**25
 """Bytes of values that a thread brings of one file at a time from where each read asks a server."""
 
@@ -47,9 +51,13 @@ class _Request:
     places: list[int]
     out: np.ndarray
     check: Check
+    by_record: bool
+    """Whether records are read one by one, and not the chunks that they are in."""
 
 
-def gather(files: TensorFiles, rows: np.ndarray, out: np.ndarray, check: Check) -> None:
+def gather(
+    files: TensorFiles, rows: np.ndarray, out: np.ndarray, check: Check, *, sealed: bool = False
+) -> None:
     r"""Decode the records at `rows` into `out`.
 
     Parameters
@@ -63,9 +71,12 @@ def gather(files: TensorFiles, rows: np.ndarray, out: np.ndarray, check: Check) 
     check : callable
         Called in a thread with places in `out` that have just been decoded, and None, or with the
         error for which they have no value.
+    sealed : bool
+        Also ask the chunks' checksums where the records' digests cover the same bytes.
     """
     order = np.argsort(rows, kind="stable")
-    request = _Request(files, rows[order], order.tolist(), out, check)
+    by_record = files.codec is None and not (sealed or files.place.distant)
+    request = _Request(files, rows[order], order.tolist(), out, check, by_record)
     spans = _spans(files, request.rows, order)
     if files.place.distant:  # a file's index is asked for once
         whole = ((request, list(group)) for _, group in groupby(spans, lambda span: span.file))
@@ -103,6 +114,9 @@ def _read_file(request: _Request, number: int, spans: list[_Span]) -> None:
         _miss(request, request.places[spans[0].begin : spans[-1].end], error)
         return
     with file:
+        if request.by_record:
+            _read_records(request, file, slice(spans[0].begin, spans[-1].end))
+            return
         parts = portions(request.files, spans) if request.files.place.distant else [spans]
         for part in parts:
             if not request.files.place.distant or _fetched(request, file, part):
@@ -139,6 +153,57 @@ def _read_span(request: _Request, file: OpenFile, span: _Span) -> None:
         _miss(request, places, error)
     else:
         request.check(places, None)
+
+
+def _read_records(request: _Request, file: OpenFile, here: slice) -> None:
+    """Copy rows of one file that is not compressed from the system's cache to where they stay.
+
+    Their chunks' checksums are not asked: whoever is told compares each record's digest, which
+    covers the same bytes.
+    """
+    files, rows = request.files, request.rows[here]
+    places = request.places[here]
+    offsets = file.locate(rows % files.granule)
+    memory = request.out.reshape(len(request.out), -1).view(np.uint8)
+    for run in _runs(offsets, np.array(places), files.record_nbytes):
+        wanted, offset = places[run], int(offsets[run.start])
+        try:
+            if offset == BROKEN:
+                raise UnreadableError("its index points beyond it, or to a chunk of another size")
+            if offset == NOWHERE:
+                request.out[wanted] = files.fill
+            else:
+                values = memory[wanted[0] : wanted[0] + len(wanted)].reshape(-1).data
+                file.read_into(_pieces(values, offsets[run], files.record_nbytes), offset)
+        except UnreadableError as error:
+            _miss(request, wanted, error)
+        else:
+            request.check(wanted, None)
+
+
+def _runs(offsets: np.ndarray, places: np.ndarray, nbytes: int) -> Iterator[slice]:
+    """Cut records of `nbytes` into runs that follow one another, in the file and where they go.
+
+    Between two of them there may be the checksum of a chunk.
+    """
+    most = max(1, min(_RUN_BYTES // nbytes, _RUN_RECORDS))
+    steps = np.diff(offsets) - nbytes
+    follows = (steps == 0) | (steps == checksums.SIZE)
+    follows &= (offsets[:-1] >= 0) & (np.diff(places) == 1)
+    ends = [*(np.flatnonzero(~follows) + 1).tolist(), len(offsets)]
+    for begin, end in pairwise([0, *ends]):
+        for start in range(begin, end, most):
+            yield slice(start, min(start + most, end))
+
+
+def _pieces(values: memoryview, offsets: np.ndarray, nbytes: int) -> list[memoryview]:
+    """Cut the memory of a run where the file has a checksum between two records."""
+    behind = memoryview(bytearray(checksums.SIZE))
+    cuts = (np.flatnonzero(np.diff(offsets) != nbytes) + 1) * nbytes
+    pieces = []
+    for begin, end in pairwise([0, *cuts.tolist(), len(values)]):
+        pieces += [values[begin:end], behind]
+    return pieces[:-1]
 
 
 def _miss(request: _Request, places: list[int], error: Exception) -> None:

@@ -126,12 +126,15 @@ def array_metadata(schema: Schema, version: int = FORMAT_VERSION) -> dict[str, d
 
 def _tensor_metadata(schema: Schema, column: TensorColumn) -> dict[str, Any]:
     itemsize = np.dtype(column.dtype).itemsize
-    blosc = {"name": "blosc", "configuration": {"typesize": itemsize, **_BLOSC}}
+    coding: dict[str, Any] = {"typesize": itemsize, **_BLOSC}
+    if schema.compression == "shuffle":
+        coding["shuffle"] = schema.compression
+    packed = [] if schema.compression == "none" else [{"name": "blosc", "configuration": coding}]
     sharding = {
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": [schema.chunk_records(column), *column.shape],
-            "codecs": [_bytes(column.dtype), blosc, _CRC32C],
+            "codecs": [_bytes(column.dtype), *packed, _CRC32C],
             "index_codecs": [_BYTES, _CRC32C],
             "index_location": "end",
         },

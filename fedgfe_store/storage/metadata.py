@@ -38,7 +38,7 @@ NEGATIVES = "negatives"
 """Feature of a store that has, or had, records which are of no class."""
 SHARED = "shared"
 """Feature of a store whose keys and commits are in a Delta table: see `storage.shared`."""
-FEATURES = frozenset({"kinds", "dtypes", "ragged", NEGATIVES, SHARED})
+FEATURES = frozenset({"kinds", "dtypes", "ragged", "compression", NEGATIVES, SHARED})
 """What a store may ask of its readers beyond what the first release of format version 2 knew."""
 
 GROUP_BYTES = 2**28

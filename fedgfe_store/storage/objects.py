@@ -210,6 +210,12 @@ class RemoteFile:
                 return data[offset - start : offset - start + nbytes]
         return self._place.ranges(self._name, [(offset, nbytes)])[0]
 
+    def read_into(self, memory: Sequence[memoryview], offset: int) -> None:
+        """Fill pieces of `memory` with what lies from `offset` on."""
+        for piece in memory:
+            piece[:] = self.read(len(piece), offset)
+            offset += len(piece)
+
     def close(self) -> None:
         """Forget what was brought."""
         self._held = []

@@ -31,6 +31,9 @@ class PartFile(Protocol):
     def read(self, nbytes: int, offset: int) -> bytes | memoryview:
         """Return `nbytes` from `offset` on; raise UnreadableError where it ends before."""
 
+    def read_into(self, memory: Sequence[memoryview], offset: int) -> None:
+        """Fill pieces of `memory` with what lies from `offset` on; raises as `read` does."""
+
     def close(self) -> None:
         """Give back what it holds."""
 

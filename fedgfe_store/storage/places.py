@@ -42,6 +42,22 @@ class LocalFile:
             data = data + more if data else more
         return data
 
+    def read_into(self, memory: Sequence[memoryview], offset: int) -> None:
+        """Fill pieces of `memory` with what lies from `offset` on."""
+        left = list(memory)
+        while left:
+            try:
+                n = os.preadv(self._handle, left, offset)
+            except OSError as error:
+                raise named_or_unreadable(error, self._path) from error
+            if not n:
+                raise UnreadableError("it is too short")
+            offset += n
+            while left and n >= len(left[0]):
+                n -= len(left.pop(0))
+            if n:
+                left[0] = left[0][n:]
+
     def close(self) -> None:
         """Close it."""
         os.close(self._handle)

@@ -49,7 +49,7 @@ def _damaged_rows(
     except DamagedDataError as error:
         intact, damage = False, str(error)
     try:
-        snapshot.read(name, rows)
+        snapshot.read(name, rows, sealed=True)
     except DamagedDataError:
         pass
     else:
@@ -59,7 +59,7 @@ def _damaged_rows(
     found = []
     for row in rows.tolist():
         try:
-            snapshot.read(name, np.array([row]))
+            snapshot.read(name, np.array([row]), sealed=True)
         except DamagedDataError as error:
             found.append((row, str(error).split("committed: ")[-1]))
     return found

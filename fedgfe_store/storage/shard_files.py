@@ -1,7 +1,8 @@
 """Files of tensor columns: one Zarr shard each, of whole records, written once and read in part.
 
 A shard is its inner chunks, one after another in any order, and behind them an index of their
-places. Each chunk is compressed by blosc and followed by its crc32c, and so is the index.
+places. Each chunk is compressed by blosc, unless the store is not, and followed by its crc32c, and
+so is the index.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fedgfe_store.storage.place import Place
 
 _ABSENT = 2**64 - 1
 """Place and size of a chunk that a shard does not hold."""
+NOWHERE, BROKEN = -1, -2
+"""In place of where a record begins: it has no value there, or cannot be found."""
 _HEADER = 16
 """Bytes of blosc before the data: at 4 the size that they become, at 12 theirs with the header."""
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
@@ -39,7 +42,8 @@ class TensorFiles:
     chunk: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    codec: blosc.Blosc
+    codec: blosc.Blosc | None
+    """What packs a chunk; None where its values are in the file as they are."""
 
     @classmethod
     def of(cls, place: Place, name: str, metadata: Mapping[str, Any]) -> TensorFiles:
@@ -53,7 +57,6 @@ class TensorFiles:
         granule, *shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         sharding = metadata["codecs"][0]["configuration"]
         chunk, *inner = sharding["chunk_shape"]
-        codec = sharding["codecs"][1]["configuration"]
         dtype = _dtype(metadata["data_type"])
         sizes = [granule, chunk, *shape]
         if not all(type(size) is int and size > 0 for size in sizes) or inner != shape:
@@ -61,22 +64,8 @@ class TensorFiles:
         nbytes = dtype.itemsize * chunk * prod(shape)
         if granule > _MOST_RECORDS or granule % chunk or nbytes > LARGEST_CHUNK:
             raise ValueError(f"expected files of chunks that blosc can code, got {sizes}")
-        _check_coder(codec)
-        return cls(
-            place,
-            name,
-            granule,
-            chunk,
-            tuple(shape),
-            dtype,
-            blosc.Blosc(
-                cname=codec["cname"],
-                clevel=codec["clevel"],
-                shuffle=_SHUFFLES[codec["shuffle"]],
-                blocksize=codec["blocksize"],
-                typesize=codec["typesize"],
-            ),
-        )
+        codec = _coder(sharding["codecs"])
+        return cls(place, name, granule, chunk, tuple(shape), dtype, codec)
 
     def file(self, number: int) -> str:
         """Return the path, or URL, of the file of the records from ``number * granule`` on."""
@@ -90,6 +79,20 @@ class TensorFiles:
     def chunk_nbytes(self) -> int:
         """Bytes of the values of an inner chunk."""
         return self.dtype.itemsize * self.chunk * prod(self.shape)
+
+    @property
+    def record_nbytes(self) -> int:
+        """Bytes of the values of a record."""
+        return self.chunk_nbytes // self.chunk
+
+    @property
+    def compression(self) -> str:
+        """How values are packed, as `Schema` names it, or what else blosc was told."""
+        if self.codec is None:
+            return "none"
+        names = {number: name for name, number in _SHUFFLES.items()}
+        shuffle = names[self.codec.shuffle]
+        return shuffle if self.codec.cname == "lz4" else f"{self.codec.cname} with {shuffle}"
 
     @property
     def fill(self) -> float | int:
@@ -120,7 +123,7 @@ class TensorFiles:
         if len(values) < self.chunk:
             missing = np.full((self.chunk - len(values), *self.shape), self.fill, self.dtype)
             values = np.concatenate([values, missing])
-        encoded = self.codec.encode(values)
+        encoded: Any = _bytes_of(values) if self.codec is None else self.codec.encode(values)
         file.write(encoded)
         file.write(checksum(encoded))
         return len(encoded) + checksums.SIZE
@@ -140,6 +143,21 @@ def _dtype(name: Any) -> np.dtype[Any]:
     return dtype
 
 
+def _coder(codecs: Sequence[Mapping[str, Any]]) -> blosc.Blosc | None:
+    """Return what packs an inner chunk between its codecs ``bytes`` and ``crc32c``."""
+    if [codec["name"] for codec in codecs] == ["bytes", "crc32c"]:
+        return None
+    codec = codecs[1]["configuration"]
+    _check_coder(codec)
+    return blosc.Blosc(
+        cname=codec["cname"],
+        clevel=codec["clevel"],
+        shuffle=_SHUFFLES[codec["shuffle"]],
+        blocksize=codec["blocksize"],
+        typesize=codec["typesize"],
+    )
+
+
 def _check_coder(codec: Mapping[str, Any]) -> None:
     bounds = {"clevel": 9, "blocksize": 2**31 - 1, "typesize": 255}
     for name, most in bounds.items():
@@ -147,6 +165,12 @@ def _check_coder(codec: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected 0 to {most}, got {codec[name]!r}")
     if codec["cname"] not in _CODERS or codec["shuffle"] not in [*_SHUFFLES]:
         raise ValueError(f"expected a codec of blosc, got {codec['cname']!r}, {codec['shuffle']!r}")
+
+
+def _bytes_of(values: np.ndarray) -> np.ndarray:
+    """Return the bytes of contiguous `values`, which are not copied."""
+    flat: np.ndarray = values.reshape(-1).view(np.uint8)
+    return flat
 
 
 class OpenFile:
@@ -205,6 +229,42 @@ class OpenFile:
             # What cannot be is refused when it is read, and not asked for.
             self._file.fetch([r for r in found if sum(r) <= self._index_at and r[1] <= most])
 
+    def locate(self, records: np.ndarray) -> np.ndarray:
+        """Return where records of a store that is not compressed begin in the file.
+
+        Parameters
+        ----------
+        records : ndarray of int64, shape [n]
+            Their numbers within the file.
+
+        Returns
+        -------
+        ndarray of int64, shape [n]
+            Bytes from its beginning; `NOWHERE` where it holds no value, `BROKEN` where its index
+            is of no file that a writer left.
+        """
+        files = self._files
+        chunks, within = np.divmod(records, files.chunk)
+        offsets, sizes = self._index[chunks].T
+        due = files.chunk_nbytes + checksums.SIZE
+        is_sound = (sizes == due) & (offsets <= max(self._index_at - due, 0))
+        places: np.ndarray = (
+            np.where(is_sound, offsets, 0).astype(np.int64) + within * files.record_nbytes
+        )
+        places[~is_sound] = BROKEN
+        places[(offsets == _ABSENT) & (sizes == _ABSENT)] = NOWHERE
+        return places
+
+    def read_into(self, memory: Sequence[memoryview], offset: int) -> None:
+        """Fill pieces of memory, one after another, with what lies from `offset` on.
+
+        Raises
+        ------
+        UnreadableError
+            If the file ends before.
+        """
+        self._file.read_into(memory, offset)
+
     def read(self, chunk: int, out: np.ndarray) -> None:
         r"""Decode the inner chunk number `chunk` into `out`, NaN where the file has none.
 
@@ -229,6 +289,11 @@ class OpenFile:
         if size > out.nbytes + _HEADER + checksums.SIZE:  # blosc adds no more than its header
             raise UnreadableError("it holds a chunk of another size")
         encoded = unsealed(self._file.read(size, offset))
+        if self._files.codec is None:
+            if len(encoded) != out.nbytes:
+                raise UnreadableError("it holds a chunk of another size")
+            _bytes_of(out)[:] = encoded
+            return
         sizes = encoded[4:_HEADER].view("<u4").tolist() if len(encoded) >= _HEADER else []
         if sizes[::2] != [out.nbytes, len(encoded)]:
             raise UnreadableError("it holds a chunk of another size")

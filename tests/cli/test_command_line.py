@@ -118,6 +118,7 @@ def test_a_misspelt_value_names_the_nearest_in_every_command_with_filters(name, 
         "sheet": ["--input-dir", tmp_path],
         "gallery": ["--input-dir", tmp_path],
         "map": ["--method", "pca", "--format", "csv"],
+        "audio": ["--audio-model", tmp_path, "--clip-model", tmp_path],
     }
     result = run("--store", store.path, name, *needed.get(name, []), "--class", "dgo")
     assert result.exit_code == 1, result.output

@@ -69,7 +69,7 @@ def test_digests_are_of_the_bytes_with_the_length_as_seed(store):
             lengths = frame[f"length_{column.name}"].tolist()
         values = selection.read(column.name)
         expected = [
-            xxhash.xxh3_64_intdigest(each.tobytes(), seed)
+            xxhash.xxh3_64_hexdigest(each.tobytes(), seed)
             for each, seed in zip(values, lengths, strict=True)
         ]
         assert frame[f"{column.name}_digest"].tolist() == expected

@@ -9,6 +9,7 @@ from .base import Format
 _CLASSES = {
     "store": ("ours", "Exact"),
     "store bfloat16": ("ours", "Rounded"),
+    "store raw": ("ours", "Raw"),
     "torch.load": ("torch_files", "Loaded"),
     "torch.load mmap": ("torch_files", "Mapped"),
     "safetensors": ("safetensors_files", "Safetensors"),

@@ -20,10 +20,15 @@ from .base import Format, Tensors, Writer
 class Exact(Format):
     folder = "ours_float32"
     precision: Any = "float32"
+    compression: Any = "bitshuffle"
 
     def writer(self, path: Path, shape: Shape) -> Writer:
         schema = Schema.flux(
-            shape.tokens, width=shape.width, clip=(shape.clip,), precision=self.precision
+            shape.tokens,
+            width=shape.width,
+            clip=(shape.clip,),
+            precision=self.precision,
+            compression=self.compression,
         )
         return _Writer(EmbeddingStore.create(path, schema))
 
@@ -63,6 +68,11 @@ class Rounded(Exact):
     folder = "ours_bfloat16"
     exact = False
     precision = "bfloat16"
+
+
+class Raw(Exact):
+    folder = "ours_raw"
+    compression = "none"
 
 
 class _Writer(Writer):
