@@ -31,7 +31,7 @@ def quiet_loading() -> Iterator[None]:
     logs = (logging, transformers_logging)
     before = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
     of_hub = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity(hub_logging.ERROR)
     for log in logs:
         log.disable_progress_bar()
         log.set_verbosity_error()

@@ -196,4 +196,4 @@ def test_the_command_shows_the_same(path, tmp_path):
     done = run(path, "--to", "node=nobody")
     assert done.exit_code == 1
     assert "no node nobody in" in done.stderr
-    assert "server" in done.stderr
+    assert "there are 0, 1, text" in done.stderr
