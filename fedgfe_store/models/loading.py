@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from logging import ERROR
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def quiet_loading() -> Iterator[None]:
     logs = (logging, transformers_logging)
     before = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
     of_hub = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(hub_logging.ERROR)
+    hub_logging.set_verbosity(ERROR)
     for log in logs:
         log.disable_progress_bar()
         log.set_verbosity_error()
