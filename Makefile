@@ -73,6 +73,7 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks.upkeep
 
 bench-quick: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.compare --quick

@@ -69,8 +69,11 @@ def command(ctx: click.Context, /, files: tuple[Path, ...], in_place: bool) -> N
             _write(path, new)
         else:
             click.echo(_patch(path, old, new), nl=False)
-    what = "changed" if in_place else "to change; --in-place does it"
-    click.echo(f"{counted(len(files), 'file')}, {changed} {what}", err=not in_place)
+    what = f"{changed} changed" if in_place else f"{changed} to change; --in-place does it"
+    click.echo(
+        f"{counted(len(files), 'file')}, {what if changed else 'nothing to change'}",
+        err=not in_place,
+    )
     if left:
         ctx.exit(SOME_FAILED)
 

@@ -30,8 +30,10 @@ _GROUPED = 20
 """From so many options on they are in groups: fewer are seen at a glance."""
 
 
-# One word alone, such as model, is the same in both; a part of a path is none.
+# One word alone, such as model, is the same in both; a part of a path is none, and what somebody
+# typed stands in quotes.
 _ARGUMENT = re.compile(
+    r"\"[^\"\n]*\"|(?<![\w=])'[^'\n]*'|"
     r"(?<![\w/.-])(?P<name>[a-z]+(?:_[a-z]+)+)(?![\w/.-])(?:=(?:'(?P<value>\w+)'|True))?"
 )
 
@@ -114,6 +116,11 @@ def _in_groups(options: list[click.Option]) -> Iterator[tuple[str, list[click.Op
     by_name = {each.name: each for each in options}
     groups: dict[str, list[click.Option]] = {}
     for heading, names in _GROUPS.items():
-        groups[heading] = [by_name.pop(name) for name in names.split() if name in by_name]
+        here = [by_name[name] for name in names.split() if name in by_name]
+        if len(here) == 1 and heading != _FIRST:  # a heading says nothing of one option
+            continue
+        groups[heading] = here
+        for each in here:
+            del by_name[each.name]
     ordered: dict[str, Any] = {_FIRST: groups.pop(_FIRST), _REST: list(by_name.values())}
     return ((heading, group) for heading, group in (ordered | groups).items() if group)

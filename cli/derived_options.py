@@ -141,11 +141,12 @@ def _end(chosen: Selection | Means, column: str, value: str) -> Selection | Mean
     if len(places) == 1:
         return chosen.take(places)
     what = "mean" if isinstance(chosen, Means) else "record"
-    more = (
-        "other filters, --per-class 1, --index 0 or --mean leave one"
-        if places
-        else f"there are those of {', '.join(sorted({str(k.shown(column)) for k in keys}))}"
-    )
+    if places:
+        more = "other filters, --per-class 1, --index 0 or --mean leave one"
+    elif any(key.value(column) is None for key in keys):
+        more = f"the means are of several: add {noun(column)} to --mean, or a filter"
+    else:
+        more = f"there are those of {', '.join(sorted({str(k.shown(column)) for k in keys}))}"
     raise SchemaMismatchError(
         f"--walk: expected one {what} of {noun(column)} {value}, got {len(places)}; {more}"
     )

@@ -30,7 +30,7 @@ _MOST_NAMED = 3
     "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH..."
 )
 @click.option(
-    "--pattern", default="*.pt", show_default=True, help="Which files of a folder to import."
+    "--pattern", metavar="GLOB", default="*.pt", help="Which files of a folder to import [*.pt]."
 )
 @click.option("--audio", is_flag=True, help="Keep audio embeddings too.")
 @click.option("--dry-run", is_flag=True, help="Read and report, write nothing.")

@@ -243,9 +243,8 @@ wait_option = click.option(
     "timeout",
     type=click.FloatRange(min=0),
     default=600.0,
-    show_default="600",
     metavar="SECONDS",
-    help="How long to wait for another writer.",
+    help="How long to wait for another writer [600].",
 )
 
 
@@ -256,6 +255,10 @@ class Renamed(click.Option):
         """Return the first name and the help."""
         record = super().get_help_record(ctx)
         return record and (f"{self.opts[0]} {self.make_metavar(ctx)}", record[1])
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Return the first name, as help shows it."""
+        return f"'{self.opts[0]}'"
 
 
 def folder_option(name: str) -> Callable[[FC], FC]:

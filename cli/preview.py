@@ -71,7 +71,7 @@ def command(
     """Draw a small sheet of a round: the last one, if none is named.
 
     A recorder with preview=3 runs it while training goes on. The same records are shown of each
-    round, the server's where there are some, and `sheet --input-dir previews/images` draws all
+    round, the server's where there are some, and `sheet --images previews/images` draws all
     rounds together. A model has to be named, here, by $FEDGFE_MODEL or by the store.
 
     \b

@@ -26,9 +26,12 @@ from .tracking import check_log, log_option, log_table
 
 if TYPE_CHECKING:
     from fedgfe_store.analysis.trackers import Tracker
+    from fedgfe_store.selection import Selection
+    from fedgfe_store.store import EmbeddingStore
 
     from .finding import Context
 
+_TEXT = ("node", "text")
 _FORMS = {"cosine": "{:.4f}", "mse": "{:.4g}", "frechet": "{:.4g}", "diversity": "{:.4f}"}
 
 
@@ -96,8 +99,7 @@ def command(
     keys = grouping(measure, by, plot, ["node", "round"])
     check_log(log, keys, measure)
     store = EmbeddingStore.open(obj.store, as_of=as_of)
-    wanted: dict[str, Any] = dict([to])
-    selection, reference = filters.select(store), store.select(**wanted)
+    selection, reference = filters.select(store), _reference(store, to)
     # What is compared with itself says nothing.
     selection = selection.take(np.flatnonzero(selection.column(to[0]) != to[1]))
     with progress(len(selection), "records", quiet=quiet) as advance:
@@ -125,3 +127,18 @@ def command(
         draw(drawn, measure, keys, plot, titles=MEASURES, title=f"{where}, beside {beside}")
         click.echo(f"plot: {plot}", err=form != "table")
     log_table(log, "quality", table, keys, of=selection, form=form)
+
+
+def _reference(store: EmbeddingStore, to: tuple[str, int | str]) -> Selection:
+    from fedgfe_store.errors import NotFoundError
+
+    wanted: dict[str, Any] = dict([to])
+    found = store.select(**wanted)
+    if len(found):
+        return found
+    try:
+        return Filters({name: [value] for name, value in wanted.items()}).select(store)
+    except NotFoundError as error:
+        if to == _TEXT:
+            error.add_note("encode makes references of prompts; --to node=server takes the server")
+        raise

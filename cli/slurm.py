@@ -22,9 +22,19 @@ _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _LONG_OPTION = re.compile(r"--[a-z][a-z-]*(=.*)?")
 
 
+# Minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on, as sbatch takes them.
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+
+
 def _one_line(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is not None and not value.isprintable():
         raise click.BadParameter(f"expected one line, got {value!r}")
+    return value
+
+
+def _time(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not _TIME.fullmatch(value):
+        raise click.BadParameter(f"expected such as 12:00:00, 90 (minutes) or 2-12, got {value!r}")
     return value
 
 
@@ -52,7 +62,15 @@ def _long_options(ctx: click.Context, param: click.Parameter, values: Sequence[s
     show_default=True,
     help="Parts of the work: tasks of an array, each with a GPU.",
 )
-@click.option("--time", "limit", default="24:00:00", show_default=True, callback=_one_line)
+@click.option(
+    "--time",
+    "limit",
+    default="24:00:00",
+    show_default=True,
+    metavar="TIME",
+    callback=_time,
+    help="Time limit of a task: hours:minutes:seconds, minutes or days-hours.",
+)
 @click.option("--partition", callback=_one_line, help="Partition [the cluster's default].")
 @click.option(
     "--gres", default="gpu:1", show_default=True, callback=_one_line, help="Resources of a task."

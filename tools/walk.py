@@ -135,7 +135,7 @@ def reading(folder: Path) -> Callable[[], None]:
 def generating(folder: Path) -> Callable[[], None]:
     """Make a store with one record, of which the tiny FLUX draws an image."""
     store = make_store(folder, round=5)
-    options = ["--model", "tiny", "--steps", 1, "--output-dir", folder / "images"]
+    options = ["--model", "tiny", "--steps", 1, "--images", folder / "images"]
     return partial(command, "--store", store, "generate", *options)
 
 

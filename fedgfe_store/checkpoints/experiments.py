@@ -68,7 +68,7 @@ class Experiment:
                 f"{checkpoint.path}: of the experiment {images or folder.name!r}, by the folder of "
                 f"its {'images' if images else 'checkpoints'}, but {self._store} holds "
                 f"{self._name!r}: import it into a store of its own, or say that it belongs here "
-                f"with `import --other-experiment` (other_experiment=True)"
+                f"with `import --other-experiment`"
             )
         self._folders.add(folder)
 

@@ -12,6 +12,9 @@ from fedgfe_store.errors import NotFoundError, SchemaMismatchError
 _TEXT_CACHE = "_text_embs_dict.pt"
 """How FedGFE ends the names of its caches of text embeddings."""
 
+_MOST_FOLDERS = 4
+"""How many a hint names."""
+
 
 def find_checkpoints(
     paths: str | Path | Iterable[str | Path], *, pattern: str = "*.pt"
@@ -85,15 +88,19 @@ def almost_matching(folder: Path, pattern: str) -> list[str]:
 
 
 def hint_at_folders(folder: Path, pattern: str, store_name: str | None = None) -> str:
-    """Return the names of the folders inside `folder` that have what is not in itself."""
+    """Return the names of the folders up to two below `folder` that have what is not in itself."""
+    # checkpoints/embeddings/experiment1: the guide's.
     inner = [
-        entry.name
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir()
-        and not entry.name.endswith(".zarr")
+        entry
+        for entry in sorted({*folder.glob("*/"), *folder.glob("*/*/")})
+        if not any(part.endswith(".zarr") for part in entry.relative_to(folder).parts)
         and (any(entry.glob(pattern)) or (store_name and (entry / store_name).is_dir()))
     ]
-    return f" (but in its folders {', '.join(inner)}: name one)" if inner else ""
+    if not inner:
+        return ""
+    names = [entry.relative_to(folder).as_posix() for entry in inner[:_MOST_FOLDERS]]
+    more = f" and {len(inner) - len(names)} more" if len(inner) > len(names) else ""
+    return f" (but in its folders {', '.join(names)}{more}: name one)"
 
 
 def hides(name: str, pattern: str) -> bool:

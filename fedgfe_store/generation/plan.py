@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,13 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.parts import Part, places_of
 from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
+from fedgfe_store.images.checked import still_right
 from fedgfe_store.images.compare import Comparer, Expected, Status, Verdict
 from fedgfe_store.images.elsewhere import Partners
 from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look_at, side_by_side
 from fedgfe_store.images.identity import Identity, record_digests
 from fedgfe_store.images.manifest import seconds_per_image
+from fedgfe_store.images.png import Stamp
 from fedgfe_store.names import image_name
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class PlanItem:
         Why it is not done: what changed, or what is wrong with the file.
     keep : bool
         True for a stale image that is to stay as it is.
-    seen : tuple of int or None
+    seen : Stamp or None
         Which file was there when it was planned, see `file_stamp`.
     file_id : str
         What identifies the record's sample; empty where that is not known.
@@ -80,7 +82,7 @@ class PlanItem:
     status: Status = "missing"
     reason: str = ""
     keep: bool = False
-    seen: tuple[int, ...] | None = None
+    seen: Stamp | None = None
     file_id: str = ""
     sources: int | None = None
 
@@ -251,13 +253,9 @@ def plan_images(
         If there are such images and it says ``"error"``, or images of another store whose
         place is not given to this one: what differs, in how many files.
     """
-    items = _list_items(selection, settings, output_dir, columns, request, partners or {})
-    identity = Identity.of_store(selection)
-    plan = Plan((), settings, output_dir, identity, request)
-    images, comparer = ImageFolder.scan(output_dir), _comparer(plan)
-    findings = list(
-        side_by_side(lambda i: _judge(i, images.look(i.key, i.number), comparer), items)
-    )
+    plan = Plan((), settings, output_dir, Identity.of_store(selection), request)
+    items = _list_items(selection, plan, columns, partners or {})
+    findings = _findings(items, output_dir, comparer_of(plan))
     refused = [f for f in findings if plan.refuses(f)]
     if refused and request.on_stale != "keep":
         raise ConflictError(_conflict_message(refused, output_dir))
@@ -285,10 +283,22 @@ def look_again(item: PlanItem, plan: Plan) -> Finding | None:
     """Look at the file of an image to render: None if it is still what it was when planned."""
     if file_stamp(item.path) == item.seen:
         return None
-    return _judge(item, look_at(item.path), _comparer(plan))
+    return _judge(item, look_at(item.path), comparer_of(plan))
 
 
-def _comparer(plan: Plan) -> Comparer:
+def _findings(items: Sequence[PlanItem], folder: Path, comparer: Comparer) -> list[Finding]:
+    """Look at the files of images; no thread is asked about those that no look is needed for."""
+    images = ImageFolder.scan(folder)
+    undone = [i for i in items if i.status != "done"] if images.names else []
+    to_look = [i for i in undone if images.find(i.key, i.number)]
+    looked = side_by_side(lambda i: _judge(i, images.look(i.key, i.number), comparer), to_look)
+    judged = {id(item): finding for item, finding in zip(to_look, looked, strict=True)}
+    verdict: dict[Status, Verdict] = {"done": Verdict("done"), "missing": Verdict()}
+    return [judged.get(id(item)) or Finding(item, verdict[item.status]) for item in items]
+
+
+def comparer_of(plan: Plan) -> Comparer:
+    """Give what compares images with those that are planned."""
     return Comparer(settings_json(plan.settings), fingerprint(plan.settings), plan.identity)
 
 
@@ -319,13 +329,15 @@ def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
 
 def _list_items(
     selection: Selection | Derived,
-    settings: Settings,
-    folder: Path,
+    plan: Plan,
     columns: Collection[str],
-    request: Request,
     partners: Mapping[str, Partners],
 ) -> list[PlanItem]:
-    """List the images of the records that a part holds; nothing is made for the others."""
+    """List the images of the records that a part holds; nothing is made for the others.
+
+    Those that were found done before, and have not changed, are done; the others are missing.
+    """
+    settings, folder, request = plan.settings, plan.folder, plan.request
     places = _own_places(selection, request.part)
     own = selection.take(places)
     files = own.records["file_id"].tolist()
@@ -333,20 +345,27 @@ def _list_items(
     digests = record_digests(own, columns, partners)
     facts = zip(places.tolist(), digests, files, sources, strict=True)
     records = dict(zip(own.keys(), facts, strict=True))
-    by_file = settings.noise == "file_id"
+    images = [
+        (image_name(key, number), key, number, facts)
+        for key, facts in records.items()
+        for number in request.numbers
+    ]
+    comparer, by_file = comparer_of(plan), settings.noise == "file_id"
+    right = still_right(folder, ((name, comparer.mark(facts[1])) for name, _, _, facts in images))
     return [
         PlanItem(
             position=position,
             key=key,
             number=number,
-            path=folder / image_name(key, number),
+            path=folder / name,
             seed=seed_of(settings.seed, key, number, file_id if by_file else ""),
             digests=made_from,
+            status="done" if name in right else "missing",
+            seen=right.get(name),
             file_id=file_id,
             sources=count,
         )
-        for key, (position, made_from, file_id, count) in records.items()
-        for number in request.numbers
+        for name, key, number, (position, made_from, file_id, count) in images
     ]
 
 

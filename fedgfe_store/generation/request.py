@@ -127,7 +127,7 @@ class Request:
         None,
         "Images per call of the model; auto goes by their size and the GPU's memory.",
         flags=("--batch-size", "--batch_size"),
-        metavar="BATCH SIZE",
+        metavar="N",
         none="auto",
     )
     compiled: bool = _asked(False, "Compile the denoiser's blocks.", flags=("--compile",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -14,11 +14,12 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.claims import Claims
 from fedgfe_store.generation.denoise import Renderer
 from fedgfe_store.generation.parts import Part
-from fedgfe_store.generation.plan import Plan, PlanItem
+from fedgfe_store.generation.plan import Plan, PlanItem, comparer_of
 from fedgfe_store.generation.prepare import Report, Run, log_remark, prepare
 from fedgfe_store.generation.request import DEFAULTS, Request, RequestOptions
 from fedgfe_store.generation.stopping import Stop, Stopped
 from fedgfe_store.generation.write import Failure, ImageWriter, Progress, Tally
+from fedgfe_store.images.checked import keep_notes
 from fedgfe_store.images.manifest import (
     Manifest,
     fruitless_stops,
@@ -26,7 +27,7 @@ from fedgfe_store.images.manifest import (
     manifest_name,
     timestamp,
 )
-from fedgfe_store.images.png import read_provenance, remove_stale_temps
+from fedgfe_store.images.png import Stamp, read_provenance, remove_stale_temps
 from fedgfe_store.models.pipeline import ImagePipeline
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def render(
     if plan.counts["done"]:
         complete_manifest(run, report)
     if not plan.todo:
+        note_done(run, {}, report)
         return GenerationReport(plan, skipped=skipped(plan))
     _make_folder(plan.folder)
     # Before anything is claimed: loading takes minutes, in which other processes may do the work.
@@ -225,6 +227,7 @@ def render(
                 run, loaded, writer, tally, movable=movable, stop=stop, report=report
             )
             renderer.run(claims)
+    note_done(run, tally.done, report)
     if renderer.gave_up:
         tally.give_up(plan.todo, f"not rendered, since {renderer.gave_up}")
     made = GenerationReport(
@@ -329,6 +332,20 @@ def complete_manifest(run: Run, report: Report) -> None:
                 manifest.append({"file": item.path.name, **provenance, **facts})
     except OSError as error:  # the images say the same of themselves
         report(f"the manifest of {folder} is not completed: {error}")
+
+
+def note_done(run: Run, written: Mapping[PlanItem, Stamp], report: Report) -> None:
+    """Note which files are as they should be, so that the next plan need not read them."""
+    plan, comparer = run.plan, comparer_of(run.plan)
+    stamps = {i: i.seen for i in plan.items if i.status == "done" and i.seen is not None}
+    notes = {
+        item.path.name: (stamp, comparer.mark(item.digests))
+        for item, stamp in {**stamps, **written}.items()
+    }
+    try:
+        keep_notes(plan.folder, notes)
+    except OSError as error:  # the next plan reads all files, as this one did
+        report(f"cannot note in {plan.folder} which images are done: {error}")
 
 
 def skipped(plan: Plan) -> int:

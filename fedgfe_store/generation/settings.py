@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, get_args
 
 import xxhash
@@ -118,6 +119,15 @@ def seed_of(base_seed: int, key: Key, number: int = 0, file_id: str = "") -> int
         fixed = [list(pair) for pair in key.fixed if pair[0] != "round"]
         parts = [base_seed, "mean", fixed, number]
     else:
-        sample = file_id or key.index
-        parts = [base_seed, key.node, key.split, key.class_name, sample, number]
-    return xxhash.xxh3_64_intdigest(json.dumps(parts).encode()) & (2**63 - 1)
+        # As `json.dumps` writes such a list, of whose texts most are the same as many others'.
+        node, split, name = _quoted(key.node), _quoted(key.split), _quoted(key.class_name)
+        sample = json.dumps(file_id) if file_id else key.index
+        return _seed(f"[{base_seed}, {node}, {split}, {name}, {sample}, {number}]")
+    return _seed(json.dumps(parts))
+
+
+def _seed(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode()) & (2**63 - 1)
+
+
+_quoted = lru_cache(maxsize=4096)(json.dumps)

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeAlias
 from fedgfe_store.derived_keys import Key
 from fedgfe_store.generation.plan import PlanItem
 from fedgfe_store.images.manifest import Manifest
-from fedgfe_store.images.png import write_png
+from fedgfe_store.images.png import Stamp, write_png
 from fedgfe_store.models.placement import Picture
 
 # Pillow lets go of the GIL while it compresses: one thread's work hides behind the device's, and a
@@ -55,13 +55,13 @@ class Tally:
 
     progress: Progress
     settled: Callable[[PlanItem, str | None], object]
-    done: set[PlanItem] = field(default_factory=set)
+    done: dict[PlanItem, Stamp] = field(default_factory=dict)
     elsewhere: set[PlanItem] = field(default_factory=set)
     failed: dict[PlanItem, str] = field(default_factory=dict)
 
-    def succeed(self, item: PlanItem) -> None:
-        """Count an image as made."""
-        self.done.add(item)
+    def succeed(self, item: PlanItem, stamp: Stamp) -> None:
+        """Count an image as made, of which this state of its file was written."""
+        self.done[item] = stamp
         self.settled(item, None)
         self.progress(1)
 
@@ -78,7 +78,7 @@ class Tally:
 
     def give_up(self, items: Iterable[PlanItem], reason: str) -> None:
         """Count the images that nothing has become of as failed without having been tried."""
-        settled = self.done | self.elsewhere
+        settled = self.done.keys() | self.elsewhere
         for item in items:
             if item not in settled:
                 self.failed.setdefault(item, reason)
@@ -106,7 +106,7 @@ class ImageWriter:
     def __init__(self, manifest: Manifest, tally: Tally) -> None:
         self._manifest, self._tally = manifest, tally
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedgfe-writer")
-        self._waiting: deque[tuple[PlanItem, Future[str | None]]] = deque()
+        self._waiting: deque[tuple[PlanItem, Future[Stamp | str]]] = deque()
         self._failed_in_a_row = 0
 
     @property
@@ -124,7 +124,7 @@ class ImageWriter:
     ) -> None:
         """Write an image soon; waits while too many others do.
 
-        An image that is not finite, or black all over, fails.
+        An image that is not finite, black all over, or of another size fails.
 
         Parameters
         ----------
@@ -149,34 +149,38 @@ class ImageWriter:
         fetch: Fetch,
         provenance: Mapping[str, Any],
         seconds: float,
-    ) -> str | None:
-        """Write an image; give the reason why it is not worth writing."""
+    ) -> Stamp | str:
+        """Write an image; give the reason if it is not worth writing."""
         pixels = fetch()
         if pixels is None:
             return "the model gave a picture that is not finite (NaN or infinity)"
         if not pixels.any():
             return "the model gave a picture that is black all over"
-        size = write_png(item.path, pixels, provenance)
+        asked = tuple(provenance["settings"][side] for side in ("height", "width"))
+        if pixels.shape[:2] != asked:  # it would be taken for damaged, and made again in each run
+            height, width = pixels.shape[:2]
+            return f"expected a picture of {asked[1]}x{asked[0]}, the model gave {width}x{height}"
+        stamp = write_png(item.path, pixels, provenance)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        facts = {"bytes": size, "seconds": round(seconds, 4), "created": created}
+        facts = {"bytes": stamp[1], "seconds": round(seconds, 4), "created": created}
         self._manifest.append({"file": item.path.name, **provenance, **facts})
-        return None
+        return stamp
 
     def _settle(self, leave: int) -> None:
         """Count the oldest images that are written, and wait until at most `leave` are not."""
         while self._waiting and (len(self._waiting) > leave or self._waiting[0][1].done()):
             item, future = self._waiting.popleft()
             try:
-                reason = future.result()
+                outcome = future.result()
             except OSError as error:
                 self._failed_in_a_row += 1
                 self._tally.fail(item, f"cannot write {item.path.name}: {error}")
             else:
                 self._failed_in_a_row = 0
-                if reason is None:
-                    self._tally.succeed(item)
+                if isinstance(outcome, str):
+                    self._tally.fail(item, outcome)
                 else:
-                    self._tally.fail(item, reason)
+                    self._tally.succeed(item, outcome)
 
     def __enter__(self) -> Self:
         return self

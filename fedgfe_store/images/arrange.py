@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedgfe_store.common.lookup import noun
 from fedgfe_store.common.words import natural_order, numbers_first
 from fedgfe_store.derived_keys import SEVERAL, WalkKey
 from fedgfe_store.errors import SchemaMismatchError
@@ -100,7 +101,7 @@ def arrange(
     check_keys("rows", rows, AXES)
     check_keys("columns", columns, AXES)
     if set(rows) & set(columns):
-        both = ", ".join(sorted(set(rows) & set(columns)))
+        both = ", ".join(sorted(map(noun, set(rows) & set(columns))))
         raise SchemaMismatchError(f"expected other keys for columns than for rows, got {both}")
     images = list(images)
     if "frame" in {*rows, *columns}:

@@ -99,6 +99,8 @@ def _check_kind(name: str) -> None:
     from transformers import CLIPConfig
 
     folder = Path(name)
+    if not folder.is_dir() and "/" not in name:
+        raise _not_found(name, "there is no such folder")
     if folder.is_dir():
         for file in filter(Path.is_file, map(folder.joinpath, _JSON)):
             read_json(file)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
+
+import xxhash
 
 from fedgfe_store.derived_keys import Key
 from fedgfe_store.images.identity import Identity
@@ -90,6 +94,18 @@ class Comparer:
     settings: Mapping[str, Any]
     fingerprint: str
     identity: Identity
+
+    @cached_property
+    def _made_for(self) -> str:
+        return json.dumps([self.fingerprint, self.identity.to_json()])
+
+    def mark(self, digests: Mapping[str, str]) -> str:
+        """Say in 16 hex digits what an image has to be, but for its record, which its name says.
+
+        `compare` says of the same file the same, as long as this is the same.
+        """
+        text = "|".join((self._made_for, *digests, *digests.values()))
+        return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
 
     def compare(
         self, expected: Expected, state: FileState, provenance: Mapping[str, Any] | None

@@ -20,7 +20,7 @@ from fedgfe_store.images.compare import is_of
 from fedgfe_store.images.foreign import PictureNames
 from fedgfe_store.images.manifest import latest
 from fedgfe_store.images.outdated import marked
-from fedgfe_store.images.png import FileState, inspect_image, png_names
+from fedgfe_store.images.png import FileState, Stamp, inspect_image, png_names, stamp_of
 from fedgfe_store.images.record import ImageRecord
 from fedgfe_store.names import image_name, older_name
 from fedgfe_store.records import KEY_COLUMNS, RecordKey
@@ -66,14 +66,14 @@ class FoundImage:
     ----------
     path : Path
         The file; an image with capital letters may have an older name.
-    stamp : tuple of int or None
+    stamp : Stamp or None
         Which state of the file it was, see `file_stamp`.
     state, provenance
         What `inspect_image` says of it.
     """
 
     path: Path
-    stamp: tuple[int, ...] | None
+    stamp: Stamp | None
     state: FileState
     provenance: dict[str, Any] | None
 
@@ -204,14 +204,20 @@ class ImageFolder:
             None if there is no such file. One of an older name counts if it says itself that
             it is this image.
         """
+        name = self.find(key, number)
+        if name is None:
+            return None
+        found = look_at(self.path / name)
+        is_older = name != image_name(key, number)
+        return None if is_older and not is_of(found.provenance or {}, key, number) else found
+
+    def find(self, key: Key, number: int) -> str | None:
+        """Name the file that may hold an image of a record; None if there is no such file."""
         name = image_name(key, number)
         if name in self.present:
-            return look_at(self.path / name)
+            return name
         older = older_name(key, number)
-        if older is None or older not in self.present:
-            return None
-        found = look_at(self.path / older)
-        return found if is_of(found.provenance or {}, key, number) else None
+        return older if older in self.present else None
 
     def select(
         self, *, per_class: int | None = None, store: EmbeddingStore | None = None, **filters: Any
@@ -306,15 +312,12 @@ def side_by_side(look: Callable[[_T], _U], things: Iterable[_T]) -> Iterator[_U]
         yield from pool.map(look, things)
 
 
-def file_stamp(path: Path) -> tuple[int, ...] | None:
+def file_stamp(path: Path) -> Stamp | None:
     """Tell one state of a file from another by number, size and time; None where there is none."""
     try:
-        found = path.stat()
+        return stamp_of(path.stat())
     except FileNotFoundError:
         return None
-    # The number too: an image that is replaced within a tick of the disk's clock may have the same
-    # size and time, but it is renamed into place and so another file.
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def key_values(images: Iterable[ImageRecord], name: str) -> np.ndarray:

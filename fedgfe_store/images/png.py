@@ -8,20 +8,29 @@ import os
 import re
 import socket
 import time
+import zlib
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from fedgfe_store.storage.claim_files import is_gone
 from fedgfe_store.storage.files import flushed, placing
 
+# There is none for a processor that it is not built for.
+isal_zlib: Any = import_module("isal.isal_zlib") if find_spec("isal") else None
+
 FileState = Literal["ours", "foreign", "damaged"]
+
+Stamp: TypeAlias = tuple[int, int, int]
+"""Number, size and time of a file, see `stamp_of`."""
 
 TEXT_KEY = "fedgfe_store"
 """Keyword of the PNG text chunk that holds the provenance."""
@@ -29,6 +38,11 @@ TEXT_KEY = "fedgfe_store"
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no sound image; an `OSError` may be the disk's, too."""
 
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Bits a sample, truecolour, and the only methods there are (PNG specification, 11.2.2).
+_RGB8 = bytes([8, 2, 0, 0, 0])
+# Each row as its difference from the one above (9.2).
+_UP = 2
 # The chunk that every PNG ends with (PNG specification, 11.2.5): Pillow does not miss it.
 _END_CHUNK = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _TEMP = re.compile(r"\.fedgfe-([0-9a-f]{8})-([0-9]+)-[0-9]+\.tmp")
@@ -50,7 +64,14 @@ def png_names(folder: Path) -> list[str]:
         return []
 
 
-def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> int:
+def stamp_of(found: os.stat_result) -> Stamp:
+    """Tell one state of a file from another by number, size and time of change."""
+    # The number too: an image that is replaced within a tick of the disk's clock may have the same
+    # size and time, but it is renamed into place and so another file.
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> Stamp:
     """Write an image under its name at once: it is there whole, or not at all.
 
     Parameters
@@ -64,20 +85,60 @@ def write_png(path: Path, pixels: NDArray[np.uint8], text: Mapping[str, Any]) ->
 
     Returns
     -------
-    int
-        Bytes written.
+    Stamp
+        Which state of the file it is: what `stamp_of` says of it from then on.
 
     Raises
     ------
     OSError
         If the file cannot be written, for instance on a full disk; no partial file is left.
     """
-    info = PngImagePlugin.PngInfo()
-    info.add_text(TEXT_KEY, json.dumps(text))
     temp = path.parent / f".fedgfe-{writer_token()}-{os.getpid()}-{next(_counter)}.tmp"
     with placing(path, temp), flushed(temp, name=path) as file:
-        Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
-        return file.tell()
+        file.write(png_bytes(pixels, text))
+        file.flush()
+        return stamp_of(os.fstat(file.fileno()))
+
+
+def png_bytes(pixels: NDArray[np.uint8], text: Mapping[str, Any]) -> bytes:
+    """Encode a picture as `write_png` writes it.
+
+    Pillow tries four filters on every row, in which most of its time goes: that one of them fits
+    nearly as well on average, and a compressor that is made for speed, keep up with a model that
+    takes 20 ms an image.
+
+    Parameters
+    ----------
+    pixels : ndarray
+        ``[height, width, 3]``, uint8.
+    text : mapping
+        Provenance.
+    """
+    height, width, _ = pixels.shape
+    values = pixels.reshape(height, -1)
+    rows = np.empty((height, 1 + values.shape[1]), np.uint8)
+    rows[:, 0] = _UP
+    rows[0, 1:] = values[0]
+    np.subtract(values[1:], values[:-1], out=rows[1:, 1:])
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + _RGB8
+    said = TEXT_KEY.encode("ascii") + b"\0" + json.dumps(text).encode("ascii")
+    chunks = [_chunk(b"IHDR", header), _chunk(b"tEXt", said), _chunk(b"IDAT", deflated(rows))]
+    return b"".join([_SIGNATURE, *chunks, _END_CHUNK])
+
+
+def deflated(rows: NDArray[np.uint8]) -> bytes:
+    """Compress the rows of a picture, as fast as it can be done here."""
+    if isal_zlib is not None:
+        data: bytes = isal_zlib.compress(rows, 1)
+        return data
+    # Repeats of one byte are all that zlib finds at that speed; in differences most are.
+    compressor = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    return compressor.compress(rows.data) + compressor.flush()
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(data, zlib.crc32(name))
+    return len(data).to_bytes(4, "big") + name + data + checksum.to_bytes(4, "big")
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from logging import ERROR
 from typing import Any
 
 import torch
@@ -21,20 +22,24 @@ _SWITCHES = ("requires_safety_checker", "add_watermarker")
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep loading bars, and remarks on components left out, off terminal and notebook."""
+    """Keep loading bars, remarks on components left out and tries of a hub off the terminal."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="IProgress not found")
         from diffusers.utils import logging
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging as transformers_logging
 
     logs = (logging, transformers_logging)
     before = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
+    of_hub = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(ERROR)
     for log in logs:
         log.disable_progress_bar()
         log.set_verbosity_error()
     try:
         yield
     finally:
+        hub_logging.set_verbosity(of_hub)
         for log, shown, level in before:
             log.set_verbosity(level)
             if shown:

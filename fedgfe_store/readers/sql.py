@@ -31,7 +31,7 @@ _POSITION = "position_among_records"
 def positions(selection: Rows, condition: str) -> np.ndarray:
     """Return which records meet a condition, int64 positions in order; see `Selection.where`."""
     duckdb = extra("duckdb", "where", "sql")
-    if not isinstance(condition, str):
+    if not isinstance(condition, str) or not condition.strip():
         raise SchemaMismatchError(f"where: expected a condition in SQL, got {condition!r}")
     frame = _plain(selection.records)
     with duckdb.connect(":memory:", config=_SHUT) as connection:
@@ -41,7 +41,10 @@ def positions(selection: Rows, condition: str) -> np.ndarray:
             met = connection.view("records").filter(condition)
             found = met.project(_POSITION).fetchnumpy()[_POSITION]
         except duckdb.Error as error:
-            raise SchemaMismatchError(f"where: {condition}: {_said(error)}") from None
+            # Such as of node = 0: DuckDB then takes all the others for numbers, too.
+            is_type = isinstance(error, duckdb.ConversionException)
+            hint = "; texts stand in quotes: node = '0'" if is_type else ""
+            raise SchemaMismatchError(f"where {condition!r}: {_said(error)}{hint}") from None
     return np.sort(np.asarray(found, np.int64))
 
 

@@ -195,4 +195,5 @@ def test_the_command_shows_the_same(path, tmp_path):
         assert run(path, *wrong).exit_code == 2
     done = run(path, "--to", "node=nobody")
     assert done.exit_code == 1
-    assert "no record to compare with" in done.stderr
+    assert "no node nobody in" in done.stderr
+    assert "there are 0, 1, text" in done.stderr

@@ -537,6 +537,11 @@ def test_checkpoints_in_the_folders_of_a_folder_are_hinted_at(tmp_path: Path) ->
     result = run("--store", tmp_path / "s.zarr", "import", tmp_path / "checkpoints")
     assert result.exit_code == 1
     assert "no file matches '*.pt' (but in its folders embeddings: name one)" in result.stderr
+    for number in range(1, 6):
+        legacy.node_file(tmp_path / "project" / "embeddings" / f"run{number}", n=1)
+    result = run("--store", tmp_path / "s.zarr", "import", tmp_path / "project")
+    folders = ", ".join(f"embeddings/run{number}" for number in range(1, 5))
+    assert f"(but in its folders {folders} and 1 more: name one)" in result.stderr
 
 
 @pytest.mark.parametrize("pattern", ["", "/x*.pt"])

@@ -85,6 +85,7 @@ def test_nothing_is_changed_unless_that_is_asked_for(tmp_path: Path) -> None:
     assert result.stderr == "3 files, 2 to change; --in-place does it\n"
     assert [path.name for path in sorted(tmp_path.iterdir())] == [path.name for path in paths]
     assert paths[0].read_text() == text
+    assert run(paths[2]).stderr == "1 file, nothing to change\n"
 
 
 def test_the_old_file_is_kept_with_its_mode(tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def test_help_names_each_option_once(name):
         assert hidden or (first and first in said)
 
 
-@pytest.mark.parametrize("name", ["generate", "status", "sweep", "sheet", "gallery", "score"])
+@pytest.mark.parametrize(
+    "name", ["generate", "status", "sweep", "sheet", "gallery", "score", "audio", "fidelity"]
+)
 def test_the_folder_of_pictures_has_one_name_and_older_ones(name):
     (option,) = [each for each in command(name).params if "--images" in each.opts]
     old = {"--input-dir", "--input_dir"} & {*option.opts}
@@ -77,6 +79,13 @@ def test_the_folder_of_pictures_has_one_name_and_older_ones(name):
     said = run(name, "--help").output
     assert "--images DIRECTORY" in said
     assert not re.search(r"--(in|out)put[-_]dir", said)
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_no_heading_of_help_is_over_one_option(name):
+    _, *parts = re.split(r"^[A-Z][a-z ]+:$", run(name, "--help").output, flags=re.MULTILINE)
+    for part in parts:
+        assert part.count("\n  -") != 1
 
 
 def test_generates_help_is_in_groups_and_what_is_asked_most_comes_first():
@@ -216,3 +225,15 @@ def test_errors_speak_of_options_and_not_of_arguments():
     assert in_options(text, command("import")) == (
         "--if-exists replace takes it; as_of: expected; --other-experiment; /a/if_exists/b"
     )
+
+
+def test_errors_leave_alone_what_stands_in_quotes():
+    text = """where "class_name = 'dgo'": no column "class_id"; bindings "class_name"; per_class"""
+    assert in_options(text, command("query")) == text.replace("per_class", "--per-class")
+
+
+def test_an_option_of_several_names_is_refused_by_its_first(tmp_path):
+    (tmp_path / "file").touch()
+    said = run("generate", "--images", tmp_path / "file").output
+    assert "'--images': Directory" in said
+    assert "output" not in said

@@ -96,6 +96,15 @@ def test_one_part_is_a_job_without_array() -> None:
     assert "--gres" not in text
 
 
+@pytest.mark.parametrize("limit", ["90", "90:30", "12:00:00", "2-12", "2-12:30:00", "unlimited"])
+def test_a_time_limit_is_one_that_sbatch_takes(limit: str) -> None:
+    assert f"--time={limit}" in directives(script("--time", limit))
+    for wrong in ("12h", "1:2:3:4", "2-", ""):
+        result = CliRunner().invoke(group, ["slurm", "--time", wrong])
+        assert result.exit_code == 2
+        assert f"expected such as 12:00:00, 90 (minutes) or 2-12, got {wrong!r}" in result.output
+
+
 def test_a_task_runs_its_part_in_the_folder_of_the_script(submit, tmp_path, monkeypatch) -> None:
     folder = tmp_path / 'it\'s a "folder" $HOME'
     folder.mkdir()

@@ -295,6 +295,7 @@ def test_the_command_line_draws_means_and_walks_and_knows_them_again(
         (["--walk", "dog:drum"], 1, "expected one record of class dog, got 12; .*--per-class 1"),
         (["--walk", "dog:emu", *ONE], 1, "of class emu, got 0; there are those of cat, dog"),
         (["--walk", "round=5:20", "--mean", "class"], 1, "one mean of round 5, got 0"),
+        (["--walk", "dog:cat", "--mean", "round"], 1, "of several: add class to --mean"),
         (["--walk", "dog"], 2, "expected two ends such as dog:drum"),
         (["--walk", ":dog"], 2, "expected two ends such as dog:drum"),
         (["--frames", "4"], 2, "--frames goes with --walk"),

@@ -25,7 +25,7 @@ from fedgfe_store.cli.main import group
 from fedgfe_store.generation import write as writing
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.stopping import Stop, Stopped, stop_on_signals
-from fedgfe_store.images.png import write_png
+from fedgfe_store.images.png import Stamp, write_png
 from fedgfe_store.models.diffusers import DiffusersImages
 from fedgfe_store.names import image_name
 from fedgfe_store.selection import Selection
@@ -161,7 +161,7 @@ def test_while_saving_all_that_is_decoded_is_saved(
     number = getattr(signal, name)
     calls = itertools.count()
 
-    def interrupted(path: Path, *args: Any) -> int:
+    def interrupted(path: Path, *args: Any) -> Stamp:
         if next(calls) == 0:
             os.kill(os.getpid(), number)
         time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import finished, started
 
+from fedgfe_store.images import png
+from fedgfe_store.images.folder import file_stamp
 from fedgfe_store.images.png import (
     inspect_image,
     read_provenance,
@@ -136,13 +139,30 @@ def test_a_name_is_the_same_in_every_process() -> None:
 
 def test_a_picture_comes_back_with_its_provenance(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    size = write_png(path, PIXELS, PROVENANCE)
-    assert size == path.stat().st_size
+    assert write_png(path, PIXELS, PROVENANCE) == file_stamp(path)
     assert read_provenance(path) == PROVENANCE
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), PIXELS)
         assert json.loads(image.info["fedgfe_store"]) == PROVENANCE
     assert os.listdir(tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize("compressor", ["isal", "zlib"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (64, 1), (61, 37), (512, 256)])
+def test_pillow_reads_what_was_written(
+    monkeypatch: pytest.MonkeyPatch, compressor: str, shape: tuple[int, int]
+) -> None:
+    if compressor == "zlib":  # as where the other is not built for the processor
+        monkeypatch.setattr(png, "isal_zlib", None)
+    random = np.random.default_rng(3).integers(0, 256, (*shape, 3), np.uint8)
+    smooth = np.tile(np.arange(shape[1], dtype=np.uint8)[None, :, None], (shape[0], 1, 3))
+    # As a decoder may give it: another order in memory.
+    for pixels in (random, smooth, random[::-1, :, ::-1]):
+        data = png.png_bytes(pixels, PROVENANCE)
+        with Image.open(io.BytesIO(data)) as image:
+            assert (image.mode, image.info) == ("RGB", {"fedgfe_store": json.dumps(PROVENANCE)})
+            np.testing.assert_array_equal(np.asarray(image), pixels)
+    assert len(png.png_bytes(smooth, {})) < smooth.size / 10 + 300
 
 
 def test_no_cut_and_no_flipped_byte_of_an_image_passes(tmp_path: Path) -> None:

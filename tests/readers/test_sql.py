@@ -56,16 +56,17 @@ def test_extra_is_json_and_times_are_utc(filled):
 @pytest.mark.parametrize(
     ("condition", "words"),
     [
-        ("round >", "where: round >: Parser Error: syntax error"),
+        ("round >", "where 'round >': Parser Error: syntax error"),
         ("klass = 'dog'", 'Referenced column "klass" not found'),
-        ("true; SELECT 1", "where: true; SELECT 1: Parser Error"),
+        ("true; SELECT 1", "where 'true; SELECT 1': Parser Error"),
         ("true) UNION SELECT * FROM (SELECT 1", "Parser Error"),
         ("round = 1, node = '0'", "where"),
         ("node", "Could not convert string '0|Could not convert string"),
         ("exists(SELECT * FROM read_text('/etc/hosts'))", "operations are disabled"),
         ("exists(SELECT * FROM '/etc/hosts')", "does not exist"),
         ("exists(SELECT * FROM frame)", "Table with name frame does not exist"),
-        ("", "where"),
+        ("node = 0", "texts stand in quotes"),
+        (" ", "where: expected a condition in SQL, got ' '"),
         (5, "where: expected a condition in SQL, got 5"),
     ],
 )

@@ -350,6 +350,11 @@ def test_the_guides_keys_in_any_form(feda2v, expected, told, form):
         ({"embeddings_checkpoint_dir": 5}, "expected a folder, got 5"),
         ({"embedding_checkpoint_dir": "x"}, "did you mean embeddings_checkpoint_dir?"),
         ({"embeddings_save_freqency": 5}, "did you mean embeddings_save_frequency?"),
+        ({"embedings_save_frequency": 5}, "did you mean embeddings_save_frequency?"),
+        (
+            {"save_embedings_instead_of_images": True},
+            "did you mean save_embeddings_instead_of_images?",
+        ),
         (
             {"save_embedding_instead_of_images": True},
             "did you mean save_embeddings_instead_of_imag",

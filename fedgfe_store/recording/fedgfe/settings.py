@@ -22,7 +22,7 @@ _NODES, _SERVER = "generate_nodes_images_frequency", "generate_global_images_fre
 _OTHER = "embeddings_other_experiment"
 _KNOWN = (*_FLAGS, _DIR, _EVERY, _NODES, _SERVER, _OTHER)
 _OURS = ("embedding", "save_embedding", "generate_embedding")
-"""Beginnings of keys of which one that is not known is a slip."""
+"""Beginnings of keys of which one that is alike is a slip."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class RecordingSettings:
         Raises
         ------
         SchemaMismatchError
-            If a value is of the wrong type or negative, or a key that begins as those about
-            embeddings do is misspelt.
+            If a value is of the wrong type or negative, or a key about embeddings is misspelt.
         """
         values = _values(feda2v)
         _check_names(values)
@@ -121,9 +120,11 @@ def _values(section: Any) -> dict[str, Any]:
 
 def _check_names(values: Mapping[str, Any]) -> None:
     for key in values:
-        if key in _KNOWN or not str(key).startswith(_OURS):
+        if key in _KNOWN:
             continue
-        close = get_close_matches(str(key), _KNOWN, 1, 0.7)
+        # FedGFE's other keys are its own: a letter or two apart is a slip wherever it stands.
+        alike = 0.7 if str(key).startswith(_OURS) else 0.94
+        close = get_close_matches(str(key), _KNOWN, 1, alike)
         if close:
             raise SchemaMismatchError(f"feda2v.{key}: no such key; did you mean {close[0]}?")
 

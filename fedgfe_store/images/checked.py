@@ -1,0 +1,126 @@
+"""Which files of a folder were read and found right, so that planning does not read them again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+from fedgfe_store.images.folder import side_by_side
+from fedgfe_store.images.png import Stamp, stamp_of
+from fedgfe_store.storage.checksums import UnreadableError
+from fedgfe_store.storage.files import read_regular, write_file
+
+CHECKED_NAME = ".fedgfe-checked"
+
+ENOUGH = 1000
+"""New notes that are worth writing the file: to read fewer images again takes no longer."""
+
+_FIRST_LINE = "fedgfe checked 1"
+# A hundred bytes an image: of more than ten million nothing is kept.
+_MOST_BYTES = 2**30
+SETTLED_NS = 2 * 10**9
+"""A file that is changed again within a tick of the disk's clock keeps its time: FAT's is 2 s."""
+
+# Threads hand over to one another at each system call: one of them for some, not for each.
+_FILES_A_CALL = 512
+
+
+def note(stamp: Stamp, mark: str) -> str:
+    """Say in one word what a file was, and what it was found to be.
+
+    Parameters
+    ----------
+    stamp : tuple of int
+        Which state of the file, see `file_stamp`.
+    mark : str
+        What it should be, and is; see `Comparer.mark`.
+    """
+    return f"{stamp[0]}:{stamp[1]}:{stamp[2]}:{mark}"
+
+
+def still_right(folder: Path, marks: Iterable[tuple[str, str]]) -> dict[str, Stamp]:
+    """Tell which files have been found to be what they should be, and have not changed since.
+
+    Nothing is read of them: a file with another number, size or time is not among them, nor one
+    that should be something else now. Whether a disk has changed what it holds by itself, only
+    reading would tell.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder; it need not exist.
+    marks : iterable of (str, str)
+        Names of files, and what each should be.
+
+    Returns
+    -------
+    dict
+        Their present stamps, by name.
+    """
+    notes = _read(folder)
+    if not notes:  # the marks are not asked for
+        return {}
+    wanted = {name: mark for name, mark in marks if name in notes}
+    names = list(wanted)
+    calls = [names[n : n + _FILES_A_CALL] for n in range(0, len(names), _FILES_A_CALL)]
+    found = zip(calls, side_by_side(partial(_stamps, folder), calls), strict=True)
+    stamped = (pair for some, stamps in found for pair in zip(some, stamps, strict=True))
+    return {n: s for n, s in stamped if s is not None and note(s, wanted[n]) == notes[n]}
+
+
+def keep_notes(folder: Path, notes: Mapping[str, tuple[Stamp, str]]) -> None:
+    """Add to what is known of a folder's files, if it is much.
+
+    What two processes add at the same moment may be lost in part: those files are read again.
+
+    Parameters
+    ----------
+    folder : Path
+        An existing folder.
+    notes : mapping
+        Stamp and mark of each file that is what it should be, by its name.
+
+    Raises
+    ------
+    OSError
+        If the disk refuses.
+    """
+    if len(notes) < ENOUGH:
+        return
+    latest, known = time.time_ns() - SETTLED_NS, _read(folder)
+    settled = ((n, note(s, m)) for n, (s, m) in notes.items() if s[2] < latest)
+    # Names of ours have no spaces; what an older version named may have.
+    fresh = {n: text for n, text in settled if known.get(n) != text and not set(n) & {" ", "\n"}}
+    if len(fresh) >= ENOUGH:
+        lines = [_FIRST_LINE, *(f"{text} {name}" for name, text in {**known, **fresh}.items())]
+        text = "\n".join(lines) + "\n"
+        write_file(folder / CHECKED_NAME, text.encode("utf-8", "surrogateescape"))
+
+
+def _read(folder: Path) -> dict[str, str]:
+    """Read the notes by name; without any, as where they cannot be read, all files are looked at.
+
+    A line that is damaged names no file, or fits none: so it is as if it were not there.
+    """
+    try:
+        data = read_regular(folder / CHECKED_NAME, _MOST_BYTES)
+    except (OSError, UnreadableError):
+        return {}
+    first, *lines = data.decode("utf-8", "surrogateescape").split("\n")
+    if first != _FIRST_LINE:
+        return {}
+    pairs: Iterable[list[str]] = (line.split(" ", 1) for line in lines)
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
+
+
+def _stamps(folder: Path, names: Collection[str]) -> list[Stamp | None]:
+    found: list[Stamp | None] = []
+    for name in names:
+        try:
+            found.append(stamp_of(os.stat(f"{folder}{os.sep}{name}")))
+        except OSError:  # gone, or out of reach: who looks at it says why
+            found.append(None)
+    return found
