@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+import pytest
 from playwright.sync_api import Locator, Page
 
 from fedgfe_store.generation.settings import Settings, fingerprint, settings_json
@@ -80,3 +82,17 @@ def facet(page: Page, name: str, value: str) -> Locator:
 def fact(page: Page, name: str) -> Locator:
     row = page.locator("#facts tr").filter(has=page.get_by_role("rowheader", name=name, exact=True))
     return row.first.locator("td")
+
+
+AXE = Path(sys.prefix, "axe", "node_modules", "axe-core", "axe.min.js")
+needs_axe = pytest.mark.skipif(
+    not AXE.is_file(), reason="no axe-core: make test-long brings it where npm is"
+)
+
+
+def violations(page: Page) -> list[tuple[str, list[str]]]:
+    """Return what axe-core finds against a page, and in which elements."""
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run()")
+    assert len(found["passes"]) > 10
+    return [(each["id"], [node["html"] for node in each["nodes"]]) for each in found["violations"]]

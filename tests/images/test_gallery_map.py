@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from browser import Watched, chromium, drives_chromium, empty_page
 from click.testing import CliRunner
 from conftest import SMALL, fill
-from gallery_pages import add, content
+from gallery_pages import add, content, needs_axe, violations
 from playwright.sync_api import Page, Position, expect
 
 from fedgfe_store import EmbeddingStore
@@ -131,3 +132,19 @@ def test_the_command_lays_out_the_records_that_have_a_picture(tmp_path):
     assert (done.exit_code, "--column goes with --map" in done.stderr) == (2, True)
     gone = ["--store", str(tmp_path / "none.zarr"), *words[2:], "--map", "pca"]
     assert CliRunner().invoke(group, gone).exit_code == 1
+
+
+@pytest.mark.long
+@drives_chromium
+@needs_axe
+def test_axe_finds_nothing_to_say_against_the_map(page_file):
+    with chromium() as browser:
+        for size, scheme in product([(1400, 900), (390, 844)], ["light", "dark"]):
+            viewport = {"width": size[0], "height": size[1]}
+            # The page allows no script but its own.
+            context = browser.new_context(viewport=viewport, color_scheme=scheme, bypass_csp=True)
+            page = context.new_page()
+            page.goto(page_file.as_uri() + "#view=map")
+            expect(page.locator("#map .field")).to_be_visible()
+            assert violations(page) == [], (size, scheme)
+            context.close()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,17 @@ import pytest
 from browser import Watched, chromium, drives_chromium, empty_page
 from click.testing import CliRunner
 from conftest import fill
-from gallery_pages import SETTINGS, add, content, facet, files, key, status
+from gallery_pages import (
+    SETTINGS,
+    add,
+    content,
+    facet,
+    files,
+    key,
+    needs_axe,
+    status,
+    violations,
+)
 from playwright.sync_api import Browser, Page, expect
 
 from fedgfe_store import EmbeddingStore
@@ -24,8 +32,6 @@ from fedgfe_store.images.folders import folder_labels, scan_folders
 from fedgfe_store.images.gallery import make_gallery, scan_images
 from fedgfe_store.images.manifest import Manifest, read_manifest
 from fedgfe_store.names import key_json
-
-AXE = Path(sys.prefix, "axe", "node_modules", "axe-core", "axe.min.js")
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +268,7 @@ VIEWS = ["", "#round=5&class=dog", "#search=nothing+at+all", "#compare=steps&lef
 
 @pytest.mark.long
 @drives_chromium
-@pytest.mark.skipif(not AXE.is_file(), reason="no axe-core: make test-long brings it where npm is")
+@needs_axe
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1400, 900), (390, 844)])
 def test_axe_finds_nothing_to_say_against_the_page(browser, sweep, size, scheme):
@@ -273,10 +279,6 @@ def test_axe_finds_nothing_to_say_against_the_page(browser, sweep, size, scheme)
     for view in VIEWS:
         page = context.new_page()
         page.goto((sweep / "gallery.html").as_uri() + view)
-        page.evaluate(AXE.read_text())
-        found = page.evaluate("axe.run()")
-        assert len(found["passes"]) > 10
-        told = [(each["id"], [n["html"] for n in each["nodes"]]) for each in found["violations"]]
-        assert told == [], (view, json.dumps(told, indent=1))
+        assert violations(page) == [], view
         page.close()
     context.close()
