@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .finding import Context
 
+_MERGED = ("source", "records", "added", "replaced", "unchanged")
 _NUMERIC = ("commit", "added", "deleted", "records", "bytes")
 
 
@@ -228,11 +229,10 @@ def merge(
                 batch = target.merge(source, if_exists=if_exists, timeout=timeout, progress=advance)
                 rows.append(_merge_row(source, batch))
     finally:  # what was merged before an error stays
-        headers = ("source", "records", "added", "replaced", "unchanged")
-        answer.update(store=target.location, commit=target.commit, records=len(target))
-        answer.update(sources=[dict(zip(headers, row, strict=True)) for row in rows])
         if rows:
-            print_table(headers, rows, right=headers[1:])
+            print_table(_MERGED, rows, right=_MERGED[1:])
+    answer.update(store=target.location, commit=target.commit, records=len(target))
+    answer.update(sources=[dict(zip(_MERGED, row, strict=True)) for row in rows])
     click.echo(
         f"\n{target.location} is at commit {target.commit}, with {counted(len(target), 'record')}"
     )

@@ -151,17 +151,19 @@ def info(obj: Context, as_of: int | None, answer: dict[str, Any]) -> None:
 
     store = EmbeddingStore.open(obj.store, as_of=as_of)
     records = store.select().records[["node", "round", "split", "class_name"]]
-    answer.update(_facts(store, records))
-    for label, value in _summary(store, records):
+    sizes = store.snapshot.place.sizes()
+    answer.update(_facts(store, records, sizes))
+    for label, value in _summary(store, records, sizes):
         click.echo(f"{label + ':':<13}{value}")
     if len(records):
         click.echo("\nrecords by round and node")
         print_counts(records)
 
 
-def _facts(store: EmbeddingStore, records: pd.DataFrame) -> dict[str, Any]:
+def _facts(
+    store: EmbeddingStore, records: pd.DataFrame, sizes: Mapping[str, int] | None
+) -> dict[str, Any]:
     schema, metadata = store.schema, store.schema.metadata
-    sizes = store.snapshot.place.sizes()
     counts = records.groupby(["round", "node"]).size().rename("records").reset_index()
     return {
         "store": store.location,
@@ -187,9 +189,10 @@ def _packing(store: EmbeddingStore) -> str:
     return ", ".join(sorted(kinds))
 
 
-def _summary(store: EmbeddingStore, records: pd.DataFrame) -> list[tuple[str, str]]:
+def _summary(
+    store: EmbeddingStore, records: pd.DataFrame, sizes: Mapping[str, int] | None
+) -> list[tuple[str, str]]:
     schema, metadata = store.schema, store.schema.metadata
-    sizes = store.snapshot.place.sizes()
     packing = _packing(store)
     plain = all(column.dtype == "float32" for column in schema.tensors)
     uncompressed = "of float32" if plain else "in memory"
