@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -38,14 +38,12 @@ from fedgfe_store.schema import Kind, Schema, TensorColumn
 from fedgfe_store.shapes import Shape, any_tensor, as_tensor
 from fedgfe_store.storage.values import exact
 
-_WINDOW_BYTES = 128 << 20
-"""Values that are read before a file is mapped anew: pages of a mapping stay until it goes."""
 Shapes = dict[str, Shape]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample of a checkpoint, in memory of its own.
+    """One sample of a checkpoint.
 
     Parameters
     ----------
@@ -91,6 +89,16 @@ class Entry:
     def what(self) -> str:
         """The sample in words."""
         return f"split {self.split}, class {self.class_name}, index {self.index}"
+
+    def copied(self) -> Entry:
+        """Return the sample in memory of its own, whatever becomes of the file."""
+        return replace(
+            self,
+            t5=None if self.t5 is None else self.t5.clone(),
+            clip=None if self.clip is None else self.clip.clone(),
+            audio=None if self.audio is None else self.audio.clone(),
+            named={name: tensor.clone() for name, tensor in self.named.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -149,8 +157,8 @@ class Checkpoint:
     def read(self, schema: Schema | None = None) -> Iterator[Entry | Skipped]:
         """Read the samples one at a time, in file order.
 
-        A file in torch's zip format is mapped, and mapped anew every 128 MiB, so that memory stays
-        bounded whatever its size; the older format is loaded as a whole.
+        A file in torch's zip format is mapped, and little of it stays in memory, whatever its
+        size; the older format is loaded as a whole.
 
         Parameters
         ----------
@@ -161,38 +169,17 @@ class Checkpoint:
         Yields
         ------
         Entry or Skipped
-            A sample, or why it is left out: a tensor that is missing, of another shape or not
-            finite, or a sample that came before. Audio that is missing leaves no sample out.
+            A sample, in memory of its own, or why it is left out: a tensor that is missing, of
+            another shape or not finite, or a sample that came before. Audio that is missing leaves
+            no sample out.
 
         Raises
         ------
         DamagedDataError
             If the file changed since it was opened, or is damaged.
         """
-        wanted = (
-            needed(self.kind, self.columns)
-            if schema is None
-            else {t.name: t for t in schema.tensors}
-        )
-        opened: Any = None
-        used, seen = 0, set[tuple[str, str, int]]()
-        for slot in self._found:
-            if isinstance(slot, Skipped):
-                yield slot
-                continue
-            if opened is None or (self._source.mapped and used >= _WINDOW_BYTES):
-                opened = None  # unmaps the file before it is mapped again
-                opened, used = self._unpack(torch_files.load(self._source).content, self.path), 0
-            columns = columns_of(slot, wanted, audio=self.audio)
-            try:
-                check_sample(slot, wanted, columns, seen)
-                used += 4 * sum(math.prod(slot.places[name][1]) for name in columns)
-                entry = _entry(slot, opened[slot.position], columns, wanted)
-            except Unusable as reason:
-                yield Skipped(str(reason), slot.position, slot.what)
-            else:
-                seen.add((slot.split, slot.class_name, slot.index))
-                yield entry
+        for item in Opened(self, torch_files.load(self._source)).read(schema):
+            yield item.copied() if isinstance(item, Entry) else item
 
     def verify(self) -> None:
         """Compare the file's bytes with the checksums that torch wrote into it.
@@ -203,6 +190,54 @@ class Checkpoint:
             If they differ.
         """
         torch_files.verify(self._source)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint with what was loaded of its file, so that it is unpickled once.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        What is known of it.
+    loaded : Loaded
+        What is in the file, which stays mapped as long as this is there.
+    """
+
+    checkpoint: Checkpoint
+    loaded: torch_files.Loaded
+
+    def read(self, schema: Schema | None = None) -> Iterator[Entry | Skipped]:
+        """Read the samples as `Checkpoint.read` does; their tensors may lie in the mapped file.
+
+        Raises
+        ------
+        DamagedDataError
+            If the file changed meanwhile, at the end.
+        """
+        checkpoint = self.checkpoint
+        wanted = (
+            needed(checkpoint.kind, checkpoint.columns)
+            if schema is None
+            else {t.name: t for t in schema.tensors}
+        )
+        raw = checkpoint._unpack(self.loaded.content, checkpoint.path)
+        seen = set[tuple[str, str, int]]()
+        for slot in checkpoint._found:
+            if isinstance(slot, Skipped):
+                yield slot
+                continue
+            columns = columns_of(slot, wanted, audio=checkpoint.audio)
+            try:
+                check_sample(slot, wanted, columns, seen)
+                self.loaded.pass_by(4 * sum(math.prod(slot.places[name][1]) for name in columns))
+                entry = _entry(slot, raw[slot.position], columns, wanted)
+            except Unusable as reason:
+                yield Skipped(str(reason), slot.position, slot.what)
+            else:
+                seen.add((slot.split, slot.class_name, slot.index))
+                yield entry
+        self.loaded.make_sure()
 
 
 def read_checkpoint(
@@ -238,10 +273,16 @@ def read_checkpoint(
     -----
     Of objects whose class is neither a plain value nor a tensor only the class's name is kept.
     """
-    path = Path(path)
+    return opened(torch_files.inspect(Path(path)), audio=audio, round_from=round_from).checkpoint
+
+
+def opened(
+    source: torch_files.Source, *, audio: bool = False, round_from: RoundFrom | None = None
+) -> Opened:
+    """Open a file that was looked at, as `read_checkpoint` does, and keep what was loaded."""
     if round_from not in (None, *get_args(RoundFrom)):
         raise SchemaMismatchError(f"round_from: expected name or content, got {round_from!r}")
-    source = torch_files.inspect(path)
+    path = source.path
     loaded = torch_files.load(source)
     content = loaded.content
     entries = embeddings(content, path)
@@ -249,12 +290,11 @@ def read_checkpoint(
     moment, late = timestamp(content.get("timestamp"))
     metadata, lost = plain_metadata(content.get("metadata"))
     columns = named_columns(metadata, entries)
-    kind = kind_of(metadata, entries, columns)
-    found, odd = survey(entries, node, kind, columns)
+    kind, found, odd = _surveyed(entries, node, kind_of(metadata, columns), columns)
     heard = sum(isinstance(item, Slot) and "audio" in item.places for item in found)
     if heard and not audio:
         odd.append(f"audio embeddings left out: {heard} records")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=path,
         node=node,
         round=round_number,
@@ -268,6 +308,19 @@ def read_checkpoint(
         _source=source,
         _found=tuple(found),
     )
+    return Opened(checkpoint, loaded)
+
+
+def _surveyed(
+    entries: list[Any], node: str, said: Kind | None, columns: tuple[TensorColumn, ...]
+) -> tuple[Kind, list[Slot | Skipped], list[str]]:
+    """Return which conditioning the entries are, where nothing says so by what they hold."""
+    found, odd = survey(entries, node, said or "flux", columns)
+    if said is not None:
+        return said, found, odd
+    if any(isinstance(item, Slot) and "t5" in item.places for item in found):
+        return "flux", found, odd
+    return "sd", *survey(entries, node, "sd", columns)
 
 
 def images_folder(checkpoint: Checkpoint) -> str | None:
@@ -348,7 +401,7 @@ def _entry(slot: Slot, raw: Mapping[Any, Any], columns: list[str], wanted: Colum
 def _values(
     slot: Slot, raw: Mapping[Any, Any], column: str, known: TensorColumn | None
 ) -> torch.Tensor:
-    """Copy one sample's tensor out of the file, as a store has it, so that the mapping can go."""
+    """Return one sample's tensor as a store has it, in the file's mapping where it is so there."""
     key, shape = slot.places[column]
     if known is not None and known.dtype != "float32":
         return _numbers(known, any_tensor(raw[key], key).detach().reshape(shape))
@@ -369,15 +422,15 @@ def _numbers(column: TensorColumn, part: torch.Tensor) -> torch.Tensor:
         values = exact(column, (part.float() if part.is_floating_point() else part).numpy())
     except SchemaMismatchError as error:
         raise Unusable(str(error)) from None
-    return torch.from_numpy(values.copy())
+    return torch.from_numpy(values)
 
 
 def _float32(part: torch.Tensor) -> np.ndarray:
-    """Return a contiguous float32 copy; by numpy, as torch's threads get in each other's way."""
+    """Return contiguous float32; by numpy, as torch's threads get in each other's way."""
     if part.dtype is torch.bfloat16:
         high = part.contiguous().view(torch.int16).numpy().view(np.uint16)
         return (high.astype(np.uint32) << 16).view(np.float32)
     if part.dtype not in (torch.float16, torch.float32, torch.float64):
         part = part.float()
     with np.errstate(over="ignore"):
-        return np.array(part.numpy(), np.float32, order="C")
+        return np.asarray(part.numpy(), np.float32, order="C")
