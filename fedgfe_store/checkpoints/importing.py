@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Unpack
 
+from fedgfe_store.checkpoints.ahead import Ahead, Prepared
 from fedgfe_store.checkpoints.earlier import DeletedRecords, Identities
 from fedgfe_store.checkpoints.experiments import Experiment, check_fit, schema_with_audio
 from fedgfe_store.checkpoints.header import is_a_time
@@ -22,7 +23,6 @@ from fedgfe_store.checkpoints.listing import (
 )
 from fedgfe_store.checkpoints.reading import (
     Checkpoint,
-    Entry,
     Opened,
     audio_shape,
     opened,
@@ -31,6 +31,7 @@ from fedgfe_store.checkpoints.reading import (
 )
 from fedgfe_store.checkpoints.report import FileReport, ImportReport, Tally, headed, in_words
 from fedgfe_store.checkpoints.request import DEFAULTS, ImportOptions, ImportRequest
+from fedgfe_store.checkpoints.samples import Entry
 from fedgfe_store.checkpoints.text_cache import opened_text_cache
 from fedgfe_store.checkpoints.torch_files import Source, inspect
 from fedgfe_store.checkpoints.zip_members import Mapped
@@ -48,7 +49,7 @@ from fedgfe_store.storage.append import AppendBatch
 from fedgfe_store.storage.engines import check_target, latest
 from fedgfe_store.store import EmbeddingStore
 
-_GROUP_BYTES = 32 << 20
+_GROUP_BYTES = 128 << 20
 """Tensors that are appended at once: many samples a call, in bounded memory."""
 
 _log = logging.getLogger("fedgfe_store")
@@ -104,12 +105,15 @@ def import_checkpoints(
     target = _Target(folder, files, request)
     target.check_experiments()
     reports: list[FileReport] = []
-    for path in files:
-        reports.append(target.take(path))
-        if on_file is not None:
-            on_file(reports[-1])
-        if request.fail_fast and reports[-1].error is not None:
-            break
+    try:
+        for path, following in zip_longest(files, files[1:]):
+            reports.append(target.take(path, following))
+            if on_file is not None:
+                on_file(reports[-1])
+            if request.fail_fast and reports[-1].error is not None:
+                break
+    finally:
+        target.close()
     return ImportReport(folder, tuple(reports), _notes(given, request.pattern))
 
 
@@ -126,6 +130,7 @@ class _Target:
     def __init__(self, path: Location, files: Iterable[Path], request: ImportRequest) -> None:
         self._path, self._files, self._request = path, files, request
         self._ledger = Ledger(path)
+        self._ahead = Ahead(self._opened)
         self._groups: set[tuple[str, int, str]] = set()
         self._store = _open_if_there(path)
         self._schema = self._store.schema if self._store is not None else None
@@ -143,10 +148,14 @@ class _Target:
             checkpoints = [path for path in self._files if not is_named_as_text_cache(path)]
             self._experiment.check_folders(checkpoints, new_only=self._request.new_only)
 
-    def take(self, path: Path) -> FileReport:
-        """Import one file, or report why not."""
+    def close(self) -> None:
+        """Forget a file that was opened ahead."""
+        self._ahead.end()
+
+    def take(self, path: Path, following: Path | None) -> FileReport:
+        """Import one file, or report why not; open the `following` one meanwhile."""
         if not self._request.new_only:
-            return self._read(path)
+            return self._read(path, following)
         known = FileReport(path, known=True)
         if self._ledger.knows(path):
             _log.info("%s: known, not read again", path)
@@ -156,22 +165,25 @@ class _Target:
             if self._ledger.knows(path):
                 _log.info("%s: imported by another process meanwhile", path)
                 return known
-            return self._read(path)
+            return self._read(path, following)
 
-    def _read(self, path: Path) -> FileReport:
+    def _read(self, path: Path, following: Path | None) -> FileReport:
         report = FileReport(path, bytes=_size(path))
+        prepared = self._ahead.take(path)
+        self._look_ahead(following)
         try:
-            # Before the file is read: if it changes meanwhile, it is read again next time.
-            source = inspect(path)
-            content = content_digest(source)
-            file = self._opened(source)
-            checkpoint = file.checkpoint
+            if prepared is None:
+                source = inspect(path)
+                # Before it is read: if it changes meanwhile, it is read again next time.
+                prepared = Prepared(content_digest(source), self._opened(source))
+                report = headed(prepared.file.checkpoint)
+                prepared.file.loaded.verify()
+            checkpoint = prepared.file.checkpoint
             report = headed(checkpoint)
-            file.loaded.verify()
-            report = self._import(file, report)
+            report = self._import(prepared.file, report)
             if self._store is not None and not self._request.dry_run:
                 node, number = checkpoint.node, checkpoint.round
-                self._ledger.add(path, content, node=node, round=number)
+                self._ledger.add(path, prepared.content, node=node, round=number)
             _log.info("%s: %s", path, in_words(report))
             return report
         except BusyError:  # every other file would wait as long
@@ -180,6 +192,13 @@ class _Target:
             reason = str(error).removeprefix(f"{path}: ")
             notes = getattr(error, "__notes__", [])
             return replace(report, error="; ".join([reason, *notes]))
+
+    def _look_ahead(self, path: Path | None) -> None:
+        # Caches are read by the kind and the classes of the store, which the file before may bring.
+        if path is None or is_named_as_text_cache(path):
+            return
+        if not (self._request.new_only and self._ledger.line_of(path)):
+            self._ahead.begin(path)
 
     def _opened(self, source: Source) -> Opened:
         if not is_named_as_text_cache(source.path):

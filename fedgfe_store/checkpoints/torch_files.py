@@ -109,13 +109,19 @@ class Loaded:
 
         One that was removed, or that another took the place of, is still there as it was.
         """
-        path, stamp = self.source.path, self.source.stamp
+        found = self._found()
+        if found is not None and found[0] == self.source.stamp[0] and found != self.source.stamp:
+            raise _changed(self.source.path)
+
+    def is_current(self) -> bool:
+        """Whether the file that has this name is still the one that was loaded."""
+        return self._found() == self.source.stamp
+
+    def _found(self) -> tuple[int, int, int] | None:
         try:
-            found = _stamp(path.stat())
+            return _stamp(self.source.path.stat())
         except FileNotFoundError:
-            return
-        if found[0] == stamp[0] and found != stamp:
-            raise _changed(path)
+            return None
 
 
 def inspect(path: Path) -> Source:
