@@ -100,7 +100,8 @@ def matches(values: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:
 def matches_at(values: np.ndarray, places: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:
     """Return which of the `values` at `places` are `wanted`; bool ``[n]``."""
     if len(places) * _PICKED > len(values):
-        return matches(values, wanted)[places]
+        mask: np.ndarray = matches(values, wanted)[places]
+        return mask
     return matches(values[places], wanted)
 
 
