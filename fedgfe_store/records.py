@@ -87,10 +87,14 @@ class RecordBatch:
         Key columns, notes and digests, each ``[n]``.
     tensors : mapping of str to ndarray
         Tensor columns, ``[n, *shape]`` of their data types, rounded to the schema's precision.
+    unfinished : bool
+        Whether the tensors are not rounded yet: they are in a caller's memory, which nothing may
+        be changed in, and were looked through, see `storage.entry.surveyed`.
     """
 
     columns: Mapping[str, np.ndarray]
     tensors: Mapping[str, np.ndarray]
+    unfinished: bool = False
 
     def __len__(self) -> int:
         return len(self.columns["index"])
@@ -113,6 +117,7 @@ class RecordBatch:
         return RecordBatch(
             {name: values[positions] for name, values in self.columns.items()},
             {name: values[positions] for name, values in self.tensors.items()},
+            self.unfinished,
         )
 
     @classmethod
@@ -129,7 +134,7 @@ class RecordBatch:
             name: np.concatenate([batch._values(name, like) for batch in batches])
             for name, like in found.items()
         }
-        return cls(columns, tensors)
+        return cls(columns, tensors, any(batch.unfinished for batch in batches))
 
     def _values(self, name: str, like: np.ndarray) -> np.ndarray:
         if name in self.tensors:

@@ -11,14 +11,18 @@ import numpy as np
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, RecordBatch, RecordKey, keys_of
-from fedgfe_store.storage.entry import conformed, finished
+from fedgfe_store.storage.entry import conformed, finished, surveyed
 from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
+from fedgfe_store.storage.ready import Ready, Seen, digest_names
 from fedgfe_store.storage.sifting import IfExists, Sifter
 from fedgfe_store.storage.state import State
 from fedgfe_store.storage.writing import Change, CommitKind, Writing, committed
 
 # Some 900 records of [17, 4096], 30 of [512, 4096]: fewer take the lock only to be committed.
 _BUFFER_BYTES = 256 * 2**20
+# Copying costs; but what comes in smaller calls may take an epoch, while others want the lock.
+_AT_ONCE_BYTES = 64 * 2**20
+"""Bytes of a call's tensors from which they are written before it returns, and not copied."""
 
 
 class AppendBatch:
@@ -26,7 +30,8 @@ class AppendBatch:
 
     As a context it commits on exit, or changes nothing if the block raises. Records are copied
     as they are added; once 256 MiB of them wait they are written, which takes the store's
-    writer lock, where it has one, until the end of the block.
+    writer lock, where it has one, until the end of the block. One call with 64 MiB or more is
+    written at once, without a copy.
 
     Attributes
     ----------
@@ -57,8 +62,9 @@ class AppendBatch:
         self._defaults = {"node": node, "round": round}
         self._if_exists: IfExists = if_exists
         self._waiting: list[RecordBatch] = []
-        self._ready: list[RecordBatch] = []
-        self._seen: dict[RecordKey, tuple[int, ...]] = {}
+        self._ready = Ready()
+        self._failure: BaseException | None = None
+        self._seen = Seen()
         self._deleted: list[int] = []
         self._kept: set[RecordKey] = set()
         self._superseded: set[tuple[str, int, str]] = set()
@@ -137,7 +143,10 @@ class AppendBatch:
         ConflictError
             As for `add`.
         """
-        self._take(conformed(records, self._known.schema))
+        if records.nbytes < _AT_ONCE_BYTES:
+            self._take(conformed(records, self._known.schema))
+        else:
+            self._take_at_once(surveyed(records, self._known.schema))
 
     def add_finite(self, records: RecordBatch) -> dict[int, str]:
         """Add those of `records` whose values are finite in the store's precision.
@@ -175,6 +184,23 @@ class AppendBatch:
         self._wait(fitting)
         if sum(batch.nbytes for batch in self._waiting) >= _BUFFER_BYTES:
             self._write(rest=False)
+
+    def _take_at_once(self, records: RecordBatch) -> None:
+        """Write records that lie in a caller's memory, and all that waits."""
+        self._check_open()
+        # First what may fail of them: nothing of a refused call is added.
+        self._begin()
+        fresh, prints = self._seen.new(records)
+        self._write(rest=False)
+        some = self._sifted(fresh)
+        self._seen.add(prints)
+        self.skipped += len(records) - len(fresh)
+        self._ready.append(some)
+        self._put_whole()
+        # A file that is half full costs less than a copy of what is in it.
+        if 2 * len(self._ready) >= self._known.schema.granule:
+            self._put(self._begin(), len(self._ready))
+        self._ready.settle(lambda rest: conformed(rest, self._known.schema))
 
     def unknown(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the positions of those records whose tensors must be read for `add_records`.
@@ -226,6 +252,7 @@ class AppendBatch:
                 f"this batch was opened by process {self._process}, and this is a fork of it: "
                 f"open another one with store.append()"
             )
+        self._check_whole()
 
     def __enter__(self) -> Self:
         return self
@@ -241,6 +268,7 @@ class AppendBatch:
         self._open = False
         if error is None:
             try:
+                self._check_whole()
                 self._write(rest=True)
                 self._publish()
             except BaseException as failure:
@@ -248,43 +276,47 @@ class AppendBatch:
                 raise
         self._leave(kind, error, traceback)
 
+    def _check_whole(self) -> None:
+        """Refuse to commit a part of what was added."""
+        if self._failure is not None:
+            raise ConflictError(
+                f"records could not be written, nothing of the block is committed: {self._failure}"
+            ) from self._failure
+
     def _leave(self, *error: Any) -> None:
-        self._waiting, self._ready = [], []
+        self._waiting, self._ready = [], Ready()
         if self._writing is not None:
             self._writing.__exit__(*error)
             self._writing = None
 
     def _wait(self, records: RecordBatch) -> None:
         """Put `records` among those that wait, less those that this batch has already."""
-        fresh: list[int] = []
-        prints: dict[RecordKey, tuple[int, ...]] = {}
-        found_prints = zip(records.keys(), _digests(records.columns), strict=True)
-        for position, (key, found) in enumerate(found_prints):
-            before = self._seen.get(key, prints.get(key))
-            if before is None:
-                prints[key] = found
-                fresh.append(position)
-            elif before != found:
-                raise ConflictError(f"{key} was added twice to this batch, with other tensors")
-        self._seen |= prints
+        fresh, prints = self._seen.new(records)
+        self._seen.add(prints)
         self.skipped += len(records) - len(fresh)
-        if fresh:
-            whole = len(fresh) == len(records)
-            self._waiting.append(records if whole else records.take(np.array(fresh)))
+        if len(fresh):
+            self._waiting.append(fresh)
 
     def _write(self, *, rest: bool) -> None:
         """Write what waits, granule by granule; without `rest` keep an unfinished granule."""
-        if not (self._waiting or self._ready or (rest and self._superseded)):
+        if not (self._waiting or len(self._ready) or (rest and self._superseded)):
             return
         writing = self._begin()
-        granule = writing.schema.granule
         while self._waiting:
-            self._ready.append(self._sifted(self._waiting.pop(0)))
-            whole = sum(map(len, self._ready)) // granule * granule
-            if whole and not (rest and not self._waiting):
-                self._put(writing, whole)
-        if rest and any(map(len, self._ready)):
-            self._put(writing, sum(map(len, self._ready)))
+            self._ready.append(self._sifted(self._waiting[0]))
+            del self._waiting[0]
+            if self._waiting or not rest:
+                self._put_whole()
+        if rest:
+            self._put(writing, len(self._ready))
+
+    def _put_whole(self) -> None:
+        """Write the whole granules of what is ready."""
+        writing, granule = self._begin(), self._known.schema.granule
+        # Alone, what joins two calls: to put them together is to copy them.
+        if self._ready.joins and len(self._ready) >= granule:
+            self._put(writing, granule)
+        self._put(writing, len(self._ready) // granule * granule)
 
     def _begin(self) -> Writing:
         if self._writing is None:
@@ -299,23 +331,18 @@ class AppendBatch:
 
     def _put(self, writing: Writing, n: int) -> None:
         """Write the first `n` records of those that are ready."""
-        records = self._pop(n)
+        if not n:
+            return
+        records = self._ready.pop(n)
         # Without their tensors: enough to ask again what the store holds, see `_change`.
         names = [name for name in records.columns if name.startswith("has_")]
-        names += [*KEY_COLUMNS, *_digest_names(records.columns)]
+        names += [*KEY_COLUMNS, *digest_names(records.columns)]
         self._written.append({name: records.columns[name] for name in names})
-        writing.write(records)
-
-    def _pop(self, n: int) -> RecordBatch:
-        """Take the first `n` records of those that are ready."""
-        parts = []
-        while n and self._ready:
-            first = self._ready.pop(0)
-            parts.append(first.take(slice(n)))
-            if len(first) > n:
-                self._ready.insert(0, first.take(slice(n, None)))
-            n -= len(parts[-1])
-        return RecordBatch.concatenate(parts)
+        try:
+            writing.write(records)
+        except BaseException as error:
+            self._failure = error  # they are lost, whether or not the block goes on
+            raise
 
     def _publish(self) -> None:
         if self._writing is None:
@@ -371,14 +398,3 @@ class AppendBatch:
         self.replaced += len(found.replaced)
         self._deleted += found.replaced
         return found.fresh
-
-
-def _digest_names(columns: Mapping[str, np.ndarray]) -> list[str]:
-    """Return the columns of digests of tensors; that of the row differs with the timestamp."""
-    return [name for name in columns if name.endswith("_digest") and name != "row_digest"]
-
-
-def _digests(columns: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
-    """Return the digests of each record's tensors."""
-    names = _digest_names(columns)
-    return list(zip(*(columns[name].tolist() for name in names), strict=True))

@@ -30,6 +30,7 @@ from fedgfe_store.records import RecordBatch, are_negatives, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.storage import array_files, files, key_files
 from fedgfe_store.storage.claim import Claim
+from fedgfe_store.storage.finishing import parts_of
 from fedgfe_store.storage.layout import KEY_CHUNK, key_columns
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
@@ -157,7 +158,7 @@ class Transaction:
         return self.snapshot.point.commit + 1
 
     def write(self, records: RecordBatch) -> None:
-        """Write `records` as the next granules; all but the last one of a commit are whole."""
+        """Write `records` as the next granules; all but the last one of a call are whole."""
         self._begin()
         if (records.columns["file_id"] != "").any():
             self.upgrade()
@@ -184,18 +185,21 @@ class Transaction:
 
     def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
-        values, column = records.tensors.get(name), self.schema.column(name)
+        column = self.schema.column(name)
         shards = self.snapshot.tensor_files[name]
         path = Path(shards.file(first // shards.granule))
         present = records.columns[f"has_{name}"] if column.optional else None
-        if values is None or (present is not None and not present.any()):
-            if not path.exists():
-                return
+        n, values = len(records), None
+        if name in records.tensors and (present is None or present.any()):
+            values = parts_of(records, self.schema, name)
+        elif not path.exists():
+            return
+        if values is None:
             # A copy of a busy store brought it along. Replaced, not unlinked: a late writer may
             # not unlink what who took over has put there.
-            values, present = np.empty((0, *column.shape), column.dtype), None
+            n, values = 0, np.empty((0, *column.shape), column.dtype).__getitem__
         with self._staging.open(path) as file:
-            shards.write(file, values, present)
+            shards.write(file, n, files.written_early(file, values), present)
 
     def upgrade(self) -> None:
         """Let this commit bring the store to the format version that new stores have."""

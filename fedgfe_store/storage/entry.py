@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from fedgfe_store.common import threads
 from fedgfe_store.common.words import shortened, shown
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, key_at
 from fedgfe_store.schema import Schema, TensorColumn
-from fedgfe_store.storage.checksums import digest, row_digests
+from fedgfe_store.storage.checksums import row_digests
+from fedgfe_store.storage.finishing import BEYOND, Finishing
 
 FIRST_ENTRY, LAST_ENTRY = -9_223_372_036_854, 9_223_372_036_854
 """The moments that a new record can have, in milliseconds since 1970 UTC: those that nanoseconds in
@@ -50,14 +49,6 @@ _MILLISECONDS = {
 }
 """By unit of numpy, milliseconds as a fraction."""
 
-_NOT_FINITE, _BEYOND = 1, 2
-"""What may be wrong with a record's values: as they come, or once they are rounded."""
-
-_GROUP_BYTES = 2**22
-"""Bytes of records that are worked on at once: they stay in the processor's cache."""
-_WORTH_THREADS = 2**23
-"""Bytes from which several threads are faster than one."""
-
 
 def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
     """Return a copy of `records` as they stand under `schema`: rounded, finite, digested.
@@ -71,14 +62,35 @@ def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
     known = {name: records.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
     check_entry(known, lambda position: named(records.key(position)))
     fitting, unfit = finished(records, schema)
-    for position, (name, is_beyond) in unfit.items():
-        what = f"not finite in {schema.precision}" if is_beyond else "not finite"
-        raise SchemaMismatchError(f"{name} of {records.key(position)} has values that are {what}")
+    _refuse(records, schema, unfit)
     return fitting
 
 
+def surveyed(records: RecordBatch, schema: Schema) -> RecordBatch:
+    """Return `records` with the digests that they have under `schema`, in their own memory.
+
+    What is written of them is finished, and compared with these digests, as it is written: see
+    `finishing.Finisher`.
+
+    Raises
+    ------
+    SchemaMismatchError
+        As for `conformed`.
+    """
+    check_entry(records.columns, lambda position: named(records.key(position)))
+    fitting, unfit = finished(records, schema, copied=False)
+    _refuse(records, schema, unfit)
+    return fitting
+
+
+def _refuse(records: RecordBatch, schema: Schema, unfit: Mapping[int, tuple[str, bool]]) -> None:
+    for position, (name, is_beyond) in unfit.items():
+        what = f"not finite in {schema.precision}" if is_beyond else "not finite"
+        raise SchemaMismatchError(f"{name} of {records.key(position)} has values that are {what}")
+
+
 def finished(
-    records: RecordBatch, schema: Schema
+    records: RecordBatch, schema: Schema, *, copied: bool = True
 ) -> tuple[RecordBatch, dict[int, tuple[str, bool]]]:
     """Return a copy of `records` as they stand under `schema`, and which do not.
 
@@ -90,11 +102,13 @@ def finished(
         Records whose keys and notes were checked, see `check_entry`.
     schema : Schema
         The store's.
+    copied : bool
+        Otherwise the tensors are left as they are, and where they are.
 
     Returns
     -------
     fitting : RecordBatch
-        All of them, rounded and digested.
+        All of them, digested and, unless they are not `copied`, rounded.
     unfit : dict of int to tuple of str and bool
         By position, in order: a tensor with values that are not finite, and whether they are so
         only in the schema's precision.
@@ -113,17 +127,17 @@ def finished(
             if tensor.ragged:
                 lengths = _lengths(tensor, records, present)
             states = np.zeros(len(records), np.uint8)
-            finish = _Finishing(schema, tensor, given, present, lengths, digests, states)
-            tensors[tensor.name] = finish.run()
+            finish = Finishing(schema, tensor, given, present, lengths, digests, states)
+            tensors[tensor.name] = finish.run(copied=copied)
             for position in np.flatnonzero(states).tolist():
-                unfit.setdefault(position, (tensor.name, states[position] == _BEYOND))
+                unfit.setdefault(position, (tensor.name, states[position] == BEYOND))
         columns[f"{tensor.name}_digest"] = digests
         if tensor.optional:
             columns[f"has_{tensor.name}"] = present
         if tensor.ragged:
             columns[f"length_{tensor.name}"] = lengths
     columns["row_digest"] = row_digests(columns)
-    return RecordBatch(columns, tensors), unfit
+    return RecordBatch(columns, tensors, not copied), unfit
 
 
 def _check_present(
@@ -145,82 +159,6 @@ def _lengths(tensor: TensorColumn, records: RecordBatch, present: np.ndarray) ->
             f"{lengths[position]}"
         )
     return lengths
-
-
-@dataclass(frozen=True)
-class _Finishing:
-    """A tensor column on its way in: copied, checked, rounded and digested, group by group.
-
-    A group of records stays in the processor's cache through all of it.
-    """
-
-    schema: Schema
-    tensor: TensorColumn
-    given: np.ndarray
-    present: np.ndarray
-    lengths: np.ndarray
-    digests: np.ndarray
-    states: np.ndarray
-
-    def run(self) -> np.ndarray:
-        """Return the finished values, and fill in the digests and states."""
-        if self.tensor.dtype != "float32" and self.given.dtype != self.tensor.dtype:
-            raise SchemaMismatchError(
-                f"{self.tensor.name}: expected {self.tensor.dtype}, got {self.given.dtype}"
-            )
-        values = np.empty((len(self.given), *self.tensor.shape), self.tensor.dtype)
-        step = max(1, _GROUP_BYTES // self.tensor.nbytes)
-        groups = [slice(start, start + step) for start in range(0, len(values), step)]
-        if values.nbytes < _WORTH_THREADS:
-            self._finish(values, groups)
-        else:
-            share = -(-len(groups) // threads.count())
-            pieces = ((values, groups[i : i + share]) for i in range(0, len(groups), share))
-            threads.run(threads.readers(), self._finish, pieces)
-        return values
-
-    def _finish(self, values: np.ndarray, groups: Sequence[slice]) -> None:
-        for group in groups:
-            some, present = values[group], self.present[group]
-            some[...] = self.given[group]
-            lengths = self.lengths[group]
-            if self.tensor.ragged:
-                some[np.arange(self.tensor.shape[0]) >= lengths[:, np.newaxis]] = 0
-            some[~present] = self.tensor.fill
-            if self.tensor.dtype == "float32":
-                self._round(some, group)
-            rows = zip(some, lengths.tolist(), present.tolist(), strict=True)
-            self.digests[group] = [
-                digest(record, length) if here else 0 for record, length, here in rows
-            ]
-
-    def _round(self, values: np.ndarray, group: slice) -> None:
-        """Round float32 `values` in place as the schema says; note what is not finite."""
-        self._mark(values, group, _NOT_FINITE)
-        if self.schema.precision == "bfloat16":
-            _round_to_bfloat16(values)
-            self._mark(values, group, _BEYOND)
-
-    def _mark(self, values: np.ndarray, group: slice, state: int) -> None:
-        """Note which records have values that are not finite, unless that is noted already."""
-        if np.isfinite(values).all():
-            return
-        finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-        states = self.states[group]
-        states[~finite & self.present[group] & (states == 0)] = state
-
-
-def _round_to_bfloat16(values: np.ndarray) -> None:
-    """Round finite float32 `values` in place to the nearest bfloat16, ties to even.
-
-    numcodecs' BitRound gives the same bits in twice the time, for the memory that it takes anew.
-    """
-    bits = values.view(np.uint32)
-    carry = bits >> 16
-    carry &= 1
-    carry += 0x7FFF
-    bits += carry
-    bits &= 0xFFFF0000
 
 
 def check_entry(columns: Mapping[str, np.ndarray], record: Record) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
 import stat
+import sys
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fedgfe_store.common import threads
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.storage.checksums import UnreadableError
+
+T = TypeVar("T")
 
 NOT_THROUGH_LINKS: int = os.O_NOFOLLOW if os.name == "posix" else 0
 """Flag of `os.open` that refuses a link in place of the file."""
@@ -33,6 +38,9 @@ _NO_LINKS = {
     errno.EMLINK,
     errno.EXDEV,
 }
+_EARLY_BYTES = 2**23
+"""Bytes of a file at which the disk begins to write."""
+_SYNC_FILE_RANGE_WRITE = 2
 _LEFT_HALF_WRITTEN = (".partial", TEMPORARY)
 
 
@@ -134,6 +142,42 @@ def flushed(path: str | Path, *, name: Path | None = None) -> Iterator[BinaryIO]
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def written_early(file: BinaryIO, parts: Callable[[slice], T]) -> Callable[[slice], T]:
+    """Return `parts`, which are written to `file` one after another, so that the disk begins soon.
+
+    While one is made ready the disk has those before it, which leaves less for the flush at the
+    end. Linux alone can be asked to; elsewhere it begins with the flush.
+    """
+    done = 0
+
+    def part(which: slice) -> T:
+        nonlocal done
+        size = file.tell()
+        if size - done >= _EARLY_BYTES:
+            file.flush()
+            _start_writing(file.fileno(), done, size - done)
+            done = size
+        return parts(which)
+
+    return part
+
+
+def _start_writing(handle: int, offset: int, nbytes: int) -> None:
+    start = _sync_file_range()
+    if start is not None:
+        # What it answers is not asked: the flush that follows tells what the disk refuses.
+        start(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _sync_file_range() -> Callable[..., int] | None:
+    """Return the call of Linux's C library, None where there is none."""
+    if sys.platform != "linux":
+        return None
+    call: Callable[..., int] | None = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    return call
 
 
 @contextmanager

@@ -7,7 +7,7 @@ so is the index.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO, Self, get_args
@@ -30,6 +30,7 @@ _HEADER = 16
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _CODERS = ("blosclz", "lz4", "lz4hc", "snappy", "zlib", "zstd")
 _MOST_RECORDS = 16384
+_GROUP_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -99,25 +100,42 @@ class TensorFiles:
         """What stands where a file holds no value."""
         return float("nan") if self.dtype.kind == "f" else 0
 
-    def write(self, file: BinaryIO, values: np.ndarray, present: np.ndarray | None) -> None:
+    def write(
+        self,
+        file: BinaryIO,
+        n: int,
+        values: Callable[[slice], np.ndarray],
+        present: np.ndarray | None,
+    ) -> None:
         r"""Write the contents of a file.
 
         Parameters
         ----------
         file : binary file
             Where to, from its beginning.
-        values : ndarray, shape [n, \*shape]
-            Its first records, at most a granule.
+        n : int
+            How many records it holds, at most a granule.
+        values : callable
+            Gives some of them, ``[m, *shape]``, until it is called again.
         present : ndarray of bool, shape [n], optional
             Which records have a value; chunks without any are left out.
         """
         index = np.full((self.granule // self.chunk, 2), _ABSENT, "<u8")
-        for place, start in enumerate(range(0, len(values), self.chunk)):
-            part = slice(start, start + self.chunk)
-            if present is None or present[part].any():
-                index[place] = file.tell(), self._write_chunk(file, values[part])
+        for start in range(0, n, self._group):
+            some = values(slice(start, min(start + self._group, n)))
+            for first in range(0, len(some), self.chunk):
+                place = (start + first) // self.chunk
+                here = slice(start + first, start + first + self.chunk)
+                if present is None or present[here].any():
+                    chunk = some[first : first + self.chunk]
+                    index[place] = file.tell(), self._write_chunk(file, chunk)
         entries = index.tobytes()
         file.write(entries + checksum(entries))
+
+    @property
+    def _group(self) -> int:
+        """Records that are finished at once: whole chunks that stay in the processor's cache."""
+        return self.chunk * max(1, _GROUP_BYTES // self.chunk_nbytes)
 
     def _write_chunk(self, file: BinaryIO, values: np.ndarray) -> int:
         if len(values) < self.chunk:

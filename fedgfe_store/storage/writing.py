@@ -64,7 +64,7 @@ class Writing(Protocol):
         """Schema of the store as the latest commit left it."""
 
     def write(self, records: RecordBatch) -> None:
-        """Write `records` as the next shards; all but the last one of a commit are whole."""
+        """Write `records` as the next shards; all but the last one of a call are whole."""
 
     def commit_change(self, change: Change) -> State:
         """Commit what was written, and `change`, in one step; return the state after it.

@@ -21,6 +21,7 @@ from fedgfe_store.common import threads
 from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError
 from fedgfe_store.records import KEY_COLUMNS, RecordBatch, are_negatives, to_milliseconds
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage.finishing import parts_of
 from fedgfe_store.storage.place import RemoteError
 from fedgfe_store.storage.shared.facts import Facts, KeyFile, Part, bounds_of, nodes_sorted
 from fedgfe_store.storage.shared.key_table import TABLE, arrow_table, encode
@@ -117,13 +118,13 @@ class SharedTransaction:
         return max([self.snapshot.point.records // self.schema.granule, *own])
 
     def _write_shard(self, name: str, number: int, records: RecordBatch) -> None:
-        values, column = records.tensors.get(name), self.schema.column(name)
+        column = self.schema.column(name)
         present = records.columns[f"has_{name}"] if column.optional else None
-        if values is None or (present is not None and not present.any()):
+        if name not in records.tensors or (present is not None and not present.any()):
             return
         files, place = self.snapshot.tensor_files[name], self.snapshot.place
         buffer = io.BytesIO()
-        files.write(buffer, values, present)
+        files.write(buffer, len(records), parts_of(records, self.schema, name), present)
         file, data = files.file_name(number), buffer.getvalue()
         self._shards.append(file)
         # One that is there is this very one, whose answer was lost: its number is nobody else's.
