@@ -125,10 +125,7 @@ class RecordBatch:
         """Return the records of `batches` as one; a single batch is returned as it is."""
         if len(batches) == 1:
             return batches[0]
-        columns = {
-            name: np.concatenate([batch.columns[name] for batch in batches])
-            for name in batches[0].columns
-        }
+        columns = joined([batch.columns for batch in batches])
         found = {name: values for batch in batches for name, values in batch.tensors.items()}
         tensors = {
             name: np.concatenate([batch._values(name, like) for batch in batches])
@@ -141,6 +138,11 @@ class RecordBatch:
             return self.tensors[name]
         missing = np.nan if like.dtype.kind == "f" else 0
         return np.full((len(self), *like.shape[1:]), missing, like.dtype)
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the columns of `parts`, of which there is at least one, behind one another."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def are_negatives(columns: Mapping[str, np.ndarray]) -> np.ndarray:

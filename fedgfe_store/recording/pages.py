@@ -100,7 +100,7 @@ class Pool:
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
         self._free: SimpleQueue[Page] = SimpleQueue()
-        self._made = 0
+        self._made, self._most = 0, 2
 
     def take(self, schema: Schema, *, beyond: bool) -> Page | None:
         """Return an empty page, None where there is none; `beyond` what is allowed if need be."""
@@ -109,12 +109,17 @@ class Pool:
         except Empty:
             pass
         # One to fill while the writer has the other.
-        most = max(2, self._nbytes // (schema.record_nbytes * page_records(schema)))
-        if self._made >= most and not beyond:
+        self._most = max(2, self._nbytes // (schema.record_nbytes * page_records(schema)))
+        if self._made >= self._most and not beyond:
             return None
         # Not counted under a lock: of two training threads both may make one, a page too many.
         self._made += 1
         return Page(schema)
+
+    @property
+    def is_ample(self) -> bool:
+        """Whether the writer may keep a page for longer: training is left more than half."""
+        return self._most - self._made + self._free.qsize() > self._most // 2
 
     def give_back(self, page: Page) -> None:
         """Let others have `page`."""

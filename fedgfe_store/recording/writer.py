@@ -14,9 +14,10 @@ from typing import Literal
 
 from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError, FedgfeStoreError
-from fedgfe_store.recording.pages import Block, Dropped, LeftOut, Pool, named
+from fedgfe_store.recording.pages import Block, Dropped, LeftOut, Page, Pool, named
 from fedgfe_store.recording.preview import Previews
 from fedgfe_store.recording.target import Target
+from fedgfe_store.storage.append import AppendBatch
 
 OnError = Literal["raise", "warn"]
 
@@ -243,29 +244,42 @@ class Writer:
         after a restart the same samples may come under other indices.
         """
         groups: set[tuple[str, str]] = set()
-        run = block.run
-        with self.target.append(block.node, block.round, run.source) as batch:
-            while (page := block.next()) is not None:
-                try:
-                    records = self.target.finished(page.records())
-                    columns = records.columns
-                    groups.update(
-                        zip(columns["node"].tolist(), columns["split"].tolist(), strict=True)
-                    )
-                    unfit = batch.add_finite(records)
-                    block.left_out += tuple(
-                        LeftOut(records.key(position), why) for position, why in unfit.items()
-                    )
-                finally:
-                    # Only now: the records are the page's own memory, and the batch copies them.
-                    self.pool.give_back(page)
-            for node, split in sorted(groups) if self.target.supersedes else ():
-                if run.is_new(node, block.round, split):
-                    batch.supersede(node=node, round=block.round, split=split)
+        run, kept = block.run, list[Page]()
+        try:
+            with self.target.append(block.node, block.round, run.source) as batch:
+                while (page := block.next()) is not None:
+                    # Without a copy where there are enough pages: fresh memory costs as much as
+                    # all that is done with it. Otherwise the page goes back at once.
+                    keeps = self.pool.is_ample
+                    if keeps:
+                        kept.append(page)
+                    try:
+                        groups |= self._add(block, batch, page, given=keeps)
+                    finally:
+                        if not keeps:
+                            self.pool.give_back(page)
+                for node, split in sorted(groups) if self.target.supersedes else ():
+                    if run.is_new(node, block.round, split):
+                        batch.supersede(node=node, round=block.round, split=split)
+        finally:
+            for page in kept:
+                self.pool.give_back(page)
         block.added, block.replaced, block.removed = batch.added, batch.replaced, batch.removed
         block.skipped = batch.skipped
         # Only now that it is committed: a block that failed is followed by one that is still new.
         run.keep(block.round, groups)
+
+    def _add(
+        self, block: Block, batch: AppendBatch, page: Page, *, given: bool
+    ) -> set[tuple[str, str]]:
+        """Add what is in a page, which is `given` away or not; return its nodes and splits."""
+        records = self.target.finished(page.records())
+        nodes, splits = (records.columns[name].tolist() for name in ("node", "split"))
+        unfit = batch.add_finite(records, given=given)
+        block.left_out += tuple(
+            LeftOut(records.key(position), why) for position, why in unfit.items()
+        )
+        return set(zip(nodes, splits, strict=True))
 
     def _keep_error(self, block: Block, error: BaseException) -> None:
         known = isinstance(error, _STORE_PROBLEMS)

@@ -148,13 +148,15 @@ class AppendBatch:
         else:
             self._take_at_once(surveyed(records, self._known.schema))
 
-    def add_finite(self, records: RecordBatch) -> dict[int, str]:
+    def add_finite(self, records: RecordBatch, *, given: bool = False) -> dict[int, str]:
         """Add those of `records` whose values are finite in the store's precision.
 
         Parameters
         ----------
         records : RecordBatch
             Their keys and notes must be such as `add` takes: they are not looked at again.
+        given : bool
+            Whether the memory of their tensors is this batch's until the block has ended.
 
         Returns
         -------
@@ -167,7 +169,7 @@ class AppendBatch:
             As for `add`.
         """
         schema = self._known.schema
-        fitting, unfit = finished(records, schema)
+        fitting, unfit = finished(records, schema, how="in place" if given else "copied")
         if unfit:
             rest = [position for position in range(len(records)) if position not in unfit]
             fitting = fitting.take(np.array(rest, np.int64))
@@ -313,9 +315,6 @@ class AppendBatch:
     def _put_whole(self) -> None:
         """Write the whole granules of what is ready."""
         writing, granule = self._begin(), self._known.schema.granule
-        # Alone, what joins two calls: to put them together is to copy them.
-        if self._ready.joins and len(self._ready) >= granule:
-            self._put(writing, granule)
         self._put(writing, len(self._ready) // granule * granule)
 
     def _begin(self) -> Writing:
@@ -333,13 +332,14 @@ class AppendBatch:
         """Write the first `n` records of those that are ready."""
         if not n:
             return
-        records = self._ready.pop(n)
+        granules = self._ready.pop(n, self._known.schema.granule)
         # Without their tensors: enough to ask again what the store holds, see `_change`.
-        names = [name for name in records.columns if name.startswith("has_")]
-        names += [*KEY_COLUMNS, *digest_names(records.columns)]
-        self._written.append({name: records.columns[name] for name in names})
+        names = [name for name in granules[0].columns if name.startswith("has_")]
+        names += [*KEY_COLUMNS, *digest_names(granules[0].columns)]
+        for each in granules:
+            self._written.append({name: each.columns[name] for name in names})
         try:
-            writing.write(records)
+            writing.write(granules)
         except BaseException as error:
             self._failure = error  # they are lost, whether or not the block goes on
             raise

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from fedgfe_store.errors import (
     ConflictError,
     NotFoundError,
 )
-from fedgfe_store.records import RecordBatch, are_negatives, to_milliseconds
+from fedgfe_store.records import RecordBatch, are_negatives, joined, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
 from fedgfe_store.storage import array_files, files, key_files
 from fedgfe_store.storage.claim import Claim
@@ -157,22 +157,22 @@ class Transaction:
         """Number of the commit in the making."""
         return self.snapshot.point.commit + 1
 
-    def write(self, records: RecordBatch) -> None:
-        """Write `records` as the next granules; all but the last one of a call are whole."""
+    def write(self, granules: Sequence[RecordBatch]) -> None:
+        """Write `granules` as the next ones; all but the last one of a call are whole."""
         self._begin()
-        if (records.columns["file_id"] != "").any():
+        columns = joined([records.columns for records in granules])
+        if (columns["file_id"] != "").any():
             self.upgrade()
         # Whole files that nothing refers to: no reader has one open, and to roll back is to unlink.
-        granule, n = self.schema.granule, len(records)
-        starts = range(0, n, granule)
+        granule, n = self.schema.granule, len(columns["index"])
         work = (
-            (name, self._tail + start, records.take(slice(start, start + granule)))
-            for start in starts
+            (name, self._tail + number * granule, records)
+            for number, records in enumerate(granules)
             for name in self.schema.columns
         )
         threads.run(threads.writers(), self._write_file, work)
         skipped = -n % granule
-        self._rows.append(key_files.padded(self.schema, records.columns, self.commit, skipped))
+        self._rows.append(key_files.padded(self.schema, columns, self.commit, skipped))
         self._tail += n + skipped
 
     def _begin(self) -> None:
@@ -285,9 +285,7 @@ class Transaction:
         )
 
     def _gathered(self) -> dict[str, np.ndarray]:
-        if not self._rows:
-            return {}
-        return {name: np.concatenate([rows[name] for rows in self._rows]) for name in self._rows[0]}
+        return joined(self._rows) if self._rows else {}
 
     def _next_group(self, kind: CommitKind, rows: Mapping[str, np.ndarray], deleted: int) -> Group:
         old = self.snapshot.group

@@ -49,7 +49,7 @@ def _copy(transaction: Transaction, rows: np.ndarray) -> None:
         snapshot.notes(part)
         columns = {name: snapshot.column_at(name, part) for name in snapshot.group.key_names}
         tensors = {name: snapshot.read(name, part) for name in snapshot.schema.columns}
-        transaction.write(RecordBatch(columns, tensors))
+        transaction.write([RecordBatch(columns, tensors)])
 
 
 def live_per_granule(snapshot: Snapshot) -> np.ndarray:

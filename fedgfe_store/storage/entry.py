@@ -13,7 +13,7 @@ from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, NOTE_COLUMNS, RecordBatch, key_at
 from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.storage.checksums import row_digests
-from fedgfe_store.storage.finishing import BEYOND, Finishing
+from fedgfe_store.storage.finishing import BEYOND, Finishing, How
 
 FIRST_ENTRY, LAST_ENTRY = -9_223_372_036_854, 9_223_372_036_854
 """The moments that a new record can have, in milliseconds since 1970 UTC: those that nanoseconds in
@@ -78,7 +78,7 @@ def surveyed(records: RecordBatch, schema: Schema) -> RecordBatch:
         As for `conformed`.
     """
     check_entry(records.columns, lambda position: named(records.key(position)))
-    fitting, unfit = finished(records, schema, copied=False)
+    fitting, unfit = finished(records, schema, how="left")
     _refuse(records, schema, unfit)
     return fitting
 
@@ -90,9 +90,9 @@ def _refuse(records: RecordBatch, schema: Schema, unfit: Mapping[int, tuple[str,
 
 
 def finished(
-    records: RecordBatch, schema: Schema, *, copied: bool = True
+    records: RecordBatch, schema: Schema, *, how: How = "copied"
 ) -> tuple[RecordBatch, dict[int, tuple[str, bool]]]:
-    """Return a copy of `records` as they stand under `schema`, and which do not.
+    """Return `records` as they stand under `schema`, and which do not.
 
     Only keys, notes and tensors are taken over, not the marks of another store's commits.
 
@@ -102,13 +102,13 @@ def finished(
         Records whose keys and notes were checked, see `check_entry`.
     schema : Schema
         The store's.
-    copied : bool
-        Otherwise the tensors are left as they are, and where they are.
+    how : {"copied", "in place", "left"}
+        Whether the tensors are finished in memory of their own, in their own, or not yet.
 
     Returns
     -------
     fitting : RecordBatch
-        All of them, digested and, unless they are not `copied`, rounded.
+        All of them, digested and, unless they are left, rounded.
     unfit : dict of int to tuple of str and bool
         By position, in order: a tensor with values that are not finite, and whether they are so
         only in the schema's precision.
@@ -128,7 +128,7 @@ def finished(
                 lengths = _lengths(tensor, records, present)
             states = np.zeros(len(records), np.uint8)
             finish = Finishing(schema, tensor, given, present, lengths, digests, states)
-            tensors[tensor.name] = finish.run(copied=copied)
+            tensors[tensor.name] = finish.run(how)
             for position in np.flatnonzero(states).tolist():
                 unfit.setdefault(position, (tensor.name, states[position] == BEYOND))
         columns[f"{tensor.name}_digest"] = digests
@@ -137,7 +137,7 @@ def finished(
         if tensor.ragged:
             columns[f"length_{tensor.name}"] = lengths
     columns["row_digest"] = row_digests(columns)
-    return RecordBatch(columns, tensors, not copied), unfit
+    return RecordBatch(columns, tensors, how == "left"), unfit
 
 
 def _check_present(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.records import RecordBatch
 from fedgfe_store.schema import Schema, TensorColumn
 from fedgfe_store.storage.checksums import digest
+
+How = Literal["copied", "in place", "left"]
+"""What becomes of the memory that values are given in."""
 
 NOT_FINITE, BEYOND = 1, 2
 """What may be wrong with a record's values: as they come, or once they are rounded."""
@@ -40,17 +44,17 @@ class Finishing:
     is_known: bool = False
     """Whether the values were looked through before."""
 
-    def run(self, *, copied: bool) -> np.ndarray:
-        """Return the values, finished where they are `copied`; fill in the digests and states."""
+    def run(self, how: How) -> np.ndarray:
+        """Return the values, finished unless they are left; fill in the digests and states."""
         if self.tensor.dtype != "float32" and self.given.dtype != self.tensor.dtype:
             raise SchemaMismatchError(
                 f"{self.tensor.name}: expected {self.tensor.dtype}, got {self.given.dtype}"
             )
         n, step = len(self.given), max(1, _GROUP_BYTES // self.tensor.nbytes)
         values = self.given
-        if copied:
+        if how == "copied":
             values = np.empty((n, *self.tensor.shape), self.tensor.dtype)
-        work = self._finish if copied else self._survey
+        work = self._survey if how == "left" else self._finish
         groups = [slice(start, start + step) for start in range(0, n, step)]
         if n * self.tensor.nbytes < _WORTH_THREADS:
             work(values, groups)
@@ -91,7 +95,9 @@ class Finishing:
 
     def finish(self, some: np.ndarray, group: slice) -> None:
         """Make of `some` what is to be written of a group."""
-        some[...] = self.given[group]
+        given = self.given[group]
+        if not np.may_share_memory(some, given):  # in place they are there
+            some[...] = given
         if self.is_final and self.is_known:
             # Looked through before; its digest tells whether it is still the same.
             self.digests[group] = [digest(record) for record in some]

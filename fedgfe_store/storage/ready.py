@@ -22,18 +22,16 @@ class Ready:
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
-    @property
-    def joins(self) -> bool:
-        """Whether others come before records that lie in a caller's memory."""
-        return len(self._parts) > 1 and self._parts[-1].unfinished
-
     def append(self, records: RecordBatch) -> None:
         """Add `records` behind those that are there."""
         if len(records):
             self._parts.append(records)
 
-    def pop(self, n: int) -> RecordBatch:
-        """Take the first `n` records; those of one part alone are not copied."""
+    def pop(self, n: int, size: int) -> list[RecordBatch]:
+        """Take the first `n` records in pieces of `size`; only what joins two parts is copied."""
+        return [self._first(min(size, n - start)) for start in range(0, n, size)]
+
+    def _first(self, n: int) -> RecordBatch:
         taken = []
         while n and self._parts:
             first = self._parts.pop(0)

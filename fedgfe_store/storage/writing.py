@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -63,8 +63,8 @@ class Writing(Protocol):
     def schema(self) -> Schema:
         """Schema of the store as the latest commit left it."""
 
-    def write(self, records: RecordBatch) -> None:
-        """Write `records` as the next shards; all but the last one of a call are whole."""
+    def write(self, granules: Sequence[RecordBatch]) -> None:
+        """Write `granules` as the next shards; all but the last one of a call are whole."""
 
     def commit_change(self, change: Change) -> State:
         """Commit what was written, and `change`, in one step; return the state after it.

@@ -81,7 +81,7 @@ def _move_thin(transaction: SharedTransaction) -> np.ndarray:
         snapshot.notes(part)
         columns = {name: snapshot.column_at(name, part) for name in names}
         tensors = {name: snapshot.read(name, part) for name in snapshot.schema.columns}
-        transaction.write(RecordBatch(columns, tensors))
+        transaction.write([RecordBatch(columns, tensors)])
     return rows
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from fedgfe_store.common import threads
 from fedgfe_store.errors import BusyError, ConflictError, DamagedDataError
-from fedgfe_store.records import KEY_COLUMNS, RecordBatch, are_negatives, to_milliseconds
+from fedgfe_store.records import KEY_COLUMNS, RecordBatch, are_negatives, joined, to_milliseconds
 from fedgfe_store.schema import Schema
 from fedgfe_store.storage.finishing import parts_of
 from fedgfe_store.storage.place import RemoteError
@@ -97,21 +97,20 @@ class SharedTransaction:
         """Schema of the store as the latest commit left it."""
         return self.snapshot.schema
 
-    def write(self, records: RecordBatch) -> None:
-        """Write `records` as shards that nobody else writes to."""
+    def write(self, granules: Sequence[RecordBatch]) -> None:
+        """Write `granules` as shards that nobody else writes to."""
         self._begun = self._begun or time.monotonic()
-        granule, n = self.schema.granule, len(records)
-        starts = range(0, n, granule)
-        numbers = self.snapshot.session.granules.take(len(starts), self._beyond())
+        columns = joined([records.columns for records in granules])
+        numbers = self.snapshot.session.granules.take(len(granules), self._beyond())
         work = (
-            (name, number, records.take(slice(start, start + granule)))
-            for number, start in zip(numbers, starts, strict=True)
+            (name, number, records)
+            for number, records in zip(numbers, granules, strict=True)
             for name in self.schema.columns
         )
         threads.run(threads.writers(), self._write_shard, work)
-        within = np.arange(n)
+        granule, within = self.schema.granule, np.arange(len(columns["index"]))
         rows = np.array(numbers, np.int64)[within // granule] * granule + within % granule
-        self._rows.append({**records.columns, "row": rows})
+        self._rows.append({**columns, "row": rows})
 
     def _beyond(self) -> int:
         own = [int(rows["row"].max()) // self.schema.granule + 1 for rows in self._rows]
