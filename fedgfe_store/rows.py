@@ -183,15 +183,15 @@ class Rows(ABC):
         """Return the records' keys."""
         return self._snapshot.keys(self.rows)
 
-    def checked_columns(self) -> dict[str, np.ndarray]:
-        """Return key columns and notes of the records, an array ``[n]`` each.
+    def check_keys(self) -> None:
+        """Check that keys and notes of each record belong together, as `keys` and `records` do.
 
         Raises
         ------
         DamagedDataError
             If they are not those that were committed together.
         """
-        return self._snapshot.notes(self.rows)
+        self._snapshot.notes(self.rows)
 
     def key_columns(self) -> dict[str, np.ndarray]:
         """Return the key columns of the records as they stand, without an object for each.

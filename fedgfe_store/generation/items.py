@@ -105,7 +105,10 @@ class Records:
         columns: Collection[str],
         partners: Mapping[str, Partners],
     ) -> Self:
-        """Look at the records that a part holds, each once; nothing is made for the others."""
+        """Look at the records that a part holds, each once; nothing is made for the others.
+
+        That keys and notes belong together is not checked here.
+        """
         if isinstance(selection, Derived):
             firsts = {key: n for n, key in reversed([*enumerate(selection.keys())])}
             held = sorted(place for key, place in firsts.items() if part.holds(key))
@@ -116,10 +119,9 @@ class Records:
         if part.count > 1:
             places = places[places_of(selection.take(places).key_columns(), part)]
         records = selection.take(places)
-        known = {name: values.tolist() for name, values in records.checked_columns().items()}
-        keys = {name: known[name] for name in KEY_COLUMNS}
+        keys = {name: values.tolist() for name, values in records.key_columns().items()}
         digests = digest_columns(records, columns, partners)
-        return cls(places.tolist(), keys, digests, known["file_id"])
+        return cls(places.tolist(), keys, digests, records.column("file_id").tolist())
 
     def __len__(self) -> int:
         return len(self.places)

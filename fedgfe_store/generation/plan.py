@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fedgfe_store.common.words import counted
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.generation.items import Images, Listing, PlanItem, Records
@@ -22,6 +24,7 @@ from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look
 from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.manifest import seconds_per_image
 from fedgfe_store.names import may_have_older_name
+from fedgfe_store.rows import Rows
 
 if TYPE_CHECKING:
     from fedgfe_store.derived.record import Derived
@@ -207,6 +210,8 @@ def plan_images(
 
     Raises
     ------
+    DamagedDataError
+        If the key or notes of a record that is to be rendered are not what was committed.
     ConflictError
         If there are such images and it says ``"error"``, or images of another store whose
         place is not given to this one: what differs, in how many files.
@@ -229,7 +234,12 @@ def plan_images(
         for position, f in findings.items()
     }
     images = Images(names, listing, right, settled)
-    return replace(plan, images=_to_be_made_again(images) if request.again else images)
+    plan = replace(plan, images=_to_be_made_again(images) if request.again else images)
+    if isinstance(selection, Rows):
+        # Of what is done the file has said whose image it is.
+        used = np.unique(np.array(plan.images.unfinished, np.int64) // len(request.numbers))
+        selection.take(np.array(records.places, np.int64)[used]).check_keys()
+    return plan
 
 
 def _marks(

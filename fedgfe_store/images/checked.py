@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -66,13 +66,10 @@ def still_right(folder: Path, marks: Iterable[tuple[str, str]]) -> dict[str, Sta
         return {}
     wanted = list(marks)
     calls = [wanted[n : n + _FILES_A_CALL] for n in range(0, len(wanted), _FILES_A_CALL)]
-    found = zip(calls, side_by_side(partial(_stamps, folder), calls), strict=True)
-    stamped = (pair for some, stamps in found for pair in zip(some, stamps, strict=True))
-    return {
-        name: stamp
-        for (name, mark), stamp in stamped
-        if stamp is not None and _line(name, note(stamp, mark)) in notes
-    }
+    right: dict[str, Stamp] = {}
+    for found in side_by_side(partial(_noted, folder, notes), calls):
+        right |= found
+    return right
 
 
 def keep_notes(folder: Path, notes: Mapping[str, tuple[Stamp, str]]) -> None:
@@ -127,11 +124,16 @@ def _lines(folder: Path) -> list[str]:
     return lines if first == _FIRST_LINE else []
 
 
-def _stamps(folder: Path, files: Iterable[tuple[str, str]]) -> list[Stamp | None]:
-    found: list[Stamp | None] = []
-    for name, _ in files:
+def _noted(
+    folder: Path, notes: Container[str], files: Iterable[tuple[str, str]]
+) -> dict[str, Stamp]:
+    """Give the present stamps of those of some files of which it is noted what they should be."""
+    found: dict[str, Stamp] = {}
+    for name, mark in files:
         try:
-            found.append(stamp_of(os.stat(f"{folder}{os.sep}{name}")))
+            stamp = stamp_of(os.stat(f"{folder}{os.sep}{name}"))
         except OSError:  # gone, or out of reach: who looks at it says why
-            found.append(None)
+            continue
+        if _line(name, note(stamp, mark)) in notes:
+            found[name] = stamp
     return found
