@@ -63,10 +63,15 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
         file.write(data)
 
 
-def open_regular(path: str | Path) -> int:
-    """Open `path` for reading if it is an ordinary file, or a link to one; return its handle.
+def open_regular(path: str | Path) -> tuple[int, int]:
+    """Open `path` for reading if it is an ordinary file, or a link to one.
 
     What is none would keep a reader waiting, as a pipe does, or never end, as a device.
+
+    Returns
+    -------
+    (int, int)
+        Its handle, and its bytes.
 
     Raises
     ------
@@ -79,13 +84,14 @@ def open_regular(path: str | Path) -> int:
         if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket; links that lead nowhere
             raise UnreadableError("it is no ordinary file") from error
         raise
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode):
+        return handle, status.st_size
     os.close(handle)
     raise UnreadableError("it is no ordinary file")
 
 
-def read_regular(path: Path, most: int) -> bytes:
+def read_regular(path: str | Path, most: int) -> bytes:
     """Return the contents of the ordinary file `path`, which is at most `most` bytes long.
 
     Raises
@@ -95,13 +101,15 @@ def read_regular(path: Path, most: int) -> bytes:
     OSError
         What the system refuses else; names the file.
     """
-    handle = open_regular(path)
+    handle, size = open_regular(path)
     try:
-        size = os.fstat(handle).st_size
         if size > most:
             raise UnreadableError(f"expected at most {most:,} bytes, got {size:,}")
-        with open(handle, "rb", buffering=0, closefd=False) as file:
-            return file.readall()
+        data = os.read(handle, size)
+        # A call gives 2 GiB at most.
+        while len(data) < size and (more := os.read(handle, size - len(data))):
+            data += more
+        return data
     except OSError as error:
         raise named_or_unreadable(error, path) from error
     finally:
