@@ -161,12 +161,26 @@ def _decoded(column: KeyColumn, data: bytes | memoryview, n: int) -> DecodedChun
     # The decoder makes room for as many texts as the first bytes say, whatever they are.
     if data[: _COUNT.size] != _COUNT.pack(KEY_CHUNK):
         raise ValueError(f"expected {KEY_CHUNK} texts, got something else")
-    count, rest = _COUNT.pack(n), memoryview(data)[_COUNT.size :]
-    texts = VLenUTF8().decode(b"".join((count, rest))).tolist()
+    rest = memoryview(data)[_COUNT.size :]
+    values, nbytes = _repeated(rest, n) or _different(rest, n)
     # As `_packed` has them, which would have to encode each anew: there is one UTF-8 of a text.
+    packed = b"".join((_COUNT.pack(n), rest[:nbytes]))
+    return DecodedChunk(values, xxhash.xxh3_64_hexdigest(packed))
+
+
+def _repeated(packed: memoryview, n: int) -> tuple[np.ndarray, int] | None:
+    """Return `n` texts and their bytes in `packed` if they are all the same, as a node or split."""
+    size = _COUNT.size + int.from_bytes(packed[: _COUNT.size], "little")
+    if size * n > len(packed) or bytes(packed[: size * n]) != bytes(packed[:size]) * n:
+        return None
+    text = np.array(str(packed[_COUNT.size : size], "utf-8"), np.dtypes.StringDType())
+    return np.full(n, text, text.dtype), size * n
+
+
+def _different(packed: memoryview, n: int) -> tuple[np.ndarray, int]:
+    texts = VLenUTF8().decode(b"".join((_COUNT.pack(n), packed))).tolist()
     nbytes = _COUNT.size * n + len("".join(texts).encode())
-    packed = b"".join((count, rest[:nbytes]))
-    return DecodedChunk(np.array(texts, column.dtype), xxhash.xxh3_64_hexdigest(packed))
+    return np.array(texts, np.dtypes.StringDType()), nbytes
 
 
 def unpacked(column: KeyColumn, packed: np.ndarray) -> bytes | memoryview:
