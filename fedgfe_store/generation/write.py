@@ -154,7 +154,8 @@ class ImageWriter:
         pixels = fetch()
         if pixels is None:
             return "the model gave a picture that is not finite (NaN or infinity)"
-        if not pixels.any():
+        # Of most pictures the first row tells; all of them is a byte a pixel to convert.
+        if not (pixels[0].any() or pixels.any()):
             return "the model gave a picture that is black all over"
         asked = tuple(provenance["settings"][side] for side in ("height", "width"))
         if pixels.shape[:2] != asked:  # it would be taken for damaged, and made again in each run
