@@ -15,6 +15,9 @@ from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.place import Place
 
+_MOST_KEPT = 2**20
+"""Bytes of a column's texts that are kept packed for the next commit: notes may be of any size."""
+
 
 class KeyChunks:
     """Key columns of the store at `path` as `group` published them.
@@ -31,6 +34,7 @@ class KeyChunks:
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
         self._last: dict[str, tuple[bytes, str, np.ndarray]] = {}
+        self._packed: dict[tuple[str, int], bytes] = {}
         self.stale: set[tuple[str, int]] = set()
 
     def column(self, name: str) -> np.ndarray:
@@ -167,30 +171,39 @@ class KeyChunks:
             has = self.chunk(column.digest, chunk) != 0
         return key_files.gap(column, values, has)
 
-    def follow(self, before: KeyChunks, rows: Mapping[str, np.ndarray], marked: np.ndarray) -> None:
-        """Know what `before` knows, to which a commit added `rows` and marked rows as deleted."""
+    def packed(self, name: str, chunk: int) -> bytes:
+        """Return the texts of a chunk as they were packed for its file; empty if not known."""
+        return self._packed.get((name, chunk), b"")
+
+    def follow(
+        self,
+        before: KeyChunks,
+        chunks: Mapping[tuple[str, int], np.ndarray],
+        packed: Mapping[tuple[str, int], bytes],
+    ) -> None:
+        """Know what `before` knows, and `chunks`, which a commit has written, texts as `packed`."""
         # Committed chunks never change but for the last one, which grows, and for marks. To read
         # them back would make each commit of a long run slower than the one before.
-        old = before._group
-        tails = {name: old.rows(name) // KEY_CHUNK for name in rows}
-        for (name, chunk), values in before._chunks.copy().items():
-            if chunk != tails.get(name):
-                self._chunks[name, chunk] = values
-        for name, added in rows.items():
-            known = before._chunks.get((name, tails[name]))
-            # Its beginning was not read yet; it is when it is asked for, with what was added.
-            if old.rows(name) % KEY_CHUNK and known is None:
-                continue
-            values = added if known is None else np.concatenate([known, added])
-            self._chunks |= key_files.numbered(name, tails[name], values)
-        # Who sees the old state shares these arrays: read anew, not marked in place.
-        for chunk in np.unique(marked // KEY_CHUNK).tolist():
-            self._chunks.pop(("deleted_in", chunk), None)
+        rows = {name: self._group.rows(name) for name in self._columns}
+        kept = {
+            (name, chunk): values
+            for (name, chunk), values in before._chunks.copy().items()
+            # Not the last one of a column that grew, but that this format version does not have.
+            if len(values) == min(KEY_CHUNK, rows[name] - chunk * KEY_CHUNK)
+        }
+        self._chunks = {**kept, **chunks}
+        # Of what was before nothing will grow: each commit adds to every column.
+        self._packed = {
+            (name, chunk): texts
+            for (name, chunk), texts in packed.items()
+            if self._columns[name].data_type == "string" and len(texts) <= _MOST_KEPT
+        }
 
     def mend(self, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
         """Show `chunks` in place of what their files hold."""
         for name, number in chunks:
             self._whole.pop(name, None)
+            self._packed.pop((name, number), None)
             self.stale.add((name, number))
         self._chunks.update(chunks)
 

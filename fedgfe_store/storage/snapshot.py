@@ -135,14 +135,17 @@ class Snapshot(State):
         self.chunks.fetch(names, rows)
 
     def extended(
-        self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray
+        self,
+        group: Group,
+        chunks: Mapping[tuple[str, int], np.ndarray],
+        packed: Mapping[tuple[str, int], bytes],
     ) -> Snapshot:
-        """Return the state that `group` published by adding `rows` and marking rows as deleted.
+        """Return the state that `group` published by writing `chunks` of key columns.
 
         Chunks of key columns that are known stay known, so that a long-lived writer reads none.
         """
         new = self.at(group)
-        new.chunks.follow(self.chunks, rows, marked)
+        new.chunks.follow(self.chunks, chunks, packed)
         return new
 
     def mend(self, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 
+import google_crc32c
 import numpy as np
 import pytest
 from conftest import SMALL, fill
+from numcodecs.zstd import Zstd
 from test_columns import rewritten
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.storage import key_files
-from fedgfe_store.storage.layout import key_columns
+from fedgfe_store.storage.layout import KEY_CHUNK, key_columns
 from fedgfe_store.storage.zones import Zone, Zones
 
 TEXTS = ["", "dog", "Straßenbahn", "犬", "🐕" * 5, "a\0b", "\0", "e\u0301", "x" * 300]
@@ -50,7 +52,10 @@ def test_a_store_is_opened_whatever_its_arrays_are_packed_with(store):
     assert len(EmbeddingStore.open(store.path).select().records) == 12
 
 
-@pytest.mark.parametrize(("name", "values"), [("class_name", TEXTS), ("index", NUMBERS)])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("class_name", TEXTS), ("index", NUMBERS), *(("node", [text] * 3) for text in TEXTS)],
+)
 def test_the_digest_of_a_file_is_that_of_the_values_that_are_asked_of_it(name, values):
     column = key_columns(SMALL)[name]
     array = np.array(values, column.dtype)
@@ -60,6 +65,18 @@ def test_the_digest_of_a_file_is_that_of_the_values_that_are_asked_of_it(name, v
         assert found.values.tolist() == values[:n]
         assert found.digest == key_files.digest(column, array[:n])
         assert found.digest == key_files.encode(column, array[:n]).digest
+
+
+@pytest.mark.parametrize("size", [0, 5, 2**20, 2**32 - 1])
+def test_a_text_that_is_longer_than_its_file_is_damage(size):
+    column = key_columns(SMALL)["node"]
+    packed = (KEY_CHUNK).to_bytes(4, "little") + size.to_bytes(4, "little") + b"\xffdog"
+    data = Zstd().encode(packed)
+    contents = data + google_crc32c.value(data).to_bytes(4, "little")
+    for n in (1, 2, KEY_CHUNK):
+        if size or n > 1:
+            with pytest.raises((ValueError, RuntimeError)):
+                key_files.decoded(column, contents, n)
 
 
 def test_chunks_that_hold_a_round_are_found_as_by_looking_at_each():
