@@ -167,7 +167,7 @@ def touched(file: Path) -> float:
     """
     try:
         # Opened first: network disks keep what they know of a file that no one opens.
-        handle = open_regular(file)
+        handle, _ = open_regular(file)
     except UnreadableError as error:
         raise DamagedDataError(f"{file}: {error}, and names no writer: remove it") from error
     try:

@@ -63,8 +63,10 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
         file.write(data)
 
 
-def open_regular(path: str | Path) -> int:
-    """Open `path` for reading if it is an ordinary file, or a link to one; return its handle.
+def open_regular(path: str | Path) -> tuple[int, int]:
+    """Open `path` for reading if it is an ordinary file, or a link to one.
+
+    Returns a handle, and the bytes of the file.
 
     What is none would keep a reader waiting, as a pipe does, or never end, as a device.
 
@@ -79,8 +81,9 @@ def open_regular(path: str | Path) -> int:
         if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket; links that lead nowhere
             raise UnreadableError("it is no ordinary file") from error
         raise
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode):
+        return handle, found.st_size
     os.close(handle)
     raise UnreadableError("it is no ordinary file")
 
@@ -95,9 +98,8 @@ def read_regular(path: Path, most: int) -> bytes:
     OSError
         What the system refuses else; names the file.
     """
-    handle = open_regular(path)
+    handle, size = open_regular(path)
     try:
-        size = os.fstat(handle).st_size
         if size > most:
             raise UnreadableError(f"expected at most {most:,} bytes, got {size:,}")
         with open(handle, "rb", buffering=0, closefd=False) as file:

@@ -23,8 +23,7 @@ class LocalFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._handle = open_regular(path)
-        self.size = os.fstat(self._handle).st_size
+        self._handle, self.size = open_regular(path)
 
     def fetch(self, ranges: Sequence[Range]) -> None:
         """Do nothing: the system reads ahead."""

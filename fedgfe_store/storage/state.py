@@ -29,7 +29,7 @@ from fedgfe_store.storage.checksums import UnreadableError, digest, row_digests
 from fedgfe_store.storage.gather import gather, portions
 from fedgfe_store.storage.metadata import CommitPoint, Group
 from fedgfe_store.storage.place import Place
-from fedgfe_store.storage.shard_files import OpenFile, TensorFiles
+from fedgfe_store.storage.shard_files import OpenFile, TensorFiles, bytes_of, scratch
 
 Filters = Mapping[str, Sequence[Any]]
 """For each column the values that are wanted, as `common.filters.wanted_values` gives them."""
@@ -209,9 +209,12 @@ class State(ABC):
         if column.ragged:
             lengths = self.column_at(f"length_{name}", rows).tolist()
 
-        def check(places: list[int], error: Exception | None) -> None:
+        memory, nbytes = bytes_of(out), column.nbytes
+
+        def check(places: Sequence[int], error: Exception | None) -> None:
             for place in places:
-                if error is None and digest(out[place], lengths[place]) == digests[place]:
+                values = memory[place * nbytes : (place + 1) * nbytes]
+                if error is None and digest(values, lengths[place]) == digests[place]:
                     continue
                 if self._has(name, rows[place]):
                     raise self._lost(name, rows[place]) from error
@@ -223,13 +226,13 @@ class State(ABC):
     def check_file(self, name: str, granule: int) -> None:
         """Read a whole tensor file, so that the checksums of all its chunks are looked at."""
         files = self.tensor_files[name]
-        decoded = np.empty((files.chunk, *files.shape), files.dtype)
+        decoded = scratch("decoded", files.chunk_nbytes)
         try:
             with OpenFile(files, granule) as file:
                 for part in portions(files, range(files.granule // files.chunk)):
                     file.fetch(part)
                     for chunk in part:
-                        file.read(chunk, decoded)
+                        file.read(chunk, decoded, sealed=True)
         except FileNotFoundError:
             return
         except UnreadableError as error:
