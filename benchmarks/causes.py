@@ -26,13 +26,14 @@ from typing import Any
 import click
 
 from benchmarks.compare.cases import CASES
-from benchmarks.compare.data import LONG, SHORT, Plan, make_round
+from benchmarks.compare.data import LONG, SHORT, TINY, Plan, make_round
 from benchmarks.compare.formats.base import Format
 from benchmarks.compare.formats.ours import Exact, Raw, Rounded
 
 FREQUENCY = 5000
 QUESTIONS = ("scan", "first", "scattered", "sample", "append")
 PLANS = {
+    4: Plan(TINY, whole=400, rounds=16, small=40, repeats=3, sizes=(), memory=()),
     17: Plan(SHORT, whole=400, rounds=16, small=40, repeats=3, sizes=(), memory=()),
     512: Plan(LONG, whole=26, rounds=6, small=4, repeats=3, sizes=(), memory=()),
 }
@@ -131,7 +132,7 @@ def profiled(case: str, options: list[str], turns: int, folder: Path) -> dict[st
 
 
 @click.command()
-@click.option("--tokens", type=click.Choice(["17", "512"]), default="17", show_default=True)
+@click.option("--tokens", type=click.Choice([*map(str, PLANS)]), default="17", show_default=True)
 @click.option("--layout", type=click.Choice([*FORMATS]), default="float32", show_default=True)
 @click.option("--case", type=click.Choice(QUESTIONS), help="By default all.")
 @click.option("--turns", default=20, show_default=True)
@@ -160,7 +161,9 @@ def main(
         cases = QUESTIONS if case is None else (case,)
         found = {each: profiled(each, options, turns, path) for each in cases}
     names = ["wall", "CPU", *(name for name, _ in CAUSES), "kernel, other", "other"]
-    click.echo(f"| ms of one, [{tokens}, 4096], {layout} | " + " | ".join(cases) + " |")
+    click.echo(
+        f"| ms of one, [{tokens}, {plan.shape.width}], {layout} | " + " | ".join(cases) + " |"
+    )
     click.echo("| --- |" + " ---: |" * len(cases))
     for name in names:
         row = [f"{found[each].get(name, 0.0):.2f}" for each in cases]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -65,6 +65,48 @@ def image_name(key: Key, number: int = 0) -> str:
     return f"{_hashed_name(key, number)}.png"
 
 
+def image_names(columns: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> Iterator[str]:
+    """Name the images of many records as `image_name` does, without an object for each.
+
+    Parameters
+    ----------
+    columns : mapping
+        Key columns of the records.
+    numbers : sequence of int
+        Which images of each record.
+
+    Yields
+    ------
+    str
+        Names, record by record.
+    """
+    ends = [(number, f"_i{number}.png" if number else ".png") for number in numbers]
+    # Only these decide whether a name is plain, and most are the same as many others'.
+    begins: dict[tuple[str, str, str], str | None] = {}
+    for node, round, split, class_name, index in zip(
+        *(columns[name] for name in KEY_COLUMNS), strict=True
+    ):
+        group = node, split, class_name
+        if group not in begins:
+            begins[group] = _plain_begin(*group)
+        begin = begins[group]
+        if begin is not None:
+            for _, end in ends:
+                yield f"{begin}_{index}_r{round}{end}"
+        else:
+            key = RecordKey(node, round, split, class_name, index)
+            yield from (image_name(key, number) for number in numbers)
+
+
+def _plain_begin(node: str, split: str, class_name: str) -> str | None:
+    """Return what the plain names of a group's images begin with; None where some are not plain."""
+    key = RecordKey(node, 0, split, class_name, 0)
+    plain, end = _plain_name(key, 0), "_0_r0"
+    is_plain = image_name(key) == f"{plain}.png"
+    # Round, index and number have at most 19 digits.
+    return plain.removesuffix(end) if is_plain and len(plain) <= _MAX_NAME_BYTES - 80 else None
+
+
 def older_name(key: Key, number: int = 0) -> str | None:
     """Give the name that an image with capital letters had before; None if it is the same.
 
@@ -79,6 +121,11 @@ def older_name(key: Key, number: int = 0) -> str | None:
     would_be = image_name(replace(key, **lower), number)
     # The hash alone tells the two kinds apart: letters of the readable part stay as they are.
     return f"{_plain_name(key, number)}.png" if not _HASHED.search(would_be) else None
+
+
+def may_have_older_name(name: str) -> bool:
+    """Whether an `image_name` may be of a key that has an `older_name`."""
+    return _HASHED.search(name) is not None
 
 
 def _plain_name(key: RecordKey, number: int) -> str:

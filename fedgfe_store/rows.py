@@ -22,6 +22,7 @@ from fedgfe_store.records import (
     check_keys,
 )
 from fedgfe_store.schema import Schema
+from fedgfe_store.storage.checksums import hex_digests
 from fedgfe_store.storage.state import State
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ class Rows(ABC):
         frame = pd.DataFrame({name: self._column(name, self.rows) for name in names})
         for name in self.schema.columns:
             # 64 bits as a number are rounded by JavaScript, and refused by what knows signed ones.
-            frame[f"{name}_digest"] = _hex(frame[f"{name}_digest"].to_numpy())
+            digests = hex_digests(frame[f"{name}_digest"].to_numpy())
+            frame[f"{name}_digest"] = np.array(digests, object)
         frame["timestamp"] = pd.to_datetime(frame["timestamp"], unit="ms", utc=True)
         return frame
 
@@ -180,6 +182,16 @@ class Rows(ABC):
     def keys(self) -> list[RecordKey]:
         """Return the records' keys."""
         return self._snapshot.keys(self.rows)
+
+    def check_keys(self) -> None:
+        """Check that keys and notes of each record belong together, as `keys` and `records` do.
+
+        Raises
+        ------
+        DamagedDataError
+            If they are not those that were committed together.
+        """
+        self._snapshot.notes(self.rows)
 
     def key_columns(self) -> dict[str, np.ndarray]:
         """Return the key columns of the records as they stand, without an object for each.
@@ -332,12 +344,6 @@ class Rows(ABC):
             self._snapshot.notes(part.rows)  # for its check, as in `records`
             tensors = {name: part.read(name) for name in self.schema.columns}
             yield RecordBatch(part.known_columns(), tensors)
-
-
-def _hex(digests: np.ndarray) -> np.ndarray:
-    """Return digests, uint64 ``[n]``, as texts of 16 hex digits."""
-    text = digests.astype(">u8").tobytes().hex()
-    return np.array([text[at : at + 16] for at in range(0, len(text), 16)], object)
 
 
 def _check_memory(out: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:

@@ -54,7 +54,7 @@ class Metadata:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             for text in value if isinstance(value, tuple) else (value,):
                 if text is not None and not (isinstance(text, str) and is_utf8(text)):
                     raise SchemaMismatchError(f"{name}: expected text, got {shown(text)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from conftest import SMALL, fill, values
 
 from fedgfe_store import EmbeddingStore, Schema
@@ -208,6 +210,27 @@ def test_verify_reports_what_is_no_record(store):
     after = store.verify()
     assert after.sound
     assert after.leftovers == ()
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", "earlier"])
+def test_metadata_that_a_power_cut_tore_is_found_and_mended(store, torn):
+    fill(store, node=0, round=1)
+    file = store.path / "clip" / "zarr.json"
+    earlier = file.read_bytes()
+    fill(store, node=0, round=2)
+    file.write_bytes(earlier if torn == "earlier" else torn)
+    read = EmbeddingStore.open(store.path).select(round=2).read("clip")
+    assert np.array_equal(read, store.select(round=2).read("clip"))
+    found = store.verify()
+    assert [problem for problem in found.problems if "clip/zarr.json" in problem]
+    assert len(found.problems) == 1
+    repaired = store.verify(repair=True)
+    assert repaired.sound
+    assert repaired.mended == ("clip/zarr.json: written anew for other Zarr readers",)
+    assert store.verify().sound
+    assert store.commit == 2
+    rows = json.loads(earlier)["shape"][0]
+    assert zarr.open_array(store.path / "clip", mode="r").shape[0] == 2 * rows
 
 
 @pytest.mark.parametrize("name", ["round", "created_in", "t5_digest", "extra"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.checkpoints.reading import Entry
+from fedgfe_store.checkpoints.samples import Entry
 from fedgfe_store.records import RecordKey
 from fedgfe_store.storage.entry import conformed
 from fedgfe_store.storage.incoming import checked

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from fedgfe_store.checkpoints import entries
 from fedgfe_store.checkpoints.columns import kind_of_columns
-from fedgfe_store.checkpoints.entries import Slot, survey
 from fedgfe_store.common.plain import Placeholder, Unusable, brief, mapping, plain, what, whole
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.names import checkpoint_origin
@@ -145,17 +144,12 @@ def plain_metadata(value: Any) -> tuple[dict[str, Any], list[str]]:
     return kept, notes
 
 
-def kind_of(
-    metadata: Mapping[str, Any], embeddings: list[Any], columns: Sequence[TensorColumn] = ()
-) -> Kind:
-    """Return which conditioning the entries are: what the metadata says, else what they hold."""
+def kind_of(metadata: Mapping[str, Any], columns: Sequence[TensorColumn] = ()) -> Kind | None:
+    """Return which conditioning the entries are, as the metadata or their columns say, if so."""
     said = str(metadata.get("diffusion_type")).lower()
     if said in ("flux", "sd") or (columns and metadata.get("diffusion_type") is not None):
         return said
-    if columns:
-        return kind_of_columns(columns)
-    found, _ = survey(embeddings, "", "flux")
-    return "flux" if any(isinstance(s, Slot) and "t5" in s.places for s in found) else "sd"
+    return kind_of_columns(columns) if columns else None
 
 
 def classes(metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
-
+from fedgfe_store.checkpoints.ahead import Ahead, Prepared
 from fedgfe_store.checkpoints.earlier import DeletedRecords, Identities
 from fedgfe_store.checkpoints.experiments import Experiment, check_fit, schema_with_audio
 from fedgfe_store.checkpoints.header import is_a_time
@@ -24,14 +23,18 @@ from fedgfe_store.checkpoints.listing import (
 )
 from fedgfe_store.checkpoints.reading import (
     Checkpoint,
-    Entry,
+    Opened,
     audio_shape,
+    opened,
     own_shapes,
     read_checkpoint,
 )
 from fedgfe_store.checkpoints.report import FileReport, ImportReport, Tally, headed, in_words
 from fedgfe_store.checkpoints.request import DEFAULTS, ImportOptions, ImportRequest
-from fedgfe_store.checkpoints.text_cache import read_text_cache
+from fedgfe_store.checkpoints.samples import Entry
+from fedgfe_store.checkpoints.text_cache import opened_text_cache
+from fedgfe_store.checkpoints.torch_files import Source, inspect
+from fedgfe_store.checkpoints.zip_members import Mapped
 from fedgfe_store.common.location import Given, Location, location
 from fedgfe_store.errors import (
     BusyError,
@@ -46,7 +49,7 @@ from fedgfe_store.storage.append import AppendBatch
 from fedgfe_store.storage.engines import check_target, latest
 from fedgfe_store.store import EmbeddingStore
 
-_GROUP_BYTES = 32 << 20
+_GROUP_BYTES = 128 << 20
 """Tensors that are appended at once: many samples a call, in bounded memory."""
 
 _log = logging.getLogger("fedgfe_store")
@@ -102,12 +105,15 @@ def import_checkpoints(
     target = _Target(folder, files, request)
     target.check_experiments()
     reports: list[FileReport] = []
-    for path in files:
-        reports.append(target.take(path))
-        if on_file is not None:
-            on_file(reports[-1])
-        if request.fail_fast and reports[-1].error is not None:
-            break
+    try:
+        for path, following in zip_longest(files, files[1:]):
+            reports.append(target.take(path, following))
+            if on_file is not None:
+                on_file(reports[-1])
+            if request.fail_fast and reports[-1].error is not None:
+                break
+    finally:
+        target.close()
     return ImportReport(folder, tuple(reports), _notes(given, request.pattern))
 
 
@@ -124,6 +130,7 @@ class _Target:
     def __init__(self, path: Location, files: Iterable[Path], request: ImportRequest) -> None:
         self._path, self._files, self._request = path, files, request
         self._ledger = Ledger(path)
+        self._ahead = Ahead(self._opened)
         self._groups: set[tuple[str, int, str]] = set()
         self._store = _open_if_there(path)
         self._schema = self._store.schema if self._store is not None else None
@@ -141,10 +148,14 @@ class _Target:
             checkpoints = [path for path in self._files if not is_named_as_text_cache(path)]
             self._experiment.check_folders(checkpoints, new_only=self._request.new_only)
 
-    def take(self, path: Path) -> FileReport:
-        """Import one file, or report why not."""
+    def close(self) -> None:
+        """Forget a file that was opened ahead."""
+        self._ahead.end()
+
+    def take(self, path: Path, following: Path | None) -> FileReport:
+        """Import one file, or report why not; open the `following` one meanwhile."""
         if not self._request.new_only:
-            return self._read(path)
+            return self._read(path, following)
         known = FileReport(path, known=True)
         if self._ledger.knows(path):
             _log.info("%s: known, not read again", path)
@@ -154,20 +165,25 @@ class _Target:
             if self._ledger.knows(path):
                 _log.info("%s: imported by another process meanwhile", path)
                 return known
-            return self._read(path)
+            return self._read(path, following)
 
-    def _read(self, path: Path) -> FileReport:
+    def _read(self, path: Path, following: Path | None) -> FileReport:
         report = FileReport(path, bytes=_size(path))
+        prepared = self._ahead.take(path)
+        self._look_ahead(following)
         try:
-            # Before the file is read: if it changes meanwhile, it is read again next time.
-            content = content_digest(path)
-            checkpoint = self._opened(path)
+            if prepared is None:
+                source = inspect(path)
+                # Before it is read: if it changes meanwhile, it is read again next time.
+                prepared = Prepared(content_digest(source), self._opened(source))
+                report = headed(prepared.file.checkpoint)
+                prepared.file.loaded.verify()
+            checkpoint = prepared.file.checkpoint
             report = headed(checkpoint)
-            checkpoint.verify()
-            report = self._import(checkpoint, report)
+            report = self._import(prepared.file, report)
             if self._store is not None and not self._request.dry_run:
                 node, number = checkpoint.node, checkpoint.round
-                self._ledger.add(path, content, node=node, round=number)
+                self._ledger.add(path, prepared.content, node=node, round=number)
             _log.info("%s: %s", path, in_words(report))
             return report
         except BusyError:  # every other file would wait as long
@@ -177,17 +193,23 @@ class _Target:
             notes = getattr(error, "__notes__", [])
             return replace(report, error="; ".join([reason, *notes]))
 
-    def _opened(self, path: Path) -> Checkpoint:
-        if not is_named_as_text_cache(path):
-            return read_checkpoint(
-                path, audio=self._request.audio, round_from=self._request.round_from
-            )
-        if self._schema is None:
-            return read_text_cache(path)
-        known = self._schema.metadata.classes
-        return read_text_cache(path, kind=self._schema.kind, classes=known)
+    def _look_ahead(self, path: Path | None) -> None:
+        # Caches are read by the kind and the classes of the store, which the file before may bring.
+        if path is None or is_named_as_text_cache(path):
+            return
+        if not (self._request.new_only and self._ledger.line_of(path)):
+            self._ahead.begin(path)
 
-    def _import(self, checkpoint: Checkpoint, report: FileReport) -> FileReport:
+    def _opened(self, source: Source) -> Opened:
+        if not is_named_as_text_cache(source.path):
+            return opened(source, audio=self._request.audio, round_from=self._request.round_from)
+        if self._schema is None:
+            return opened_text_cache(source)
+        known = self._schema.metadata.classes
+        return opened_text_cache(source, kind=self._schema.kind, classes=known)
+
+    def _import(self, file: Opened, report: FileReport) -> FileReport:
+        checkpoint = file.checkpoint
         if not self._request.other_experiment and checkpoint.node != TEXT_NODE:
             self._experiment.check(checkpoint)
         schema = self._schema
@@ -195,24 +217,23 @@ class _Target:
             schema = self._new_schema(checkpoint)
         if schema is None:
             tally = Tally(None, None, fail_fast=self._request.fail_fast)
-            for _ in tally.watch(checkpoint.read()):
+            for _ in tally.watch(file.read()):
                 pass
             return tally.on(report)
         if not self._request.dry_run:
             schema = self._made(schema).schema
         check_fit(checkpoint, schema)
-        return self._take_samples(checkpoint, schema, report)
+        return self._take_samples(file, schema, report)
 
-    def _take_samples(
-        self, checkpoint: Checkpoint, schema: Schema, report: FileReport
-    ) -> FileReport:
+    def _take_samples(self, file: Opened, schema: Schema, report: FileReport) -> FileReport:
+        checkpoint = file.checkpoint
         tally = Tally(schema, self._deleted(checkpoint), fail_fast=self._request.fail_fast)
-        samples = tally.watch(checkpoint.read(schema))
+        samples = tally.watch(file.read(schema))
         if self._store is None or self._request.dry_run:
             self._schema = schema
             return tally.on(replace(report, records=sum(1 for _ in samples)))
         identities = Identities(checkpoint.node, checkpoint.round)
-        batch = self._append(self._store, checkpoint, identities.watch(samples), tally)
+        batch = self._append(self._store, file, identities.watch(samples), tally)
         self._schema = self._store.schema  # with the classes that the file brought
         report = replace(
             report,
@@ -231,8 +252,9 @@ class _Target:
         return DeletedRecords(latest(self._path), checkpoint.node, checkpoint.round)
 
     def _append(
-        self, store: EmbeddingStore, checkpoint: Checkpoint, samples: Iterable[Entry], tally: Tally
+        self, store: EmbeddingStore, file: Opened, samples: Iterable[Entry], tally: Tally
     ) -> AppendBatch:
+        checkpoint, mapped = file.checkpoint, file.loaded.mapped
         moment = checkpoint.timestamp or _changed(checkpoint.path)
         with store.append(
             node=checkpoint.node,
@@ -242,7 +264,7 @@ class _Target:
             source=_source(checkpoint.path),
         ) as batch:
             for group in _groups(samples):
-                columns = _columns(group, store.schema, old=store.id is None)
+                columns = _columns(group, store.schema, mapped, old=store.id is None)
                 batch.add(timestamp=moment, **columns)
             if self._request.if_exists == "replace" and checkpoint.node != TEXT_NODE:
                 for split in self._begun(checkpoint, tally.splits):
@@ -326,7 +348,7 @@ def _groups(samples: Iterable[Entry]) -> Iterator[list[Entry]]:
             yield group
 
 
-def _columns(group: list[Entry], schema: Schema, *, old: bool) -> dict[str, Any]:
+def _columns(group: list[Entry], schema: Schema, mapped: Mapped, *, old: bool) -> dict[str, Any]:
     """Return what `AppendBatch.add` takes; `old` stores have no column of their own for file_id."""
     names = ["split", "class_name", "index", "sample_id", "image_filename", "audio_path"]
     names += [] if old else ["file_id"]
@@ -338,5 +360,5 @@ def _columns(group: list[Entry], schema: Schema, *, old: bool) -> dict[str, Any]
     for column in schema.tensors:
         if column.name in group[0].tensors:
             arrays = [entry.tensors[column.name].numpy() for entry in group]
-            columns[column.name] = arrays if column.ragged else np.stack(arrays)
+            columns[column.name] = arrays if column.ragged else mapped.stacked(arrays)
     return columns

@@ -15,7 +15,7 @@ from pathlib import Path
 import xxhash
 from filelock import FileLock, Timeout
 
-from fedgfe_store.checkpoints import torch_files
+from fedgfe_store.checkpoints.torch_files import Source, inspect
 from fedgfe_store.common.location import Location
 from fedgfe_store.errors import BusyError, FedgfeStoreError, NotFoundError
 from fedgfe_store.storage import files
@@ -109,7 +109,7 @@ class Ledger:
         """Whether the store has taken in the file `path` as it is now; reads no tensor of it."""
         line = self.line_of(path)
         try:
-            return line is not None and line.content == content_digest(path)
+            return line is not None and line.content == content_digest(inspect(path))
         except FedgfeStoreError:  # the import says what is wrong with it
             return False
 
@@ -170,12 +170,12 @@ class Ledger:
             self._turns.release()
 
 
-def content_digest(path: Path) -> str:
+def content_digest(source: Source) -> str:
     """Return what tells whether a checkpoint holds the same as before.
 
     Parameters
     ----------
-    path : Path
+    source : Source
         A `.pt` file.
 
     Returns
@@ -184,21 +184,13 @@ def content_digest(path: Path) -> str:
         Of a file in torch's zip format, a digest over the names, sizes and checksums of its
         members, which stand at its end: no tensor is read. Of one in the older format, or
         without checksums, a digest over all its bytes.
-
-    Raises
-    ------
-    NotFoundError
-        There is no such file.
-    DamagedDataError
-        It cannot be read or is no checkpoint.
     """
-    if torch_files.inspect(path).zipped:
-        members = torch_files.members(path)
-        if all(crc for _, size, crc in members if size):
-            text = json.dumps(members).encode("ascii")
-            return f"members {xxhash.xxh3_128_hexdigest(text)}"
+    members = [(m.filename, m.file_size, m.CRC) for m in source.members]
+    if source.zipped and all(crc for _, size, crc in members if size):
+        text = json.dumps(members).encode("ascii")
+        return f"members {xxhash.xxh3_128_hexdigest(text)}"
     whole = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with source.path.open("rb") as file:
         while block := file.read(_BLOCK):
             whole.update(block)
     return f"bytes {whole.hexdigest()}"

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-import torch
-
 from fedgfe_store.checkpoints import torch_files
 from fedgfe_store.checkpoints.columns import (
-    Columns,
     check_sample,
     columns_of,
     is_complete,
@@ -32,65 +28,13 @@ from fedgfe_store.checkpoints.header import (
     timestamp,
     unread,
 )
+from fedgfe_store.checkpoints.samples import Entry, entry_of
 from fedgfe_store.common.plain import Unusable, plain
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Kind, Schema, TensorColumn
-from fedgfe_store.shapes import Shape, any_tensor, as_tensor
-from fedgfe_store.storage.values import exact
+from fedgfe_store.shapes import Shape
 
-_WINDOW_BYTES = 128 << 20
-"""Values that are read before a file is mapped anew: pages of a mapping stay until it goes."""
 Shapes = dict[str, Shape]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sample of a checkpoint, in memory of its own.
-
-    Parameters
-    ----------
-    split, class_name : str
-        As in the file.
-    index : int
-        Number within node, split and class: the file's, else the position in file order.
-    t5 : Tensor or None
-        float32 ``[tokens, 4096]`` on the CPU, contiguous; None for Stable Diffusion.
-    clip : Tensor or None
-        float32 ``[768]`` or ``[tokens, 768]`` on the CPU, contiguous; None where the checkpoint
-        has other columns.
-    audio : Tensor or None
-        float32 ``[frames, 768]`` where it was asked for and is there.
-    sample_id, file_id, image_filename, audio_path : str or None
-        The sample's metadata.
-    extra : mapping
-        All other metadata of the sample, ``image_path`` included, as JSON values.
-    named : mapping of str to Tensor
-        Columns that the checkpoint has under their own names, of their data types.
-    """
-
-    split: str
-    class_name: str
-    index: int
-    t5: torch.Tensor | None
-    clip: torch.Tensor | None
-    audio: torch.Tensor | None
-    sample_id: str | None
-    file_id: str | None
-    image_filename: str | None
-    audio_path: str | None
-    extra: Mapping[str, Any]
-    named: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The sample's tensors by column, those that are there."""
-        own = {"t5": self.t5, "clip": self.clip, "audio": self.audio}
-        return {name: t for name, t in own.items() if t is not None} | {**self.named}
-
-    @property
-    def what(self) -> str:
-        """The sample in words."""
-        return f"split {self.split}, class {self.class_name}, index {self.index}"
 
 
 @dataclass(frozen=True)
@@ -149,8 +93,8 @@ class Checkpoint:
     def read(self, schema: Schema | None = None) -> Iterator[Entry | Skipped]:
         """Read the samples one at a time, in file order.
 
-        A file in torch's zip format is mapped, and mapped anew every 128 MiB, so that memory stays
-        bounded whatever its size; the older format is loaded as a whole.
+        A file in torch's zip format is mapped, and little of it stays in memory, whatever its
+        size; the older format is loaded as a whole.
 
         Parameters
         ----------
@@ -161,38 +105,17 @@ class Checkpoint:
         Yields
         ------
         Entry or Skipped
-            A sample, or why it is left out: a tensor that is missing, of another shape or not
-            finite, or a sample that came before. Audio that is missing leaves no sample out.
+            A sample, in memory of its own, or why it is left out: a tensor that is missing, of
+            another shape or not finite, or a sample that came before. Audio that is missing leaves
+            no sample out.
 
         Raises
         ------
         DamagedDataError
             If the file changed since it was opened, or is damaged.
         """
-        wanted = (
-            needed(self.kind, self.columns)
-            if schema is None
-            else {t.name: t for t in schema.tensors}
-        )
-        opened: Any = None
-        used, seen = 0, set[tuple[str, str, int]]()
-        for slot in self._found:
-            if isinstance(slot, Skipped):
-                yield slot
-                continue
-            if opened is None or (self._source.mapped and used >= _WINDOW_BYTES):
-                opened = None  # unmaps the file before it is mapped again
-                opened, used = self._unpack(torch_files.load(self._source).content, self.path), 0
-            columns = columns_of(slot, wanted, audio=self.audio)
-            try:
-                check_sample(slot, wanted, columns, seen)
-                used += 4 * sum(math.prod(slot.places[name][1]) for name in columns)
-                entry = _entry(slot, opened[slot.position], columns, wanted)
-            except Unusable as reason:
-                yield Skipped(str(reason), slot.position, slot.what)
-            else:
-                seen.add((slot.split, slot.class_name, slot.index))
-                yield entry
+        for item in Opened(self, torch_files.load(self._source)).read(schema):
+            yield item.copied() if isinstance(item, Entry) else item
 
     def verify(self) -> None:
         """Compare the file's bytes with the checksums that torch wrote into it.
@@ -203,6 +126,54 @@ class Checkpoint:
             If they differ.
         """
         torch_files.verify(self._source)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint with what was loaded of its file, so that it is unpickled once.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        What is known of it.
+    loaded : Loaded
+        What is in the file, which stays mapped as long as this is there.
+    """
+
+    checkpoint: Checkpoint
+    loaded: torch_files.Loaded
+
+    def read(self, schema: Schema | None = None) -> Iterator[Entry | Skipped]:
+        """Read the samples as `Checkpoint.read` does; their tensors may lie in the mapped file.
+
+        Raises
+        ------
+        DamagedDataError
+            If the file changed meanwhile, at the end.
+        """
+        checkpoint = self.checkpoint
+        wanted = (
+            needed(checkpoint.kind, checkpoint.columns)
+            if schema is None
+            else {t.name: t for t in schema.tensors}
+        )
+        raw = checkpoint._unpack(self.loaded.content, checkpoint.path)
+        seen = set[tuple[str, str, int]]()
+        for slot in checkpoint._found:
+            if isinstance(slot, Skipped):
+                yield slot
+                continue
+            columns = columns_of(slot, wanted, audio=checkpoint.audio)
+            try:
+                check_sample(slot, wanted, columns, seen)
+                self.loaded.pass_by(4 * sum(math.prod(slot.places[name][1]) for name in columns))
+                entry = entry_of(slot, raw[slot.position], columns, wanted)
+            except Unusable as reason:
+                yield Skipped(str(reason), slot.position, slot.what)
+            else:
+                seen.add((slot.split, slot.class_name, slot.index))
+                yield entry
+        self.loaded.make_sure()
 
 
 def read_checkpoint(
@@ -238,10 +209,16 @@ def read_checkpoint(
     -----
     Of objects whose class is neither a plain value nor a tensor only the class's name is kept.
     """
-    path = Path(path)
+    return opened(torch_files.inspect(Path(path)), audio=audio, round_from=round_from).checkpoint
+
+
+def opened(
+    source: torch_files.Source, *, audio: bool = False, round_from: RoundFrom | None = None
+) -> Opened:
+    """Open a file that was looked at, as `read_checkpoint` does, and keep what was loaded."""
     if round_from not in (None, *get_args(RoundFrom)):
         raise SchemaMismatchError(f"round_from: expected name or content, got {round_from!r}")
-    source = torch_files.inspect(path)
+    path = source.path
     loaded = torch_files.load(source)
     content = loaded.content
     entries = embeddings(content, path)
@@ -249,12 +226,11 @@ def read_checkpoint(
     moment, late = timestamp(content.get("timestamp"))
     metadata, lost = plain_metadata(content.get("metadata"))
     columns = named_columns(metadata, entries)
-    kind = kind_of(metadata, entries, columns)
-    found, odd = survey(entries, node, kind, columns)
+    kind, found, odd = _surveyed(entries, node, kind_of(metadata, columns), columns)
     heard = sum(isinstance(item, Slot) and "audio" in item.places for item in found)
     if heard and not audio:
         odd.append(f"audio embeddings left out: {heard} records")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=path,
         node=node,
         round=round_number,
@@ -268,6 +244,19 @@ def read_checkpoint(
         _source=source,
         _found=tuple(found),
     )
+    return Opened(checkpoint, loaded)
+
+
+def _surveyed(
+    entries: list[Any], node: str, said: Kind | None, columns: tuple[TensorColumn, ...]
+) -> tuple[Kind, list[Slot | Skipped], list[str]]:
+    """Return which conditioning the entries are, where nothing says so by what they hold."""
+    found, odd = survey(entries, node, said or "flux", columns)
+    if said is not None:
+        return said, found, odd
+    if any(isinstance(item, Slot) and "t5" in item.places for item in found):
+        return "flux", found, odd
+    return "sd", *survey(entries, node, "sd", columns)
 
 
 def images_folder(checkpoint: Checkpoint) -> str | None:
@@ -326,58 +315,3 @@ def audio_shape(checkpoint: Checkpoint) -> tuple[int, int] | None:
             frames, width = slot.places["audio"][1]
             return frames, width
     return None
-
-
-def _entry(slot: Slot, raw: Mapping[Any, Any], columns: list[str], wanted: Columns) -> Entry:
-    values = {name: _values(slot, raw, name, wanted.get(name)) for name in columns}
-    known = {name: values.pop(name, None) for name in ("t5", "clip", "audio")}
-    return Entry(
-        split=slot.split,
-        class_name=slot.class_name,
-        index=slot.index,
-        sample_id=slot.sample_id,
-        file_id=slot.file_id,
-        image_filename=slot.image_filename,
-        audio_path=slot.audio_path,
-        extra=slot.extra,
-        named=values,
-        **known,
-    )
-
-
-def _values(
-    slot: Slot, raw: Mapping[Any, Any], column: str, known: TensorColumn | None
-) -> torch.Tensor:
-    """Copy one sample's tensor out of the file, as a store has it, so that the mapping can go."""
-    key, shape = slot.places[column]
-    if known is not None and known.dtype != "float32":
-        return _numbers(known, any_tensor(raw[key], key).detach().reshape(shape))
-    stored = as_tensor(raw[key], key)
-    part = (stored if slot.row is None else stored[slot.row]).reshape(shape)
-    values = _float32(part)
-    if not np.isfinite(values).all():
-        large = bool(torch.isfinite(part).all())
-        raise Unusable(
-            f"{column} has values {'beyond float32' if large else 'that are not finite'}"
-        )
-    return torch.from_numpy(values)
-
-
-def _numbers(column: TensorColumn, part: torch.Tensor) -> torch.Tensor:
-    """Copy whole numbers or truth values, of the column's data type."""
-    try:
-        values = exact(column, (part.float() if part.is_floating_point() else part).numpy())
-    except SchemaMismatchError as error:
-        raise Unusable(str(error)) from None
-    return torch.from_numpy(values.copy())
-
-
-def _float32(part: torch.Tensor) -> np.ndarray:
-    """Return a contiguous float32 copy; by numpy, as torch's threads get in each other's way."""
-    if part.dtype is torch.bfloat16:
-        high = part.contiguous().view(torch.int16).numpy().view(np.uint16)
-        return (high.astype(np.uint32) << 16).view(np.float32)
-    if part.dtype not in (torch.float16, torch.float32, torch.float64):
-        part = part.float()
-    with np.errstate(over="ignore"):
-        return np.array(part.numpy(), np.float32, order="C")

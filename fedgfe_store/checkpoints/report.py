@@ -12,7 +12,8 @@ import torch
 
 from fedgfe_store.checkpoints.earlier import DeletedRecords
 from fedgfe_store.checkpoints.entries import Skipped
-from fedgfe_store.checkpoints.reading import Checkpoint, Entry
+from fedgfe_store.checkpoints.reading import Checkpoint
+from fedgfe_store.checkpoints.samples import Entry
 from fedgfe_store.common.location import Location
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.schema import Schema

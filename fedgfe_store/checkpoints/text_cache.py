@@ -10,7 +10,7 @@ from typing import Any
 from fedgfe_store.checkpoints import torch_files
 from fedgfe_store.checkpoints.entries import survey
 from fedgfe_store.checkpoints.header import is_text_cache, unread
-from fedgfe_store.checkpoints.reading import Checkpoint
+from fedgfe_store.checkpoints.reading import Checkpoint, Opened
 from fedgfe_store.common.plain import mapping
 from fedgfe_store.errors import SchemaMismatchError
 from fedgfe_store.records import TEXT_NODE, TEXT_ROUND, TEXT_SPLIT
@@ -49,8 +49,14 @@ def read_text_cache(
     SchemaMismatchError
         If it is no such cache, or the safe reader refuses it.
     """
-    path = Path(path)
-    source = torch_files.inspect(path)
+    return opened_text_cache(torch_files.inspect(Path(path)), kind=kind, classes=classes).checkpoint
+
+
+def opened_text_cache(
+    source: torch_files.Source, *, kind: Kind | None = None, classes: Iterable[str] = ()
+) -> Opened:
+    """Open a file that was looked at, as `read_text_cache` does, and keep what was loaded."""
+    path = source.path
     loaded = torch_files.load(source)
     content = loaded.content
     if not is_text_cache(content):
@@ -63,7 +69,7 @@ def read_text_cache(
         kind = "flux" if any(value.get("flux") is not None for value in inner) else "sd"
     unpack = partial(_entries, kind=kind, classes=tuple(classes))
     found, notes = survey(unpack(content, path), TEXT_NODE, kind)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=path,
         node=TEXT_NODE,
         round=TEXT_ROUND,
@@ -78,6 +84,7 @@ def read_text_cache(
         _found=tuple(found),
         _unpack=unpack,
     )
+    return Opened(checkpoint, loaded)
 
 
 def _entries(

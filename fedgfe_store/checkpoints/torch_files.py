@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import lzma
-import mmap
+import os
 import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import torch
-
-from fedgfe_store.checkpoints.builders import Refused, Storage, storage_type
-from fedgfe_store.checkpoints.unpickler import Unpickler
+from fedgfe_store.checkpoints.builders import Refused
+from fedgfe_store.checkpoints.torch_formats import Zipped, read_older
+from fedgfe_store.checkpoints.zip_members import Mapped, check, is_plain
 from fedgfe_store.errors import (
     DamagedDataError,
     FedgfeStoreError,
@@ -27,12 +24,6 @@ from fedgfe_store.errors import (
 )
 
 _BLOCK = 1 << 20
-_LARGEST_PICKLE = 1 << 30
-"""Bytes of a pickle, tensors apart, that are read: 176,000 entries take some 100 MB."""
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-"""How the older format begins: ``MAGIC_NUMBER`` and ``PROTOCOL_VERSION`` of torch.serialization."""
-_LOCAL_HEADER = 30
-"""Bytes before a zip member's name; the last four are the lengths of the name and what follows."""
 # zipfile trusts what it reads: numbers that make no sense end in any of these when they are used.
 _BAD_ZIP = (
     zipfile.BadZipFile,
@@ -73,14 +64,14 @@ class Source:
         Inode, size in bytes and modification time in ns, to notice a file that changes.
     zipped : bool
         Written in the zip format of torch 1.6 and newer.
-    mapped : bool
-        Its tensors can be mapped instead of read: zip format, nothing compressed.
+    members : tuple of ZipInfo
+        What is in it, in the zip format.
     """
 
     path: Path
     stamp: tuple[int, int, int]
     zipped: bool
-    mapped: bool
+    members: tuple[zipfile.ZipInfo, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -90,13 +81,47 @@ class Loaded:
     Parameters
     ----------
     content : object
-        Tensors, containers and plain values; a `Placeholder` for everything else.
+        Tensors, containers and plain values; a `Placeholder` for everything else. Tensors lie in
+        the mapped file, where it is in the zip format and nothing of it is compressed.
     unknown : mapping of str to int
         How many objects are placeholders, by the name of what would have made them.
+    source : Source
+        The file.
+    mapped : Mapped
+        Its mapping.
     """
 
     content: Any
     unknown: Mapping[str, int]
+    source: Source
+    mapped: Mapped
+
+    def verify(self) -> None:
+        """Compare the file's bytes with their checksums, as the function `verify` does."""
+        _verify(self.source, self.mapped)
+
+    def pass_by(self, nbytes: int) -> None:
+        """Note that so many bytes of tensors were read, so that few stay in memory."""
+        self.mapped.pass_by(nbytes)
+
+    def make_sure(self) -> None:
+        """Raise `DamagedDataError` if somebody wrote into the file since `inspect`.
+
+        One that was removed, or that another took the place of, is still there as it was.
+        """
+        found = self._found()
+        if found is not None and found[0] == self.source.stamp[0] and found != self.source.stamp:
+            raise _changed(self.source.path)
+
+    def is_current(self) -> bool:
+        """Whether the file that has this name is still the one that was loaded."""
+        return self._found() == self.source.stamp
+
+    def _found(self) -> tuple[int, int, int] | None:
+        try:
+            return _stamp(self.source.path.stat())
+        except FileNotFoundError:
+            return None
 
 
 def inspect(path: Path) -> Source:
@@ -125,27 +150,12 @@ def inspect(path: Path) -> Source:
         raise DamagedDataError(f"{path}: cannot be read: {reason}") from error
     if not head:
         raise DamagedDataError(f"{path}: empty file")
-    stamp = status.st_ino, status.st_size, status.st_mtime_ns
+    stamp = _stamp(status)
     # A zip file's first member begins so, and torch writes nothing before it.
     if not head.startswith(b"PK"):
         _check_head(path, head)
-        return Source(path, stamp, zipped=False, mapped=False)
-    return Source(path, stamp, zipped=True, mapped=_check_zip(path))
-
-
-def members(path: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and checksum of each member of a zip file.
-
-    Raises
-    ------
-    DamagedDataError
-        Its directory cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [(m.filename, m.file_size, m.CRC) for m in archive.infolist()]
-    except _BAD_ZIP as error:
-        raise _cut_short(path, error) from error
+        return Source(path, stamp, zipped=False)
+    return Source(path, stamp, zipped=True, members=_members(path))
 
 
 def load(source: Source) -> Loaded:
@@ -163,11 +173,12 @@ def load(source: Source) -> Loaded:
     path = source.path
     try:
         with path.open("rb") as file:
-            if _stamp(path) != source.stamp:
-                raise DamagedDataError(f"{path}: changed while it was being read")
-            # torch takes writable memory only; a copy on write leaves the file alone.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            return _Zip(file, mapped).load() if source.zipped else _load_older(mapped)
+            if _stamp(os.fstat(file.fileno())) != source.stamp:
+                raise _changed(path)
+            mapped = Mapped(file)
+        if source.zipped:
+            return Loaded(*Zipped(path, source.members, mapped).read(), source, mapped)
+        return Loaded(*read_older(mapped.memory), source, mapped)
     except FedgfeStoreError:
         raise
     except Refused as reason:
@@ -190,22 +201,39 @@ def verify(source: Source) -> None:
     DamagedDataError
         Bytes differ from what was saved.
     """
-    if not source.zipped:
-        return
     try:
-        with zipfile.ZipFile(source.path) as archive:
-            for item in archive.infolist():
-                if item.CRC:
-                    with archive.open(item) as member:
-                        while member.read(_BLOCK):
-                            pass
+        with source.path.open("rb") as file:
+            mapped = Mapped(file)
+    except (OSError, ValueError) as error:  # ValueError: there is nothing in it any more
+        raise _cut_short(source.path, error) from error
+    _verify(source, mapped)
+
+
+def _verify(source: Source, mapped: Mapped) -> None:
+    packed = [item for item in source.members if item.CRC and not is_plain(item)]
+    try:
+        for item in filter(is_plain, source.members):
+            check(mapped, item)
+        if packed:
+            _check_packed(source.path, packed)
     except _BAD_ZIP as error:
         raise DamagedDataError(f"{source.path}: damaged ({error})") from error
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
+def _check_packed(path: Path, items: Iterable[zipfile.ZipInfo]) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for item in items:
+            with archive.open(item) as member:
+                while member.read(_BLOCK):
+                    pass
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> DamagedDataError:
+    return DamagedDataError(f"{path}: changed while it was being read")
 
 
 def _kind(mode: int) -> str:
@@ -232,8 +260,8 @@ def _check_head(path: Path, head: bytes) -> None:
         raise DamagedDataError(f"{path}: not a file written by torch.save")
 
 
-def _check_zip(path: Path) -> bool:
-    """Refuse an archive of something else; return whether its members can be mapped."""
+def _members(path: Path) -> tuple[zipfile.ZipInfo, ...]:
+    """Return the members of an archive; refuse one of something else."""
     try:
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
@@ -247,7 +275,7 @@ def _check_zip(path: Path) -> bool:
     # By which torch tells them, too (torch.serialization._is_torchscript_zip).
     if "constants.pkl" in inner:
         raise SchemaMismatchError(f"{path}: a TorchScript model, not a FedGFE checkpoint")
-    return all(item.compress_type == zipfile.ZIP_STORED for item in items)
+    return tuple(items)
 
 
 def _what_zip(names: list[str]) -> str:
@@ -264,112 +292,3 @@ def _cut_short(path: Path, error: Exception) -> DamagedDataError:
     if " " not in detail:  # such as a KeyError's, of an instruction that there is none of
         detail = f"{type(error).__name__} {detail}".rstrip()
     return DamagedDataError(f"{path}: cut short or damaged ({detail})")
-
-
-class _Zip:
-    """A checkpoint in torch's zip format: a pickle, and a member for each storage.
-
-    As `torch.serialization._save` writes it: ``data.pkl``, ``byteorder`` and ``data/<key>``, where
-    the pickle's persistent ids name the key.
-    """
-
-    def __init__(self, file: BinaryIO, mapped: mmap.mmap) -> None:
-        self._archive, self._mapped = zipfile.ZipFile(file), mapped
-        self._items = {item.filename: item for item in self._archive.infolist()}
-        inner = (name for name in self._items if name.partition("/")[2] == "data.pkl")
-        self._root = next(inner).removesuffix("data.pkl")
-        self._storages: dict[str, torch.UntypedStorage] = {}
-        self._swapped = self._read("byteorder", 16) == b"big"
-        self._whole = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
-
-    def load(self) -> Loaded:
-        reader = Unpickler(io.BytesIO(self._read("data.pkl", _LARGEST_PICKLE)), self._storage)
-        return Loaded(reader.load(), dict(reader.unknown))
-
-    def _read(self, name: str, most: int) -> bytes:
-        item = self._items.get(self._root + name)
-        if item is not None and item.file_size > most:
-            raise Refused(f"{name} of {item.file_size} bytes")
-        return b"" if item is None else self._archive.read(item)
-
-    def _storage(self, pid: Any) -> Storage:
-        dtype, key, numel = _parsed_id(pid, 5)
-        if key not in self._storages:  # tensors may share one
-            self._storages[key] = self._bytes(self._items[f"{self._root}data/{key}"], dtype)
-        if numel * dtype.itemsize > self._storages[key].nbytes():
-            raise EOFError("a storage is shorter than it should be")
-        return Storage(self._storages[key], dtype)
-
-    def _bytes(self, item: zipfile.ZipInfo, dtype: torch.dtype) -> torch.UntypedStorage:
-        if not item.file_size:
-            return _empty_storage(0)
-        if item.compress_type != zipfile.ZIP_STORED or self._swapped:
-            values = np.frombuffer(bytearray(self._archive.read(item)), np.uint8)
-            if self._swapped:
-                values = values.view(f"u{dtype.itemsize}").byteswap().view(np.uint8)
-            return torch.from_numpy(values).untyped_storage()
-        # Not those of the directory at the file's end: torch pads the local header of a member, so
-        # that its values are aligned.
-        lengths = struct.unpack_from("<HH", self._mapped, item.header_offset + _LOCAL_HEADER - 4)
-        start = item.header_offset + _LOCAL_HEADER + sum(lengths)
-        if start + item.file_size > len(self._mapped):
-            raise EOFError("a storage goes beyond the end of the file")
-        part: torch.UntypedStorage = self._whole[start : start + item.file_size]
-        return part
-
-
-def _empty_storage(nbytes: int) -> torch.UntypedStorage:
-    return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
-
-
-def _load_older(file: mmap.mmap) -> Loaded:
-    """Load what torch before 1.6 wrote: pickles, then the storages, one after the other.
-
-    As `torch.serialization._legacy_save` still does: a magic number, the protocol, facts of the
-    system, the object, the keys of its storages; then of each the number of values and the values.
-    """
-    if Unpickler(file).load() != _MAGIC or Unpickler(file).load() != _PROTOCOL:
-        raise Refused("a pickle that torch.save did not write")
-    system = Unpickler(file).load()
-    if isinstance(system, Mapping) and system.get("little_endian") is False:
-        raise Refused("a file of the older format from a big-endian machine")
-    types: dict[str, torch.dtype] = {}
-    storages: dict[str, torch.UntypedStorage] = {}
-
-    def storage(pid: Any) -> Storage:
-        dtype, key, numel = _parsed_id(pid, 6)
-        if key not in storages:  # made before it is read, as the tensors over it come first
-            if numel * dtype.itemsize > len(file):
-                raise EOFError("a storage is larger than the file")
-            types[key], storages[key] = dtype, _empty_storage(numel * dtype.itemsize)
-        if pid[5] is not None:
-            raise Refused("a view of a storage, as torch before 0.4 wrote it")
-        if numel * dtype.itemsize > storages[key].nbytes():
-            raise EOFError("a storage is shorter than it should be")
-        return Storage(storages[key], dtype)
-
-    reader = Unpickler(file, storage)
-    content = reader.load()
-    for key in Unpickler(file).load():
-        made, length = storages.pop(key), file.read(8)
-        data = file.read(made.nbytes())
-        if len(data) < made.nbytes() or int.from_bytes(length, "little") != (
-            made.nbytes() // types[key].itemsize
-        ):
-            raise EOFError("a storage is cut short")
-        if data:
-            made.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage())
-    if storages:
-        raise EOFError("storages are missing")
-    return Loaded(content, dict(reader.unknown))
-
-
-def _parsed_id(pid: Any, length: int) -> tuple[torch.dtype, str, int]:
-    """Return type, key and number of values of the storage that a persistent id names."""
-    if not (isinstance(pid, tuple) and len(pid) == length and pid[0] == "storage"):
-        raise Refused("a persistent id that torch.save did not write")
-    # ("storage", its class, key, device, number of values), and in the older format a view's place.
-    key, numel = pid[2], pid[4]
-    if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 2**60:
-        raise Refused("a storage without name or size")
-    return storage_type(pid[1]), key, numel

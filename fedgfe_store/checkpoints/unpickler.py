@@ -61,16 +61,32 @@ class Unpickler(pickle._Unpickler):
     """
 
     stack: list[Any]
+    metastack: list[list[Any]]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
+    memo: dict[int, Any]
     pop_mark: Callable[[], list[Any]]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: Any, storage: Callable[[Any], Storage] | None = None) -> None:
         super().__init__(file)
+        self._file = file
         self._storage = storage
         self._left = _MOST_COPIED
         self.unknown = collections.Counter[str]()
+
+    def load(self) -> Any:
+        """Return what is pickled, as Python's own does, but without reading whole frames ahead."""
+        self.read, self.readline = self._file.read, self._file.readline
+        self.metastack, self.stack, self.proto = [], [], 0
+        self.append = self.stack.append
+        read, dispatch = self.read, self.dispatch
+        try:
+            while code := read(1):
+                dispatch[code[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            return stop.value
+        raise EOFError
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the name; nothing is imported."""
@@ -175,6 +191,9 @@ class Unpickler(pickle._Unpickler):
         items = self.pop_mark()
         self.append(frozenset(map(dict_key, items)))
 
+    def load_frame(self) -> None:
+        self.read(8)  # how long it is, for who reads it ahead
+
     # Python's takes as much memory as the pickle says before it reads a byte.
     def load_bytearray8(self) -> None:
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
@@ -198,6 +217,7 @@ class Unpickler(pickle._Unpickler):
         (pickle.DICT, load_dict),
         (pickle.ADDITEMS, load_additems),
         (pickle.FROZENSET, load_frozenset),
+        (pickle.FRAME, load_frame),
         (pickle.BYTEARRAY8, load_bytearray8),
     ):
         dispatch[_code[0]] = _load

@@ -20,6 +20,9 @@ _INT64 = np.iinfo(np.int64)
 _FEW = 20
 """Texts up to which one comparison after another is fastest."""
 
+_PICKED = 5
+"""Values that are compared in the time of picking one."""
+
 
 def wanted_values(name: str, value: Any) -> list[Any]:
     """Return the value of the filter `name` as a list of the column's type, and of ranges.
@@ -92,6 +95,14 @@ def matches(values: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:
         if isinstance(each, range):
             mask |= _within(values, each)
     return mask
+
+
+def matches_at(values: np.ndarray, places: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:
+    """Return which of the `values` at `places` are `wanted`; bool ``[n]``."""
+    if len(places) * _PICKED > len(values):
+        mask: np.ndarray = matches(values, wanted)[places]
+        return mask
+    return matches(values[places], wanted)
 
 
 def is_wanted(value: str | int, wanted: Sequence[Any]) -> bool:

@@ -114,7 +114,7 @@ class Worker:
             reason = f"its worker died {_TRIES} times over this part; Ray's logs may say why"
             failed = tuple(Failure(item.key, item.number, reason) for item in left)
             return Rendered(start, stop, elsewhere=len(items) - len(left), failed=failed)
-        plan = replace(self._run.plan, items=items)
+        plan = self._run.plan.with_items(items)
         made = here.render(
             replace(self._run, plan=plan),
             pipeline=self._pipeline,

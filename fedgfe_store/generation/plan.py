@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedgfe_store.common.words import counted
-from fedgfe_store.derived.record import Derived
-from fedgfe_store.derived_keys import Key
 from fedgfe_store.errors import ConflictError
-from fedgfe_store.generation.parts import Part, places_of
+from fedgfe_store.generation.items import Images, Listing, PlanItem, Records
 from fedgfe_store.generation.request import DEFAULTS, Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
 from fedgfe_store.images.checked import still_right
 from fedgfe_store.images.compare import Comparer, Expected, Status, Verdict
 from fedgfe_store.images.elsewhere import Partners
 from fedgfe_store.images.folder import FoundImage, ImageFolder, file_stamp, look_at, side_by_side
-from fedgfe_store.images.identity import Identity, record_digests
+from fedgfe_store.images.identity import Identity
 from fedgfe_store.images.manifest import seconds_per_image
-from fedgfe_store.images.png import Stamp
-from fedgfe_store.names import image_name
+from fedgfe_store.names import may_have_older_name
+from fedgfe_store.rows import Rows
 
 if TYPE_CHECKING:
+    from fedgfe_store.derived.record import Derived
     from fedgfe_store.selection import Selection
 
 __all__ = ["Plan", "PlanItem", "Settings", "fingerprint", "plan_images", "seed_of"]
@@ -41,59 +40,13 @@ AGAIN = "asked for again"
 _BYTES_PER_PIXEL = 1.5
 
 
-@dataclass(frozen=True, slots=True)
-class PlanItem:
-    """One image of a plan.
-
-    Parameters
-    ----------
-    position : int
-        Position of the record in the selection.
-    key : RecordKey, MeanKey or WalkKey
-        The record.
-    number : int
-        Which image of the record.
-    path : Path
-        Its file.
-    seed : int
-        Seed of its noise.
-    digests : dict
-        Digest of each of the record's tensors that the image depends on, 16 hex digits.
-    status : {"done", "missing", "stale"}
-        ``"stale"`` is a sound image of another embedding, of other settings, or not ours.
-    reason : str
-        Why it is not done: what changed, or what is wrong with the file.
-    keep : bool
-        True for a stale image that is to stay as it is.
-    seen : Stamp or None
-        Which file was there when it was planned, see `file_stamp`.
-    file_id : str
-        What identifies the record's sample; empty where that is not known.
-    sources : int or None
-        How many records a derived one is made of.
-    """
-
-    position: int
-    key: Key
-    number: int
-    path: Path
-    seed: int
-    digests: dict[str, str] = field(hash=False)
-    status: Status = "missing"
-    reason: str = ""
-    keep: bool = False
-    seen: Stamp | None = None
-    file_id: str = ""
-    sources: int | None = None
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run will do, decided before any weights are loaded.
 
     Parameters
     ----------
-    items : tuple of PlanItem
+    images : Images
         All images of the selection, in its order.
     settings : Settings
         What they are made with.
@@ -105,16 +58,25 @@ class Plan:
         What was asked: how many images at most, and which may be replaced.
     """
 
-    items: tuple[PlanItem, ...]
+    images: Images
     settings: Settings
     folder: Path
     identity: Identity = field(default_factory=Identity)
     request: Request = DEFAULTS
 
     @cached_property
+    def items(self) -> tuple[PlanItem, ...]:
+        """All images: an object for each, made when they are first asked for."""
+        return tuple(map(self.images.__getitem__, range(len(self.images))))
+
+    def with_items(self, items: Iterable[PlanItem]) -> Plan:
+        """Return a plan of other images."""
+        return replace(self, images=Images.of(items))
+
+    @cached_property
     def todo(self) -> tuple[PlanItem, ...]:
         """Images to render in this run."""
-        return self._unfinished[: self.request.limit]
+        return tuple(map(self.images.__getitem__, self._unfinished[: self.request.limit]))
 
     @property
     def waiting(self) -> int:
@@ -122,15 +84,14 @@ class Plan:
         return len(self._unfinished) - len(self.todo)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Mapping[Status, int]:
         """Number of images by status."""
-        count = Counter(item.status for item in self.items)
-        return {status: count[status] for status in get_args(Status)}
+        return self.images.counts
 
     @property
     def kept(self) -> int:
         """Stale images that stay as they are."""
-        return sum(item.keep for item in self.items)
+        return sum(item.keep for item in self.images.items.values())
 
     @property
     def bytes_expected(self) -> int:
@@ -172,13 +133,13 @@ class Plan:
         return shortage(size, self.seconds_each * size, seconds_left)
 
     @cached_property
-    def _unfinished(self) -> tuple[PlanItem, ...]:
-        return tuple(i for i in self.items if i.status != "done" and not i.keep)
+    def _unfinished(self) -> list[int]:
+        return self.images.unfinished
 
     def summary(self, batch_size: int) -> str:
         """Describe the plan in a few lines: counts, batches, disk and time."""
         counts, todo = self.counts, len(self.todo)
-        again = sum(item.reason == AGAIN for item in self.items)
+        again = sum(item.reason == AGAIN for item in self.images.items.values())
         outdated = counts["stale"] - again
         stale = f", {outdated} out of date" if outdated else ""
         stale += f", {again} to be made again" if again else ""
@@ -186,7 +147,7 @@ class Plan:
         waiting = f" ({self.waiting} left for another run)" if self.waiting else ""
         number = math.ceil(todo / batch_size)
         batches = "1 batch" if number == 1 else f"{number} batches"
-        images = counted(len(self.items), "image")
+        images = counted(len(self.images), "image")
         lines = [
             f"{images}: {counts['done']} done, {counts['missing']} missing{stale}{kept}",
             f"to render: {todo} in {batches} of {batch_size}{waiting}",
@@ -249,26 +210,58 @@ def plan_images(
 
     Raises
     ------
+    DamagedDataError
+        If the key or notes of a record that is to be rendered are not what was committed.
     ConflictError
         If there are such images and it says ``"error"``, or images of another store whose
         place is not given to this one: what differs, in how many files.
     """
-    plan = Plan((), settings, output_dir, Identity.of_store(selection), request)
-    items = _list_items(selection, plan, columns, partners or {})
-    findings = _findings(items, output_dir, comparer_of(plan))
-    refused = [f for f in findings if plan.refuses(f)]
+    records = Records.of(selection, request.part, columns, partners or {})
+    listing = Listing(records, request.numbers, output_dir, settings)
+    identity, names = Identity.of_store(selection), listing.names()
+    plan = Plan(Images(names, listing), settings, output_dir, identity, request)
+    folder, comparer = ImageFolder.scan(output_dir), comparer_of(plan)
+    # What was found done before, and has not changed, is done.
+    right = still_right(output_dir, _marks(plan.images, listing, folder, comparer))
+    images = Images(names, listing, right)
+    findings = _findings(images, listing, folder, comparer)
+    refused = [f for f in findings.values() if plan.refuses(f)]
     if refused and request.on_stale != "keep":
         raise ConflictError(_conflict_message(refused, output_dir))
-    settled = (
+    settled = {
         # With "keep" there may be some; else the run is refused.
-        replace(f.item, keep=True) if plan.refuses(f) else f.item
-        for f in findings
-    )
-    if request.again:
-        settled = (
-            replace(i, status="stale", reason=AGAIN) if i.status == "done" else i for i in settled
-        )
-    return replace(plan, items=tuple(settled))
+        position: replace(f.item, keep=True) if plan.refuses(f) else f.item
+        for position, f in findings.items()
+    }
+    images = Images(names, listing, right, settled)
+    plan = replace(plan, images=_to_be_made_again(images) if request.again else images)
+    if isinstance(selection, Rows):
+        # Of what is done the file has said whose image it is.
+        used = np.unique(np.array(plan.images.unfinished, np.int64) // len(request.numbers))
+        selection.take(np.array(records.places, np.int64)[used]).check_keys()
+    return plan
+
+
+def _marks(
+    images: Images, listing: Listing, folder: ImageFolder, comparer: Comparer
+) -> Iterator[tuple[str, str]]:
+    """Yield the files that are there, and what each should be."""
+    digests, numbers = listing.records.digests, len(listing.numbers)
+    marks = comparer.marks(digests, len(listing.records))
+    of_images = marks if numbers == 1 else (mark for mark in marks for _ in range(numbers))
+    present = folder.present
+    return (pair for pair in zip(images.names, of_images, strict=True) if pair[0] in present)
+
+
+def _to_be_made_again(images: Images) -> Images:
+    """Return the images with those that are done as out of date."""
+    every = {p: images[p] for p, name in enumerate(images.names) if name in images.right}
+    every |= images.items
+    again = {
+        p: replace(item, status="stale", reason=AGAIN) if item.status == "done" else item
+        for p, item in every.items()
+    }
+    return Images(images.names, images.listing, {}, again)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,15 +279,22 @@ def look_again(item: PlanItem, plan: Plan) -> Finding | None:
     return _judge(item, look_at(item.path), comparer_of(plan))
 
 
-def _findings(items: Sequence[PlanItem], folder: Path, comparer: Comparer) -> list[Finding]:
-    """Look at the files of images; no thread is asked about those that no look is needed for."""
-    images = ImageFolder.scan(folder)
-    undone = [i for i in items if i.status != "done"] if images.names else []
-    to_look = [i for i in undone if images.find(i.key, i.number)]
-    looked = side_by_side(lambda i: _judge(i, images.look(i.key, i.number), comparer), to_look)
-    judged = {id(item): finding for item, finding in zip(to_look, looked, strict=True)}
-    verdict: dict[Status, Verdict] = {"done": Verdict("done"), "missing": Verdict()}
-    return [judged.get(id(item)) or Finding(item, verdict[item.status]) for item in items]
+def _findings(
+    images: Images, listing: Listing, folder: ImageFolder, comparer: Comparer
+) -> dict[int, Finding]:
+    """Look at the files of images that are there; at none of which it is known what it is."""
+    if not folder.names:
+        return {}
+    names, present = images.names, folder.present
+    places = [
+        place
+        for place in images.missing
+        if names[place] in present
+        or (may_have_older_name(names[place]) and folder.find(*listing.key(place)))
+    ]
+    items = [images[place] for place in places]
+    looked = side_by_side(lambda i: _judge(i, folder.look(i.key, i.number), comparer), items)
+    return dict(zip(places, looked, strict=True))
 
 
 def comparer_of(plan: Plan) -> Comparer:
@@ -325,55 +325,6 @@ def _conflict_message(refused: Collection[Finding], folder: Path) -> str:
     return "\n".join(
         [f"{folder} holds {len(refused)} images that this run would replace:", *lines, advice]
     )
-
-
-def _list_items(
-    selection: Selection | Derived,
-    plan: Plan,
-    columns: Collection[str],
-    partners: Mapping[str, Partners],
-) -> list[PlanItem]:
-    """List the images of the records that a part holds; nothing is made for the others.
-
-    Those that were found done before, and have not changed, are done; the others are missing.
-    """
-    settings, folder, request = plan.settings, plan.folder, plan.request
-    places = _own_places(selection, request.part)
-    own = selection.take(places)
-    files = own.records["file_id"].tolist()
-    sources = own.counts if isinstance(own, Derived) else [None] * len(files)
-    digests = record_digests(own, columns, partners)
-    facts = zip(places.tolist(), digests, files, sources, strict=True)
-    records = dict(zip(own.keys(), facts, strict=True))
-    images = [
-        (image_name(key, number), key, number, facts)
-        for key, facts in records.items()
-        for number in request.numbers
-    ]
-    comparer, by_file = comparer_of(plan), settings.noise == "file_id"
-    right = still_right(folder, ((name, comparer.mark(facts[1])) for name, _, _, facts in images))
-    return [
-        PlanItem(
-            position=position,
-            key=key,
-            number=number,
-            path=folder / name,
-            seed=seed_of(settings.seed, key, number, file_id if by_file else ""),
-            digests=made_from,
-            status="done" if name in right else "missing",
-            seen=right.get(name),
-            file_id=file_id,
-            sources=count,
-        )
-        for name, key, number, (position, made_from, file_id, count) in images
-    ]
-
-
-def _own_places(selection: Selection | Derived, part: Part) -> np.ndarray:
-    if isinstance(selection, Derived):
-        held = [place for place, key in enumerate(selection.keys()) if part.holds(key)]
-        return np.array(held, np.int64)
-    return places_of(selection.key_columns(), part)
 
 
 def _megabytes(size: int) -> str:

@@ -197,14 +197,14 @@ class _Tally:
         plan = self._run.plan
         made = (item for item in plan.todo if file_stamp(item.path) not in (None, item.seen))
         items = tuple(replace(item, status="done") for item in made)
-        here.complete_manifest(replace(self._run, plan=replace(plan, items=items)), self._report)
+        here.complete_manifest(replace(self._run, plan=plan.with_items(items)), self._report)
 
 
 def _results(ray: Any, run: Run, crew: Crew, foreman: Any) -> Iterator[Rendered]:
     """Yield what becomes of each part, in the order in which they are finished."""
     todo = run.plan.todo
     request = replace(run.request, limit=None)
-    plan = replace(run.plan, items=todo, request=request)
+    plan = replace(run.plan.with_items(todo), request=request)
     small = replace(run, plan=plan, request=request)
     # Apart from the constructor's arguments, which Ray sends with each worker that it makes.
     sent = {"run": ray.put(pickle.dumps(small)), "foreman": foreman, "workers": crew.workers}

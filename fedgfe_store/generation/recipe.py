@@ -238,7 +238,7 @@ class Recipe:
         facts = self.provenance
         own = {"seed": facts["seed"], "file_id": facts.get("file_id", "")}
         items = tuple(replace(item, **own) for item in run.plan.items)
-        return replace(run, plan=replace(run.plan, items=items))
+        return replace(run, plan=run.plan.with_items(items))
 
     def check(self, run: Run) -> None:
         """Make sure that a run has the image's settings and takes no image's place unasked.

@@ -316,20 +316,20 @@ def _make_folder(folder: Path) -> None:
 def complete_manifest(run: Run, report: Report) -> None:
     """List the images that a killed run wrote without getting to their lines."""
     folder = run.plan.folder
-    unlisted = [item for item in run.plan.items if item.status == "done"]
+    unlisted = run.plan.images.done
     own = manifest_of(run.request.part)
     for name in (own, None):  # its own manifest lists most of them, if not all
         listed = listed_files(folder, name=name) if unlisted else set()
-        unlisted = [item for item in unlisted if item.path.name not in listed]
+        unlisted = [file for file in unlisted if file not in listed]
     if not unlisted:
         return
     try:
         with Manifest(folder, own) as manifest:
-            for item in unlisted:
-                provenance = read_provenance(item.path) or {}
-                found = item.path.stat()
+            for file in unlisted:
+                provenance = read_provenance(folder / file) or {}
+                found = (folder / file).stat()
                 facts = {"bytes": found.st_size, "created": timestamp(found.st_mtime)}
-                manifest.append({"file": item.path.name, **provenance, **facts})
+                manifest.append({"file": file, **provenance, **facts})
     except OSError as error:  # the images say the same of themselves
         report(f"the manifest of {folder} is not completed: {error}")
 
@@ -337,7 +337,9 @@ def complete_manifest(run: Run, report: Report) -> None:
 def note_done(run: Run, written: Mapping[PlanItem, Stamp], report: Report) -> None:
     """Note which files are as they should be, so that the next plan need not read them."""
     plan, comparer = run.plan, comparer_of(run.plan)
-    stamps = {i: i.seen for i in plan.items if i.status == "done" and i.seen is not None}
+    # Of the others that are done the notes have said so.
+    read = (item for item in plan.images.items.values() if item.status == "done")
+    stamps = {item: item.seen for item in read if item.seen is not None}
     notes = {
         item.path.name: (stamp, comparer.mark(item.digests))
         for item, stamp in {**stamps, **written}.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -53,22 +53,23 @@ def still_right(folder: Path, marks: Iterable[tuple[str, str]]) -> dict[str, Sta
     folder : Path
         The folder; it need not exist.
     marks : iterable of (str, str)
-        Names of files, and what each should be.
+        Names of files that are there, and what each should be.
 
     Returns
     -------
     dict
         Their present stamps, by name.
     """
-    notes = _read(folder)
+    # Looked up as they stand: to take each line apart costs more than all else.
+    notes = frozenset(_lines(folder))
     if not notes:  # the marks are not asked for
         return {}
-    wanted = {name: mark for name, mark in marks if name in notes}
-    names = list(wanted)
-    calls = [names[n : n + _FILES_A_CALL] for n in range(0, len(names), _FILES_A_CALL)]
-    found = zip(calls, side_by_side(partial(_stamps, folder), calls), strict=True)
-    stamped = (pair for some, stamps in found for pair in zip(some, stamps, strict=True))
-    return {n: s for n, s in stamped if s is not None and note(s, wanted[n]) == notes[n]}
+    wanted = list(marks)
+    calls = [wanted[n : n + _FILES_A_CALL] for n in range(0, len(wanted), _FILES_A_CALL)]
+    right: dict[str, Stamp] = {}
+    for found in side_by_side(partial(_noted, folder, notes), calls):
+        right |= found
+    return right
 
 
 def keep_notes(folder: Path, notes: Mapping[str, tuple[Stamp, str]]) -> None:
@@ -95,32 +96,44 @@ def keep_notes(folder: Path, notes: Mapping[str, tuple[Stamp, str]]) -> None:
     # Names of ours have no spaces; what an older version named may have.
     fresh = {n: text for n, text in settled if known.get(n) != text and not set(n) & {" ", "\n"}}
     if len(fresh) >= ENOUGH:
-        lines = [_FIRST_LINE, *(f"{text} {name}" for name, text in {**known, **fresh}.items())]
+        lines = [_FIRST_LINE, *(_line(name, text) for name, text in {**known, **fresh}.items())]
         text = "\n".join(lines) + "\n"
         write_file(folder / CHECKED_NAME, text.encode("utf-8", "surrogateescape"))
 
 
+def _line(name: str, text: str) -> str:
+    return f"{text} {name}"
+
+
 def _read(folder: Path) -> dict[str, str]:
-    """Read the notes by name; without any, as where they cannot be read, all files are looked at.
+    """Read the notes by name."""
+    pairs = (line.split(" ", 1) for line in _lines(folder))
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
+
+
+def _lines(folder: Path) -> list[str]:
+    """Read the notes; without any, as where they cannot be read, all files are looked at.
 
     A line that is damaged names no file, or fits none: so it is as if it were not there.
     """
     try:
         data = read_regular(folder / CHECKED_NAME, _MOST_BYTES)
     except (OSError, UnreadableError):
-        return {}
+        return []
     first, *lines = data.decode("utf-8", "surrogateescape").split("\n")
-    if first != _FIRST_LINE:
-        return {}
-    pairs: Iterable[list[str]] = (line.split(" ", 1) for line in lines)
-    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
+    return lines if first == _FIRST_LINE else []
 
 
-def _stamps(folder: Path, names: Collection[str]) -> list[Stamp | None]:
-    found: list[Stamp | None] = []
-    for name in names:
+def _noted(
+    folder: Path, notes: Container[str], files: Iterable[tuple[str, str]]
+) -> dict[str, Stamp]:
+    """Give the present stamps of those of some files of which it is noted what they should be."""
+    found: dict[str, Stamp] = {}
+    for name, mark in files:
         try:
-            found.append(stamp_of(os.stat(f"{folder}{os.sep}{name}")))
+            stamp = stamp_of(os.stat(f"{folder}{os.sep}{name}"))
         except OSError:  # gone, or out of reach: who looks at it says why
-            found.append(None)
+            continue
+        if _line(name, note(stamp, mark)) in notes:
+            found[name] = stamp
     return found

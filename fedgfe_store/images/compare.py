@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import xxhash
 
 from fedgfe_store.derived_keys import Key
-from fedgfe_store.images.identity import Identity
+from fedgfe_store.images.identity import Identity, digests_of, rows_of
 from fedgfe_store.images.png import FileState
 from fedgfe_store.names import key_json
 
@@ -105,7 +105,17 @@ class Comparer:
         `compare` says of the same file the same, as long as this is the same.
         """
         text = "|".join((self._made_for, *digests, *digests.values()))
-        return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
+        return _marked(text)
+
+    def marks(self, digests: Mapping[str, Sequence[str | None]], records: int) -> Iterator[str]:
+        """Yield the `mark` of each of many records, of whose digests some may be None."""
+        begin = "|".join((self._made_for, *digests))
+        for row in rows_of(digests, records):
+            if None in row:
+                yield self.mark(digests_of(digests, row))
+            else:
+                text = "|".join((begin, *cast("tuple[str, ...]", row)))
+                yield _marked(text)
 
     def compare(
         self, expected: Expected, state: FileState, provenance: Mapping[str, Any] | None
@@ -139,6 +149,10 @@ class Comparer:
         if not same_tensors and same_source:
             return Verdict("stale", "embedding changed", conflict)
         return _conflict(conflict) if conflict else Verdict("done")
+
+
+def _marked(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def is_of(provenance: Mapping[str, Any], key: Key, number: int) -> bool:

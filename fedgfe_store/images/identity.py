@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from fedgfe_store.images.manifest import read_manifest
+from fedgfe_store.storage.checksums import hex_digests
 
 if TYPE_CHECKING:
     from fedgfe_store.derived.record import Derived
@@ -91,15 +93,31 @@ def record_digests(
         Other records that some of the columns are from, by column. Where a record has none, the
         column is left out.
     """
+    found = digest_columns(selection, columns, partners)
+    return [digests_of(found, row) for row in rows_of(found, len(selection))]
+
+
+def digest_columns(
+    selection: Rows | Derived,
+    columns: Collection[str],
+    partners: Mapping[str, Partners] | None = None,
+) -> dict[str, list[str | None]]:
+    """Give what `record_digests` gives by column; None where a record has no partner."""
     names = [name for name in columns if name in selection.schema.columns]
-    digests = [[f"{d:016x}" for d in selection.digests(name).tolist()] for name in names]
-    rows = range(len(selection))
-    found = [{name: d[row] for name, d in zip(names, digests, strict=True)} for row in rows]
+    found: dict[str, list[str | None]] = {n: [*hex_digests(selection.digests(n))] for n in names}
     for name, others in (partners or {}).items():
-        for key, known in zip(selection.keys(), found, strict=True):
-            digest = others.digest(key)
-            if name in known and digest is None:
-                del known[name]
-            elif name in known and digest is not None:
-                known[name] = digest
+        if name in found:
+            found[name] = [others.digest(key) for key in selection.keys()]
     return found
+
+
+def rows_of(
+    digests: Mapping[str, Sequence[str | None]], records: int
+) -> Iterator[tuple[str | None, ...]]:
+    """Yield the digests of each of many records, in the order of the columns."""
+    return zip(*digests.values(), strict=True) if digests else repeat((), records)
+
+
+def digests_of(names: Iterable[str], row: Iterable[str | None]) -> dict[str, str]:
+    """Give the digests of one record by column, without those that it does not have."""
+    return {n: digest for n, digest in zip(names, row, strict=True) if digest is not None}

@@ -31,6 +31,10 @@ _PART_NAME = re.compile(r"manifest-([0-9]+)-of-([0-9]+)\.jsonl")
 _MACHINE_NAME = re.compile(r"manifest-on-[0-9A-Za-z.-]+\.jsonl")
 # A line is about 1 kB: some 250 lines, more than a rate needs, in one read.
 _TAIL_BYTES = 256 * 1024
+# The line of a finished image, as `Manifest.append` leaves it.
+_BEGIN = b'{"file": "'
+_PLAIN = rb'([ !#-\[\]-~]+)"'
+_FINISHED = re.compile(_BEGIN + _PLAIN + rb', "key": .*, "created": "' + _PLAIN + rb"\}\n")
 # Of these the readers take for granted what they are; a line of anybody else's may hold anything.
 _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("file", "error", "fingerprint", "created"), (str,)),
@@ -236,8 +240,25 @@ def latest(
 
 def listed_files(folder: Path, *, name: str | None = None) -> set[str]:
     """Give the names of the images of which the last line, or one file's, says: finished."""
-    finished = latest(folder, lambda line: "error" not in line, name=name)
-    return {file for file, is_finished in finished.items() if is_finished}
+    found: dict[str, tuple[str, bool]] = {}
+    for path in _manifests(folder, name):
+        for file, created, finished in _outcomes(path):
+            # By time, as in `latest`.
+            if file not in found or created >= found[file][0]:
+                found[file] = created, finished
+    return {file for file, (_, finished) in found.items() if finished}
+
+
+def _outcomes(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """Yield file, time, and whether it was finished, of each line; most are not parsed for it."""
+    with path.open("rb") as lines:
+        for text in lines:
+            found = _FINISHED.fullmatch(text)
+            # A torn line may go on as another writer's.
+            if found and b'"error": ' not in text and text.count(_BEGIN) == 1:
+                yield found[1].decode("ascii"), found[2].decode("ascii"), True
+            elif (line := _read_line(text)) and isinstance(line.get("file"), str):
+                yield line["file"], _created(line), "error" not in line
 
 
 def fruitless_stops(folder: Path, name: str) -> int:

@@ -58,10 +58,13 @@ def png_names(folder: Path) -> list[str]:
     """
     try:
         with os.scandir(folder) as entries:
-            found = (e.name for e in entries if e.name.endswith(".png") and e.is_file())
-            return sorted(name for name in found if not name.startswith("."))
+            return sorted([e.name for e in entries if _is_shown(e.name) and e.is_file()])
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _is_shown(name: str) -> bool:
+    return name.endswith(".png") and name[0] != "."
 
 
 def stamp_of(found: os.stat_result) -> Stamp:

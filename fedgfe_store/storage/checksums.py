@@ -48,9 +48,18 @@ def row_digests(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     It ties the columns together: each has checksums of its own, which a file that took another
     column's place passes.
     """
-    rows = zip(*(columns[name].tolist() for name in _DIGESTED), strict=True)
-    digests = [xxhash.xxh3_64_intdigest("\0".join(map(str, row)).encode()) for row in rows]
+    values = (columns[name].tolist() for name in _DIGESTED)
+    # Column by column: most are texts as they are.
+    texts = (v if v and isinstance(v[0], str) else list(map(str, v)) for v in values)
+    rows = zip(*texts, strict=True)
+    digests = [xxhash.xxh3_64_intdigest("\0".join(row).encode()) for row in rows]
     return np.array(digests, np.uint64)
+
+
+def hex_digests(digests: np.ndarray) -> list[str]:
+    """Return digests, uint64 ``[n]``, as texts of 16 hex digits."""
+    text = digests.astype(">u8").tobytes().hex()
+    return [text[at : at + 16] for at in range(0, len(text), 16)]
 
 
 def digest(values: np.ndarray | memoryview, length: int = 0) -> int:

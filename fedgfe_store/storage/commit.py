@@ -24,14 +24,13 @@ import numpy as np
 from fedgfe_store.common import threads
 from fedgfe_store.errors import (
     ConflictError,
-    DamagedDataError,
     NotFoundError,
 )
 from fedgfe_store.records import RecordBatch, are_negatives, to_milliseconds
 from fedgfe_store.schema import FORMAT_VERSION, Schema
-from fedgfe_store.storage import files, key_files
+from fedgfe_store.storage import array_files, files, key_files
 from fedgfe_store.storage.claim import Claim
-from fedgfe_store.storage.layout import DIGEST_DIGITS, KEY_CHUNK, key_columns
+from fedgfe_store.storage.layout import KEY_CHUNK, key_columns
 from fedgfe_store.storage.lock import WriterLock
 from fedgfe_store.storage.metadata import GROUP_FILE, CommitPoint, Group
 from fedgfe_store.storage.outcome import add_outcome
@@ -222,13 +221,12 @@ class Transaction:
         for name in group.arrays.keys() - self.snapshot.group.arrays.keys():
             files.make_folders(self.path / name)
         chunks = self._key_chunks(group, rows, marked)
-        contents, digests = self._encoded_keys(group, chunks)
-        total = -(-group.point.records // KEY_CHUNK)
-        zones = group.zones.renewed(total, chunks, self.snapshot.chunks.readable)
-        group = replace(group, digests=digests, zones=zones)
         # First what zarr.json will count. A reader by the old one takes no more of a key chunk than
         # that counts, and ignores marks of commits beyond it.
-        self._staging.write(group.shape_files(self.path) | contents)
+        written = array_files.write(self._staging, self.path, group, chunks, self.snapshot.chunks)
+        total = -(-group.point.records // KEY_CHUNK)
+        zones = group.zones.renewed(total, chunks, self.snapshot.chunks.readable)
+        group = replace(group, digests=array_files.digests(group, written), zones=zones)
         self._place()
         # Then, once that is on the disk, the one rename that publishes: a crash before it leaves
         # the old commit, and one after it the new.
@@ -243,7 +241,8 @@ class Transaction:
         if self._upgrading:
             self._tell_of_the_upgrade()
             return self.snapshot.at(group)
-        return self.snapshot.extended(group, rows, marked)
+        packed = {place: encoded.packed for place, encoded in written.items()}
+        return self.snapshot.extended(group, chunks, packed)
 
     def commit_change(self, change: Change) -> Snapshot:
         """Commit what was written, and `change`; nobody can have come in between.
@@ -254,6 +253,11 @@ class Transaction:
             If another writer took this one for dead.
         """
         return self.publish(change.kind, deleted=change.deleted, source=change.source)
+
+    def restore_shapes(self) -> None:
+        """Write the arrays' own metadata anew, as the latest commit left it."""
+        self._staging.write(self.snapshot.group.shape_files(self.path))
+        self._place()
 
     def make_sure(self) -> None:
         """Make sure that what `snapshot` shows is still the latest state, and this commit next.
@@ -341,28 +345,6 @@ class Transaction:
             there = np.arange(start, min(start + KEY_CHUNK, total))
             chunks[name, number] = self.snapshot.column_at(name, there).copy()
         return chunks[name, number]
-
-    def _encoded_keys(
-        self, group: Group, chunks: Mapping[tuple[str, int], np.ndarray]
-    ) -> tuple[dict[Path, bytes], dict[str, str]]:
-        """Return the files of `chunks`, and the digests of all chunks of the store."""
-        contents = {}
-        digests = {name: group.digests.get(name, "") for name in group.key_columns}
-        for (name, number), values in chunks.items():
-            column = group.key_columns[name]
-            has = None
-            if column.data_type == "bool":
-                has = chunks[column.digest, number] != 0
-            # What is about to be published is asked what its readers will ask.
-            if wrong := key_files.gap(column, values, has):
-                raise DamagedDataError(
-                    f"{self.path}: {name} cannot be published, no reader would take it: {wrong}"
-                )
-            encoded = key_files.encode(column, values)
-            contents[key_files.key_file(self.path, name, number)] = encoded.contents
-            start, known = number * DIGEST_DIGITS, digests[name]
-            digests[name] = known[:start] + encoded.digest + known[start + DIGEST_DIGITS :]
-        return contents, digests if group.version > 1 else {}
 
     def _abort(self, error: BaseException | None) -> None:
         try:

@@ -66,9 +66,12 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
 def open_regular(path: str | Path) -> tuple[int, int]:
     """Open `path` for reading if it is an ordinary file, or a link to one.
 
-    Returns a handle, and the bytes of the file.
-
     What is none would keep a reader waiting, as a pipe does, or never end, as a device.
+
+    Returns
+    -------
+    (int, int)
+        Its handle, and its bytes.
 
     Raises
     ------
@@ -81,14 +84,14 @@ def open_regular(path: str | Path) -> tuple[int, int]:
         if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket; links that lead nowhere
             raise UnreadableError("it is no ordinary file") from error
         raise
-    found = os.fstat(handle)
-    if stat.S_ISREG(found.st_mode):
-        return handle, found.st_size
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode):
+        return handle, status.st_size
     os.close(handle)
     raise UnreadableError("it is no ordinary file")
 
 
-def read_regular(path: Path, most: int) -> bytes:
+def read_regular(path: str | Path, most: int) -> bytes:
     """Return the contents of the ordinary file `path`, which is at most `most` bytes long.
 
     Raises
@@ -102,8 +105,11 @@ def read_regular(path: Path, most: int) -> bytes:
     try:
         if size > most:
             raise UnreadableError(f"expected at most {most:,} bytes, got {size:,}")
-        with open(handle, "rb", buffering=0, closefd=False) as file:
-            return file.readall()
+        data = os.read(handle, size)
+        # A call gives 2 GiB at most.
+        while len(data) < size and (more := os.read(handle, size - len(data))):
+            data += more
+        return data
     except OSError as error:
         raise named_or_unreadable(error, path) from error
     finally:

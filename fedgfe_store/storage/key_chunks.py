@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,9 @@ from fedgfe_store.storage import key_files
 from fedgfe_store.storage.layout import KEY_CHUNK, KeyColumn
 from fedgfe_store.storage.metadata import Group
 from fedgfe_store.storage.place import Place
+
+_MOST_KEPT = 2**20
+"""Bytes of a column's texts that are kept packed for the next commit: notes may be of any size."""
 
 
 class KeyChunks:
@@ -32,6 +34,7 @@ class KeyChunks:
         self._whole: dict[str, np.ndarray] = {}
         self._chunks: dict[tuple[str, int], np.ndarray] = {}
         self._last: dict[str, tuple[bytes, str, np.ndarray]] = {}
+        self._packed: dict[tuple[str, int], bytes] = {}
         self.stale: set[tuple[str, int]] = set()
 
     def column(self, name: str) -> np.ndarray:
@@ -61,25 +64,25 @@ class KeyChunks:
         if name in self._whole:
             picked: np.ndarray = self._whole[name][rows]
             return picked
-        values = np.empty(len(rows), self._columns[name].dtype)
         if not len(rows):
-            return values
+            return np.empty(0, self._columns[name].dtype)
         # Rows of a selection ascend, which is seen sooner than sorted.
         order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows, kind="stable")
         ascending = rows if order is None else rows[order]
-        single = bool((ascending[1:] > ascending[:-1]).all())
         self.fetch([name], ascending)
-        first, last = ascending[[0, -1]] // KEY_CHUNK
+        first, last = (ascending[[0, -1]] // KEY_CHUNK).tolist()
+        if first == last:
+            found = self.chunk(name, first)[_as_run(rows - first * KEY_CHUNK)]
+            return found if found.base is None else found.copy()
+        values = np.empty(len(rows), self._columns[name].dtype)
         bounds = np.searchsorted(ascending, np.arange(first, last + 2) * KEY_CHUNK)
-        for chunk, (start, stop) in enumerate(pairwise(bounds.tolist()), int(first)):
+        for chunk, (start, stop) in enumerate(pairwise(bounds.tolist()), first):
             if start == stop:
                 continue
             here = slice(start, stop) if order is None else order[start:stop]
-            places: Any = ascending[start:stop] - chunk * KEY_CHUNK
-            if single and places[-1] - places[0] == stop - start - 1:
-                # numpy copies a run of text 20 times faster than as many single rows.
-                places = slice(places[0], places[-1] + 1)
-            values[here] = self.chunk(name, chunk)[places]
+            values[here] = self.chunk(name, chunk)[
+                _as_run(ascending[start:stop] - chunk * KEY_CHUNK)
+            ]
         return values
 
     def fetch(self, names: Iterable[str], rows: np.ndarray | None = None) -> None:
@@ -138,14 +141,16 @@ class KeyChunks:
             last = self._last.get(name)
             if last and last[:2] == (data, committed) and len(last[2]) == stop - start:
                 return last[2]
-            values = key_files.decoded(column, data, stop - start)
+            found = key_files.decoded(column, data, stop - start)
         except FileNotFoundError:
             raise DamagedDataError(f"{where} is missing") from None
         except (ValueError, RuntimeError) as error:
             raise DamagedDataError(f"{where} is damaged: {error}") from error
+        values, digest = found.values, found.digest
         if name == "deleted_in" and (beyond := values > self._group.point.commit).any():
             self.stale.add((name, chunk))
             values[beyond] = 0
+            digest = key_files.digest(column, values)
         if column.largest is not None and (wrong := key_files.gap(column, values, None)):
             raise DamagedDataError(
                 f"{where} is damaged: expected lengths to {column.largest}, got {wrong}"
@@ -153,7 +158,7 @@ class KeyChunks:
         if self._group.version == 1:
             if wrong := self._gap(column, chunk, values):
                 raise DamagedDataError(f"{where} is missing or damaged: {wrong}")
-        elif key_files.digest(column, values) != committed:
+        elif digest != committed:
             raise DamagedDataError(f"{where} is damaged: not what was committed there")
         elif (name, chunk) not in self.stale:
             self._last[name] = data, committed, values
@@ -166,29 +171,46 @@ class KeyChunks:
             has = self.chunk(column.digest, chunk) != 0
         return key_files.gap(column, values, has)
 
-    def follow(self, before: KeyChunks, rows: Mapping[str, np.ndarray], marked: np.ndarray) -> None:
-        """Know what `before` knows, to which a commit added `rows` and marked rows as deleted."""
+    def packed(self, name: str, chunk: int) -> bytes:
+        """Return the texts of a chunk as they were packed for its file; empty if not known."""
+        return self._packed.get((name, chunk), b"")
+
+    def follow(
+        self,
+        before: KeyChunks,
+        chunks: Mapping[tuple[str, int], np.ndarray],
+        packed: Mapping[tuple[str, int], bytes],
+    ) -> None:
+        """Know what `before` knows, and `chunks`, which a commit has written, texts as `packed`."""
         # Committed chunks never change but for the last one, which grows, and for marks. To read
         # them back would make each commit of a long run slower than the one before.
-        old = before._group
-        tails = {name: old.rows(name) // KEY_CHUNK for name in rows}
-        for (name, chunk), values in before._chunks.copy().items():
-            if chunk != tails.get(name):
-                self._chunks[name, chunk] = values
-        for name, added in rows.items():
-            known = before._chunks.get((name, tails[name]))
-            # Its beginning was not read yet; it is when it is asked for, with what was added.
-            if old.rows(name) % KEY_CHUNK and known is None:
-                continue
-            values = added if known is None else np.concatenate([known, added])
-            self._chunks |= key_files.numbered(name, tails[name], values)
-        # Who sees the old state shares these arrays: read anew, not marked in place.
-        for chunk in np.unique(marked // KEY_CHUNK).tolist():
-            self._chunks.pop(("deleted_in", chunk), None)
+        rows = {name: self._group.rows(name) for name in self._columns}
+        kept = {
+            (name, chunk): values
+            for (name, chunk), values in before._chunks.copy().items()
+            # Not the last one of a column that grew, but that this format version does not have.
+            if len(values) == min(KEY_CHUNK, rows[name] - chunk * KEY_CHUNK)
+        }
+        self._chunks = {**kept, **chunks}
+        # Of what was before nothing will grow: each commit adds to every column.
+        self._packed = {
+            (name, chunk): texts
+            for (name, chunk), texts in packed.items()
+            if self._columns[name].data_type == "string" and len(texts) <= _MOST_KEPT
+        }
 
     def mend(self, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
         """Show `chunks` in place of what their files hold."""
         for name, number in chunks:
             self._whole.pop(name, None)
+            self._packed.pop((name, number), None)
             self.stale.add((name, number))
         self._chunks.update(chunks)
+
+
+def _as_run(places: np.ndarray) -> np.ndarray | slice:
+    """Return `places` as a slice where they are one: numpy copies text 20 times faster then."""
+    first, n = int(places[0]), len(places)
+    if places[-1] - first == n - 1 and (places[1:] > places[:-1]).all():
+        return slice(first, first + n)
+    return places

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from numcodecs.vlen import VLenUTF8
-from numcodecs.zstd import Zstd
+from numcodecs.zstd import Zstd, decompress
 
 from fedgfe_store.records import EARLIEST, LATEST
 from fedgfe_store.schema import Schema
@@ -38,31 +38,46 @@ def key_file(path: Path, name: str, chunk: int) -> Path:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The contents of a key file, and the digest of the values in it."""
+    """The contents of a key file, the digest of the values in it, and those before zstd."""
 
     contents: bytes
     digest: str
+    packed: bytes
 
 
-def encode(column: KeyColumn, values: np.ndarray) -> EncodedChunk:
-    """Return the file that holds `values`, up to a chunk of them, and fill values behind."""
-    packed = _packed(column, values)
+@dataclass(frozen=True)
+class DecodedChunk:
+    """Values of a key file, and their digest: 16 hex digits."""
+
+    values: np.ndarray
+    digest: str
+
+
+def encode(column: KeyColumn, values: np.ndarray, known: bytes = b"") -> EncodedChunk:
+    """Return the file that holds `values`, up to a chunk of them, and fill values behind.
+
+    Parameters
+    ----------
+    column : KeyColumn
+        The column.
+    values : ndarray, shape [n]
+        What is to be in the file.
+    known : bytes, optional
+        `EncodedChunk.packed` of the first ones of a column of texts, which are not packed again.
+    """
+    packed = _packed(column, values, known)
     padded = packed + column.padding * (KEY_CHUNK - len(values))
     # Zarr's edge chunks are whole. The digest covers the values alone: it can be asked for of a
     # chunk that has grown since, so that readers of an older commit find it there.
     if column.data_type == "string":
         padded = _COUNT.pack(KEY_CHUNK) + padded[_COUNT.size :]
     compressed: bytes = Zstd(level=ZSTD_LEVEL).encode(padded)
-    return EncodedChunk(compressed + checksum(compressed), _hex(packed))
+    return EncodedChunk(compressed + checksum(compressed), xxhash.xxh3_64_hexdigest(packed), packed)
 
 
 def digest(column: KeyColumn, values: np.ndarray) -> str:
     """Return the digest of `values`: 16 hex digits."""
-    return _hex(_packed(column, values))
-
-
-def _hex(packed: bytes) -> str:
-    return xxhash.xxh3_64_hexdigest(packed)
+    return xxhash.xxh3_64_hexdigest(_packed(column, values))
 
 
 def cut(values: np.ndarray) -> list[np.ndarray]:
@@ -114,7 +129,7 @@ def contents(place: Place, column: KeyColumn, chunk: int) -> bytes:
     return place.read(f"{column.name}/c.{chunk}", _FILE_BYTES)
 
 
-def decoded(column: KeyColumn, data: bytes, n: int) -> np.ndarray:
+def decoded(column: KeyColumn, data: bytes, n: int) -> DecodedChunk:
     """Return the first `n` values in the file `data` of a chunk.
 
     Raises
@@ -125,27 +140,50 @@ def decoded(column: KeyColumn, data: bytes, n: int) -> np.ndarray:
     return _decoded(column, unpacked(column, unsealed(data)), n)
 
 
-def _packed(column: KeyColumn, values: np.ndarray) -> bytes:
-    """Return `values` as the codec before zstd leaves them."""
+def _packed(column: KeyColumn, values: np.ndarray, known: bytes = b"") -> bytes:
+    """Return `values` as the codec before zstd leaves them, the first of which are `known`."""
     if column.data_type != "string":
         return values.astype(column.stored).tobytes()
-    return bytes(VLenUTF8().encode(np.array(values.tolist(), object)))
+    if not known:
+        return bytes(VLenUTF8().encode(np.array(values.tolist(), object)))
+    (count,) = _COUNT.unpack_from(known)
+    added = bytes(VLenUTF8().encode(np.array(values[count:].tolist(), object)))
+    return b"".join([_COUNT.pack(len(values)), known[_COUNT.size :], added[_COUNT.size :]])
 
 
-def _decoded(column: KeyColumn, data: bytes, n: int) -> np.ndarray:
+def _decoded(column: KeyColumn, data: bytes | memoryview, n: int) -> DecodedChunk:
     if column.data_type != "string":
-        values = np.frombuffer(data, column.stored)
-        if len(values) != KEY_CHUNK:
-            raise ValueError(f"expected {KEY_CHUNK} values, got {len(values)}")
-        return values[:n].astype(column.dtype)
+        numbers = np.frombuffer(data, column.stored)
+        if len(numbers) != KEY_CHUNK:
+            raise ValueError(f"expected {KEY_CHUNK} values, got {len(numbers)}")
+        known = numbers[:n]
+        return DecodedChunk(known.astype(column.dtype), xxhash.xxh3_64_hexdigest(known.data))
     # The decoder makes room for as many texts as the first bytes say, whatever they are.
     if data[: _COUNT.size] != _COUNT.pack(KEY_CHUNK):
         raise ValueError(f"expected {KEY_CHUNK} texts, got something else")
-    texts = VLenUTF8().decode(_COUNT.pack(n) + data[_COUNT.size :])
-    return np.array(texts.tolist(), column.dtype)
+    rest = memoryview(data)[_COUNT.size :]
+    values, nbytes = _repeated(rest, n) or _different(rest, n)
+    # As `_packed` has them, which would have to encode each anew: there is one UTF-8 of a text.
+    packed = b"".join((_COUNT.pack(n), rest[:nbytes]))
+    return DecodedChunk(values, xxhash.xxh3_64_hexdigest(packed))
 
 
-def unpacked(column: KeyColumn, packed: np.ndarray) -> bytes:
+def _repeated(packed: memoryview, n: int) -> tuple[np.ndarray, int] | None:
+    """Return `n` texts and their bytes in `packed` if they are all the same, as a node or split."""
+    size = _COUNT.size + int.from_bytes(packed[: _COUNT.size], "little")
+    if size * n > len(packed) or bytes(packed[: size * n]) != bytes(packed[:size]) * n:
+        return None
+    text = np.array(str(packed[_COUNT.size : size], "utf-8"), np.dtypes.StringDType())
+    return np.full(n, text, text.dtype), size * n
+
+
+def _different(packed: memoryview, n: int) -> tuple[np.ndarray, int]:
+    texts = VLenUTF8().decode(b"".join((_COUNT.pack(n), packed))).tolist()
+    nbytes = _COUNT.size * n + len("".join(texts).encode())
+    return np.array(texts, np.dtypes.StringDType()), nbytes
+
+
+def unpacked(column: KeyColumn, packed: np.ndarray) -> bytes | memoryview:
     """Return what zstd made `packed` of, no more than a chunk of `column` can be.
 
     Parameters
@@ -167,13 +205,13 @@ def unpacked(column: KeyColumn, packed: np.ndarray) -> bytes:
         allowed = max(_ALWAYS, _RATIO * len(packed))
         if size > allowed:
             raise UnreadableError(f"expected at most {allowed:,} bytes of text, got {size:,}")
-        texts: bytes = Zstd().decode(packed)
+        texts: bytes = decompress(packed)
         return texts
     due = KEY_CHUNK * column.stored.itemsize
     if size < due or (is_said and size > due):
         raise UnreadableError(f"expected {KEY_CHUNK} values in {due:,} bytes, got {size:,}")
-    numbers: np.ndarray = Zstd().decode(packed, np.empty(due, np.uint8))
-    return numbers.tobytes()
+    numbers: np.ndarray = decompress(packed, np.empty(due, np.uint8))
+    return numbers.data
 
 
 def _unpacked_size(packed: np.ndarray) -> tuple[int, bool]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -102,15 +102,20 @@ _BEHIND_TENSORS = (
 )
 
 
-def key_columns(schema: Schema, version: int = FORMAT_VERSION) -> dict[str, KeyColumn]:
+def key_columns(schema: Schema, version: int = FORMAT_VERSION) -> Mapping[str, KeyColumn]:
     """Return the columns of `schema` that are not tensors, those of commits included."""
+    return _key_columns(schema.tensors, version)
+
+
+@lru_cache(maxsize=64)
+def _key_columns(tensors: tuple[TensorColumn, ...], version: int) -> Mapping[str, KeyColumn]:
     # In the order in which they stand in zarr.json, which is part of the format.
-    columns = (*_BEFORE_TENSORS, *_tensor_keys(schema), *_BEHIND_TENSORS)
+    columns = (*_BEFORE_TENSORS, *_tensor_keys(tensors), *_BEHIND_TENSORS)
     return {column.name: column for column in columns if column.since <= version}
 
 
-def _tensor_keys(schema: Schema) -> Iterator[KeyColumn]:
-    for tensor in schema.tensors:
+def _tensor_keys(tensors: Iterable[TensorColumn]) -> Iterator[KeyColumn]:
+    for tensor in tensors:
         yield KeyColumn(f"{tensor.name}_digest", "uint64", int(np.iinfo(np.uint64).max), 0)
         if tensor.optional:
             yield KeyColumn(f"has_{tensor.name}", "bool", False, False)

@@ -15,10 +15,10 @@ from fedgfe_store.storage.compact import compact
 from fedgfe_store.storage.create import create
 from fedgfe_store.storage.engine import Advance, Backup, Compaction, Verification
 from fedgfe_store.storage.mending import find_mending
-from fedgfe_store.storage.metadata import Group
+from fedgfe_store.storage.metadata import GROUP_FILE, Group
 from fedgfe_store.storage.place import Place
 from fedgfe_store.storage.snapshot import Snapshot
-from fedgfe_store.storage.verify import verify
+from fedgfe_store.storage.verify import verify, wrong_shapes
 from fedgfe_store.storage.writing import CommitKind
 
 if TYPE_CHECKING:
@@ -62,12 +62,16 @@ class LocalEngine:
             snapshot = transaction.snapshot
             mending = find_mending(snapshot)
             snapshot.mend(mending.chunks)
+            shapes = wrong_shapes(snapshot)
+            if shapes:
+                transaction.restore_shapes()
             found = verify(snapshot, progress=progress)
             rows = np.array([record.row for record in found.damaged], np.int64)
             if len(rows) or mending.chunks:
                 kind: CommitKind = "repair" if mending.chunks else "delete"
                 snapshot = transaction.publish(kind, deleted=rows, source="verify --repair")
-        return replace(found, mended=mending.told), snapshot
+        told = [f"{name}/{GROUP_FILE}: written anew for other Zarr readers" for name in shapes]
+        return replace(found, mended=(*mending.told, *told)), snapshot
 
     def compact(self, known: Snapshot, *, timeout: float) -> tuple[Compaction, Snapshot]:
         """Gather thinly filled shards and unlink those without a live record."""

@@ -50,7 +50,7 @@ def _mend_times(
     column = snapshot.group.key_columns["timestamp"]
     try:
         data = key_files.contents(snapshot.place, column, number)
-        times = key_files.decoded(column, data, len(rows))
+        times = key_files.decoded(column, data, len(rows)).values
         names = [name for name in (*KEY_COLUMNS, *NOTE_COLUMNS) if name != "timestamp"]
         columns = {name: snapshot.column_at(name, rows) for name in names}
         digests = snapshot.column_at("row_digest", rows).copy()

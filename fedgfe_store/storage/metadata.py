@@ -10,7 +10,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ import xxhash
 from fedgfe_store.common.words import shown
 from fedgfe_store.errors import DamagedDataError, NotFoundError, SchemaMismatchError
 from fedgfe_store.schema import FORMAT_VERSION, Schema
+from fedgfe_store.storage.arrays import canonical, canonical_arrays, checked_arrays
 from fedgfe_store.storage.checksums import UnreadableError
 from fedgfe_store.storage.layout import (
     DIGEST_DIGITS,
@@ -29,7 +30,6 @@ from fedgfe_store.storage.layout import (
 )
 from fedgfe_store.storage.place import Place
 from fedgfe_store.storage.places import LocalFolder
-from fedgfe_store.storage.shard_files import TensorFiles
 from fedgfe_store.storage.zones import Zones
 
 GROUP_FILE = "zarr.json"
@@ -43,6 +43,8 @@ FEATURES = frozenset({"kinds", "dtypes", "ragged", "compression", NEGATIVES, SHA
 
 GROUP_BYTES = 2**28
 """Longest ``zarr.json``: other people's arrays and attributes are in it, too."""
+_KEPT_BYTES = 2**20
+"""Longest ``zarr.json`` that is kept with what it says; that of ten million keys has 0.2 MB."""
 _LAST_COMMIT = 2**31 - 2
 """Commit numbers are int32, and one more is compared with."""
 # The digests of one column would take 8 TiB of memory: no writer of ours has come that far.
@@ -96,8 +98,8 @@ class Group:
             digests=digests,
         )
 
-    @classmethod
-    def read(cls, place: Place | Path, known: Self | None = None) -> Self:
+    @staticmethod
+    def read(place: Place | Path, known: Group | None = None) -> Group:
         """Read and check the group at `place`; `known` is one that was read before.
 
         Raises
@@ -119,57 +121,18 @@ class Group:
                 raise _no_store(place) from None
             raise DamagedDataError(f"{place}/{GROUP_FILE} is damaged: {error}") from error
         # What reads the same was checked before; parsing takes longer with every key chunk.
-        return known if known is not None and raw == known.raw else cls._parse(place, raw)
+        if known is not None and raw == known.raw:
+            return known
+        parse = _parsed if len(raw) <= _KEPT_BYTES else _parsed.__wrapped__
+        return parse(str(place), raw)
 
-    @classmethod
-    def _parse(cls, path: Place, raw: bytes) -> Self:
-        where = f"{path}/{GROUP_FILE}"
-        try:
-            document = parsed_group(raw)
-            attributes = document["attributes"]
-            others = document["node_type"] == "group" and ATTRIBUTE not in attributes
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedDataError(f"{where} is damaged: it does not parse ({error})") from error
-        if others:
-            raise NotFoundError(f"{path} is a Zarr group, but not an embedding store of ours")
-        try:
-            ours = attributes[ATTRIBUTE]
-            version = _known_version(path, ours)
-        except (KeyError, TypeError) as error:
-            raise _damaged(where, error) from error
-        try:
-            schema = Schema.from_json(ours)
-            names = array_metadata(schema, version)
-            consolidated = document["consolidated_metadata"]["metadata"]
-            arrays = {name: consolidated[name] for name in names}
-            check_group_values(schema, ours["commit_point"], arrays, names)
-            point = CommitPoint(**ours["commit_point"])
-            sound = ours["checksum"] == _checksum(ours, arrays)
-            chunks = -(-point.records // KEY_CHUNK)
-            unknown = Zones.unknown(chunks)
-            group = cls(schema, point, arrays, document, raw, version, zones=unknown)
-            if version > 1:
-                group = replace(
-                    group,
-                    id=str(ours["id"]),
-                    features=tuple(ours["features"]),
-                    digests=_digests(group, ours["key_digests"]),
-                )
-                if "zones" in ours:
-                    group = replace(group, zones=Zones.from_json(ours["zones"], chunks))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise _damaged(where, error) from error
-        if not sound:
-            raise DamagedDataError(f"{where} is damaged: its checksum does not fit")
-        return group
-
-    @cached_property
-    def key_columns(self) -> dict[str, KeyColumn]:
+    @property
+    def key_columns(self) -> Mapping[str, KeyColumn]:
         """The key columns that the store has on the disk."""
-        return {n: c for n, c in self.known_columns.items() if c.since <= self.version}
+        return key_columns(self.schema, self.version)
 
     @cached_property
-    def known_columns(self) -> dict[str, KeyColumn]:
+    def known_columns(self) -> Mapping[str, KeyColumn]:
         """The key columns of the newest format version; older stores lack some."""
         return key_columns(self.schema)
 
@@ -224,7 +187,7 @@ class Group:
             ours["id"] = self.id
             ours["key_digests"] = dict(self.digests)
             ours["zones"] = self.zones.to_json()
-        ours["checksum"] = _checksum(ours, self.arrays)
+        ours["checksum"] = _checksum(ours, canonical_arrays(self.schema, self.version, self.arrays))
         kept = self.document.get("consolidated_metadata") or {}
         document = {
             "zarr_format": 3,
@@ -244,6 +207,42 @@ class Group:
     def key_names(self) -> list[str]:
         """Names of the key columns with one row per record, those of newer formats included."""
         return [c.name for c in self.known_columns.values() if c.dim == "record"]
+
+
+@lru_cache(maxsize=8)
+def _parsed(place: str, raw: bytes) -> Group:
+    """Return the group in the ``zarr.json`` of a store, which is often opened or refreshed again.
+
+    Raises as `Group.read` does.
+    """
+    where = f"{place}/{GROUP_FILE}"
+    try:
+        document = parsed_group(raw)
+        attributes = document["attributes"]
+        others = document["node_type"] == "group" and ATTRIBUTE not in attributes
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedDataError(f"{where} is damaged: it does not parse ({error})") from error
+    if others:
+        raise NotFoundError(f"{place} is a Zarr group, but not an embedding store of ours")
+    try:
+        ours = attributes[ATTRIBUTE]
+        version = _known_version(place, ours)
+    except (KeyError, TypeError) as error:
+        raise _damaged(where, error) from error
+    try:
+        schema = Schema.from_json(ours)
+        check_point(schema, ours["commit_point"])
+        point = CommitPoint(**ours["commit_point"])
+        consolidated = document["consolidated_metadata"]["metadata"]
+        arrays = checked_arrays(schema, version, consolidated)
+        sound = ours["checksum"] == _checksum(ours, arrays.text)
+        group = Group(schema, point, arrays.metadata, document, raw, version)
+        group = replace(group, **_known_of(group, ours))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _damaged(where, error) from error
+    if not sound:
+        raise DamagedDataError(f"{where} is damaged: its checksum does not fit")
+    return group
 
 
 def _no_store(place: Place) -> NotFoundError:
@@ -279,43 +278,14 @@ def parsed_group(raw: bytes) -> dict[str, Any]:
     return document
 
 
-def check_group_values(
-    schema: Schema,
-    point: Mapping[str, Any],
-    arrays: Mapping[str, Mapping[str, Any]],
-    expected: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Refuse a commit point and metadata of arrays that no writer can have left.
-
-    Parameters
-    ----------
-    schema : Schema
-        The store's.
-    point : mapping
-        The commit point as it stands in ``zarr.json``.
-    arrays : mapping
-        The consolidated metadata of our arrays, as it stands there.
-    expected : mapping
-        What it is in a new store of this schema.
+def check_point(schema: Schema, point: Mapping[str, Any]) -> None:
+    """Refuse a commit point that no writer can have left, as it stands in ``zarr.json``.
 
     Raises
     ------
     ValueError
         If a type or a range is wrong.
     """
-    _check_point(schema, point)
-    for name, wanted in expected.items():
-        _check_array(name, arrays[name], wanted)
-    for column in schema.tensors:
-        files = TensorFiles.of(LocalFolder(Path()), column.name, arrays[column.name])
-        if (files.granule, files.shape) != (schema.granule, column.shape):
-            raise ValueError(
-                f"{column.name}: expected {schema.granule} records of {list(column.shape)} a file, "
-                f"got {files.granule} of {list(files.shape)}"
-            )
-
-
-def _check_point(schema: Schema, point: Mapping[str, Any]) -> None:
     for name in _COUNTERS:
         if type(point[name]) is not int:
             raise ValueError(f"{name}: expected a whole number, got {shown(point[name])}")
@@ -333,36 +303,36 @@ def _check_point(schema: Schema, point: Mapping[str, Any]) -> None:
         raise ValueError(f"records: expected whole files of {schema.granule}, got {records}")
 
 
-def _check_array(name: str, found: Any, wanted: Mapping[str, Any]) -> None:
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: expected an object, got {shown(found)}")
-    shape = found["shape"]
-    if not (isinstance(shape, list) and shape and type(shape[0]) is int):
-        raise ValueError(f"{name}: expected a shape, got {shown(shape)}")
-    for key, got, due in (
-        ("shape", shape[1:], wanted["shape"][1:]),
-        ("data type", found["data_type"], wanted["data_type"]),
-        ("axes", found["dimension_names"], wanted["dimension_names"]),
-    ):
-        if got != due:
-            raise ValueError(f"{name}: expected the {key} {shown(due)}, got {shown(got)}")
-
-
-def _known_version(path: Place, ours: Mapping[str, Any]) -> int:
-    """Return the format version of the store at `path`, if this release reads it."""
+def _known_version(place: str, ours: Mapping[str, Any]) -> int:
+    """Return the format version of the store at `place`, if this release reads it."""
     version = ours["version"]
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise SchemaMismatchError(
-            f"{path} has format version {version!r}, and this release reads versions 1 to "
+            f"{place} has format version {version!r}, and this release reads versions 1 to "
             f"{FORMAT_VERSION}: install a newer fedgfe-store"
         )
     unknown = sorted(set(ours["features"]) - FEATURES) if version > 1 else []
     if unknown:
         raise SchemaMismatchError(
-            f"{path} needs what this release does not know ({', '.join(map(str, unknown))}): "
+            f"{place} needs what this release does not know ({', '.join(map(str, unknown))}): "
             f"install a newer fedgfe-store"
         )
     return version
+
+
+def _known_of(group: Group, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a store says of itself, as its version does, besides schema and commit point."""
+    chunks = -(-group.point.records // KEY_CHUNK)
+    if group.version == 1:
+        return {"zones": Zones.unknown(chunks)}
+    return {
+        "id": str(ours["id"]),
+        "features": tuple(ours["features"]),
+        "digests": _digests(group, ours["key_digests"]),
+        "zones": Zones.from_json(ours["zones"], chunks)
+        if "zones" in ours
+        else Zones.unknown(chunks),
+    }
 
 
 def _digests(group: Group, found: Mapping[str, str]) -> dict[str, str]:
@@ -382,12 +352,7 @@ def _damaged(where: str, error: Exception) -> DamagedDataError:
     )
 
 
-def _checksum(ours: Mapping[str, Any], arrays: Mapping[str, Mapping[str, Any]]) -> str:
-    covered = {
-        "attributes": {key: value for key, value in ours.items() if key != "checksum"},
-        "arrays": {
-            name: {**metadata, "shape": metadata["shape"][1:]} for name, metadata in arrays.items()
-        },
-    }
-    text = json.dumps(covered, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def _checksum(ours: Mapping[str, Any], arrays: str) -> str:
+    attributes = canonical({key: value for key, value in ours.items() if key != "checksum"})
+    text = f'{{"arrays":{arrays},"attributes":{attributes}}}'
     return f"xxh3:{xxhash.xxh3_64_hexdigest(text.encode())}"

@@ -2,7 +2,7 @@
 
 python-blosc's has the instructions of newer processors (AVX2), which it looks for when it runs, and
 numcodecs' has not: undoing a bit shuffle takes 0.65 of the time. What they write is the same to the
-last byte.
+last byte, and where python-blosc is not installed numcodecs does it all.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import PathFinder
 from struct import Struct
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numcodecs import blosc as numcodecs
 
 from fedgfe_store.storage.checksums import UnreadableError
 
@@ -64,19 +65,12 @@ class Packing:
 
     def encode(self, values: np.ndarray) -> bytes:
         """Return contiguous `values` as a chunk."""
-        if self.blocksize:  # python-blosc has one size for all its callers
-            return self._by_numcodecs(values)
-        packed: bytes = _library().compress(
-            values, self.typesize, self.clevel, self.shuffle, self.cname
-        )
-        return packed
-
-    def _by_numcodecs(self, values: np.ndarray) -> bytes:
-        from numcodecs.blosc import Blosc
-
-        options = (self.cname, self.clevel, self.shuffle, self.blocksize, self.typesize)
-        packed: bytes = Blosc(*options).encode(values)
-        return packed
+        library = _library()
+        if library is None or self.blocksize:  # python-blosc has one for all its callers
+            options = (self.cname, self.clevel, self.shuffle, self.blocksize, self.typesize)
+            return cast("bytes", numcodecs.Blosc(*options).encode(values))
+        packed = library.compress(values, self.typesize, self.clevel, self.shuffle, self.cname)
+        return cast("bytes", packed)
 
 
 def decode(chunk: bytes | memoryview, out: memoryview) -> None:
@@ -87,19 +81,22 @@ def decode(chunk: bytes | memoryview, out: memoryview) -> None:
     UnreadableError
         If it is damaged, or does not become as many bytes; what is in `out` is then undefined.
     """
-    # Blosc is given an address and no length: it takes the header's word.
+    # Blosc takes the header's word for how much there is to read and to write.
     if len(chunk) < HEADER or _SIZES.unpack_from(chunk) != (len(out), len(chunk)):
         raise UnreadableError("it holds a chunk of another size")
     library = _library()
     try:
-        library.decompress_ptr(chunk, addressof(c_char.from_buffer(out)))
-    except library.error as error:
+        if library is None:
+            numcodecs.decompress(chunk, np.frombuffer(out, np.uint8))
+        else:
+            library.decompress_ptr(chunk, addressof(c_char.from_buffer(out)))
+    except RuntimeError if library is None else library.error as error:
         raise UnreadableError(str(error)) from error
 
 
 @cache
 def _library() -> Any:
-    """Return python-blosc's extension, which other threads do not wait for.
+    """Return python-blosc's extension, which other threads do not wait for, if it is installed.
 
     The package around it imports its own tests when it is imported, with unittest and psutil: up to
     0.1 s of a processor. Where a program uses the package as well, its settings are one: they
@@ -109,7 +106,7 @@ def _library() -> Any:
     folders = package.submodule_search_locations if package else None
     spec = PathFinder.find_spec("blosc_extension", folders) if folders else None
     if spec is None or spec.loader is None:
-        raise ImportError("tensors are packed by python-blosc: pip install blosc", name="blosc")
+        return None
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
     library.init()

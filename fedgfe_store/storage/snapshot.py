@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgfe_store.common.filters import NUMBERS, matches
+from fedgfe_store.common.filters import NUMBERS, matches_at
 from fedgfe_store.common.location import Location, own_folder
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.storage.key_chunks import KeyChunks
@@ -103,15 +103,17 @@ class Snapshot(State):
         self.fetch(("created_in", "deleted_in", *filters), starts)
         if self.group.version == 1:
             _ = self.visible  # for its check, which is all that there is
-        written = [
-            number * KEY_CHUNK + np.flatnonzero(self._written(number, deleted=deleted))
-            for number in chunks
-        ]
-        rows = np.concatenate([np.empty(0, np.int64), *written])
         # Numbers first: they are compared faster, and text only where they leave any.
-        for name in sorted(filters, key=NUMBERS.__contains__, reverse=True):
-            rows = rows[matches(self.column_at(name, rows), filters[name])]
-        return rows
+        ordered = sorted(filters.items(), key=lambda each: each[0] in NUMBERS, reverse=True)
+        found = [np.empty(0, np.int64)]
+        for number in chunks:
+            places = np.flatnonzero(self._written(number, deleted=deleted))
+            for name, wanted in ordered:
+                if len(places):
+                    values = self.chunks.chunk(name, number)
+                    places = places[matches_at(values, places, wanted)]
+            found.append(number * KEY_CHUNK + places)
+        return np.concatenate(found)
 
     def _written(self, number: int, *, deleted: bool) -> np.ndarray:
         """Return which rows of a key chunk hold a record at this commit, or held one before it."""
@@ -133,14 +135,17 @@ class Snapshot(State):
         self.chunks.fetch(names, rows)
 
     def extended(
-        self, group: Group, rows: Mapping[str, np.ndarray], marked: np.ndarray
+        self,
+        group: Group,
+        chunks: Mapping[tuple[str, int], np.ndarray],
+        packed: Mapping[tuple[str, int], bytes],
     ) -> Snapshot:
-        """Return the state that `group` published by adding `rows` and marking rows as deleted.
+        """Return the state that `group` published by writing `chunks` of key columns.
 
         Chunks of key columns that are known stay known, so that a long-lived writer reads none.
         """
         new = self.at(group)
-        new.chunks.follow(self.chunks, rows, marked)
+        new.chunks.follow(self.chunks, chunks, packed)
         return new
 
     def mend(self, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
@@ -157,5 +162,6 @@ def _at(snapshot: Snapshot, commit: int) -> np.ndarray:
 def _alive(created: np.ndarray, deleted: np.ndarray, commit: int) -> np.ndarray:
     """Return which rows hold a record at `commit`, bool ``[n]``."""
     alive: np.ndarray = (created > 0) & (created <= commit)
-    alive &= ~((deleted > 0) & (deleted <= commit))
+    if deleted.any():
+        alive &= (deleted <= 0) | (deleted > commit)
     return alive

@@ -8,7 +8,7 @@ unlinked before they have their names, and a file that is gone cannot be renamed
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
@@ -29,17 +29,32 @@ class Staging:
 
     def open(self, path: Path) -> AbstractContextManager[BinaryIO]:
         """Open a file that will take the place of `path`; it is on the disk when the block ends."""
-        temporary = path.with_name(f"{path.name}.{self._token}{files.TEMPORARY}")
-        self._waiting[path] = temporary
-        return files.flushed(temporary, name=path)
+        return files.flushed(self._temporary(path), name=path)
 
     def write(self, contents: Mapping[Path, bytes]) -> None:
         """Write several files; the disk gathers the flushes of all of them."""
-        threads.run(threads.writers(), self._write, contents.items())
+        threads.run(threads.writers(), self.write_file, contents.items())
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def write_file(self, path: Path, data: bytes) -> None:
+        """Write a file that will take the place of `path`; it is on the disk then."""
         with self.open(path) as file:
             file.write(data)
+
+    def hint(self, path: Path, data: bytes) -> None:
+        """Write such a file that may be lost, cut or zeros after a power cut: it is not flushed.
+
+        It is there for other programs, which find it whole unless the power was cut. Each flush
+        costs a commit as much as one of a file that a record is in.
+        """
+        temporary = self._temporary(path)
+        with files.naming(path), open(temporary, "xb") as file:
+            file.write(data)
+
+    def _temporary(self, path: Path) -> Path:
+        """Return under which name the file that takes the place of `path` is made."""
+        temporary = Path(f"{path}.{self._token}{files.TEMPORARY}")
+        self._waiting[path] = temporary
+        return temporary
 
     def place(self) -> None:
         """Rename what was written to where it belongs, and flush the folders.
@@ -51,17 +66,24 @@ class Staging:
         """
         # Before the first rename: one that is interrupted may have taken place.
         self.placed = self.placed or bool(self._waiting)
-        folders = list(self._waiting)
-        for path, temporary in list(self._waiting.items()):
+        by_folder: dict[Path, list[Path]] = {}
+        for path in self._waiting:
+            by_folder.setdefault(path.parent, []).append(path)
+        # Several at once: a disk may take its time to free what lay there. All of them before the
+        # first flush, which in a file system with a journal brings the others with it.
+        threads.run(threads.writers(), self._rename, ((paths,) for paths in by_folder.values()))
+        threads.run(threads.writers(), files.sync_folder, ((folder,) for folder in by_folder))
+
+    def _rename(self, paths: Iterable[Path]) -> None:
+        for path in paths:
             try:
-                os.replace(temporary, path)
+                os.replace(self._waiting[path], path)
             except FileNotFoundError:
                 raise ConflictError(
                     f"{path}: another writer came in between, which took this one for dead"
                 ) from None
             # What has its place is no longer this one's to remove: `recovery.clear` undoes it.
             del self._waiting[path]
-        files.sync_folders(folders)
 
     def discard(self) -> None:
         """Remove what was written and has not taken its place."""

@@ -49,9 +49,9 @@ class Upkeep:
         ----------
         repair : bool
             Mark damaged records as deleted, in one commit, so that importing or appending them
-            again puts them back, and undo what releases before format version 2 could do: times
-            that no reader takes, and marks of a commit that was never made. Nothing else can be
-            mended from within.
+            again puts them back; write arrays' metadata anew that a power cut left torn; and undo
+            what releases before format version 2 could do: times that no reader takes, and marks
+            of a commit that was never made. Nothing else can be mended from within.
         timeout : float
             Seconds to wait for another writer, under `repair`.
         progress : callable

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +17,6 @@ from fedgfe_store.common.words import is_utf8, shown
 # much, since one round fills it; each commit writes `zarr.json`, which must not grow with them.
 MOST_NODES, _MOST_TEXT = 1024, 2**16
 """How many names of nodes are kept for the zone maps, and their characters."""
-_INT64 = np.iinfo(np.int64)
 COLUMNS = ("created_in", "round", "node")
 """Key columns that zone maps are of."""
 
@@ -35,6 +36,25 @@ class Zone:
     first: int
     last: int
     nodes: int | None
+
+    def may_hold(self, rounds: Sequence[tuple[int, int]] | None, nodes: int | None) -> bool:
+        """Whether a record may be of these rounds and nodes, None for any.
+
+        Parameters
+        ----------
+        rounds : sequence of (int, int), optional
+            First and last of runs of rounds, ascending and apart.
+        nodes : int, optional
+            Bits as in `Zone.nodes`.
+        """
+        if self.first > self.last:
+            return False
+        if nodes is not None and self.nodes is not None and not nodes & self.nodes:
+            return False
+        if rounds is None:
+            return True
+        place = bisect_left(rounds, self.first, key=itemgetter(1))
+        return place < len(rounds) and rounds[place][0] <= self.last
 
 
 @dataclass(frozen=True)
@@ -85,19 +105,16 @@ class Zones:
             Values by key column, each a result of `filters.wanted_values`; those of other columns
             than ``round`` and ``node`` tell nothing.
         """
-        wanted = np.ones(len(self.chunks), bool)
-        known = np.array([zone is not None for zone in self.chunks], bool)
-        zones = [zone for zone in self.chunks if zone is not None]
-        fitting = np.array([zone.first <= zone.last for zone in zones], bool)
-        if "round" in filters:
-            fitting &= _overlap(zones, filters["round"])
+        rounds = _runs(filters["round"]) if "round" in filters else None
+        bits = None
         if "node" in filters:
             names = np.array(self.nodes, np.dtypes.StringDType())
-            places = np.flatnonzero(matches(names, filters["node"])).tolist()
-            bits = sum(1 << place for place in places)
-            fitting &= np.array([z.nodes is None or bool(z.nodes & bits) for z in zones], bool)
-        wanted[known] = fitting
-        return [int(number) for number in np.flatnonzero(wanted)]
+            bits = sum(1 << int(place) for place in np.flatnonzero(matches(names, filters["node"])))
+        return [
+            number
+            for number, zone in enumerate(self.chunks)
+            if zone is None or zone.may_hold(rounds, bits)
+        ]
 
     def renewed(
         self,
@@ -161,18 +178,17 @@ class Zones:
         return names, Zone(first, last, sum(1 << places[name] for name in here))
 
 
-def _overlap(zones: Sequence[Zone], wanted: Sequence[Any]) -> np.ndarray:
-    """Return which of `zones` have a round between their first and last that is `wanted`."""
-    first = np.array([zone.first for zone in zones], np.int64)
-    last = np.array([zone.last for zone in zones], np.int64)
-    numbers = [n for n in wanted if not isinstance(n, range) and _INT64.min <= n <= _INT64.max]
-    ordered = np.array(sorted(numbers), np.int64)
-    found = np.searchsorted(ordered, first) < np.searchsorted(ordered, last, side="right")
-    for each in wanted:
-        if isinstance(each, range) and each:
-            low, high = min(each[0], each[-1]), max(each[0], each[-1])
-            found |= (first <= high) & (last >= low)
-    return np.asarray(found)
+def _runs(wanted: Sequence[Any]) -> list[tuple[int, int]]:
+    """Return the runs of numbers that `wanted` lies in, ascending; those that overlap are one."""
+    bounds = [(min(e[0], e[-1]), max(e[0], e[-1])) for e in wanted if isinstance(e, range) and e]
+    bounds += [(number, number) for number in wanted if not isinstance(number, range)]
+    runs: list[tuple[int, int]] = []
+    for low, high in sorted(bounds):
+        if runs and low <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(runs[-1][1], high))
+        else:
+            runs.append((low, high))
+    return runs
 
 
 def _zone(found: Any, names: int) -> Zone | None:

@@ -21,7 +21,7 @@ from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.cli.main import group
-from fedgfe_store.generation import plan as plan_module
+from fedgfe_store.generation import items
 from fedgfe_store.generation.parts import Part, places_of
 from fedgfe_store.generation.plan import plan_images
 from fedgfe_store.generation.prepare import prepare
@@ -64,12 +64,15 @@ def test_a_part_builds_its_own_images_and_no_others(
 
         return call
 
-    for name in ("PlanItem", "image_name", "seed_of"):
-        monkeypatch.setattr(plan_module, name, counted(name, getattr(plan_module, name)))
+    for name in ("PlanItem", "seed_of"):
+        monkeypatch.setattr(items, name, counted(name, getattr(items, name)))
     monkeypatch.setattr(RecordKey, "__init__", counted("key", RecordKey.__init__))
     plan = plan_images(selection, SETTINGS, tmp_path, Request(part=Part(0, 64)))
-    assert set(built) == {"PlanItem", "image_name", "seed_of", "key"}
-    assert max(built.values()) == len(plan.items) <= RECORDS / 64 + RECORDS / 100
+    # Two classes; and no image is asked for yet.
+    assert built == {"key": 2}
+    assert plan.counts["missing"] == len(plan.images) <= RECORDS / 64 + RECORDS / 100
+    assert len(plan.items) == len(plan.todo) == built["PlanItem"] / 2 == built["seed_of"] / 2
+    assert len({item.key for item in plan.items}) == len(plan.images)
 
 
 def test_parts_together_are_the_whole_in_its_order(selection: Selection, tmp_path: Path) -> None:
@@ -160,14 +163,20 @@ def test_a_part_that_is_done_reads_no_other_parts_lists(
     options: dict[str, Any] = {"pipeline": FakePipeline(flux), "height": SIZE, "width": SIZE}
     parts = [generate(store.select(), folder, **options, part=Part(i, 2)) for i in range(2)]
     read: Counter[Any] = Counter()
-    lines_of = manifest_module._lines
+    lines_of, outcomes_of = manifest_module._lines, manifest_module._outcomes
 
     def lines(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
         for line in lines_of(path, tail_bytes):
             read[path.name] += tail_bytes is None  # the ends of all are looked at, of any size
             yield line
 
+    def outcomes(path: Path) -> Iterator[Any]:
+        for outcome in outcomes_of(path):
+            read[path.name] += 1
+            yield outcome
+
     monkeypatch.setattr(manifest_module, "_lines", lines)
+    monkeypatch.setattr(manifest_module, "_outcomes", outcomes)
     again = generate(store.select(), folder, **options, part=Part(1, 2))
     assert again.skipped == parts[1].done > 0
     # The settings stand in the first line that there is.

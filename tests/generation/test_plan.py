@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from PIL import Image
 from processes import finished
 
 from fedgfe_store import EmbeddingStore, Schema
-from fedgfe_store.errors import ConflictError, SchemaMismatchError
+from fedgfe_store.errors import ConflictError, DamagedDataError, SchemaMismatchError
 from fedgfe_store.generation.plan import Plan, PlanItem, plan_images
 from fedgfe_store.generation.request import Request
 from fedgfe_store.generation.settings import Settings, fingerprint, seed_of, settings_json
@@ -203,6 +204,21 @@ def test_the_summary_gives_counts_batches_disk_and_time(plan: Plan, store: Embed
         manifest.append({"fingerprint": fingerprint(SETTINGS), "seconds": 30.0})
         manifest.append({"fingerprint": "another", "seconds": 1.0})
     assert "time: about 2 min 0 s" in again(plan, store).summary(batch_size=3)
+
+
+@pytest.mark.parametrize(("one", "other"), [("class_name", "split"), ("extra", "audio_path")])
+def test_records_whose_keys_or_notes_changed_places_are_not_rendered(
+    tmp_path: Path, one: str, other: str
+) -> None:
+    """In a store of version 1, whose key columns have no digests of their own."""
+    path = tmp_path / "old.zarr"
+    shutil.copytree(Path(__file__).parent.parent / "data" / "federation_v1.zarr", path)
+    assert plan_images(EmbeddingStore.open(path).select(), SETTINGS, tmp_path / "images").todo
+    (path / one).rename(path / "was")
+    (path / other).rename(path / one)
+    (path / "was").rename(path / other)
+    with pytest.raises(DamagedDataError, match="the key or notes of row"):
+        plan_images(EmbeddingStore.open(path).select(), SETTINGS, tmp_path / "images")
 
 
 def test_names_that_differ_in_case_only_are_images_of_their_own(

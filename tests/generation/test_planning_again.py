@@ -13,11 +13,12 @@ from generation_fakes import SIZE, FakePipeline, save_random_flux
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.errors import ConflictError
+from fedgfe_store.generation import items
 from fedgfe_store.generation.plan import Plan
-from fedgfe_store.generation.prepare import prepare
+from fedgfe_store.generation.prepare import Run, prepare
 from fedgfe_store.generation.request import Request
-from fedgfe_store.generation.run import generate
-from fedgfe_store.images import checked, png
+from fedgfe_store.generation.run import generate, render
+from fedgfe_store.images import checked, manifest, png
 from fedgfe_store.images import folder as folder_module
 
 SETTINGS: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE}
@@ -43,9 +44,12 @@ class Folder:
         self.read: list[str] = []
 
     def plan(self, **options: Any) -> Plan:
+        return self.run(**options).plan
+
+    def run(self, **options: Any) -> Run:
         self.read.clear()
         request = Request(**{**SETTINGS, **options})
-        return prepare(self.store.select(), self.path, request, pipeline=self.pipeline).plan
+        return prepare(self.store.select(), self.path, request, pipeline=self.pipeline)
 
     def generate(self) -> int:
         selection = self.store.select()
@@ -85,6 +89,28 @@ def test_what_a_run_has_written_is_not_read_by_the_next(images: Folder) -> None:
     assert images.plan().counts["done"] == len(images.read) == 6
     assert images.generate() == 0
     assert (images.plan().counts["done"], images.read) == (6, [])
+
+
+def test_images_that_are_done_have_no_objects(
+    images: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does ending a run with nothing to do make any, or parse a line of a manifest."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("made, or parsed")
+
+    first, *_ = images.plan().items
+    first.path.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(items, "PlanItem", refused)
+        plan = images.plan()
+        assert plan.counts == {"done": 5, "missing": 1, "stale": 0}
+    assert [item.key for item in plan.todo] == [first.key]
+    assert images.generate() == 1
+    run = images.run()
+    monkeypatch.setattr(items, "PlanItem", refused)
+    monkeypatch.setattr(manifest, "_read_line", refused)
+    assert render(run, pipeline=images.pipeline).skipped == 6
 
 
 def test_a_file_that_changed_is_read(images: Folder) -> None:

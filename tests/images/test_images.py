@@ -29,8 +29,8 @@ from fedgfe_store.images.png import (
     writer_is_gone,
     writer_token,
 )
-from fedgfe_store.names import image_name
-from fedgfe_store.records import RecordKey
+from fedgfe_store.names import image_name, image_names
+from fedgfe_store.records import KEY_COLUMNS, RecordKey
 
 GUIDE_NAME = re.compile(r"(?:node_([^_]+)|server)_([^_]+)_(.+)_(\d+)_r(\d+)(?:_i(\d+))?\.png")
 UNSAFE_CLASSES = [
@@ -106,6 +106,33 @@ def test_a_plain_name_reads_back_as_its_key(record: RecordKey, number: int) -> N
     node, split, class_name, index, round_number, image = match.groups()
     assert RecordKey(node or "server", int(round_number), split, class_name, int(index)) == record
     assert int(image or 0) == number
+
+
+large = st.sampled_from([0, 7, 2**31 - 1, 2**63 - 1])
+
+
+@given(
+    st.lists(
+        st.one_of(
+            keys,
+            st.builds(
+                RecordKey,
+                node=st.sampled_from(["server", "0", "n" * 60]),
+                round=large,
+                split=st.sampled_from(["train", "s" * 60]),
+                class_name=st.sampled_from(["dog", "c" * 30, "c" * 90, "a_r5_i1"]),
+                index=large,
+            ),
+        ),
+        max_size=30,
+    ),
+    st.lists(large, max_size=3),
+)
+def test_many_names_at_once_are_the_same(records: list[RecordKey], numbers: list[int]) -> None:
+    columns = {name: [record.value(name) for record in records] for name in KEY_COLUMNS}
+    assert list(image_names(columns, numbers)) == [
+        image_name(record, number) for record in records for number in numbers
+    ]
 
 
 @pytest.mark.parametrize("class_name", UNSAFE_CLASSES)

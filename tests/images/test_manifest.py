@@ -93,6 +93,37 @@ def test_the_latest_line_of_each_image_counts(tmp_path: Path) -> None:
     assert listed_files(tmp_path) == {"a.png", "d.png"}
 
 
+def test_of_torn_lines_and_strange_ones_json_says_what_is_listed(tmp_path: Path) -> None:
+    """What is not parsed is taken for what parsing would say of it."""
+    said = {"key": {"class_name": 'a", "error": "x'}, "image": 0, "settings": {"error": [1]}}
+    whole = [
+        json.dumps(made("a.png", 1, key={"node": "0"}, image=0, seed=3)),
+        json.dumps({"file": "b.png", **said, "created": "2026-01-22T12:01:00+00:00"}),
+        json.dumps({"file": 'ü"\\.png', "key": {}, "created": "2026-01-22T12:01:00+00:00"}),
+        json.dumps({"file": "c.png", "key": {}, "error": "e", "created": "2026-01-22T12:01"}),
+        json.dumps({"file": "d.png", "key": {}, "created": "2026-01-22T12:01:00+00:00"}),
+        json.dumps({"file": "d.png", "key": {}, "error": "e", "created": "2026-01-22T12:02"}),
+        json.dumps({"file": "e.png", "key": {"file": "f.png"}, "created": "2026"}),
+    ]
+    last = json.dumps({"file": "z.png", "key": {}, "created": "2026-01-22T12:01:00+00:00"})
+    torn = [line[:cut] for line in whole for cut in range(1, len(line))]
+    lines = [*whole, *torn, *(begin + last for begin in torn)]
+    (tmp_path / "manifest.jsonl").write_text("".join(line + "\n" for line in lines), "utf-8")
+    assert listed_files(tmp_path) == {"a.png", "b.png", 'ü"\\.png', "e.png"}
+    # Each by itself, since a later line of the same file would hide what one was taken for.
+    for line in lines:
+        (tmp_path / "manifest.jsonl").write_text(line + "\n", "utf-8")
+        assert listed_files(tmp_path) == _listed(line)
+
+
+def _listed(text: str) -> set[str]:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return set()
+    return {line["file"]} if "error" not in line else set()
+
+
 def test_lines_that_no_run_writes_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_bytes(b'3\n"x"\n[]\n\xff\xfe\n{"file": 3}\n{"file": "a.png"}\n')

@@ -238,7 +238,7 @@ def _moment(calls: list[Call], number: int) -> str:
 
 def _look_at(figures: Figures, scene: Scene, state: _State, *, plain: bool) -> None:
     def find() -> str:
-        found = check(scene.path, scene.expected, plain=plain)
+        found = check(scene.path, scene.expected, plain=plain, power_cut=True)
         if state.done and found != "after":
             raise AssertionError("the operation had returned, and is lost")
         return found

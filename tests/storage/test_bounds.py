@@ -20,11 +20,13 @@ from places import DATA
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import DamagedDataError, SchemaMismatchError
+from fedgfe_store.schema import FORMAT_VERSION
+from fedgfe_store.storage.arrays import checked_arrays
 from fedgfe_store.storage.checksums import UnreadableError
 from fedgfe_store.storage.files import read_regular
 from fedgfe_store.storage.key_files import unpacked
 from fedgfe_store.storage.layout import array_metadata, key_columns
-from fedgfe_store.storage.metadata import check_group_values, parsed_group
+from fedgfe_store.storage.metadata import check_point, parsed_group
 
 COLUMNS = key_columns(SMALL)
 
@@ -198,7 +200,8 @@ POINT = {"commit": 3, "records": 8, "live": 6, "compacted": 2}
 def checked(point=None, change=lambda arrays: None, schema: Schema = SMALL) -> None:
     arrays = json.loads(json.dumps(array_metadata(schema)))
     change(arrays)
-    check_group_values(schema, POINT | (point or {}), arrays, array_metadata(schema))
+    check_point(schema, POINT | (point or {}))
+    checked_arrays(schema, FORMAT_VERSION, arrays)
 
 
 def test_what_a_writer_left_passes(store):
@@ -210,8 +213,8 @@ def test_what_a_writer_left_passes(store):
         ours = document["attributes"]["fedgfe_store"]
         schema = Schema.from_json(ours)
         arrays = document["consolidated_metadata"]["metadata"]
-        expected = array_metadata(schema, ours["version"])
-        check_group_values(schema, ours["commit_point"], arrays, expected)
+        check_point(schema, ours["commit_point"])
+        checked_arrays(schema, ours["version"], arrays)
 
 
 ODD = [True, 1.0, "1", None, [1], {}, -1, 2**40 + 4, 10**5000]
