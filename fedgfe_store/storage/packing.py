@@ -8,6 +8,7 @@ last byte, and where python-blosc is not installed numcodecs does it all.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from ctypes import addressof, c_char
 from dataclasses import dataclass
@@ -85,12 +86,15 @@ def decode(chunk: bytes | memoryview, out: memoryview) -> None:
     if len(chunk) < HEADER or _SIZES.unpack_from(chunk) != (len(out), len(chunk)):
         raise UnreadableError("it holds a chunk of another size")
     library = _library()
-    try:
-        if library is None:
+    if library is None:
+        try:
             numcodecs.decompress(chunk, np.frombuffer(out, np.uint8))
-        else:
-            library.decompress_ptr(chunk, addressof(c_char.from_buffer(out)))
-    except RuntimeError if library is None else library.error as error:
+        except RuntimeError as error:
+            raise UnreadableError(str(error)) from error
+        return
+    try:
+        library.decompress_ptr(chunk, addressof(c_char.from_buffer(out)))
+    except library.error as error:
         raise UnreadableError(str(error)) from error
 
 
@@ -104,11 +108,14 @@ def _library() -> Any:
     """
     package = importlib.util.find_spec("blosc")
     folders = package.submodule_search_locations if package else None
-    spec = PathFinder.find_spec("blosc_extension", folders) if folders else None
+    # By its full name: under two names it would be two modules, of which one has the error's class.
+    spec = PathFinder.find_spec("blosc.blosc_extension", folders) if folders else None
     if spec is None or spec.loader is None:
         return None
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
+    if "blosc" not in sys.modules:  # when that is imported, it has to find its part itself
+        sys.modules.pop(spec.name, None)
     library.init()
     library.set_nthreads(1)
     library.set_releasegil(1)

@@ -121,14 +121,24 @@ def test_a_program_that_uses_blosc_itself_reads(store: EmbeddingStore, build: st
     fill(store, node=0, round=1)
     expected = store.select().read("t5")
     code = f"""
-import numpy as np
+import pathlib
 from fedgfe_store import EmbeddingStore
+from fedgfe_store.errors import DamagedDataError
 first = EmbeddingStore.open({str(store.path)!r}).select().read("t5")
 import blosc
+assert blosc.blosc_extension.error is blosc.toplevel._ext.error
 blosc.set_nthreads(3)
 blosc.set_releasegil(False)
 second = EmbeddingStore.open({str(store.path)!r}).select().read("t5")
 assert blosc.unpack_array(blosc.pack_array(second)).tobytes() == second.tobytes()
 assert first.tobytes() == second.tobytes() == bytes.fromhex({expected.tobytes().hex()!r})
+file = pathlib.Path({str(store.path / "t5" / "c.0.0.0")!r})
+file.write_bytes(file.read_bytes()[:20] + bytes(40) + file.read_bytes()[60:])
+try:
+    EmbeddingStore.open({str(store.path)!r}).select().read("t5")
+except DamagedDataError:
+    pass
+else:
+    raise AssertionError("zeros were read")
 """
     assert finished([sys.executable, "-c", code]).returncode == 0
