@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -58,7 +60,18 @@ def query(path: Path) -> None:
     assert len(selection.records)
 
 
+def opened(path: Path) -> None:
+    assert len(EmbeddingStore.open(path))
+
+
+def first(path: Path, **filters: Any) -> None:
+    next(iter(EmbeddingStore.open(path).select(**filters).batches(4, prefetch=0)))
+
+
 QUESTIONS: dict[str, tuple[Callable[[Path], None], int]] = {
+    "open, count the records": (opened, 100),
+    "first batch of 4 of a round": (partial(first, round=2), 50),
+    "first batch of 4 of a class": (partial(first, class_name="class 3"), 50),
     "full scan, batches of 32": (scan, 3),
     "64 scattered records": (scattered, 20),
     "query of a round and class": (query, 50),

@@ -37,6 +37,8 @@ _ARGUMENT = re.compile(
     r"(?<![\w/.-])(?P<name>[a-z]+(?:_[a-z]+)+)(?![\w/.-])(?:=(?:'(?P<value>\w+)'|True))?"
 )
 
+_FIRST_WORD = re.compile("(?:error: )?(?P<name>[a-z]+): ")
+
 STORE = "fedgfe_store.store"
 """Where a context keeps the store that was named behind the command."""
 
@@ -95,7 +97,8 @@ class Command(click.Command):
 def in_options(text: str, command: click.Command | None) -> str:
     """Say in a command's options what an error says in Python's arguments.
 
-    ``if_exists='replace'`` becomes ``--if-exists replace``.
+    ``if_exists='replace'`` becomes ``--if-exists replace``, and ``height:`` at its beginning the
+    option that gives the height, if that has another name.
     """
     params = command.params if command else []
     # The first long name: behind it are older ones.
@@ -109,6 +112,9 @@ def in_options(text: str, command: click.Command | None) -> str:
         value = found["value"] or ""
         return f"{flags[found['name']]} {value}".rstrip()
 
+    first = _FIRST_WORD.match(text)
+    if first and flags.get(first["name"]) not in (None, f"--{first['name']}"):
+        text = text[: first.start("name")] + flags[first["name"]] + text[first.end("name") :]
     return _ARGUMENT.sub(flag, text)
 
 

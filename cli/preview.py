@@ -45,7 +45,9 @@ _LAST_SECONDS = 30.0
 )
 @click.option("--model", help="Hub id, folder or tiny [$FEDGFE_MODEL, the store's].")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps [the model's].")
-@click.option("--size", type=click.IntRange(min=1), help="Width and height [the model's].")
+@click.option(
+    "--size", "height", type=click.IntRange(min=1), help="Width and height [the model's]."
+)
 @device_option
 @click.option(
     "--output",
@@ -61,7 +63,7 @@ def command(
     /,
     filters: Filters,
     records: int,
-    size: int | None,
+    height: int | None,
     output: Path | None,
     log: Tracker | None,
     while_stdin: bool,
@@ -95,7 +97,7 @@ def command(
         file.parent.mkdir(exist_ok=True)
     check_output(file)
     _check_model(asked["model"], selection)
-    request = Request(height=size, width=size, on_stale="regenerate", **asked)
+    request = Request(height=height, width=height, on_stale="regenerate", **asked)
     run = _rendered(ctx, selection, file.parent / "images", request, quiet=quiet)
     _draw(run, selection, file)
     if log is not None:

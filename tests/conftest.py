@@ -24,6 +24,8 @@ from processes import finished
 from fedgfe_store import EmbeddingStore, Schema
 
 if TYPE_CHECKING:
+    from browser import Watched
+    from playwright.sync_api import Browser
     from proxy import Proxy
 
 # torch is not imported yet; child processes inherit it. Threads of several processes that wait for
@@ -154,6 +156,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 BUCKET = "experiments"
 """Of the S3 server."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    from browser import chromium
+
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def watched(browser: Browser) -> Iterator[Watched]:
+    """An empty page; one opened in it must say nothing, ask nothing and load only its own files."""
+    from browser import empty_page
+
+    with empty_page(browser) as page:
+        yield page
+    assert page.messages == []
+    assert page.dialogs == []
+    assert page.failed == []
+    assert [url for url in page.requests if not url.startswith(("file://", "data:"))] == []
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ import copies
 import crashes
 import random_kills
 import served
+import shared_writers
 import writers
 from figures import Figures
 from operations import OPERATIONS
@@ -96,6 +97,12 @@ def stopped_writers(root: Path, *, seed: int, short: bool) -> Figures:
     return writers.stopped_writers(root, seed=seed, most=4 if short else None)
 
 
+def shared_stores(root: Path, *, seed: int, short: bool) -> Figures:
+    """Let writers of a shared store race while others are killed and it is compacted."""
+    lives, rounds, kills = (1, 4, 2) if short else (20, 20, 10)
+    return shared_writers.shared_lives(root, seed=seed, lives=lives, rounds=rounds, kills=kills)
+
+
 def locks_not_offered(root: Path, *, seed: int, short: bool) -> Figures:
     """Let lock calls fail."""
     return writers.locks_not_offered(root)
@@ -133,6 +140,7 @@ PIECES: dict[str, Callable[..., Figures]] = {
     "granted-locks": granted_locks,
     "stopped-writers": stopped_writers,
     "locks-not-offered": locks_not_offered,
+    "shared-stores": shared_stores,
     "live-copies": live_copies,
     "backups": backups,
     "faulty-servers": faulty_servers,

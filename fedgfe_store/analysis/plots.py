@@ -83,7 +83,7 @@ def check_plot(file: Path, by: Sequence[str] | None = None) -> None:
     extra("sklearn", "a plot")
     kinds = _figure(1, 1).canvas.get_supported_filetypes()
     if file.suffix.lower().removeprefix(".") not in kinds:
-        raise SchemaMismatchError(f"{file}: expected a name ending in .{', .'.join(sorted(kinds))}")
+        raise SchemaMismatchError(f"{file}: expected a name ending in .png, .pdf or .svg")
     if not file.parent.is_dir():
         raise NotFoundError(f"{file}: there is no folder {file.parent}")
     if by is not None and "round" not in by:

@@ -6,9 +6,14 @@ from collections import Counter
 
 import numpy as np
 
+from fedgfe_store.common import threads
 from fedgfe_store.errors import DamagedDataError
 from fedgfe_store.storage.engine import Advance, DamagedRecord
 from fedgfe_store.storage.state import State
+from fedgfe_store.storage.whole_files import Found, looked_at
+
+_AT_ONCE = 16
+"""Files of each column between two words of progress; few chunks of them are in memory."""
 
 
 def repeated_keys(snapshot: State) -> list[str]:
@@ -20,18 +25,23 @@ def repeated_keys(snapshot: State) -> list[str]:
 def damaged_records(
     snapshot: State, leftovers: list[str], progress: Advance
 ) -> list[DamagedRecord]:
-    """Read every live record, shard by shard, and return those that cannot be read.
+    """Read every live record, file by file on all processors, and return the unreadable ones.
 
     Damage where no live record lies joins `leftovers`.
     """
     reasons: dict[int, list[str]] = {}
     live = np.sort(snapshot.rows_matching({}))
     numbers, starts = np.unique(live // snapshot.schema.granule, return_index=True)
-    for number, rows in zip(numbers.tolist(), np.split(live, starts[1:]), strict=len(live) > 0):
-        for name in snapshot.schema.columns:
-            for row, reason in _damaged_rows(snapshot, name, number, rows, leftovers):
+    granules = list(zip(numbers.tolist(), np.split(live, starts[1:]), strict=len(live) > 0))
+    pool = threads.fetchers() if snapshot.place.distant else threads.readers()
+    for begin in range(0, len(granules), _AT_ONCE):
+        some = granules[begin : begin + _AT_ONCE]
+        work = [(name, *each) for each in some for name in snapshot.schema.columns]
+        files = [(snapshot.expected(*each),) for each in work]
+        for (name, _, _), found in zip(work, threads.run(pool, looked_at, files), strict=True):
+            for row, reason in _damaged_rows(snapshot, name, found, leftovers):
                 reasons.setdefault(row, []).append(reason)
-        progress(len(rows))
+        progress(sum(len(rows) for _, rows in some))
     rows = np.array(sorted(reasons), np.int64)
     return [
         DamagedRecord(key, row, "; ".join(reasons[row]))
@@ -40,26 +50,15 @@ def damaged_records(
 
 
 def _damaged_rows(
-    snapshot: State, name: str, granule: int, rows: np.ndarray, leftovers: list[str]
+    snapshot: State, name: str, found: Found, leftovers: list[str]
 ) -> list[tuple[int, str]]:
-    """Read a tensor file whole, which checks all its checksums, and find who cannot be read."""
-    try:
-        snapshot.check_file(name, granule)
-        intact = True
-    except DamagedDataError as error:
-        intact, damage = False, str(error)
-    try:
-        snapshot.read(name, rows, sealed=True)
-    except DamagedDataError:
-        pass
-    else:
-        if not intact:
-            leftovers.append(f"{damage}, but no live record lies there")
-        return []
-    found = []
-    for row in rows.tolist():
+    """Return which rows of a file cannot be read, and why, as one who reads them is told."""
+    damaged = []
+    for row in found.lost:
         try:
             snapshot.read(name, np.array([row]), sealed=True)
         except DamagedDataError as error:
-            found.append((row, str(error).split("committed: ")[-1]))
-    return found
+            damaged.append((row, str(error).split("committed: ")[-1]))
+    if found.damage and not damaged:
+        leftovers.append(f"{found.damage}, but no live record lies there")
+    return damaged

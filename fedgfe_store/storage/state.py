@@ -25,11 +25,12 @@ from fedgfe_store.records import (
     keys_of,
 )
 from fedgfe_store.schema import Schema
-from fedgfe_store.storage.checksums import UnreadableError, digest, row_digests
-from fedgfe_store.storage.gather import gather, portions
+from fedgfe_store.storage.checksums import digest, row_digests
+from fedgfe_store.storage.gather import gather
 from fedgfe_store.storage.metadata import CommitPoint, Group
 from fedgfe_store.storage.place import Place
-from fedgfe_store.storage.shard_files import OpenFile, TensorFiles, bytes_of, scratch
+from fedgfe_store.storage.shard_files import TensorFiles, bytes_of
+from fedgfe_store.storage.whole_files import Expected
 
 Filters = Mapping[str, Sequence[Any]]
 """For each column the values that are wanted, as `common.filters.wanted_values` gives them."""
@@ -223,20 +224,16 @@ class State(ABC):
         gather(self.tensor_files[name], rows, out, check, sealed=sealed)
         return out
 
-    def check_file(self, name: str, granule: int) -> None:
-        """Read a whole tensor file, so that the checksums of all its chunks are looked at."""
-        files = self.tensor_files[name]
-        decoded = scratch("decoded", files.chunk_nbytes)
-        try:
-            with OpenFile(files, granule) as file:
-                for part in portions(files, range(files.granule // files.chunk)):
-                    file.fetch(part)
-                    for chunk in part:
-                        file.read(chunk, decoded, sealed=True)
-        except FileNotFoundError:
-            return
-        except UnreadableError as error:
-            raise DamagedDataError(f"{files.file(granule)} is damaged: {error}") from error
+    def expected(self, name: str, granule: int, rows: np.ndarray) -> Expected:
+        """Return what the file of `granule` must hold of the records at `rows`, which lie in it."""
+        column = self.schema.column(name)
+        if column.optional:
+            rows = rows[self.column_at(f"has_{name}", rows)]
+        digests = self.column_at(f"{name}_digest", rows)
+        lengths = np.zeros(len(rows), np.int32)
+        if column.ragged:
+            lengths = self.column_at(f"length_{name}", rows)
+        return Expected(self.tensor_files[name], granule, rows, digests, lengths)
 
     def _has(self, name: str, row: int) -> bool:
         if not self.schema.column(name).optional:

@@ -565,7 +565,7 @@ def test_a_store_without_t5_shows_clip(tmp_path):
         (["--by", "round,round"], 2, "each once"),
         (["--column", "x"], 1, "error: tensor column: expected one of t5, clip"),
         (["--by", "class", "--plot", "x.png"], 1, "error: a plot is over rounds"),
-        (["--plot", "x.foo"], 1, "error: x.foo: expected a name ending in"),
+        (["--plot", "x.foo"], 1, "error: x.foo: expected a name ending in .png, .pdf or .svg"),
         (["--plot", "no/x.png"], 1, "error: no/x.png: there is no folder no"),
     ],
 )

@@ -227,6 +227,12 @@ def test_errors_speak_of_options_and_not_of_arguments():
     )
 
 
+def test_an_error_of_an_option_with_another_name_speaks_of_that():
+    text = "error: height: expected a multiple of 16 pixels"
+    assert in_options(text, command("preview")) == text.replace("height", "--size")
+    assert in_options(text, command("generate")) == text
+
+
 def test_errors_leave_alone_what_stands_in_quotes():
     text = """where "class_name = 'dgo'": no column "class_id"; bindings "class_name"; per_class"""
     assert in_options(text, command("query")) == text.replace("per_class", "--per-class")

@@ -6,19 +6,18 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from browser import Watched, chromium, drives_chromium, empty_page
+from browser import drives_chromium
 from click.testing import CliRunner
 from conftest import fill
 from gallery_pages import SEED, SETTINGS, add, content, facet, fact, files, key, status
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
@@ -167,22 +166,6 @@ def folder(tmp_path_factory) -> Path:
             add(path, RecordKey(node, round, split, name, index), colour=20 * round)
     make_gallery(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def watched(browser: Browser) -> Iterator[Watched]:
-    with empty_page(browser) as page:
-        yield page
-    assert page.messages == []
-    assert page.dialogs == []
-    assert page.failed == []
-    assert [url for url in page.requests if not url.startswith(("file://", "data:"))] == []
 
 
 def focused(page: Page) -> str:

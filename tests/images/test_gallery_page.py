@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from browser import Watched, chromium, drives_chromium, empty_page
+from browser import drives_chromium
 from click.testing import CliRunner
 from conftest import fill
 from gallery_pages import (
@@ -23,7 +22,7 @@ from gallery_pages import (
     status,
     violations,
 )
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 from fedgfe_store import EmbeddingStore
 from fedgfe_store.cli.main import group
@@ -32,19 +31,6 @@ from fedgfe_store.images.folders import folder_labels, scan_folders
 from fedgfe_store.images.gallery import make_gallery, scan_images
 from fedgfe_store.images.manifest import Manifest, read_manifest
 from fedgfe_store.names import key_json
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def watched(browser: Browser) -> Iterator[Watched]:
-    with empty_page(browser) as page:
-        yield page
-        assert page.messages == []
 
 
 @pytest.fixture(scope="module")

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import fcntl
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import values
-from processes import started
+from conftest import SMALL, values
+from figures import Figures
+from processes import meanwhile, started
 
 from fedgfe_store import EmbeddingStore
+from fedgfe_store.storage.shared import transaction
 
 RECORDS = 3
+RACING = range(3)
+"""Nodes that append at the same time; those that are killed have numbers of their own."""
 
 
 def tensors(node: int, number: int) -> dict[str, np.ndarray]:
@@ -84,6 +91,59 @@ def check(store: EmbeddingStore, acknowledged: Iterable[tuple[int, int]]) -> int
     history = store.history()
     assert history["added"].sum() - history["deleted"].sum() == len(selection), "doubled"
     return len(groups) - len(told)
+
+
+def shared_lives(root: Path, *, seed: int, lives: int, rounds: int, kills: int) -> Figures:
+    """Let writers of a shared store race while others are killed and it is compacted.
+
+    Parameters
+    ----------
+    root : Path
+        Where the stores go.
+    seed : int
+        Of the moments at which writers are killed.
+    lives : int
+        Stores, one after another.
+    rounds : int
+        Commits of each writer that is let live.
+    kills : int
+        Writers that are killed meanwhile; after each the store is compacted.
+
+    Returns
+    -------
+    Figures
+        Lives that left a whole store; commits that were acknowledged, and that nobody heard of.
+    """
+    figures = Figures()
+    for life in range(lives):
+        path = root / f"shared{life}.zarr"
+        life_of = partial(_life, figures, path, seed + life, rounds, kills)
+        figures.look(f"life {life}, seed {seed}", life_of)
+        shutil.rmtree(path, ignore_errors=True)
+    return figures
+
+
+def _life(figures: Figures, path: Path, seed: int, rounds: int, kills: int) -> str:
+    store = EmbeddingStore.create(path, SMALL, shared=True)
+    told: list[tuple[int, int]] = []
+    dying: list[tuple[int, int]] = []
+    with meanwhile(lambda: told.extend(race(path, RACING, rounds))):
+        for number in range(kills):
+            dying += killed(path, len(RACING) + number, 100, seed=seed * kills + number)
+            store.compact()
+    assert len(told) == len(RACING) * rounds, f"{len(told)} commits of those that were let live"
+    store = EmbeddingStore.open(path)
+    unheard = check(store, told + dying)
+    assert unheard <= kills, f"{unheard} commits that nobody heard of, of {kills} killed"
+    with patch.object(transaction, "LIFETIME", 0.0):  # nobody is at work any more
+        store.compact()
+    assert check(store, told + dying) == unheard
+    found = store.verify()
+    assert found.sound, f"{found.damaged} {found.problems}"
+    assert not found.leftovers, f"left over: {found.leftovers[0]}"
+    figures.counts["acknowledged"] += len(told) + len(dying)
+    figures.counts["not heard of"] += unheard
+    return "whole"
 
 
 if __name__ == "__main__":

@@ -132,6 +132,20 @@ def test_writers_that_are_killed_leave_whole_commits_and_no_orphans(shared, monk
     assert not found.leftovers
 
 
+def test_what_a_dead_writer_left_is_removed_where_nothing_else_is_to_do(shared, monkeypatch):
+    fill(shared, node=0, round=1, classes="dog", n=4)
+    commit = shared.commit
+    left = shared.path / "t5" / "c.70.0.0"
+    left.write_bytes(b"nobody's")
+    shared.compact()
+    assert left.exists()  # its writer may be at work
+    monkeypatch.setattr(transaction, "LIFETIME", 0.0)
+    assert shared.compact().files_freed == 1
+    assert not left.exists()
+    assert shared.commit == commit
+    assert shared.verify().sound
+
+
 @pytest.mark.parametrize("path", ["_delta_log", pytest.param("", marks=pytest.mark.long)])
 def test_an_answer_that_is_lost_does_not_double_a_commit(aws, url, path):
     proxy = aws(lost=0.3 if path else 0.08, methods="PUT POST", path=path)

@@ -40,7 +40,12 @@ def crashes(piece: str) -> dict[str, Any]:
 
 def writers(piece: str) -> dict[str, Any]:
     figures: dict[str, Any] = soaked(
-        "kills-at-random", "granted-locks", "stopped-writers", "locks-not-offered", *COPIES
+        "kills-at-random",
+        "granted-locks",
+        "stopped-writers",
+        "locks-not-offered",
+        "shared-stores",
+        *COPIES,
     )[piece]
     return figures
 
@@ -91,6 +96,13 @@ def test_writers_go_on_where_no_locks_are_offered():
     found = writers("locks-not-offered")
     assert found["faults"] == []
     assert found["counts"]["acknowledged"] >= 9
+
+
+def test_writers_of_a_shared_store_that_race_and_are_killed_lose_nothing():
+    found = writers("shared-stores")
+    assert found["faults"] == []
+    assert found["counts"]["whole"] == found["counts"]["tried"] == 1
+    assert found["counts"]["acknowledged"] >= 14  # twelve, and one of each that was killed
 
 
 def test_a_copy_of_a_busy_store_is_sound_or_refused_and_not_damaged_later():

@@ -42,9 +42,9 @@ def compact(transaction: SharedTransaction) -> tuple[Compaction, SharedSnapshot]
         # Where others have deleted some of them meanwhile, their copies are nobody's.
         dropped = np.flatnonzero(~np.isin(moved, rows))
         small = _small(snapshot)
-        if not (len(rows) or small or _dead_shards(snapshot, unreferred(snapshot))):
-            return Compaction(0, 0, before, before), snapshot
-        if not (len(rows) or small or _died_since(snapshot)):
+        # What writers that died left behind is removed all the same.
+        due = _died_since(snapshot) and _dead_shards(snapshot, unreferred(snapshot))
+        if not (len(rows) or small or due):
             break
         added = [*_gathered(transaction, snapshot, small)]
         try:
