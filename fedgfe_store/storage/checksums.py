@@ -62,9 +62,10 @@ def hex_digests(digests: np.ndarray) -> list[str]:
     return [text[at : at + 16] for at in range(0, len(text), 16)]
 
 
-def digest(values: np.ndarray, length: int = 0) -> int:
-    """Return the xxh3 digest of one record's values in one tensor column.
+def digest(values: np.ndarray | memoryview, length: int = 0) -> int:
+    """Return the xxh3 digest of one record's values in one tensor column, or of their bytes.
 
     The seed is the record's `length` in a ragged column, whose padding is digested too.
     """
-    return xxhash.xxh3_64_intdigest(values.data, length)
+    data = values.data if isinstance(values, np.ndarray) else values
+    return xxhash.xxh3_64_intdigest(data, length)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from fedgfe_store.common import threads
 from fedgfe_store.storage import checksums
 from fedgfe_store.storage.checksums import UnreadableError
-from fedgfe_store.storage.shard_files import BROKEN, NOWHERE, OpenFile, TensorFiles
+from fedgfe_store.storage.shard_files import OpenFile, TensorFiles, bytes_of, scratch
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
 """Bytes of values between which a thread reads on before it takes the next piece."""
@@ -24,35 +22,33 @@ _RUN_BYTES, _RUN_RECORDS = 2**21, 400
 in the processor's cache, and a system takes 1,024 pieces of memory."""
 _FETCHED = 2**25
 """Bytes of values that a thread brings of one file at a time from where each read asks a server."""
+_BEHIND = memoryview(bytearray(checksums.SIZE))
+"""Where checksums go that nobody asks."""
 
-_own = threading.local()
-T = TypeVar("T")
-
-Check = Callable[[list[int], Exception | None], None]
-
-
-class _Span(NamedTuple):
-    """One inner chunk, and where the rows that are wanted of it stand among the sorted rows."""
-
-    file: int
-    chunk: int
-    begin: int
-    end: int
-    straight: bool
-    """Whether it is wanted whole, in the order in which it lies."""
+Check = Callable[[Sequence[int], Exception | None], None]
 
 
 @dataclass(frozen=True)
 class _Request:
-    """Sorted rows, where each goes in `out`, and whom to tell that it is there."""
+    """Sorted rows, where each goes, and whom to tell that it is there.
+
+    Those of inner chunk ``chunks[i]`` are from ``begins[i]`` to ``begins[i + 1]``.
+    """
 
     files: TensorFiles
-    rows: np.ndarray
+    rows: list[int]
     places: list[int]
-    out: np.ndarray
+    chunks: list[int]
+    begins: list[int]
+    straight: list[bool]
+    """Whether a chunk is wanted whole, in the order in which it lies."""
+    memory: memoryview
     check: Check
-    by_record: bool
-    """Whether records are read one by one, and not the chunks that they are in."""
+    sealed: bool
+
+    def places_of(self, spans: range) -> list[int]:
+        """Return where the rows of some chunks go."""
+        return self.places[self.begins[spans.start] : self.begins[spans.stop]]
 
 
 def gather(
@@ -72,149 +68,188 @@ def gather(
         Called in a thread with places in `out` that have just been decoded, and None, or with the
         error for which they have no value.
     sealed : bool
-        Also ask the chunks' checksums where the records' digests cover the same bytes.
+        Also ask the chunks' checksums, where the records' digests cover the same bytes.
     """
-    order = np.argsort(rows, kind="stable")
-    by_record = files.codec is None and not (sealed or files.place.distant)
-    request = _Request(files, rows[order], order.tolist(), out, check, by_record)
-    spans = _spans(files, request.rows, order)
+    if not len(rows):
+        return
+    request = _request(files, rows, bytes_of(out), check, sealed)
+    n = len(request.chunks)
     if files.place.distant:  # a file's index is asked for once
-        whole = ((request, list(group)) for _, group in groupby(spans, lambda span: span.file))
+        whole = ((request, spans) for _, spans in _by_file(request, range(n)))
         threads.run(threads.fetchers(), _read_piece, whole)
         return
-    share = len(spans) * files.chunk_nbytes // (_PIECES * threads.count())
+    share = n * files.chunk_nbytes // (_PIECES * threads.count())
     step = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)
-    pieces = ((request, spans[start : start + step]) for start in range(0, len(spans), step))
+    pieces = ((request, range(start, min(start + step, n))) for start in range(0, n, step))
     threads.run(threads.readers(), _read_piece, pieces)
 
 
-def _spans(files: TensorFiles, rows: np.ndarray, places: np.ndarray) -> list[_Span]:
-    if not len(rows):
-        return []
+def _request(
+    files: TensorFiles, rows: np.ndarray, memory: memoryview, check: Check, sealed: bool
+) -> _Request:
+    places = np.arange(len(rows))
+    if (rows[1:] < rows[:-1]).any():  # those of a selection ascend
+        places = np.argsort(rows, kind="stable")
+        rows = rows[places]
     chunks = rows // files.chunk
-    begins = np.flatnonzero(np.diff(chunks, prepend=-1))
-    ends = np.append(begins[1:], len(rows))
-    # Counts, up to each row, those that do not follow the one before: in the files, or in `out`.
-    breaks = np.cumsum((np.diff(rows, prepend=-2) != 1) | (np.diff(places, prepend=-2) != 1))
-    straight = (ends - begins == files.chunk) & (breaks[begins] == breaks[ends - 1])
-    numbers, within = np.divmod(chunks[begins], files.granule // files.chunk)
-    columns = (numbers, within, begins, ends, straight)
-    return [_Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    begins = [0, *(np.flatnonzero(chunks[1:] != chunks[:-1]) + 1).tolist()]
+    ends = [*begins[1:], len(rows)]
+    straight = [end - begin == files.chunk for begin, end in zip(begins, ends, strict=True)]
+    if files.chunk > 1 and any(straight):
+        # Up to each row, those that do not follow the one before: in the files, or in `out`.
+        follows = (rows[1:] - rows[:-1] == 1) & (places[1:] - places[:-1] == 1)
+        breaks = np.cumsum(np.append(0, ~follows))
+        last = np.array(ends) - 1
+        straight = (straight & (breaks[begins] == breaks[last])).tolist()
+    return _Request(
+        files=files,
+        rows=rows.tolist(),
+        places=places.tolist(),
+        chunks=chunks[begins].tolist(),
+        begins=[*begins, len(rows)],
+        straight=straight,
+        memory=memory,
+        check=check,
+        sealed=sealed,
+    )
 
 
-def _read_piece(request: _Request, spans: list[_Span]) -> None:
-    for number, group in groupby(spans, lambda span: span.file):
-        _read_file(request, number, list(group))
+def _by_file(request: _Request, spans: range) -> Iterator[tuple[int, range]]:
+    """Yield numbers of files, and which of the chunks each holds."""
+    each = request.files.granule // request.files.chunk
+    start = spans.start
+    while start < spans.stop:
+        number = request.chunks[start] // each
+        stop = bisect_left(request.chunks, (number + 1) * each, start, spans.stop)
+        yield number, range(start, stop)
+        start = stop
 
 
-def _read_file(request: _Request, number: int, spans: list[_Span]) -> None:
-    try:
-        file = OpenFile(request.files, number)
-    except (UnreadableError, FileNotFoundError) as error:
-        _miss(request, request.places[spans[0].begin : spans[-1].end], error)
+def _read_piece(request: _Request, spans: range) -> None:
+    for number, here in _by_file(request, spans):
+        try:
+            file = OpenFile(request.files, number)
+        except (UnreadableError, FileNotFoundError) as error:
+            _miss(request, request.places_of(here), error)
+            continue
+        with file:
+            _read_file(request, file, number, here)
+
+
+def _read_file(request: _Request, file: OpenFile, number: int, spans: range) -> None:
+    files = request.files
+    first = number * (files.granule // files.chunk)
+    if files.codec is None and not (request.sealed or files.place.distant):
+        _read_records(request, file, first, spans)
         return
-    with file:
-        if request.by_record:
-            _read_records(request, file, slice(spans[0].begin, spans[-1].end))
-            return
-        parts = portions(request.files, spans) if request.files.place.distant else [spans]
-        for part in parts:
-            if not request.files.place.distant or _fetched(request, file, part):
-                for span in part:
-                    _read_span(request, file, span)
+    for part in portions(files, spans):
+        if not files.place.distant or _fetched(request, file, first, part):
+            for span in part:
+                _read_chunk(request, file, request.chunks[span] - first, span)
 
 
-def _fetched(request: _Request, file: OpenFile, spans: Sequence[_Span]) -> bool:
+def _fetched(request: _Request, file: OpenFile, first: int, spans: range) -> bool:
     try:
-        file.fetch([span.chunk for span in spans])
+        file.fetch([request.chunks[span] - first for span in spans])
     except (UnreadableError, FileNotFoundError) as error:
-        _miss(request, request.places[spans[0].begin : spans[-1].end], error)
+        _miss(request, request.places_of(spans), error)
         return False
     return True
 
 
-def portions(files: TensorFiles, chunks: Sequence[T]) -> Iterator[Sequence[T]]:
+def portions(files: TensorFiles, chunks: range) -> Iterator[range]:
     """Cut the `chunks` that are wanted of a file into what is brought at a time."""
     step = max(1, _FETCHED // files.chunk_nbytes) if files.place.distant else len(chunks)
     return (chunks[start : start + step] for start in range(0, len(chunks), step))
 
 
-def _read_span(request: _Request, file: OpenFile, span: _Span) -> None:
-    files, out = request.files, request.out
-    places = request.places[span.begin : span.end]
+def _read_chunk(request: _Request, file: OpenFile, chunk: int, span: int) -> None:
+    files, begin, end = request.files, request.begins[span], request.begins[span + 1]
+    places, memory, nbytes = request.places[begin:end], request.memory, files.record_nbytes
     try:
-        if span.straight:
-            file.read(span.chunk, out[places[0] : places[0] + files.chunk])
+        if request.straight[span]:
+            start = places[0] * nbytes
+            file.read(chunk, memory[start : start + files.chunk_nbytes], sealed=request.sealed)
         else:
-            decoded = _scratch(files)
-            file.read(span.chunk, decoded)
-            out[places] = decoded[request.rows[span.begin : span.end] % files.chunk]
+            decoded = scratch("decoded", files.chunk_nbytes)
+            file.read(chunk, decoded, sealed=request.sealed)
+            for row, place in zip(request.rows[begin:end], places, strict=True):
+                at = row % files.chunk * nbytes
+                memory[place * nbytes : (place + 1) * nbytes] = decoded[at : at + nbytes]
     except UnreadableError as error:
         _miss(request, places, error)
     else:
         request.check(places, None)
 
 
-def _read_records(request: _Request, file: OpenFile, here: slice) -> None:
+def _read_records(request: _Request, file: OpenFile, first: int, spans: range) -> None:
     """Copy rows of one file that is not compressed from the system's cache to where they stay.
 
     Their chunks' checksums are not asked: whoever is told compares each record's digest, which
     covers the same bytes.
     """
-    files, rows = request.files, request.rows[here]
-    places = request.places[here]
-    offsets = file.locate(rows % files.granule)
-    memory = request.out.reshape(len(request.out), -1).view(np.uint8)
-    for run in _runs(offsets, np.array(places), files.record_nbytes):
-        wanted, offset = places[run], int(offsets[run.start])
+    files, run = request.files, _Run(request, file)
+    for span in spans:
+        begin, end = request.begins[span], request.begins[span + 1]
+        places = request.places[begin:end]
         try:
-            if offset == BROKEN:
-                raise UnreadableError("its index points beyond it, or to a chunk of another size")
-            if offset == NOWHERE:
-                request.out[wanted] = files.fill
-            else:
-                values = memory[wanted[0] : wanted[0] + len(wanted)].reshape(-1).data
-                file.read_into(_pieces(values, offsets[run], files.record_nbytes), offset)
+            found = file.find(request.chunks[span] - first)
         except UnreadableError as error:
-            _miss(request, wanted, error)
+            _miss(request, places, error)
+            continue
+        if found is None:
+            _fill(request, places)
+            request.check(places, None)
+            continue
+        for row, place in zip(request.rows[begin:end], places, strict=True):
+            run.add(found[0] + row % files.chunk * files.record_nbytes, place)
+    run.read()
+
+
+class _Run:
+    """Records that follow one another in a file, which one call reads."""
+
+    def __init__(self, request: _Request, file: OpenFile) -> None:
+        self._request, self._file = request, file
+        self._nbytes = request.files.record_nbytes
+        self._most = max(1, min(_RUN_BYTES // self._nbytes, _RUN_RECORDS))
+        self._pieces: list[memoryview] = []
+        self._places: list[int] = []
+        self._begin = self._end = 0
+
+    def add(self, offset: int, place: int) -> None:
+        """Add the record at `offset`; those before it are read if it does not follow them."""
+        between = offset - self._end
+        if between not in (0, checksums.SIZE) or not 0 < len(self._places) < self._most:
+            self.read()
+            self._begin = offset
+        elif between:
+            self._pieces.append(_BEHIND)
+        start, self._end = place * self._nbytes, offset + self._nbytes
+        self._pieces.append(self._request.memory[start : start + self._nbytes])
+        self._places.append(place)
+
+    def read(self) -> None:
+        """Read what was added."""
+        places, self._places = self._places, []
+        pieces, self._pieces = self._pieces, []
+        if not places:
+            return
+        try:
+            self._file.read_into(pieces, self._begin)
+        except UnreadableError as error:
+            _miss(self._request, places, error)
         else:
-            request.check(wanted, None)
+            self._request.check(places, None)
 
 
-def _runs(offsets: np.ndarray, places: np.ndarray, nbytes: int) -> Iterator[slice]:
-    """Cut records of `nbytes` into runs that follow one another, in the file and where they go.
-
-    Between two of them there may be the checksum of a chunk.
-    """
-    most = max(1, min(_RUN_BYTES // nbytes, _RUN_RECORDS))
-    steps = np.diff(offsets) - nbytes
-    follows = (steps == 0) | (steps == checksums.SIZE)
-    follows &= (offsets[:-1] >= 0) & (np.diff(places) == 1)
-    ends = [*(np.flatnonzero(~follows) + 1).tolist(), len(offsets)]
-    for begin, end in pairwise([0, *ends]):
-        for start in range(begin, end, most):
-            yield slice(start, min(start + most, end))
-
-
-def _pieces(values: memoryview, offsets: np.ndarray, nbytes: int) -> list[memoryview]:
-    """Cut the memory of a run where the file has a checksum between two records."""
-    behind = memoryview(bytearray(checksums.SIZE))
-    cuts = (np.flatnonzero(np.diff(offsets) != nbytes) + 1) * nbytes
-    pieces = []
-    for begin, end in pairwise([0, *cuts.tolist(), len(values)]):
-        pieces += [values[begin:end], behind]
-    return pieces[:-1]
-
-
-def _miss(request: _Request, places: list[int], error: Exception) -> None:
-    request.out[places] = request.files.fill
+def _miss(request: _Request, places: Sequence[int], error: Exception) -> None:
+    _fill(request, places)
     request.check(places, error)
 
 
-def _scratch(files: TensorFiles) -> np.ndarray:
-    """Return memory of this thread for one chunk; new memory would cost as much as decoding."""
-    kept: np.ndarray | None = getattr(_own, "scratch", None)
-    shape = (files.chunk, *files.shape)
-    if kept is None or (kept.shape, kept.dtype) != (shape, files.dtype):
-        kept = _own.scratch = np.empty(shape, files.dtype)
-    return kept
+def _fill(request: _Request, places: Sequence[int]) -> None:
+    nbytes = request.files.record_nbytes
+    for place in places:
+        memory = request.memory[place * nbytes : (place + 1) * nbytes]
+        np.frombuffer(memory, request.files.dtype)[:] = request.files.fill

@@ -7,29 +7,30 @@ so is the index.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
+from struct import Struct
 from typing import Any, BinaryIO, Self, get_args
 
 import numpy as np
-from numcodecs import blosc
 
 from fedgfe_store.common.words import shown
 from fedgfe_store.schema import LARGEST_CHUNK, ColumnDtype
 from fedgfe_store.storage import checksums
 from fedgfe_store.storage.checksums import UnreadableError, checksum, unsealed
+from fedgfe_store.storage.packing import HEADER, Packing, decode
 from fedgfe_store.storage.place import Place
 
 _ABSENT = 2**64 - 1
 """Place and size of a chunk that a shard does not hold."""
-NOWHERE, BROKEN = -1, -2
-"""In place of where a record begins: it has no value there, or cannot be found."""
-_HEADER = 16
-"""Bytes of blosc before the data: at 4 the size that they become, at 12 theirs with the header."""
-_SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
-_CODERS = ("blosclz", "lz4", "lz4hc", "snappy", "zlib", "zstd")
+_ENTRY = Struct("<QQ")
+"""Of an index: where a chunk begins, and its bytes."""
 _MOST_RECORDS = 16384
+
+_own = threading.local()
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TensorFiles:
     chunk: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    codec: blosc.Blosc | None
+    codec: Packing | None
     """What packs a chunk; None where its values are in the file as they are."""
 
     @classmethod
@@ -64,7 +65,8 @@ class TensorFiles:
         nbytes = dtype.itemsize * chunk * prod(shape)
         if granule > _MOST_RECORDS or granule % chunk or nbytes > LARGEST_CHUNK:
             raise ValueError(f"expected files of chunks that blosc can code, got {sizes}")
-        codec = _coder(sharding["codecs"])
+        packed = [codec["name"] for codec in sharding["codecs"]] != ["bytes", "crc32c"]
+        codec = Packing.of(sharding["codecs"][1]["configuration"]) if packed else None
         return cls(place, name, granule, chunk, tuple(shape), dtype, codec)
 
     def file(self, number: int) -> str:
@@ -75,12 +77,12 @@ class TensorFiles:
         """Return the name of that file within the store."""
         return f"{self.name}/c.{number}{'.0' * len(self.shape)}"
 
-    @property
+    @cached_property
     def chunk_nbytes(self) -> int:
         """Bytes of the values of an inner chunk."""
         return self.dtype.itemsize * self.chunk * prod(self.shape)
 
-    @property
+    @cached_property
     def record_nbytes(self) -> int:
         """Bytes of the values of a record."""
         return self.chunk_nbytes // self.chunk
@@ -88,11 +90,7 @@ class TensorFiles:
     @property
     def compression(self) -> str:
         """How values are packed, as `Schema` names it, or what else blosc was told."""
-        if self.codec is None:
-            return "none"
-        names = {number: name for name, number in _SHUFFLES.items()}
-        shuffle = names[self.codec.shuffle]
-        return shuffle if self.codec.cname == "lz4" else f"{self.codec.cname} with {shuffle}"
+        return "none" if self.codec is None else str(self.codec)
 
     @property
     def fill(self) -> float | int:
@@ -123,7 +121,7 @@ class TensorFiles:
         if len(values) < self.chunk:
             missing = np.full((self.chunk - len(values), *self.shape), self.fill, self.dtype)
             values = np.concatenate([values, missing])
-        encoded: Any = _bytes_of(values) if self.codec is None else self.codec.encode(values)
+        encoded: Any = self.codec.encode(values) if self.codec else values.reshape(-1).view("u1")
         file.write(encoded)
         file.write(checksum(encoded))
         return len(encoded) + checksums.SIZE
@@ -143,34 +141,18 @@ def _dtype(name: Any) -> np.dtype[Any]:
     return dtype
 
 
-def _coder(codecs: Sequence[Mapping[str, Any]]) -> blosc.Blosc | None:
-    """Return what packs an inner chunk between its codecs ``bytes`` and ``crc32c``."""
-    if [codec["name"] for codec in codecs] == ["bytes", "crc32c"]:
-        return None
-    codec = codecs[1]["configuration"]
-    _check_coder(codec)
-    return blosc.Blosc(
-        cname=codec["cname"],
-        clevel=codec["clevel"],
-        shuffle=_SHUFFLES[codec["shuffle"]],
-        blocksize=codec["blocksize"],
-        typesize=codec["typesize"],
-    )
-
-
-def _check_coder(codec: Mapping[str, Any]) -> None:
-    bounds = {"clevel": 9, "blocksize": 2**31 - 1, "typesize": 255}
-    for name, most in bounds.items():
-        if type(codec[name]) is not int or not 0 <= codec[name] <= most:
-            raise ValueError(f"{name}: expected 0 to {most}, got {codec[name]!r}")
-    if codec["cname"] not in _CODERS or codec["shuffle"] not in [*_SHUFFLES]:
-        raise ValueError(f"expected a codec of blosc, got {codec['cname']!r}, {codec['shuffle']!r}")
-
-
-def _bytes_of(values: np.ndarray) -> np.ndarray:
+def bytes_of(values: np.ndarray) -> memoryview:
     """Return the bytes of contiguous `values`, which are not copied."""
-    flat: np.ndarray = values.reshape(-1).view(np.uint8)
-    return flat
+    return values.reshape(-1).view(np.uint8).data
+
+
+def scratch(use: str, nbytes: int) -> memoryview:
+    """Return memory of this thread that is used again: new memory costs as much as decoding."""
+    kept: memoryview | None = getattr(_own, use, None)
+    if kept is None or len(kept) < nbytes:
+        kept = np.empty(nbytes, np.uint8).data
+        setattr(_own, use, kept)
+    return kept[:nbytes]
 
 
 class OpenFile:
@@ -193,25 +175,25 @@ class OpenFile:
 
     def __init__(self, files: TensorFiles, number: int) -> None:
         self._files = files
-        nbytes = files.granule // files.chunk * 16 + checksums.SIZE
+        nbytes = files.granule // files.chunk * _ENTRY.size + checksums.SIZE
         self._file = files.place.open(files.file_name(number), nbytes)
         try:
-            self._index_at, self._index = self._read_index(nbytes)
+            self._index_at = self._file.size - nbytes
+            if self._index_at < 0:
+                raise UnreadableError("it is too short")
+            self._index = unsealed(self._file.read(nbytes, self._index_at)).data
         except BaseException:
             self._file.close()
             raise
+        packed = files.chunk_nbytes + HEADER + checksums.SIZE  # blosc adds no more than its header
+        self._most = packed if files.codec else files.chunk_nbytes + checksums.SIZE
+        self._least = 0 if files.codec else self._most
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-
-    def _read_index(self, nbytes: int) -> tuple[int, np.ndarray]:
-        begin = self._file.size - nbytes
-        if begin < 0:
-            raise UnreadableError("it is too short")
-        return begin, unsealed(self._file.read(nbytes, begin)).view("<u8").reshape(-1, 2)
 
     def fetch(self, chunks: Sequence[int]) -> None:
         """Bring the inner chunks that will be read next, where each read would ask a server.
@@ -224,36 +206,27 @@ class OpenFile:
             If it ends before they do.
         """
         if self._files.place.distant:
-            most = self._files.chunk_nbytes + _HEADER + checksums.SIZE
-            found = [(offset, size) for offset, size in self._index[list(chunks)].tolist()]
+            found = [_ENTRY.unpack_from(self._index, chunk * _ENTRY.size) for chunk in chunks]
             # What cannot be is refused when it is read, and not asked for.
-            self._file.fetch([r for r in found if sum(r) <= self._index_at and r[1] <= most])
+            possible = [r for r in found if sum(r) <= self._index_at and r[1] <= self._most]
+            self._file.fetch(possible)
 
-    def locate(self, records: np.ndarray) -> np.ndarray:
-        """Return where records of a store that is not compressed begin in the file.
+    def find(self, chunk: int) -> tuple[int, int] | None:
+        """Return where an inner chunk begins and its bytes, those of its checksum included.
 
-        Parameters
-        ----------
-        records : ndarray of int64, shape [n]
-            Their numbers within the file.
-
-        Returns
-        -------
-        ndarray of int64, shape [n]
-            Bytes from its beginning; `NOWHERE` where it holds no value, `BROKEN` where its index
-            is of no file that a writer left.
+        Raises
+        ------
+        UnreadableError
+            If the index is of no file that a writer left.
         """
-        files = self._files
-        chunks, within = np.divmod(records, files.chunk)
-        offsets, sizes = self._index[chunks].T
-        due = files.chunk_nbytes + checksums.SIZE
-        is_sound = (sizes == due) & (offsets <= max(self._index_at - due, 0))
-        places: np.ndarray = (
-            np.where(is_sound, offsets, 0).astype(np.int64) + within * files.record_nbytes
-        )
-        places[~is_sound] = BROKEN
-        places[(offsets == _ABSENT) & (sizes == _ABSENT)] = NOWHERE
-        return places
+        offset, size = _ENTRY.unpack_from(self._index, chunk * _ENTRY.size)
+        if offset == size == _ABSENT:
+            return None
+        if offset + size > self._index_at:
+            raise UnreadableError("its index points beyond it")
+        if not self._least <= size <= self._most:
+            raise UnreadableError("it holds a chunk of another size")
+        return offset, size
 
     def read_into(self, memory: Sequence[memoryview], offset: int) -> None:
         """Fill pieces of memory, one after another, with what lies from `offset` on.
@@ -265,39 +238,38 @@ class OpenFile:
         """
         self._file.read_into(memory, offset)
 
-    def read(self, chunk: int, out: np.ndarray) -> None:
-        r"""Decode the inner chunk number `chunk` into `out`, NaN where the file has none.
+    def read(self, chunk: int, out: memoryview, *, sealed: bool) -> None:
+        """Decode the inner chunk number `chunk` into `out`, NaN where the file has none.
 
         Parameters
         ----------
         chunk : int
             Number of the chunk within the file.
-        out : ndarray, shape [chunk, \*shape]
-            Where to; contiguous.
+        out : memoryview of bytes
+            Where to; writable.
+        sealed : bool
+            Whether to ask the chunk's checksum.
 
         Raises
         ------
         UnreadableError
             If the chunk is damaged; what is in `out` is then undefined.
         """
-        offset, size = map(int, self._index[chunk])
-        if offset == size == _ABSENT:
-            out[...] = self._files.fill
+        found = self.find(chunk)
+        if found is None:
+            np.frombuffer(out, self._files.dtype)[:] = self._files.fill
             return
-        if offset + size > self._index_at:
-            raise UnreadableError("its index points beyond it")
-        if size > out.nbytes + _HEADER + checksums.SIZE:  # blosc adds no more than its header
-            raise UnreadableError("it holds a chunk of another size")
-        encoded = unsealed(self._file.read(size, offset))
+        offset, size = found
+        data = self._contents(offset, size)
+        content = unsealed(data).data if sealed else data[: -checksums.SIZE]
         if self._files.codec is None:
-            if len(encoded) != out.nbytes:
-                raise UnreadableError("it holds a chunk of another size")
-            _bytes_of(out)[:] = encoded
-            return
-        sizes = encoded[4:_HEADER].view("<u4").tolist() if len(encoded) >= _HEADER else []
-        if sizes[::2] != [out.nbytes, len(encoded)]:
-            raise UnreadableError("it holds a chunk of another size")
-        try:
-            blosc.decompress(encoded, out)
-        except RuntimeError as error:
-            raise UnreadableError(str(error)) from error
+            out[:] = content
+        else:
+            decode(content, out)
+
+    def _contents(self, offset: int, size: int) -> memoryview:
+        if self._files.place.distant:
+            return memoryview(self._file.read(size, offset))
+        memory = scratch("encoded", size)
+        self._file.read_into([memory], offset)
+        return memory

@@ -29,7 +29,7 @@ from fedgfe_store.storage.checksums import digest, row_digests
 from fedgfe_store.storage.gather import gather
 from fedgfe_store.storage.metadata import CommitPoint, Group
 from fedgfe_store.storage.place import Place
-from fedgfe_store.storage.shard_files import TensorFiles
+from fedgfe_store.storage.shard_files import TensorFiles, bytes_of
 from fedgfe_store.storage.whole_files import Expected
 
 Filters = Mapping[str, Sequence[Any]]
@@ -210,9 +210,12 @@ class State(ABC):
         if column.ragged:
             lengths = self.column_at(f"length_{name}", rows).tolist()
 
-        def check(places: list[int], error: Exception | None) -> None:
+        memory, nbytes = bytes_of(out), column.nbytes
+
+        def check(places: Sequence[int], error: Exception | None) -> None:
             for place in places:
-                if error is None and digest(out[place], lengths[place]) == digests[place]:
+                values = memory[place * nbytes : (place + 1) * nbytes]
+                if error is None and digest(values, lengths[place]) == digests[place]:
                     continue
                 if self._has(name, rows[place]):
                     raise self._lost(name, rows[place]) from error

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedgfe_store.storage.checksums import UnreadableError, digest
 from fedgfe_store.storage.gather import portions
-from fedgfe_store.storage.shard_files import OpenFile, TensorFiles
+from fedgfe_store.storage.shard_files import OpenFile, TensorFiles, bytes_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _chunks(
 
 def _read(file: OpenFile, chunk: int, decoded: np.ndarray) -> UnreadableError | None:
     try:
-        file.read(chunk, decoded)
+        file.read(chunk, bytes_of(decoded), sealed=True)
     except UnreadableError as error:
         return error
     return None

@@ -586,15 +586,23 @@ def test_marks_of_a_dead_writer_do_not_come_to_life(store, change):
 
 def failing_reads(monkeypatch, file: Path, code: int, *, beyond: int) -> None:
     """Let reads of `file` from a place on, as of a bad sector, fail as the disk does."""
-    inode, real = file.stat().st_ino, os.pread
+    inode, pread, preadv = file.stat().st_ino, os.pread, os.preadv
 
-    def pread(handle, size, offset):
-        index = offset + size == file.stat().st_size
-        if os.fstat(handle).st_ino == inode and offset >= beyond and not index:
+    def fail(handle, offset):
+        if os.fstat(handle).st_ino == inode and offset >= beyond:
             raise OSError(code, os.strerror(code))
-        return real(handle, size, offset)
 
-    monkeypatch.setattr(os, "pread", pread)
+    def read(handle, size, offset):
+        if offset + size != file.stat().st_size:  # the index
+            fail(handle, offset)
+        return pread(handle, size, offset)
+
+    def read_into(handle, memory, offset):
+        fail(handle, offset)
+        return preadv(handle, memory, offset)
+
+    monkeypatch.setattr(os, "pread", read)
+    monkeypatch.setattr(os, "preadv", read_into)
 
 
 def test_a_bad_sector_is_damage_of_the_records_that_lie_there(sound, monkeypatch):
