@@ -15,6 +15,8 @@ from fedgfe_store.storage.shard_files import OpenFile, TensorFiles, bytes_of, sc
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**18, 2**23
 """Bytes of values between which a thread reads on before it takes the next piece."""
+_ALONE = 2**21
+"""Bytes of values that are read before other threads have woken up and told of their end."""
 _PIECES = 2
 """Pieces for each thread, so that none is left waiting for the last one."""
 _RUN_BYTES, _RUN_RECORDS = 2**21, 400
@@ -65,8 +67,8 @@ def gather(
     out : ndarray, shape [n, \*shape]
         Where to; contiguous. NaN, or 0 in columns of whole numbers, where a file holds no value.
     check : callable
-        Called in a thread with places in `out` that have just been decoded, and None, or with the
-        error for which they have no value.
+        Called in a thread, or in this one, with places in `out` that have just been decoded, and
+        None, or with the error for which they have no value.
     sealed : bool
         Also ask the chunks' checksums, where the records' digests cover the same bytes.
     """
@@ -77,6 +79,9 @@ def gather(
     if files.place.distant:  # a file's index is asked for once
         whole = ((request, spans) for _, spans in _by_file(request, range(n)))
         threads.run(threads.fetchers(), _read_piece, whole)
+        return
+    if n * files.chunk_nbytes <= _ALONE:
+        _read_piece(request, range(n))
         return
     share = n * files.chunk_nbytes // (_PIECES * threads.count())
     step = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)
