@@ -10,7 +10,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,8 +43,6 @@ FEATURES = frozenset({"kinds", "dtypes", "ragged", "compression", NEGATIVES, SHA
 
 GROUP_BYTES = 2**28
 """Longest ``zarr.json``: other people's arrays and attributes are in it, too."""
-_KEPT_BYTES = 2**20
-"""Longest ``zarr.json`` that is kept with what it says; that of ten million keys has 0.2 MB."""
 _LAST_COMMIT = 2**31 - 2
 """Commit numbers are int32, and one more is compared with."""
 # The digests of one column would take 8 TiB of memory: no writer of ours has come that far.
@@ -123,8 +121,7 @@ class Group:
         # What reads the same was checked before; parsing takes longer with every key chunk.
         if known is not None and raw == known.raw:
             return known
-        parse = _parsed if len(raw) <= _KEPT_BYTES else _parsed.__wrapped__
-        return parse(str(place), raw)
+        return _parsed(str(place), raw)
 
     @property
     def key_columns(self) -> Mapping[str, KeyColumn]:
@@ -209,12 +206,8 @@ class Group:
         return [c.name for c in self.known_columns.values() if c.dim == "record"]
 
 
-@lru_cache(maxsize=8)
 def _parsed(place: str, raw: bytes) -> Group:
-    """Return the group in the ``zarr.json`` of a store, which is often opened or refreshed again.
-
-    Raises as `Group.read` does.
-    """
+    """Return the group in the ``zarr.json`` of a store; raises as `Group.read` does."""
     where = f"{place}/{GROUP_FILE}"
     try:
         document = parsed_group(raw)
