@@ -19,6 +19,9 @@ _ALONE = 2**21
 """Bytes of values that are read before other threads have woken up and told of their end."""
 _PIECES = 2
 """Pieces for each thread, so that none is left waiting for the last one."""
+_WAITED = 2**20
+"""Most bytes of a chunk for which more threads than processors wait for a disk: each keeps memory
+for one, and a few large ones give a disk enough to do."""
 _RUN_BYTES, _RUN_RECORDS = 2**21, 400
 """Most that one call reads of a file that is not compressed: records are digested while they are
 in the processor's cache, and a system takes 1,024 pieces of memory."""
@@ -83,10 +86,17 @@ def gather(
     if n * files.chunk_nbytes <= _ALONE:
         _read_piece(request, range(n))
         return
-    share = n * files.chunk_nbytes // (_PIECES * threads.count())
+    waits = files.chunk_nbytes <= _WAITED and files.place.waits(_first_file(request))
+    pool = threads.fetchers() if waits else threads.readers()
+    share = 0 if waits else n * files.chunk_nbytes // (_PIECES * threads.count())
     step = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)
     pieces = ((request, range(start, min(start + step, n))) for start in range(0, n, step))
-    threads.run(threads.readers(), _read_piece, pieces)
+    threads.run(pool, _read_piece, pieces)
+
+
+def _first_file(request: _Request) -> str:
+    files = request.files
+    return files.file_name(request.chunks[0] // (files.granule // files.chunk))
 
 
 def _request(

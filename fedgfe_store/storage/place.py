@@ -59,6 +59,9 @@ class Place(Protocol):
     def open(self, name: str, end: int) -> PartFile:
         """Open a file of which the last `end` bytes are read first; raises as `read` does."""
 
+    def waits(self, name: str) -> bool:
+        """Whether to read a file is to wait, and processors would be idle meanwhile."""
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
 
