@@ -34,6 +34,10 @@ def count() -> int:
     return min(available, _MOST)
 
 
+_own = threading.local()
+"""In a thread of a pool, `pool` is that."""
+
+
 @cache
 def readers() -> Pool:
     """Return the pool that decodes for every reader of this process."""
@@ -226,6 +230,7 @@ class Pool:
             if self._threads == self._size:
                 return
             self._threads += 1
+        _own.pool = self
         while True:
             with self._lock:
                 self._idle += 1

@@ -288,3 +288,14 @@ def test_a_forked_child_reads_and_writes_with_threads_of_its_own(store):
     command = [sys.executable, "-c", FORK, str(store.path)]
     assert finished(command, cwd=TESTS, check=False).returncode == 0
     assert len(EmbeddingStore.open(store.path)) == 12
+
+
+def test_calls_that_ask_the_same_pool_again_do_not_wait_for_one_another():
+    pool = threads.Pool(2)
+    together = threading.Barrier(2, timeout=60)
+
+    def outer(number):
+        together.wait()  # no thread of the pool is left
+        return sum(threads.run(pool, lambda n: n * number, [(1,), (2,), (3,)]))
+
+    assert threads.run(pool, outer, [(10,), (100,)]) == [60, 600]
