@@ -63,9 +63,10 @@ def run(pool: Pool, function: Callable[..., T], arguments: Iterable[tuple[Any, .
     Of several errors the first in order is raised. No call is under way, or begins, when this has
     returned or raised, also where it was interrupted: what follows may undo what the calls did.
     `arguments` are drawn in the pool's threads, one at a time and as they are needed. Where no
-    thread can begin, as when the interpreter ends, this one makes the calls.
+    thread can begin, as when the interpreter ends, this one makes the calls; and so does one of the
+    pool's own, since where all of them waited for others none would be left.
     """
-    if not pool.begin():
+    if getattr(_own, "pool", None) is pool or not pool.begin():
         return [function(*each) for each in arguments]
     task = _Task(pool, function, arguments)
     try:
