@@ -56,7 +56,7 @@ def make(path: Path, keys: int) -> None:
             for number in rounds[start : start + 20]:
                 columns = {**records.columns, "round": np.full(len(records), number, np.int32)}
                 columns["row_digest"] = row_digests(columns)
-                transaction.write(RecordBatch(columns, records.tensors))
+                transaction.write([RecordBatch(columns, records.tensors)])
             snapshot = transaction.publish("append")
 
 

@@ -82,9 +82,13 @@ def test_a_text_that_is_longer_than_its_file_is_damage(size):
 def test_chunks_that_hold_a_round_are_found_as_by_looking_at_each():
     draw = random.Random(0)
     for _ in range(300):
-        bounds = [sorted(draw.choices(range(12), k=2)) for _ in range(6)]
-        zones = Zones((), (*(Zone(*each, None) for each in bounds), None, Zone(0, -1, 0)))
-        ranges = [range(*draw.choices(range(-3, 15), k=2), draw.choice([1, 2, -1])) for _ in "ab"]
+        some = [draw.choices(range(12), k=2) for _ in range(6)]
+        bounds = [(min(each), max(each)) for each in some]
+        zones = Zones((), (*(Zone(a, b, None) for a, b in bounds), None, Zone(0, -1, 0)))
+        ends = range(-3, 15)
+        ranges = [
+            range(draw.choice(ends), draw.choice(ends), draw.choice([1, 2, -1])) for _ in "ab"
+        ]
         wanted = [*draw.choices(range(-2, 14), k=draw.randrange(3)), *ranges[: draw.randrange(3)]]
         numbers = {n for each in wanted for n in (each if isinstance(each, range) else [each])}
         found = zones.may_hold({"round": wanted})
