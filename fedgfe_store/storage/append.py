@@ -30,8 +30,8 @@ class AppendBatch:
 
     As a context it commits on exit, or changes nothing if the block raises. Records are copied
     as they are added; once 256 MiB of them wait they are written, which takes the store's
-    writer lock, where it has one, until the end of the block. One call with 64 MiB or more is
-    written at once, without a copy.
+    writer lock, where it has one, until the end of the block. One call with 64 MiB or more of exact
+    values is written at once, without a copy.
 
     Attributes
     ----------
@@ -143,10 +143,12 @@ class AppendBatch:
         ConflictError
             As for `add`.
         """
-        if records.nbytes < _AT_ONCE_BYTES:
-            self._take(conformed(records, self._known.schema))
+        schema = self._known.schema
+        # Rounded at the first look and again as they are written, they would cost more than a copy.
+        if records.nbytes < _AT_ONCE_BYTES or schema.precision != "float32":
+            self._take(conformed(records, schema))
         else:
-            self._take_at_once(surveyed(records, self._known.schema))
+            self._take_at_once(surveyed(records, schema))
 
     def add_finite(self, records: RecordBatch, *, given: bool = False) -> dict[int, str]:
         """Add those of `records` whose values are finite in the store's precision.

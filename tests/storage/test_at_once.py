@@ -110,9 +110,8 @@ def test_a_call_that_is_refused_adds_nothing(tmp_path):
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_values_that_change_meanwhile_are_refused(tmp_path, monkeypatch, precision):
-    store = EmbeddingStore.create(tmp_path / "s", schema(precision=precision))
+def test_values_that_change_meanwhile_are_refused(tmp_path, monkeypatch):
+    store = EmbeddingStore.create(tmp_path / "s", schema())
     given, new = drawn(20), ready.Seen.new
 
     def changed(seen: Any, records: Any) -> Any:
