@@ -22,7 +22,7 @@ from fedgfe_store.storage.writing import Change, CommitKind, Writing, committed
 _BUFFER_BYTES = 256 * 2**20
 # Copying costs; but what comes in smaller calls may take an epoch, while others want the lock.
 _AT_ONCE_BYTES = 64 * 2**20
-"""Bytes of a call's tensors from which they are written before it returns, and not copied."""
+"""Bytes of a call from which exact values are not copied; to round others twice costs more."""
 
 
 class AppendBatch:
@@ -30,8 +30,8 @@ class AppendBatch:
 
     As a context it commits on exit, or changes nothing if the block raises. Records are copied
     as they are added; once 256 MiB of them wait they are written, which takes the store's
-    writer lock, where it has one, until the end of the block. One call with 64 MiB or more of exact
-    values is written at once, without a copy.
+    writer lock, where it has one, until the end of the block. 64 MiB of exact values in a call are
+    written at once, without a copy.
 
     Attributes
     ----------
@@ -62,9 +62,8 @@ class AppendBatch:
         self._defaults = {"node": node, "round": round}
         self._if_exists: IfExists = if_exists
         self._waiting: list[RecordBatch] = []
-        self._ready = Ready()
+        self._ready, self._seen = Ready(), Seen()
         self._failure: BaseException | None = None
-        self._seen = Seen()
         self._deleted: list[int] = []
         self._kept: set[RecordKey] = set()
         self._superseded: set[tuple[str, int, str]] = set()
@@ -144,7 +143,6 @@ class AppendBatch:
             As for `add`.
         """
         schema = self._known.schema
-        # Rounded at the first look and again as they are written, they would cost more than a copy.
         if records.nbytes < _AT_ONCE_BYTES or schema.precision != "float32":
             self._take(conformed(records, schema))
         else:
