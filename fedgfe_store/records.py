@@ -89,7 +89,7 @@ class RecordBatch:
         Tensor columns, ``[n, *shape]`` of their data types, rounded to the schema's precision.
     unfinished : bool
         Whether the tensors are not rounded yet: they are in a caller's memory, which nothing may
-        be changed in, and were looked through, see `storage.entry.surveyed`.
+        be changed in, and were looked through, see `storage.entry.conformed`.
     """
 
     columns: Mapping[str, np.ndarray]

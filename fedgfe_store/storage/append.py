@@ -11,7 +11,7 @@ import numpy as np
 
 from fedgfe_store.errors import ConflictError, SchemaMismatchError
 from fedgfe_store.records import KEY_COLUMNS, RecordBatch, RecordKey, keys_of
-from fedgfe_store.storage.entry import conformed, finished, surveyed
+from fedgfe_store.storage.entry import conformed, finished
 from fedgfe_store.storage.incoming import checked, checked_keys, checked_source
 from fedgfe_store.storage.ready import Ready, Seen, digest_names
 from fedgfe_store.storage.sifting import IfExists, Sifter
@@ -146,7 +146,7 @@ class AppendBatch:
         if records.nbytes < _AT_ONCE_BYTES or schema.precision != "float32":
             self._take(conformed(records, schema))
         else:
-            self._take_at_once(surveyed(records, schema))
+            self._take_at_once(conformed(records, schema, how="left"))
 
     def add_finite(self, records: RecordBatch, *, given: bool = False) -> dict[int, str]:
         """Add those of `records` whose values are finite in the store's precision.
@@ -201,7 +201,7 @@ class AppendBatch:
         self._put_whole()
         # A file that is half full costs less than a copy of what is in it.
         if 2 * len(self._ready) >= self._known.schema.granule:
-            self._put(self._begin(), len(self._ready))
+            self._put(len(self._ready))
         self._ready.settle(lambda rest: conformed(rest, self._known.schema))
 
     def unknown(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -303,19 +303,19 @@ class AppendBatch:
         """Write what waits, granule by granule; without `rest` keep an unfinished granule."""
         if not (self._waiting or len(self._ready) or (rest and self._superseded)):
             return
-        writing = self._begin()
+        self._begin()
         while self._waiting:
             self._ready.append(self._sifted(self._waiting[0]))
             del self._waiting[0]
             if self._waiting or not rest:
                 self._put_whole()
         if rest:
-            self._put(writing, len(self._ready))
+            self._put(len(self._ready))
 
     def _put_whole(self) -> None:
         """Write the whole granules of what is ready."""
-        writing, granule = self._begin(), self._known.schema.granule
-        self._put(writing, len(self._ready) // granule * granule)
+        granule = self._known.schema.granule
+        self._put(len(self._ready) // granule * granule)
 
     def _begin(self) -> Writing:
         if self._writing is None:
@@ -328,7 +328,7 @@ class AppendBatch:
         assert self._known_by is not None
         return self._known_by
 
-    def _put(self, writing: Writing, n: int) -> None:
+    def _put(self, n: int) -> None:
         """Write the first `n` records of those that are ready."""
         if not n:
             return
@@ -339,7 +339,7 @@ class AppendBatch:
         for each in granules:
             self._written.append({name: each.columns[name] for name in names})
         try:
-            writing.write(granules)
+            self._begin().write(granules)
         except BaseException as error:
             self._failure = error  # they are lost, whether or not the block goes on
             raise

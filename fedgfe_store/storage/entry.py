@@ -50,8 +50,11 @@ _MILLISECONDS = {
 """By unit of numpy, milliseconds as a fraction."""
 
 
-def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
-    """Return a copy of `records` as they stand under `schema`: rounded, finite, digested.
+def conformed(records: RecordBatch, schema: Schema, *, how: How = "copied") -> RecordBatch:
+    """Return `records` as they stand under `schema`: rounded, finite, digested.
+
+    What is left as it is, see `finished`, is finished and compared with the digests as it is
+    written: see `finishing.Finisher`.
 
     Raises
     ------
@@ -61,32 +64,11 @@ def conformed(records: RecordBatch, schema: Schema) -> RecordBatch:
     """
     known = {name: records.columns[name] for name in (*KEY_COLUMNS, *NOTE_COLUMNS)}
     check_entry(known, lambda position: named(records.key(position)))
-    fitting, unfit = finished(records, schema)
-    _refuse(records, schema, unfit)
-    return fitting
-
-
-def surveyed(records: RecordBatch, schema: Schema) -> RecordBatch:
-    """Return `records` with the digests that they have under `schema`, in their own memory.
-
-    What is written of them is finished, and compared with these digests, as it is written: see
-    `finishing.Finisher`.
-
-    Raises
-    ------
-    SchemaMismatchError
-        As for `conformed`.
-    """
-    check_entry(records.columns, lambda position: named(records.key(position)))
-    fitting, unfit = finished(records, schema, how="left")
-    _refuse(records, schema, unfit)
-    return fitting
-
-
-def _refuse(records: RecordBatch, schema: Schema, unfit: Mapping[int, tuple[str, bool]]) -> None:
+    fitting, unfit = finished(records, schema, how=how)
     for position, (name, is_beyond) in unfit.items():
         what = f"not finite in {schema.precision}" if is_beyond else "not finite"
         raise SchemaMismatchError(f"{name} of {records.key(position)} has values that are {what}")
+    return fitting
 
 
 def finished(
