@@ -83,15 +83,15 @@ def checked_arrays(schema: Schema, version: int, found: Mapping[str, Any]) -> Ar
 
 
 def _are_usual(metadata: Metadata, usual: Arrays) -> bool:
-    return all(_is_usual(metadata[name], wanted) for name, wanted in usual.metadata.items())
+    return all(is_alike(metadata[name], wanted) for name, wanted in usual.metadata.items())
 
 
-def _is_usual(found: Any, wanted: Mapping[str, Any]) -> bool:
-    """Whether metadata of an array is as expected, however long the array is."""
+def is_alike(found: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether metadata of an array is as `wanted`, however long the array is."""
     shape = found.get("shape") if isinstance(found, dict) else None
     if not (isinstance(shape, list) and shape and type(shape[0]) is int):
         return False
-    return {**found, "shape": [0, *shape[1:]]} == wanted
+    return {**found, "shape": [wanted["shape"][0], *shape[1:]]} == wanted
 
 
 def _without_lengths(metadata: Metadata) -> str:

@@ -86,17 +86,13 @@ def gather(
     if n * files.chunk_nbytes <= _ALONE:
         _read_piece(request, range(n))
         return
-    waits = files.chunk_nbytes <= _WAITED and files.place.waits(_first_file(request))
+    first = files.file_name(request.chunks[0] // files.chunks)
+    waits = files.chunk_nbytes <= _WAITED and files.place.waits(first)
     pool = threads.fetchers() if waits else threads.readers()
     share = 0 if waits else n * files.chunk_nbytes // (_PIECES * threads.count())
     step = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)
     pieces = ((request, range(start, min(start + step, n))) for start in range(0, n, step))
     threads.run(pool, _read_piece, pieces)
-
-
-def _first_file(request: _Request) -> str:
-    files = request.files
-    return files.file_name(request.chunks[0] // (files.granule // files.chunk))
 
 
 def _request(
@@ -131,7 +127,7 @@ def _request(
 
 def _by_file(request: _Request, spans: range) -> Iterator[tuple[int, range]]:
     """Yield numbers of files, and which of the chunks each holds."""
-    each = request.files.granule // request.files.chunk
+    each = request.files.chunks
     start = spans.start
     while start < spans.stop:
         number = request.chunks[start] // each
@@ -153,7 +149,7 @@ def _read_piece(request: _Request, spans: range) -> None:
 
 def _read_file(request: _Request, file: OpenFile, number: int, spans: range) -> None:
     files = request.files
-    first = number * (files.granule // files.chunk)
+    first = number * files.chunks
     if files.codec is None and not (request.sealed or files.place.distant):
         _read_records(request, file, first, spans)
         return

@@ -123,7 +123,7 @@ class Group:
             return known
         return _parsed(str(place), raw)
 
-    @property
+    @cached_property
     def key_columns(self) -> Mapping[str, KeyColumn]:
         """The key columns that the store has on the disk."""
         return key_columns(self.schema, self.version)

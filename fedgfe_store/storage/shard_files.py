@@ -80,6 +80,11 @@ class TensorFiles:
         return f"{self.name}/c.{number}{'.0' * len(self.shape)}"
 
     @cached_property
+    def chunks(self) -> int:
+        """Inner chunks of a file."""
+        return self.granule // self.chunk
+
+    @cached_property
     def chunk_nbytes(self) -> int:
         """Bytes of the values of an inner chunk."""
         return self.dtype.itemsize * self.chunk * prod(self.shape)
@@ -119,7 +124,7 @@ class TensorFiles:
         present : ndarray of bool, shape [n], optional
             Which records have a value; chunks without any are left out.
         """
-        index = np.full((self.granule // self.chunk, 2), _ABSENT, "<u8")
+        index = np.full((self.chunks, 2), _ABSENT, "<u8")
         for start in range(0, n, self._group):
             some = values(slice(start, min(start + self._group, n)))
             for first in range(0, len(some), self.chunk):
@@ -194,7 +199,7 @@ class OpenFile:
 
     def __init__(self, files: TensorFiles, number: int) -> None:
         self._files = files
-        nbytes = files.granule // files.chunk * _ENTRY.size + checksums.SIZE
+        nbytes = files.chunks * _ENTRY.size + checksums.SIZE
         self._file = files.place.open(files.file_name(number), nbytes)
         try:
             self._index_at = self._file.size - nbytes

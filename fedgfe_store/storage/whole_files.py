@@ -82,7 +82,7 @@ def _chunks(
 ) -> Iterator[tuple[int, UnreadableError | FileNotFoundError | None]]:
     """Decode every chunk of a file, and yield its number, and why it cannot be read."""
     files = expected.files
-    every = range(files.granule // files.chunk)
+    every = range(files.chunks)
     try:
         file = OpenFile(files, expected.granule)
     except (UnreadableError, FileNotFoundError) as error:
