@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from fedgfe_store import EmbeddingStore, Schema
+from fedgfe_store.common.igzip import isal_zlib
 from fedgfe_store.generation.run import generate
 from fedgfe_store.generation.settings import Settings
 from fedgfe_store.images import png
@@ -126,7 +127,7 @@ def main() -> None:
 def print_png(picture: np.ndarray) -> None:
     """Print milliseconds of one processor, and size, of a picture as PNG."""
     encoders: dict[str, Callable[[], bytes]] = {"generate": lambda: png.png_bytes(picture, {})}
-    if png.isal_zlib is not None:
+    if isal_zlib is not None:
         encoders["generate, without isal"] = lambda: without_isal(picture)
     for level in (0, 1, 3, 6, 9):
         encoders[f"Pillow, level {level}"] = partial(pillow, picture, level)

@@ -7,20 +7,19 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from fedgfe_store.common.igzip import isal_zlib
 
 _WINDOW_BYTES = 128 << 20
 """Bytes of a mapping that are read before its pages are let go of: they stay until then."""
 _PIECE = 8 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """What stands before a member's name; the lengths are those of the name and of what follows it."""
-# The same number as zlib's, in a fifth of the time; there is none for some processors.
-_crc32: Any = (import_module("isal.isal_zlib") if find_spec("isal") else zlib).crc32
+_crc32: Any = (isal_zlib or zlib).crc32
 
 
 class Mapped:

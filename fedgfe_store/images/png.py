@@ -11,8 +11,6 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,11 +19,9 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
+from fedgfe_store.common.igzip import isal_zlib
 from fedgfe_store.storage.claim_files import is_gone
 from fedgfe_store.storage.files import flushed, placing
-
-# There is none for a processor that it is not built for.
-isal_zlib: Any = import_module("isal.isal_zlib") if find_spec("isal") else None
 
 FileState = Literal["ours", "foreign", "damaged"]
 
