@@ -80,7 +80,6 @@ def image_names(columns: Mapping[str, Sequence[Any]], numbers: Sequence[int]) ->
     str
         Names, record by record.
     """
-    ends = [(number, f"_i{number}.png" if number else ".png") for number in numbers]
     # Only these decide whether a name is plain, and most are the same as many others'.
     begins: dict[tuple[str, str, str], str | None] = {}
     for node, round, split, class_name, index in zip(
@@ -91,8 +90,8 @@ def image_names(columns: Mapping[str, Sequence[Any]], numbers: Sequence[int]) ->
             begins[group] = _plain_begin(*group)
         begin = begins[group]
         if begin is not None:
-            for _, end in ends:
-                yield f"{begin}_{index}_r{round}{end}"
+            for number in numbers:
+                yield f"{_numbered(begin, index, round, number)}.png"
         else:
             key = RecordKey(node, round, split, class_name, index)
             yield from (image_name(key, number) for number in numbers)
@@ -101,10 +100,10 @@ def image_names(columns: Mapping[str, Sequence[Any]], numbers: Sequence[int]) ->
 def _plain_begin(node: str, split: str, class_name: str) -> str | None:
     """Return what the plain names of a group's images begin with; None where some are not plain."""
     key = RecordKey(node, 0, split, class_name, 0)
-    plain, end = _plain_name(key, 0), "_0_r0"
+    plain = _plain_name(key, 0)
     is_plain = image_name(key) == f"{plain}.png"
     # Round, index and number have at most 19 digits.
-    return plain.removesuffix(end) if is_plain and len(plain) <= _MAX_NAME_BYTES - 80 else None
+    return _owned(key) if is_plain and len(plain) <= _MAX_NAME_BYTES - 80 else None
 
 
 def older_name(key: Key, number: int = 0) -> str | None:
@@ -129,8 +128,16 @@ def may_have_older_name(name: str) -> bool:
 
 
 def _plain_name(key: RecordKey, number: int) -> str:
+    return _numbered(_owned(key), key.index, key.round, number)
+
+
+def _owned(key: RecordKey) -> str:
     owner = key.node if key.node == SERVER else f"node_{key.node}"
-    name = f"{owner}_{key.split}_{key.class_name}_{key.index}_r{key.round}"
+    return f"{owner}_{key.split}_{key.class_name}"
+
+
+def _numbered(begin: str, index: int, round: int, number: int) -> str:
+    name = f"{begin}_{index}_r{round}"
     return f"{name}_i{number}" if number else name
 
 

@@ -166,7 +166,8 @@ class Opened:
             columns = columns_of(slot, wanted, audio=checkpoint.audio)
             try:
                 check_sample(slot, wanted, columns, seen)
-                self.loaded.pass_by(4 * sum(math.prod(slot.places[name][1]) for name in columns))
+                nbytes = 4 * sum(math.prod(slot.places[name][1]) for name in columns)
+                self.loaded.mapped.pass_by(nbytes)
                 entry = entry_of(slot, raw[slot.position], columns, wanted)
             except Unusable as reason:
                 yield Skipped(str(reason), slot.position, slot.what)

@@ -100,10 +100,6 @@ class Loaded:
         """Compare the file's bytes with their checksums, as the function `verify` does."""
         _verify(self.source, self.mapped)
 
-    def pass_by(self, nbytes: int) -> None:
-        """Note that so many bytes of tensors were read, so that few stay in memory."""
-        self.mapped.pass_by(nbytes)
-
     def make_sure(self) -> None:
         """Raise `DamagedDataError` if somebody wrote into the file since `inspect`.
 

@@ -7,7 +7,7 @@ import re
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from math import inf, isfinite
 from pathlib import Path
@@ -45,6 +45,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 # So few that a rate follows a change of machine, so many that one slow batch does not make it.
 _RATE_LINES = 100
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
@@ -228,25 +229,26 @@ def latest(
     dict
         What `pick` returned, by file name.
     """
+    lines = read_manifest(folder, name=name)
+    named = ((f, _created(line), line) for line in lines if isinstance(f := line.get("file"), str))
+    return _last(named, pick)
+
+
+def _last(lines: Iterable[tuple[str, str, _S]], pick: Callable[[_S], _T]) -> dict[str, _T]:
+    """Return by file what `pick` makes of its last line; lines are given with file and time."""
     found: dict[str, tuple[str, _T]] = {}
-    for line in read_manifest(folder, name=name):
-        file, created = line.get("file"), _created(line)
+    for file, created, line in lines:
         # By time, not by place: parts have files of their own, which are read one after the other.
         # Of one second the later line counts, so that a second try replaces a failure.
-        if isinstance(file, str) and (file not in found or created >= found[file][0]):
+        if file not in found or created >= found[file][0]:
             found[file] = created, pick(line)
     return {file: picked for file, (_, picked) in found.items()}
 
 
 def listed_files(folder: Path, *, name: str | None = None) -> set[str]:
     """Give the names of the images of which the last line, or one file's, says: finished."""
-    found: dict[str, tuple[str, bool]] = {}
-    for path in _manifests(folder, name):
-        for file, created, finished in _outcomes(path):
-            # By time, as in `latest`.
-            if file not in found or created >= found[file][0]:
-                found[file] = created, finished
-    return {file for file, (_, finished) in found.items() if finished}
+    outcomes = (outcome for path in _manifests(folder, name) for outcome in _outcomes(path))
+    return {file for file, finished in _last(outcomes, bool).items() if finished}
 
 
 def _outcomes(path: Path) -> Iterator[tuple[str, str, bool]]:
