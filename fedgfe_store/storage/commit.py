@@ -181,7 +181,7 @@ class Transaction:
         if first and self.snapshot.group.version == 1:
             note = pending_note(token=self._claim.token, commit=self.commit)
             self._staging.write({self.path / PENDING: note})
-            self._staging.place()
+            self._staging.place(self.make_sure)
 
     def _write_file(self, name: str, first: int, records: RecordBatch) -> None:
         """Write the granule from row `first` on; an optional column without a value has no file."""
@@ -231,12 +231,12 @@ class Transaction:
         total = -(-group.point.records // KEY_CHUNK)
         zones = group.zones.renewed(total, chunks, self.snapshot.chunks.readable)
         group = replace(group, digests=array_files.digests(group, written), zones=zones)
-        self._place()
+        self._staging.place(self.make_sure)
         # Then, once that is on the disk, the one rename that publishes: a crash before it leaves
         # the old commit, and one after it the new.
         self._encoded = group.encode()
         self._staging.write({self.path / GROUP_FILE: self._encoded})
-        self._place()
+        self._staging.place(self.make_sure)
         self._published = True
         if self.snapshot.group.version == 1:
             remove_pending(self.path)
@@ -261,7 +261,7 @@ class Transaction:
     def restore_shapes(self) -> None:
         """Write the arrays' own metadata anew, as the latest commit left it."""
         self._staging.write(self.snapshot.group.shape_files(self.path))
-        self._place()
+        self._staging.place(self.make_sure)
 
     def make_sure(self) -> None:
         """Make sure that what `snapshot` shows is still the latest state, and this commit next.
@@ -272,10 +272,6 @@ class Transaction:
             If another writer came in between.
         """
         self._claim.make_sure(self.snapshot.group)
-
-    def _place(self) -> None:
-        self.make_sure()
-        self._staging.place()
 
     def _tell_of_the_upgrade(self) -> None:
         _log.warning(

@@ -58,13 +58,19 @@ def _publish_empty(path: Path, group: Group, claim: Claim) -> None:
         make_folders(path / name)
     remove_temporary(path, group)
     staging = Staging(claim.token)
-    for contents in (group.shape_files(path), {path / GROUP_FILE: group.encode()}):
-        staging.write(contents)
+
+    def fence() -> None:
         claim.fence()
         # A maker that was taken for dead may have come to its end meanwhile, and others have
         # written to what it made.
         _before(path)
-        staging.place()
+
+    try:
+        for contents in (group.shape_files(path), {path / GROUP_FILE: group.encode()}):
+            staging.write(contents)
+            staging.place(fence)
+    finally:
+        staging.discard()
 
 
 def _refuse_occupied(path: Path, arrays: Collection[str]) -> None:

@@ -157,18 +157,20 @@ def written_early(file: BinaryIO, parts: Callable[[slice], T]) -> Callable[[slic
         size = file.tell()
         if size - done >= _EARLY_BYTES:
             file.flush()
-            _start_writing(file.fileno(), done, size - done)
+            begin_writing(file, done, size - done)
             done = size
         return parts(which)
 
     return part
 
 
-def _start_writing(handle: int, offset: int, nbytes: int) -> None:
+def begin_writing(file: BinaryIO, offset: int = 0, nbytes: int = 0) -> None:
+    """Let the disk begin with `nbytes` of what Linux has of `file`, 0 for all from `offset` on."""
     start = _sync_file_range()
     if start is not None:
         # What it answers is not asked: the flush that follows tells what the disk refuses.
-        start(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+        where = ctypes.c_int64(offset), ctypes.c_int64(nbytes)
+        start(file.fileno(), *where, _SYNC_FILE_RANGE_WRITE)
 
 
 @cache

@@ -50,9 +50,8 @@ def clear(path: Path, group: Group, claim: Claim) -> None:
     staging = Staging(claim.token)
     try:
         staging.write(group.shape_files(path) | _unmarked(path, group))
-        claim.make_sure(group)
         # A file for each array: this flushes the folders in which files were unlinked, too.
-        staging.place()
+        staging.place(lambda: claim.make_sure(group))
     finally:
         staging.discard()
     (path / PENDING).unlink(missing_ok=True)

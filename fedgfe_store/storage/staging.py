@@ -1,4 +1,4 @@
-"""The files of a commit: written and flushed under names of their own, then put in place at once.
+"""The files of a commit: written under names of their own, flushed, then put in place at once.
 
 Nothing that lies in a store is opened for writing, and a link that lies where a file will be is
 replaced, not followed. A writer that was taken for dead cannot hurt who took over: its files are
@@ -8,8 +8,9 @@ unlinked before they have their names, and a file that is gone cannot be renamed
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,27 +19,61 @@ from fedgfe_store.errors import ConflictError
 from fedgfe_store.storage import files
 
 
+_MOST_OPEN = 32
+"""Files that wait for their flush: of 1,024 that a process may usually have open."""
+
+
 class Staging:
-    """Files on their way into a store; `token` tells them from those of other writers."""
+    """Files on their way into a store; `token` tells them from those of other writers.
+
+    What a commit needs is flushed late: the disk begins with a file when it is written, and has
+    done most by the time that somebody waits for it. In a file system with a journal the first
+    flush also brings the names of all others.
+    """
 
     def __init__(self, token: str) -> None:
         self._token = token
         self._waiting: dict[Path, Path] = {}
+        self._unflushed: deque[tuple[Path, BinaryIO]] = deque()
         self.placed = False
         """Whether a file may have taken its place."""
 
-    def open(self, path: Path) -> AbstractContextManager[BinaryIO]:
-        """Open a file that will take the place of `path`; it is on the disk when the block ends."""
-        return files.flushed(self._temporary(path), name=path)
+    @contextmanager
+    def open(self, path: Path) -> Iterator[BinaryIO]:
+        """Open a file that will take the place of `path`; `place` flushes it."""
+        with files.naming(path):
+            file = open(self._temporary(path), "xb")  # noqa: SIM115 - closed once it is flushed
+            try:
+                yield file
+                file.flush()
+                files.begin_writing(file)
+            except BaseException:
+                file.close()
+                raise
+        self._unflushed.append((path, file))
+        if len(self._unflushed) > _MOST_OPEN:
+            self._flush_first()
 
     def write(self, contents: Mapping[Path, bytes]) -> None:
-        """Write several files; the disk gathers the flushes of all of them."""
+        """Write several files, as `write_file` does."""
         threads.run(threads.writers(), self.write_file, contents.items())
 
     def write_file(self, path: Path, data: bytes) -> None:
-        """Write a file that will take the place of `path`; it is on the disk then."""
+        """Write a file that will take the place of `path`; `place` flushes it."""
         with self.open(path) as file:
             file.write(data)
+
+    def _flush(self) -> None:
+        """Wait until the disk has all that was written, but for hints."""
+        threads.run(threads.writers(), self._flush_first, [()] * len(self._unflushed))
+
+    def _flush_first(self) -> None:
+        try:
+            path, file = self._unflushed.popleft()
+        except IndexError:  # another thread has flushed it
+            return
+        with files.naming(path), file:
+            os.fsync(file.fileno())
 
     def hint(self, path: Path, data: bytes) -> None:
         """Write such a file that may be lost, cut or zeros after a power cut: it is not flushed.
@@ -56,14 +91,21 @@ class Staging:
         self._waiting[path] = temporary
         return temporary
 
-    def place(self) -> None:
-        """Rename what was written to where it belongs, and flush the folders.
+    def place(self, fence: Callable[[], object]) -> None:
+        """Flush what was written, rename it to where it belongs, and flush the folders.
+
+        Parameters
+        ----------
+        fence : callable
+            Makes sure, once all is flushed, that nobody has taken this writer for dead meanwhile.
 
         Raises
         ------
         ConflictError
             If another writer took this one for dead.
         """
+        self._flush()
+        fence()
         # Before the first rename: one that is interrupted may have taken place.
         self.placed = self.placed or bool(self._waiting)
         by_folder: dict[Path, list[Path]] = {}
@@ -87,6 +129,8 @@ class Staging:
 
     def discard(self) -> None:
         """Remove what was written and has not taken its place."""
+        while self._unflushed:
+            self._unflushed.popleft()[1].close()
         for temporary in self._waiting.values():
             temporary.unlink(missing_ok=True)
         self._waiting.clear()

@@ -52,7 +52,7 @@ def hurt_a_time(old: EmbeddingStore) -> None:
 def test_a_repair_of_times_that_was_broken_off_can_be_made_again(old, monkeypatch, first):
     hurt_a_time(old)
 
-    def cut_off(staging: Staging) -> None:
+    def cut_off(staging: Staging, fence: object) -> None:
         for path, temporary in staging._waiting.items():
             if path.parent.name == first:
                 temporary.rename(path)

@@ -72,8 +72,8 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, what: Callable[[], object]) -> No
     """Do `what` after files have been put in place for the first time."""
     place = Staging.place
 
-    def placed(staging: Staging) -> None:
-        place(staging)
+    def placed(staging: Staging, fence: Any) -> None:
+        place(staging, fence)
         monkeypatch.setattr(Staging, "place", place)
         what()
 
