@@ -83,11 +83,17 @@ def gather(
         whole = ((request, spans) for _, spans in _by_file(request, range(n)))
         threads.run(threads.fetchers(), _read_piece, whole)
         return
-    if n * files.chunk_nbytes <= _ALONE:
+    first, last = request.chunks[0] // files.chunks, request.chunks[-1] // files.chunks
+    is_small = n * files.chunk_nbytes <= _ALONE
+    # A few kilobytes of many files take as long as many megabytes where each has to be waited for.
+    waits = (
+        files.chunk_nbytes <= _WAITED
+        and not (is_small and first == last)
+        and files.place.waits(files.file_name(first))
+    )
+    if is_small and not waits:
         _read_piece(request, range(n))
         return
-    first = files.file_name(request.chunks[0] // files.chunks)
-    waits = files.chunk_nbytes <= _WAITED and files.place.waits(first)
     pool = threads.fetchers() if waits else threads.readers()
     share = 0 if waits else n * files.chunk_nbytes // (_PIECES * threads.count())
     step = max(1, min(max(share, _SMALLEST_PIECE), _LARGEST_PIECE) // files.chunk_nbytes)

@@ -160,7 +160,7 @@ def test_a_disk_that_gives_a_few_bytes_at_a_time_is_asked_again(raw, chunk, monk
     fill(raw, node=0, round=1, n=5)
     expected = raw.select().read("t5")
     preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda h, memory, at: preadv(h, [memory[0][:50]], at))
+    monkeypatch.setattr(os, "preadv", lambda h, memory, *at: preadv(h, [memory[0][:50]], *at))
     assert np.array_equal(EmbeddingStore.open(raw.path).select().read("t5"), expected)
 
 

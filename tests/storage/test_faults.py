@@ -597,9 +597,9 @@ def failing_reads(monkeypatch, file: Path, code: int, *, beyond: int) -> None:
             fail(handle, offset)
         return pread(handle, size, offset)
 
-    def read_into(handle, memory, offset):
+    def read_into(handle, memory, offset, *flags):
         fail(handle, offset)
-        return preadv(handle, memory, offset)
+        return preadv(handle, memory, offset, *flags)
 
     monkeypatch.setattr(os, "pread", read)
     monkeypatch.setattr(os, "preadv", read_into)
