@@ -18,7 +18,6 @@ from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.storage import files
 
-
 _MOST_OPEN = 32
 """Files that wait for their flush: of 1,024 that a process may usually have open."""
 
