@@ -40,11 +40,11 @@ PLANS = {
 FORMATS: dict[str, type[Format]] = {"float32": Exact, "bfloat16": Rounded, "raw": Raw}
 CAUSES = (
     ("fresh memory", r"page_fault|do_anonymous|munmap|madvise|exit_mmap|sys_brk"),
-    ("flush", r"fsync|fdatasync"),
+    ("flush", r"fsync|fdatasync|sync_file_range"),
     ("files to memory", r"vfs_read|ksys_pread|do_preadv|vfs_readv|filemap_read"),
     ("memory to files", r"vfs_write|ksys_write|do_writev"),
     ("names of files", r"sys_(open|close|newfstat|unlink|rename|link|mkdir|getdents|readlink)"),
-    ("codec", r"numcodecs/blosc|libblosc"),
+    ("codec", r"/blosc|libblosc"),
     ("keys' codec", r"numcodecs"),
     ("digest", r"xxhash"),
     ("crc32c", r"crc32c"),
