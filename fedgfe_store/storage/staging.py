@@ -18,8 +18,9 @@ from fedgfe_store.common import threads
 from fedgfe_store.errors import ConflictError
 from fedgfe_store.storage import files
 
-_MOST_OPEN = 32
-"""Files that wait for their flush: of 1,024 that a process may usually have open."""
+_MOST_OPEN, _MOST_BYTES = 32, 2**28
+"""Files that wait for their flush, of 1,024 that a process may usually have open, and their bytes,
+which the system keeps in memory."""
 
 
 class Staging:
@@ -33,7 +34,7 @@ class Staging:
     def __init__(self, token: str) -> None:
         self._token = token
         self._waiting: dict[Path, Path] = {}
-        self._unflushed: deque[tuple[Path, BinaryIO]] = deque()
+        self._unflushed: deque[tuple[Path, BinaryIO, int]] = deque()
         self.placed = False
         """Whether a file may have taken its place."""
 
@@ -49,8 +50,9 @@ class Staging:
             except BaseException:
                 file.close()
                 raise
-        self._unflushed.append((path, file))
-        if len(self._unflushed) > _MOST_OPEN:
+        self._unflushed.append((path, file, file.tell()))
+        nbytes = sum(size for *_, size in tuple(self._unflushed))
+        if len(self._unflushed) > _MOST_OPEN or nbytes > _MOST_BYTES:
             self._flush_first()
 
     def write(self, contents: Mapping[Path, bytes]) -> None:
@@ -68,7 +70,7 @@ class Staging:
 
     def _flush_first(self) -> None:
         try:
-            path, file = self._unflushed.popleft()
+            path, file, _ = self._unflushed.popleft()
         except IndexError:  # another thread has flushed it
             return
         with files.naming(path), file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,8 @@ def test_everything_is_on_the_disk_before_the_commit_point(store, trace, kind):
     assert ["fsync", calls[begun][1]] in calls[:begun]
     assert ["fsync", str(store.path)] in calls[begun : made_sure[0]]
     assert begun < made_sure[0] < in_place[0] <= in_place[-1] < made_sure[1] < published
+    needed = [calls[i][1] for i in in_place if not calls[i][2].endswith(HINTS)]
+    assert all(calls.index(["fsync", file]) < made_sure[0] for file in needed)
     assert published < position(calls, "unlink", str(store.path / "claim.5.0"))
     renamed = {c[2] for c in calls[published + 1 :] if c[0] == "replace"}
     assert renamed == set(), "something was written after the commit point"
@@ -112,6 +115,25 @@ def test_everything_is_on_the_disk_before_the_commit_point(store, trace, kind):
     assert (len(freed) > 0) == (kind == "compact")
     assert all(calls.index(c) > published for c in freed), "unlinked before the commit point"
     assert EmbeddingStore.open(store.path).commit == 5
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux tells what is open")
+def test_of_many_files_few_wait_for_their_flush(store, monkeypatch):
+    flush, waiting = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        open_files = []
+        for entry in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # another thread has closed it
+                open_files.append(os.readlink(f"/proc/self/fd/{entry}"))
+        waiting.append(sum("/c." in file and file.endswith(".tmp") for file in open_files))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    fill(store, node=0, round=1, n=200)
+    files = [file for name in SMALL.columns for file in (store.path / name).glob("c.*")]
+    assert len(files) == 200
+    assert max(waiting) <= 32 + 18  # and one of each thread that writes
 
 
 def test_a_new_store_is_on_the_disk_up_to_its_parent(tmp_path, trace):
