@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 
 
+_LARGEST = 2**26
+"""Bytes of a block that is kept: one more batch stays in memory with what is read ahead."""
+
+
 def _holders(blocks: Sequence[object], at: int) -> int:
     return sys.getrefcount(blocks[at])
 
@@ -28,7 +32,7 @@ class Recycled:
     Parameters
     ----------
     most : int
-        Blocks that are remembered; those beyond are returned to the system as ever.
+        Blocks that are remembered, of up to 64 MiB; others are returned to the system as ever.
     """
 
     def __init__(self, most: int) -> None:
@@ -48,6 +52,6 @@ class Recycled:
             if self._blocks[at].nbytes >= nbytes and _holders(self._blocks, at) == _UNHELD:
                 return self._blocks[at]
         block = np.empty(nbytes, np.uint8)
-        if self._counts and self._most:
+        if self._counts and self._most and nbytes <= _LARGEST:
             self._blocks = [*self._blocks[1 - self._most :], block]
         return block

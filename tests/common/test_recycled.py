@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import torch
@@ -53,6 +54,15 @@ def test_no_more_is_kept_than_was_said():
     del held
     again = [memory.empty((4,), np.uint8) for _ in range(2)]
     assert {address(array) for array in again} == remembered
+
+
+def test_large_memory_is_given_back():
+    memory = Recycled(2)
+    for nbytes, is_kept in ((2**26, True), (2**26 + 1, False)):
+        block = memory.empty((nbytes,), np.uint8).base
+        gone = weakref.ref(block)
+        del block
+        assert (gone() is not None) == is_kept
 
 
 def test_batches_are_read_where_earlier_ones_were(store):
