@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-
 _LARGEST = 2**26
 """Bytes of a block that is kept: one more batch stays in memory with what is read ahead."""
 

@@ -198,10 +198,9 @@ class AppendBatch:
         self._seen.add(prints)
         self.skipped += len(records) - len(fresh)
         self._ready.append(some)
-        self._put_whole()
-        # A file that is half full costs less than a copy of what is in it.
-        if 2 * len(self._ready) >= self._known.schema.granule:
-            self._put(len(self._ready))
+        # Half a file costs less than a copy of it; in one call all are written side by side.
+        rest = len(self._ready) % self._known.schema.granule
+        self._put(len(self._ready) - (rest if 2 * rest < self._known.schema.granule else 0))
         self._ready.settle(lambda rest: conformed(rest, self._known.schema))
 
     def unknown(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -307,7 +306,8 @@ class AppendBatch:
         while self._waiting:
             self._ready.append(self._sifted(self._waiting[0]))
             del self._waiting[0]
-            if self._waiting or not rest:
+            # Files are written side by side, and what joins two calls in one is copied for them.
+            if self._ready.nbytes >= _AT_ONCE_BYTES or not (self._waiting or rest):
                 self._put_whole()
         if rest:
             self._put(len(self._ready))

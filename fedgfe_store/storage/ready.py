@@ -22,6 +22,11 @@ class Ready:
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their tensors."""
+        return sum(part.nbytes for part in self._parts)
+
     def append(self, records: RecordBatch) -> None:
         """Add `records` behind those that are there."""
         if len(records):
