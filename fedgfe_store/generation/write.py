@@ -6,13 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from fedgfe_store.derived_keys import Key
 from fedgfe_store.generation.plan import PlanItem
-from fedgfe_store.images.manifest import Manifest
+from fedgfe_store.images.manifest import Manifest, timestamp
 from fedgfe_store.images.png import Stamp, write_png
 from fedgfe_store.models.placement import Picture
 
@@ -162,8 +161,7 @@ class ImageWriter:
             height, width = pixels.shape[:2]
             return f"expected a picture of {asked[1]}x{asked[0]}, the model gave {width}x{height}"
         stamp = write_png(item.path, pixels, provenance)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        facts = {"bytes": stamp[1], "seconds": round(seconds, 4), "created": created}
+        facts = {"bytes": stamp[1], "seconds": round(seconds, 4), "created": timestamp()}
         self._manifest.append({"file": item.path.name, **provenance, **facts})
         return stamp
 

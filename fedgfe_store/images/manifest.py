@@ -129,7 +129,9 @@ def machine_manifest(machine: str) -> str:
 
 
 def timestamp(seconds: float | None = None) -> str:
-    """Give a time, by default now, as manifests write it: ISO 8601, UTC, whole seconds.
+    """Give a time, by default now, as manifests write it: ISO 8601, UTC, with milliseconds.
+
+    Lines of earlier releases have whole seconds: as texts they come before later ones, too.
 
     Parameters
     ----------
@@ -137,7 +139,7 @@ def timestamp(seconds: float | None = None) -> str:
         Seconds since 1970.
     """
     moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
-    return moment.isoformat(timespec="seconds")
+    return moment.isoformat(timespec="milliseconds")
 
 
 def read_manifest(

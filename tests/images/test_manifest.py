@@ -165,8 +165,9 @@ def test_the_number_of_parts_is_that_of_the_latest_run(tmp_path: Path) -> None:
     assert part_count(tmp_path) == 16
 
 
-def test_times_are_whole_seconds_in_utc() -> None:
-    assert timestamp(1_769_083_200.9) == "2026-01-22T12:00:00+00:00"
+def test_times_are_milliseconds_in_utc_that_follow_whole_seconds_of_before() -> None:
+    assert timestamp(1_769_083_200.9) == "2026-01-22T12:00:00.900+00:00"
+    assert "2026-01-22T12:00:00+00:00" < timestamp(1_769_083_200.5) < "2026-01-22T12:00:01+00:00"
     assert datetime.fromisoformat(timestamp()).tzinfo is UTC
 
 
