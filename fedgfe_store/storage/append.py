@@ -62,6 +62,7 @@ class AppendBatch:
         self._defaults = {"node": node, "round": round}
         self._if_exists: IfExists = if_exists
         self._waiting: list[RecordBatch] = []
+        self._waiting_bytes = 0
         self._ready, self._seen = Ready(), Seen()
         self._failure: BaseException | None = None
         self._deleted: list[int] = []
@@ -184,7 +185,7 @@ class AppendBatch:
         """Let records wait; write what waits once it is much."""
         self._check_open()
         self._wait(fitting)
-        if sum(batch.nbytes for batch in self._waiting) >= _BUFFER_BYTES:
+        if self._waiting_bytes >= _BUFFER_BYTES:
             self._write(rest=False)
 
     def _take_at_once(self, records: RecordBatch) -> None:
@@ -297,25 +298,22 @@ class AppendBatch:
         self.skipped += len(records) - len(fresh)
         if len(fresh):
             self._waiting.append(fresh)
+            self._waiting_bytes += fresh.nbytes
 
     def _write(self, *, rest: bool) -> None:
         """Write what waits, granule by granule; without `rest` keep an unfinished granule."""
         if not (self._waiting or len(self._ready) or (rest and self._superseded)):
             return
         self._begin()
+        granule = self._known.schema.granule
         while self._waiting:
             self._ready.append(self._sifted(self._waiting[0]))
-            del self._waiting[0]
+            self._waiting_bytes -= self._waiting.pop(0).nbytes
             # Files are written side by side, and what joins two calls in one is copied for them.
             if self._ready.nbytes >= _AT_ONCE_BYTES or not (self._waiting or rest):
-                self._put_whole()
+                self._put(len(self._ready) // granule * granule)
         if rest:
             self._put(len(self._ready))
-
-    def _put_whole(self) -> None:
-        """Write the whole granules of what is ready."""
-        granule = self._known.schema.granule
-        self._put(len(self._ready) // granule * granule)
 
     def _begin(self) -> Writing:
         if self._writing is None:

@@ -18,19 +18,17 @@ class Ready:
 
     def __init__(self) -> None:
         self._parts: list[RecordBatch] = []
+        self.nbytes = 0
+        """Bytes of their tensors, counted as they come: there may be thousands of parts."""
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of their tensors."""
-        return sum(part.nbytes for part in self._parts)
 
     def append(self, records: RecordBatch) -> None:
         """Add `records` behind those that are there."""
         if len(records):
             self._parts.append(records)
+            self.nbytes += records.nbytes
 
     def pop(self, n: int, size: int) -> list[RecordBatch]:
         """Take the first `n` records in pieces of `size`; only what joins two parts is copied."""
@@ -44,11 +42,13 @@ class Ready:
             if len(first) > n:
                 self._parts.insert(0, first.take(slice(n, None)))
             n -= len(taken[-1])
+            self.nbytes -= taken[-1].nbytes
         return RecordBatch.concatenate(taken)
 
     def settle(self, finish: Callable[[RecordBatch], RecordBatch]) -> None:
         """Have what lies in a caller's memory copied by `finish`."""
         self._parts = [finish(part) if part.unfinished else part for part in self._parts]
+        self.nbytes = sum(part.nbytes for part in self._parts)
 
 
 class Seen:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import values
 
 from fedgfe_store import EmbeddingStore, Schema
 from fedgfe_store.errors import BusyError, ConflictError, SchemaMismatchError
+from fedgfe_store.records import RecordBatch
 from fedgfe_store.storage import append, ready, shard_files
 
 GRANULE = 8
@@ -168,3 +170,18 @@ def test_many_bytes_are_not_copied_and_few_do_not_keep_others_waiting(tmp_path):
             EmbeddingStore.open(store.path).delete(round=0, timeout=0)
     assert most < t5.nbytes / 2
     assert len(store) == n + 1
+
+
+def test_many_small_calls_are_each_counted_once(store, monkeypatch):
+    asked, nbytes = [0], vars(RecordBatch)["nbytes"].fget
+
+    def counted(records: RecordBatch) -> int:
+        asked[0] += 1
+        return int(nbytes(records))
+
+    monkeypatch.setattr(RecordBatch, "nbytes", property(counted))
+    with store.append(node=0, round=1) as batch:
+        for index in range(200):
+            batch.add(split="train", class_name="dog", index=index, **values(1, index))
+    assert asked[0] < 200 * 10
+    assert len(EmbeddingStore.open(store.path)) == 200
